@@ -1,0 +1,88 @@
+"""Activations between layers, on disk: 262,144 tokens of hidden size 6144 need 3.2 GB of file and little memory.
+
+Every access maps the file for its own duration, so that the kernel may drop pages as soon as they were used and resident
+memory holds one window.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.writer import output_errors, sha256_of
+
+WINDOW_TOKENS = 4096
+"""Rows that a pass over a file holds at once."""
+
+
+class ActivationFile:
+    """A matrix [tokens, width] in a file."""
+
+    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """Describe a file that exists or that :meth:`create` will make."""
+        self.path = path
+        self.tokens = tokens
+        self.width = width
+        self.dtype = dtype
+        self._row_bytes = width * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The file's size."""
+        return self.tokens * self._row_bytes
+
+    def create(self) -> ActivationFile:
+        """Make the file, zeroed, its blocks allocated so that a full disk shows now and not as a bus error later.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be made.
+        """
+        with output_errors(self.path), self.path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(self.nbytes, 1))
+            file.truncate(self.nbytes)
+        return self
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` as float32 [stop - start, width], a copy."""
+        return self._window(start, stop).to(torch.float32, copy=True)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Store rows from ``start`` on, rounded to the file's dtype."""
+        self._window(start, start + len(rows)).copy_(rows)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Chosen rows as float32 [len(index), width]; ``index`` is int64."""
+        return self._window(0, self.tokens).index_select(0, index).float()
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        """Add ``rows`` to chosen rows, each at most once."""
+        self._window(0, self.tokens).index_add_(0, index, rows.to(self.dtype))
+
+    def windows(self, rows: int = WINDOW_TOKENS) -> Iterator[tuple[int, int]]:
+        """Consecutive ranges of rows."""
+        for start in range(0, self.tokens, rows):
+            yield start, min(start + rows, self.tokens)
+
+    def seal(self) -> str:
+        """Flush the file to disk; its sha256.
+
+        Raises:
+            OutputError: the disk failed.
+        """
+        with output_errors(self.path):
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+            return sha256_of(self.path)
+
+    def _window(self, start: int, stop: int) -> Tensor:
+        begin, end = start * self._row_bytes, stop * self._row_bytes
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        with output_errors(self.path), self.path.open("r+b") as file:
+            view = mmap.mmap(file.fileno(), end - page, offset=page)
+        flat = torch.frombuffer(view, dtype=self.dtype, count=(stop - start) * self.width, offset=begin - page)
+        return flat.view(stop - start, self.width)

@@ -1,0 +1,201 @@
+"""The attention half of a layer: statistics of q, k, v and o, scale searches, quantization, and the pass onward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qconv.calibration.forward import AttentionBlock
+from qconv.calibration.layer import Finished, LayerContext
+from qconv.calibration.statistics import InputStatistics, block_width
+from qconv.folding import folded_weight, norm_scale
+from qconv.methods import awq
+from qconv.methods.base import fake_quantize
+from qconv.models.base import Linear, Norm
+from qconv.qtensor import QTensor
+
+WINDOW_TOKENS = 4096
+PROBE_SEQUENCES = 4
+
+
+def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
+    """Quantize the attention of a layer and write the layer's middle activations.
+
+    Yields the modules in the order of the plan: input norm, q, k, v, o, head norms.
+    """
+    half = _AttentionHalf(context)
+    half.collect()
+    half.search_scales()
+    weights = half.quantize()
+    attention = context.layer.attention
+    yield context.dense(context.layer.input_norm)
+    for linear in attention.linears():
+        weight = weights.get(linear.name)
+        yield context.dense(linear) if weight is None else context.packed(linear, weight)
+    for norm in attention.head_norms:
+        yield context.dense(norm)
+    half.pass_on(weights)
+
+
+class _AttentionHalf:
+    def __init__(self, context: LayerContext) -> None:
+        self.context = context
+        layer, source = context.layer, context.source
+        modules: tuple[Linear | Norm, ...] = (
+            *layer.attention.linears(),
+            *layer.attention.head_norms,
+            layer.input_norm,
+        )
+        tensors = {name: source.read(name).float() for module in modules for name, _ in module.tensors()}
+        self.weights = {linear.name: tensors[linear.weight] for linear in layer.attention.linears()}
+        self.norm_weight = tensors[layer.input_norm.weight]
+        self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight)
+        self.block: AttentionBlock = context.decoder.attention(layer, tensors)
+        q, o = layer.attention.q, layer.attention.o
+        self.qkv_inputs = self._statistics(q)
+        self.o_inputs = self._statistics(o)
+
+    def _statistics(self, linear: Linear) -> InputStatistics:
+        width = self.context.grid.width(linear.in_features) if self.context.all_quantized([linear]) else 1
+        return InputStatistics.empty(linear.in_features, block_width(linear.in_features, width))
+
+    def _normed(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]."""
+        hidden = self.context.work.inputs.read(start, stop)
+        normed: Tensor = self.norm(hidden)
+        return hidden, normed.view(-1, self.context.work.sequence_length, hidden.shape[-1])
+
+    def collect(self) -> None:
+        """Statistics of both inputs over all tokens; the probe on which losses are measured."""
+        for start, stop in self.context.work.sequence_windows(WINDOW_TOKENS):
+            _, normed = self._normed(start, stop)
+            _, o_input = self.block.with_o_input(normed)
+            self.qkv_inputs.update(normed.flatten(0, 1))
+            self.o_inputs.update(o_input.flatten(0, 1))
+        self.probe = self._probe()
+        self.target, self.o_probe = self.block.with_o_input(self.probe)
+
+    def _probe(self) -> Tensor:
+        """The first positions of a few sequences spread over the corpus; causal attention makes a prefix exact."""
+        work, wanted = self.context.work, 4 * self.context.recipe.awq.search_tokens
+        sequences = work.tokens // work.sequence_length
+        count = min(PROBE_SEQUENCES, sequences)
+        length = min(work.sequence_length, -(-wanted // count))
+        picks = [sequences * index // count for index in range(count)]
+        rows = [work.inputs.read(pick * work.sequence_length, pick * work.sequence_length + length) for pick in picks]
+        normed: Tensor = self.norm(torch.stack(rows))
+        return normed
+
+    def search_scales(self) -> None:
+        """Choose what is folded into the input norm and into v."""
+        context, attention = self.context, self.context.layer.attention
+        points = context.recipe.awq.alpha_points
+        if context.all_quantized(attention.linears()[:3]):
+            candidates = awq.candidate_scales(self.qkv_inputs.magnitude, points)
+            scales = [norm_scale(self.norm_weight, scale) for scale in candidates]
+            choice = awq.choose(torch.tensor([self._qkv_loss(scale) for scale in scales], dtype=torch.float64))
+            context.report.search(context.layer.input_norm.name, choice)
+            if choice.index:
+                context.scales[context.layer.input_norm.name] = scales[choice.index]
+        if context.all_quantized((attention.v, attention.o)):
+            self._search_v_scale(points)
+
+    def _qkv_loss(self, scale: Tensor) -> float:
+        for linear in self.context.layer.attention.linears()[:3]:
+            rounded = fake_quantize(self.weights[linear.name] * scale, self.context.grid)
+            self.block.assign(linear, rounded.div_(scale))
+        loss = _squared_distance(self.block(self.probe), self.target)
+        self._restore()
+        return loss
+
+    def _search_v_scale(self, points: int) -> None:
+        """v's output channels feed o alone: dividing v's rows is free, since its groups run along its input."""
+        context, attention = self.context, self.context.layer.attention
+        folds = context.folds
+        repeats, head_dim = folds.repeats, folds.head_dim
+        by_channel = self.o_inputs.magnitude.view(-1, repeats, head_dim).mean(1).reshape(-1)
+        scales = awq.candidate_scales(by_channel, points)
+        weight, inputs = self.weights[attention.o.name], self.o_probe.flatten(0, 1)
+        target = inputs @ weight.t()
+        losses = []
+        for scale in scales:
+            context.scales[attention.v.name] = scale
+            spread = context.folds.input_scale(attention.o)
+            assert spread is not None
+            rounded = fake_quantize(weight * spread, context.grid)
+            losses.append(_squared_distance((inputs / spread) @ rounded.t(), target))
+        del context.scales[attention.v.name]
+        choice = awq.choose(torch.tensor(losses, dtype=torch.float64))
+        context.report.search(attention.v.name, choice)
+        if choice.index:
+            context.scales[attention.v.name] = scales[choice.index]
+
+    def quantize(self) -> dict[str, QTensor]:
+        """The quantized projections by name; v and o with clipping if that helps the block's output.
+
+        q and k are never clipped: their errors meet in a product, which the clipping loss does not see.
+        """
+        context, attention = self.context, self.context.layer.attention
+        folds, clip = context.folds, context.recipe.clip
+        plain: dict[str, QTensor] = {}
+        clipped: dict[str, QTensor] = {}
+        for linear in attention.linears():
+            if linear.name not in context.quantized:
+                continue
+            in_scale = folds.input_scale(linear)
+            weight = folded_weight(self.weights[linear.name], in_scale, folds.output_scale(linear))
+            plain[linear.name] = awq.quantize(weight, context.grid, None)
+            if context.recipe.searches_clipping and linear in (attention.v, attention.o):
+                inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
+                gram = (inputs if in_scale is None else inputs.rescaled(in_scale)).gram
+                ratios = awq.output_clip_ratios(weight, context.grid, gram, clip)
+                clipped[linear.name] = awq.quantize(weight, context.grid, ratios)
+        if not clipped:
+            return plain
+        without, with_clip = self._output_loss(plain), self._output_loss({**plain, **clipped})
+        self.context.report.searches[f"{attention.o.name}.clip"] = {
+            "loss": min(without, with_clip),
+            "rtn_loss": without,
+            "kept_rtn": not with_clip < without,
+        }
+        return {**plain, **clipped} if with_clip < without else plain
+
+    def _output_loss(self, weights: dict[str, QTensor]) -> float:
+        self._assign(weights)
+        loss = _squared_distance(self.block(self.probe), self.target)
+        self._restore()
+        return loss
+
+    def _assign(self, weights: dict[str, QTensor]) -> None:
+        """Put quantized weights into the block, the folded scales taken out again so that inputs stay the same."""
+        folds = self.context.folds
+        for linear in self.context.layer.attention.linears():
+            if linear.name in weights:
+                dense = weights[linear.name].dequantize()
+                in_scale, out_scale = folds.input_scale(linear), folds.output_scale(linear)
+                if in_scale is not None:
+                    dense.div_(in_scale)
+                if out_scale is not None:
+                    dense.mul_(out_scale.unsqueeze(-1))
+                self.block.assign(linear, dense)
+
+    def _restore(self) -> None:
+        for linear in self.context.layer.attention.linears():
+            self.block.assign(linear, self.weights[linear.name])
+
+    def pass_on(self, weights: dict[str, QTensor]) -> None:
+        """Write the residual stream after attention, through the quantized weights where the recipe propagates."""
+        if self.context.recipe.calibration.propagate:
+            self._assign(weights)
+        work = self.context.work
+        for start, stop in work.sequence_windows(WINDOW_TOKENS):
+            hidden, normed = self._normed(start, stop)
+            hidden.add_(self.block(normed).view_as(hidden))
+            work.middle.write(start, hidden)
+            work.total.write(start, hidden)
+
+
+def _squared_distance(output: Tensor, target: Tensor) -> float:
+    return float(torch.linalg.vector_norm(output - target)) ** 2

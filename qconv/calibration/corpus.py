@@ -1,0 +1,214 @@
+"""Calibration tokens: documents of a corpus, tokenized and packed into sequences of equal length.
+
+How the tokens are laid out
+    Documents follow each other without padding. In one round a document gives at most ``DOCUMENT_SEQUENCES``
+    sequences' worth of tokens, so that no long file crowds out the others; when every document has had its turn and
+    more tokens are needed, the next round goes on where each long document stopped. The tokenizer's EOS closes every
+    contribution, so that a model does not read one text as the continuation of another. A tokenizer without EOS gets
+    no separator.
+
+Special tokens
+    A tokenizer that puts BOS before a text gets one BOS at the start of each sequence and none inside. What looks like
+    a control token inside plain text (``<|im_end|>`` in a source file) is tokenized as the characters that it is; only
+    a chat template's own rendering is parsed for control tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qconv.calibration.documents import Document, documents
+from qconv.errors import CheckpointError, UsageError
+from qconv.models.base import Config
+from qconv.recipe import CalibrationSettings
+
+DOCUMENT_SEQUENCES = 4
+"""Sequences' worth of tokens that a document may give in one round."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+Encode = Callable[[Document], Iterator[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSet:
+    """The exact tokens of a calibration.
+
+    Attributes:
+        ids: int32 [sequences, sequence_length].
+        digest: sha256 of the shape and the ids as little-endian integers, hexadecimal.
+        source: What the tokens are, for people.
+        documents: Names of the documents used, in order of first use.
+    """
+
+    ids: Tensor
+    digest: str
+    source: str
+    documents: tuple[str, ...]
+
+
+def build_tokens(settings: CalibrationSettings, model_dir: Path) -> TokenSet:
+    """Exactly ``settings.tokens`` tokens of the corpus, the same for the same settings, corpus and tokenizer.
+
+    Args:
+        settings: Corpus, number of tokens, sequence length and seed.
+        model_dir: The checkpoint's folder, for its tokenizer and the vocabulary size in config.json.
+
+    Raises:
+        UsageError: the corpus cannot be read or holds too few tokens, or it has chats and the tokenizer no template.
+        CheckpointError: no tokenizer, or one whose ids do not fit config.json's ``vocab_size``.
+    """
+    vocabulary = _vocabulary(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    length, count = settings.sequence_length, settings.tokens // settings.sequence_length
+    bos = _leading_bos(tokenizer)
+    payload = length - len(bos)  # tokens of text in a sequence
+    used: dict[str, None] = {}
+    stream = _stream(
+        documents(settings.corpus, settings.seed),
+        lambda document: _encode(tokenizer, document, bos),
+        cap=DOCUMENT_SEQUENCES * length,
+        eos=tokenizer.eos_token_id,
+        used=used,
+    )
+    ids = np.fromiter(islice(stream, count * payload), dtype=np.int32)
+    if len(ids) < count * payload:
+        raise _too_short(settings, len(ids), len(ids) // payload, len(used))
+    rows = ids.reshape(count, payload)
+    rows = np.hstack([np.tile(np.array(bos, dtype=np.int32), (count, 1)), rows])
+    if rows.max() >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {model_dir} gives token {int(rows.max())}, but config.json has vocab_size {vocabulary}.",
+            hint="Tokenizer and weights are of different models: copy the model's own tokenizer files.",
+        )
+    return TokenSet(
+        ids=torch.from_numpy(rows),
+        digest=_digest(rows),
+        source=f"{settings.corpus}, seed {settings.seed}: {count} x {length} tokens of {len(used)} documents",
+        documents=tuple(used),
+    )
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """The checkpoint's own tokenizer, from local files alone and without running code from them.
+
+    Raises:
+        CheckpointError: no tokenizer files, or transformers cannot make a tokenizer of them.
+    """
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"no tokenizer in {model_dir}: looked for {', '.join(TOKENIZER_FILES)}.",
+            hint="Copy the model's tokenizer files there.",
+        )
+    from transformers import AutoTokenizer  # seconds to import, and only calibration needs it
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    # transformers and tokenizers let whatever their parsing meets escape: ValueError, KeyError, a bare Exception.
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer of {model_dir}: {type(error).__name__}: {error}",
+            hint="Copy the model's tokenizer files again.",
+        ) from error
+
+
+def _stream(
+    corpus: Iterator[Document], encode: Encode, *, cap: int, eos: int | None, used: dict[str, None]
+) -> Iterator[int]:
+    """The tokens of all documents, round by round; records in ``used`` the documents that gave any."""
+    separator = [] if eos is None else [eos]
+    turns: Iterator[tuple[str, Iterator[int]]] = ((document.name, encode(document)) for document in corpus)
+    while True:
+        unfinished: list[tuple[str, Iterator[int]]] = []
+        for name, tokens in turns:
+            part = list(islice(tokens, cap))
+            if not part:
+                continue
+            used[name] = None
+            yield from part
+            if part[-1:] != separator:
+                yield from separator
+            if len(part) == cap:
+                unfinished.append((name, tokens))
+        if not unfinished:
+            return
+        turns = iter(unfinished)
+
+
+def _encode(tokenizer: Any, document: Document, bos: list[int]) -> Iterator[int]:
+    """The document's tokens without a leading BOS, piece by piece as they are asked for."""
+    if not isinstance(document.content, list):
+        pieces = (_ids(tokenizer, piece, control_tokens=False) for piece in document.pieces())
+        return chain.from_iterable(pieces)
+    ids = _ids(tokenizer, _render(tokenizer, document), control_tokens=True)
+    return iter(ids[len(bos) :] if ids[: len(bos)] == bos else ids)
+
+
+def _ids(tokenizer: Any, text: str, *, control_tokens: bool) -> list[int]:
+    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=not control_tokens, verbose=False)
+    ids: list[int] = encoding.input_ids
+    return ids
+
+
+def _render(tokenizer: Any, document: Document) -> str:
+    """A chat through the tokenizer's template.
+
+    Raises:
+        UsageError: no template, or one that refuses this chat.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(document.content, tokenize=False))
+    except (ValueError, TypeError, TemplateError) as error:
+        raise UsageError(
+            f"calibration document {document.name}: the tokenizer cannot render this chat: {error}.",
+            hint="Use a corpus of plain text, or a checkpoint that has its chat_template.jinja.",
+        ) from error
+
+
+def _leading_bos(tokenizer: Any) -> list[int]:
+    """``[bos]`` if the tokenizer puts BOS before a text, else ``[]``."""
+    ids = tokenizer("a", add_special_tokens=True).input_ids
+    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def _vocabulary(model_dir: Path) -> int:
+    path = model_dir / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}.", hint="Is this a checkpoint's folder?"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.", hint="Download the file again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object.", hint="Download the file again.")
+    return Config(values).integer("vocab_size")
+
+
+def _too_short(settings: CalibrationSettings, found: int, sequences: int, used: int) -> UsageError:
+    fits = sequences * settings.sequence_length
+    lower = f"Ask for at most {fits:,} tokens, or give" if fits else "Give"
+    return UsageError(
+        f"calibration corpus {settings.corpus} holds {found:,} tokens in {used} documents,"
+        f" and {settings.tokens:,} were asked for.",
+        hint=f"{lower} a longer text.",
+    )
+
+
+def _digest(rows: np.ndarray[Any, np.dtype[np.int32]]) -> str:
+    digest = hashlib.sha256(np.array(rows.shape, dtype="<i8").tobytes())
+    digest.update(rows.astype("<i4").tobytes())
+    return digest.hexdigest()

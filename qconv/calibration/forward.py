@@ -1,0 +1,144 @@
+"""One decoder layer at a time, with transformers' own attention, norms, router and rotary embedding on real weights.
+
+The model is built on the meta device, where it costs nothing; a module becomes real when a layer's tensors are assigned
+to a copy of it. Experts are not built at all: they are computed one by one from streamed weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconv.errors import CheckpointError
+from qconv.models.base import Layer, Linear, Norm
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Decoder:
+    """transformers' modules of one model, made real layer by layer. Everything computes in float32."""
+
+    def __init__(self, model_path: Path) -> None:
+        """Build the skeleton from config.json.
+
+        Raises:
+            CheckpointError: transformers does not accept the config.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.activations import ACT2FN
+
+        try:
+            self.config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+            self.config._attn_implementation = "sdpa"
+            with torch.device("meta"):
+                skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    self.config, dtype=torch.float32
+                )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{model_path / 'config.json'}: transformers does not accept it: {error}.", hint="Repair config.json."
+            ) from error
+        self._skeleton = skeleton.eval().model
+        # Rotary frequencies are computed, not loaded, so the module is built again off the meta device.
+        self._rotary = type(self._skeleton.rotary_emb)(self.config)
+        self.act: Activation = ACT2FN[self.config.hidden_act]
+
+    def norm(self, layer: Layer, norm: Norm, weight: Tensor) -> nn.Module:
+        """A norm of a layer with its weight, [hidden]."""
+        return self._real(layer, norm.name.removeprefix(f"{layer.name}."), {"weight": weight})
+
+    def router(self, layer: Layer, weight: Tensor) -> nn.Module:
+        """A sparse layer's router with its weight, [experts, hidden]."""
+        return self._real(layer, "mlp.gate", {"weight": weight})
+
+    def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> AttentionBlock:
+        """A layer's self-attention.
+
+        Args:
+            layer: The layer.
+            tensors: Its tensors by full name, any float dtype.
+        """
+        prefix = layer.attention.q.name.removesuffix("q_proj")
+        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return AttentionBlock(self._real(layer, "self_attn", state), self._rotary, self._window(layer))
+
+    def _real(self, layer: Layer, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        module: nn.Module = copy.deepcopy(self._skeleton.layers[layer.index].get_submodule(name))
+        module.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        return module
+
+    def _window(self, layer: Layer) -> int | None:
+        """The layer's sliding attention window in tokens, or None for full attention."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if window is None or (kinds is not None and kinds[layer.index] == "full_attention"):
+            return None
+        return int(window)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBlock:
+    """Self-attention on packed sequences."""
+
+    module: nn.Module
+    rotary: nn.Module
+    window: int | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Attend causally within each sequence.
+
+        Args:
+            hidden: Normalized input, float32 [sequences, length, hidden].
+
+        Returns:
+            The block's output before the residual is added, of the same shape.
+        """
+        return self._run(hidden)
+
+    def with_o_input(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and the input of o_proj, float32 [sequences, length, heads * head_dim]."""
+        seen: list[Tensor] = []
+        o_proj = self.module.get_submodule("o_proj")
+        handle = o_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        try:
+            output = self._run(hidden)
+        finally:
+            handle.remove()
+        return output, seen[0]
+
+    def assign(self, linear: Linear, weight: Tensor) -> None:
+        """Replace one projection's weight, float32 [out, in]."""
+        projection = self.module.get_submodule(linear.name.rpartition(".")[2])
+        assert isinstance(projection, nn.Linear)
+        projection.weight = nn.Parameter(weight, requires_grad=False)
+
+    def assign_bias(self, linear: Linear, bias: Tensor) -> None:
+        """Replace one projection's bias, float32 [out]."""
+        projection = self.module.get_submodule(linear.name.rpartition(".")[2])
+        assert isinstance(projection, nn.Linear)
+        projection.bias = nn.Parameter(bias, requires_grad=False)
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        positions = torch.arange(length).unsqueeze(0)
+        output: Any = self.module(
+            hidden_states=hidden,
+            position_embeddings=self.rotary(hidden, positions),
+            attention_mask=self._mask(length),
+        )
+        attended: Tensor = output[0]
+        return attended
+
+    def _mask(self, length: int) -> Tensor | None:
+        if self.window is None or length <= self.window:
+            return None  # sdpa's own causal path
+        distance = torch.arange(length).unsqueeze(-1) - torch.arange(length)
+        return ((distance >= 0) & (distance < self.window)).view(1, 1, length, length)

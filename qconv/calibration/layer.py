@@ -1,0 +1,148 @@
+"""One layer calibrated, quantized and passed through: attention first, then the MLPs on its quantized output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.calibration.activations import ActivationFile
+from qconv.calibration.forward import Decoder
+from qconv.folding import Folds
+from qconv.methods.awq import Choice
+from qconv.models import Architecture
+from qconv.models.base import Layer, Linear, Norm
+from qconv.qtensor import Grid, QTensor
+from qconv.recipe import Recipe
+from qconv.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A module as the build will hold it: a quantized weight or None, then its plain tensors by name."""
+
+    module: Linear | Norm
+    weight: QTensor | None
+    dense: tuple[tuple[str, Tensor], ...]
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """What happened in a layer, for the build's report: plain values by name."""
+
+    searches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    experts: list[dict[str, Any]] = field(default_factory=list)
+
+    def search(self, name: str, choice: Choice) -> None:
+        """Record a scale search under the producer's name."""
+        self.searches[name] = {
+            "alpha": round(choice.alpha, 4),
+            "loss": choice.loss,
+            "rtn_loss": choice.rtn_loss,
+            "kept_rtn": choice.index == 0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The activations of one layer: inputs bf16, the middle of the layer bf16, and the running output in float32."""
+
+    inputs: ActivationFile
+    middle: ActivationFile
+    total: ActivationFile
+    sequence_length: int
+
+    @classmethod
+    def at(cls, folder: Path, layer: int, tokens: int, sequence_length: int, hidden: int) -> Workspace:
+        """The files of a layer in a work folder; the middle and the running output are shared by all layers."""
+        return cls(
+            inputs_file(folder, layer, tokens, hidden),
+            ActivationFile(folder / "middle.bin", tokens, hidden, torch.bfloat16),
+            ActivationFile(folder / "total.bin", tokens, hidden, torch.float32),
+            sequence_length,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.inputs.tokens
+
+    def sequence_windows(self, most_tokens: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that hold whole sequences, at least one."""
+        return self.inputs.windows(max(1, most_tokens // self.sequence_length) * self.sequence_length)
+
+
+def inputs_file(folder: Path, layer: int, tokens: int, hidden: int) -> ActivationFile:
+    """The inputs of a layer, bf16 [tokens, hidden]."""
+    return ActivationFile(folder / f"inputs-{layer:05d}.bin", tokens, hidden, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """What the two halves of a layer share.
+
+    Attributes:
+        quantized: Names of the linears that are quantized.
+        is_last: Whether no layer follows that would need this one's output.
+        scales: What is folded, filled in by the searches; by producer's module name.
+        folds: A view of ``scales`` that always shows its present state.
+    """
+
+    source: Source
+    decoder: Decoder
+    recipe: Recipe
+    grid: Grid
+    layer: Layer
+    work: Workspace
+    quantized: frozenset[str]
+    is_last: bool
+    report: LayerReport
+    scales: dict[str, Tensor]
+    folds: Folds
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        decoder: Decoder,
+        recipe: Recipe,
+        grid: Grid,
+        layer: Layer,
+        work: Workspace,
+        quantized: frozenset[str],
+        *,
+        is_last: bool,
+    ) -> LayerContext:
+        """The context of a layer, nothing folded yet."""
+        scales: dict[str, Tensor] = {}
+        folds = Folds.of(source.architecture, layer, scales)
+        return cls(source, decoder, recipe, grid, layer, work, quantized, is_last, LayerReport(), scales, folds)
+
+    @property
+    def model(self) -> Architecture:
+        """The architecture."""
+        return self.source.architecture
+
+    def generator(self, salt: int) -> torch.Generator:
+        """A random stream that depends on the seed, the layer and ``salt`` alone."""
+        seed = (self.recipe.calibration.seed * 1_000_003 + self.layer.index) * 1_000_003 + salt
+        return torch.Generator().manual_seed(seed % 2**63)
+
+    def all_quantized(self, linears: Sequence[Linear]) -> bool:
+        """Whether every one of them is quantized."""
+        return all(linear.name in self.quantized for linear in linears)
+
+    def dense(self, module: Linear | Norm) -> Finished:
+        """A module that stays unquantized, after folding."""
+        tensors = [(name, self.folds.expected(module, name, self.source.read(name))) for name, _ in module.tensors()]
+        return Finished(module, None, tuple(tensors))
+
+    def packed(self, linear: Linear, weight: QTensor) -> Finished:
+        """A quantized linear, its bias folded."""
+        names = [name for name, _ in linear.tensors() if name != linear.weight]
+        biases = tuple((name, self.folds.expected(linear, name, self.source.read(name))) for name in names)
+        return Finished(linear, weight, biases)

@@ -1,0 +1,65 @@
+"""A gated MLP on plain tensors: what an expert computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qconv.calibration.forward import Activation
+from qconv.models.base import Linear, Mlp
+from qconv.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class GatedWeights:
+    """``down(act(gate(x)) * up(x))``: gate and up float32 [inner, hidden], down float32 [hidden, inner]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    act: Activation
+
+    @classmethod
+    def read(cls, source: Source, mlp: Mlp, act: Activation) -> GatedWeights:
+        """One MLP's weights from the source, in float32.
+
+        Raises:
+            CheckpointError: not readable, or values that are not finite.
+        """
+
+        def bias(linear: Linear) -> Tensor | None:
+            return source.read(f"{linear.name}.bias").float() if linear.bias else None
+
+        gate, up, down = (source.read(linear.weight).float() for linear in mlp.linears())
+        return cls(gate, up, down, bias(mlp.gate), bias(mlp.up), bias(mlp.down), act)
+
+    def replaced(
+        self,
+        *,
+        gate: Tensor | None = None,
+        up: Tensor | None = None,
+        down: Tensor | None = None,
+        up_bias: Tensor | None = None,
+    ) -> GatedWeights:
+        """The same MLP with some tensors exchanged."""
+        return replace(
+            self,
+            gate=self.gate if gate is None else gate,
+            up=self.up if up is None else up,
+            down=self.down if down is None else down,
+            up_bias=self.up_bias if up_bias is None else up_bias,
+        )
+
+    def inner(self, inputs: Tensor) -> Tensor:
+        """down's input, float32 [tokens, inner], for inputs [tokens, hidden]."""
+        gate = torch.nn.functional.linear(inputs, self.gate, self.gate_bias)
+        return self.act(gate).mul_(torch.nn.functional.linear(inputs, self.up, self.up_bias))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The output, float32 [tokens, hidden], for inputs [tokens, hidden]."""
+        return torch.nn.functional.linear(self.inner(inputs), self.down, self.down_bias)

@@ -1,0 +1,62 @@
+"""Which tokens each MLP of a layer sees, and how much its output counts for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qconv.calibration.layer import LayerContext
+from qconv.models.base import Moe
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Tokens of one MLP: int64 [n], ascending, and the factor on its output for each: float32 [n]."""
+
+    tokens: Tensor
+    weights: Tensor
+
+
+class Routing:
+    """The router's decisions for all calibration tokens."""
+
+    def __init__(self, context: LayerContext, norm: nn.Module) -> None:
+        """Run the router (and the shared expert's gate) over the layer's middle activations."""
+        self._tokens = context.work.tokens
+        self._experts = 0
+        self._shared: Tensor | None = None
+        mlp = context.layer.mlp
+        if not isinstance(mlp, Moe):
+            return
+        self._experts = len(mlp.experts)
+        router = context.decoder.router(context.layer, context.source.read(mlp.router.weight))
+        gate = mlp.shared_expert_gate
+        gate_weight = None if gate is None else context.source.read(gate.weight).float()
+        chosen, factors, shared = [], [], []
+        for start, stop in context.work.middle.windows():
+            normed: Tensor = norm(context.work.middle.read(start, stop))
+            _, scores, indices = router(normed)
+            chosen.append(indices.to(torch.int32))
+            factors.append(scores.float())
+            if gate_weight is not None:
+                shared.append(torch.sigmoid(normed @ gate_weight.t()).squeeze(-1))
+        if shared:
+            self._shared = torch.cat(shared)
+        experts = torch.cat(chosen)
+        self.top_k = experts.shape[1]
+        # Sorting the (token, expert) pairs by expert leaves each expert's tokens as one ascending run.
+        self._order = experts.flatten().argsort(stable=True)
+        self._factors = torch.cat(factors).flatten()
+        self.counts = torch.bincount(experts.flatten(), minlength=self._experts)
+        self._ends = self.counts.cumsum(0)
+
+    def assignment(self, index: int) -> Assignment:
+        """The tokens of the layer's MLP ``index``: an expert, or the shared expert after them, or the dense MLP."""
+        if index >= self._experts:
+            weights = torch.ones(self._tokens) if self._shared is None else self._shared
+            return Assignment(torch.arange(self._tokens), weights)
+        end = int(self._ends[index])
+        pairs = self._order[end - int(self.counts[index]) : end]
+        return Assignment(pairs // self.top_k, self._factors[pairs])

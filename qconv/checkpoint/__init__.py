@@ -1,0 +1,1 @@
+"""Safetensors checkpoints in and out: headers, shards, index, Hub access."""

@@ -1,0 +1,208 @@
+"""A checkpoint folder: found, checked before any work, and read tensor by tensor.
+
+A tensor is mapped from its shard alone, and unmapped when the last reference to it goes; a shard is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import TensorEntry, read_header
+from qconv.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_SAMPLES_PER_SHARD = 64
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder of safetensors shards whose headers agree with its index and with the files' sizes.
+
+    Attributes:
+        path: The folder.
+        config: config.json.
+        entries: Every tensor by name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    entries: Mapping[str, TensorEntry]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read config.json, the index and every shard's header.
+
+        Raises:
+            CheckpointError: a file missing, truncated or malformed, a tensor missing from its shard or there twice.
+        """
+        config = read_json(path / "config.json")
+        return cls(path, config, _entries(path))
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, sorted by name."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies.
+
+        Raises:
+            CheckpointError: no tensor of that name.
+        """
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: no tensor {name!r}.", hint="The checkpoint is incomplete.") from None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype and shape, mapped copy-on-write: writing to it changes no file.
+
+        Raises:
+            CheckpointError: no such tensor, the file cannot be mapped, or it changed size since it was opened.
+        """
+        return map_tensor(self.entry(name))
+
+    def fingerprint(self) -> str:
+        """sha256 over config.json and, of every shard, its name, size, header and 64 pages spread evenly.
+
+        Reading a 960 GB model twice only to hash it would cost hours; headers and samples of every shard tell apart
+        any two different sets of weights that were really trained or converted, though not a single flipped bit.
+        """
+        digest = hashlib.sha256()
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        for path in self.files:
+            entries = [entry for entry in self.entries.values() if entry.file == path]
+            start = min(entry.offset for entry in entries)
+            size = max(entry.offset + entry.nbytes for entry in entries)
+            digest.update(f"{path.name} {size}\n".encode())
+            stride = max((size - start) // _SAMPLES_PER_SHARD, _SAMPLE_BYTES)
+            with path.open("rb") as file:
+                digest.update(file.read(start))
+                for offset in range(start, size, stride):
+                    file.seek(offset)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, not JSON, not an object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: no such file.", hint="Is this the folder of a Hugging Face checkpoint?"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot read as JSON: {error}.", hint="Download it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object.", hint="Download it again.")
+    return values
+
+
+def map_tensor(entry: TensorEntry) -> Tensor:
+    """Map one tensor's bytes copy-on-write.
+
+    Raises:
+        CheckpointError: the file cannot be mapped or became shorter.
+    """
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    page_start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
+    skip = entry.offset - page_start
+    try:
+        with entry.file.open("rb") as file:
+            # MAP_PRIVATE pages stay the page cache's own as long as nobody writes to them.
+            view = mmap.mmap(file.fileno(), skip + entry.nbytes, access=mmap.ACCESS_COPY, offset=page_start)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{entry.file}: cannot read tensor {entry.name!r}: {error}.",
+            hint="Check the disk, and that the file did not change during the run.",
+        ) from error
+    view.madvise(mmap.MADV_WILLNEED)
+    raw = torch.frombuffer(view, dtype=torch.uint8, count=entry.nbytes, offset=skip)
+    if entry.offset % entry.dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(entry.dtype).view(entry.shape)
+
+
+def require_finite(tensor: Tensor, entry: TensorEntry) -> Tensor:
+    """``tensor`` itself, once it is known to hold no NaN and no infinity.
+
+    Raises:
+        CheckpointError: names file, tensor, how many elements are not finite and the first one's position.
+    """
+    # A NaN or an infinity makes its row's sum not finite, and sums run an order faster than a test of each element.
+    if bool(torch.isfinite(tensor.sum(dim=-1).float().sum())):
+        return tensor
+    bad = torch.nonzero(~torch.isfinite(tensor))
+    if len(bad) == 0:
+        return tensor
+    raise CheckpointError(
+        f"{entry.file}: tensor {entry.name!r} holds {len(bad)} values that are not finite, the first at "
+        f"{bad[0].tolist()}.",
+        hint="The weights are damaged: download the shard again, or repair the model before quantizing it.",
+    )
+
+
+def _entries(path: Path) -> dict[str, TensorEntry]:
+    index_path = path / INDEX_NAME
+    if not index_path.exists():
+        if (path / SINGLE_NAME).exists():
+            return read_header(path / SINGLE_NAME)
+        raise CheckpointError(
+            f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} is there.",
+            hint="qconv reads safetensors checkpoints; convert pickled ones (*.bin) first.",
+        )
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: no weight_map.", hint="Download the index again.")
+    shards = set()
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index_path}: tensor {name!r} lies in {shard!r}, not a file name.")
+        shards.add(shard)
+    missing = sorted(shard for shard in shards if not (path / shard).is_file())
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}.",
+            hint="Finish the download.",
+        )
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(shards):
+        for name, entry in read_header(path / shard).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} is in both {entries[name].file.name} and {shard}.",
+                    hint="Remove the stale shard and index, and download them again.",
+                )
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{path / shard}: holds tensor {name!r}, which the index places in {weight_map.get(name)!r}.",
+                    hint="Index and shards belong to different downloads.",
+                )
+            entries[name] = entry
+    absent = sorted(name for name in weight_map if name not in entries)
+    if absent:
+        raise CheckpointError(
+            f"{path / weight_map[absent[0]]}: lacks tensor {absent[0]!r} that the index places there "
+            f"({len(absent)} such).",
+            hint="Index and shards belong to different downloads.",
+        )
+    return entries

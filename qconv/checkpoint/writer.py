@@ -1,0 +1,209 @@
+"""A safetensors shard, written as a stream and published only when what is on disk is what was meant.
+
+The header is known before the first byte, so tensors go straight to the file and memory holds one of them at a time. The
+file lives under a temporary name until :meth:`ShardWriter.publish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import TensorSpec, encode_header, read_header
+from qconv.errors import OutputError, VerificationError
+
+TEMPORARY_SUFFIX = ".partial"
+
+_FLUSH_BYTES = 256 * 2**20
+_READ_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished file: its name, size in bytes and sha256 (hexadecimal)."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system error on an output file into an :class:`OutputError` that names file and remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{path}: the disk is full.", hint="Free some space; the same command continues where it stopped."
+            ) from error
+        raise OutputError(
+            f"{path}: cannot write: {error.strerror}.", hint="The same command continues once this is repaired."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` so that after a crash it holds either the old bytes or the new.
+
+    Raises:
+        OutputError: disk full, read-only ...
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with output_errors(path):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+
+
+class ShardWriter:
+    """Writes the tensors of ``specs``, in that order, to ``path``.
+
+    Use as a context manager: leaving it before :meth:`publish` removes the temporary file.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        """Open the temporary file and write the header.
+
+        Raises:
+            OutputError: the file cannot be created or the disk is full.
+        """
+        self.path = path
+        self.temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        self._specs = list(specs)
+        self._next = 0
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._unflushed = 0
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flush: Future[None] | None = None
+        self._published = False
+        with output_errors(path):
+            self._file = self.temporary.open("wb")
+            self._append(encode_header(self._specs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flusher.shutdown(wait=True, cancel_futures=True)
+        # A full disk reports itself again when buffered bytes are flushed by close().
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if not self._published:
+            self.temporary.unlink(missing_ok=True)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor was written."""
+        return self._next == len(self._specs)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor.
+
+        Raises:
+            ValueError: not the tensor that comes next, or of another dtype or shape than announced.
+            OutputError: the disk is full or the file cannot be written.
+        """
+        if self.complete:
+            raise ValueError(f"{name}: the shard is complete")
+        spec = self._specs[self._next]
+        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+            raise ValueError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+        self._next += 1
+        if tensor.numel() == 0:
+            return
+        with output_errors(self.path):
+            self._append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> ShardRecord:
+        """Flush to disk, read the file back and compare; the file keeps its temporary name.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+            VerificationError: what was read back is not what was written.
+        """
+        if not self.complete:
+            raise ValueError(f"{self.path.name}: {len(self._specs) - self._next} tensors were not written")
+        with output_errors(self.path):
+            if self._flush is not None:
+                self._flush.result()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        written = self._digest.hexdigest()
+        if sha256_of(self.temporary) != written:
+            raise VerificationError(
+                f"{self.temporary}: what was read back differs from what was written.",
+                hint="The disk or the memory is faulty; do not trust this machine's output.",
+            )
+        read_header(self.temporary)
+        return ShardRecord(self.path.name, self._size, written)
+
+    def publish(self) -> None:
+        """Give the finished file its final name, durably.
+
+        Raises:
+            OutputError: the rename failed.
+        """
+        with output_errors(self.path):
+            self.temporary.rename(self.path)
+            self._published = True
+            sync_folder(self.path.parent)
+
+    def commit(self) -> ShardRecord:
+        """:meth:`finish`, :meth:`publish` and close."""
+        with self:
+            record = self.finish()
+            self.publish()
+        return record
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+        self._unflushed += len(data)
+        # Writeback goes on beside the computation, so that the last fsync has little left to wait for.
+        if self._unflushed >= _FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            if self._flush is not None:
+                self._flush.result()
+            self._file.flush()
+            self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
+            self._unflushed = 0

@@ -1,0 +1,65 @@
+"""Every error that qconv raises on purpose, and the exit code that each one ends the command line with.
+
+A message says what happened, where (file, tensor, layer, expert) and what to do about it; the remedy is kept apart in
+``hint`` so that the command line can set it off and ``--json`` can carry it as a field.
+"""
+
+from __future__ import annotations
+
+
+class QconvError(Exception):
+    """Base of the tree: the work could not be done. ``exit_code`` is the process's exit code."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+class UsageError(QconvError):
+    """The request itself is wrong: an argument, a recipe key, a combination that cannot work."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe does not parse or does not fit the model; names the offending key."""
+
+
+class ArtifactError(QconvError):
+    """A file on disk is corrupt, incomplete or stale. The message names it."""
+
+    exit_code = 5
+
+
+class CheckpointError(ArtifactError):
+    """A source checkpoint is not what its index, header or config.json says it is."""
+
+
+class VerificationError(ArtifactError):
+    """A finished build differs from its checksums or from its source."""
+
+
+class StaleJournalError(ArtifactError):
+    """The output folder belongs to a run with other weights, recipe, calibration data or versions."""
+
+
+class OutputError(QconvError):
+    """The output folder cannot be used or written: not ours, locked, disk full, read-only."""
+
+
+class ResourceError(QconvError):
+    """The machine lacks memory or disk for the planned work."""
+
+
+class Interrupted(QconvError):
+    """SIGINT or SIGTERM arrived; what was committed stays and the same command resumes."""
+
+    def __init__(self, signal_number: int, *, hint: str | None = None) -> None:
+        super().__init__("interrupted", hint=hint)
+        self.exit_code = 128 + signal_number

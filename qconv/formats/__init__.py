@@ -1,0 +1,38 @@
+"""Formats: how QTensors are laid out in a safetensors checkpoint. A module's name is its format's registry key."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from qconv.errors import RecipeError
+from qconv.formats.base import Format
+
+
+def formats() -> list[str]:
+    """The names of all formats, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        RecipeError: no such format.
+    """
+    if name not in formats():
+        raise RecipeError(f"format: unknown format {name!r}.", hint=f"qconv writes {', '.join(formats())}.")
+    found: Format = importlib.import_module(f"{__name__}.{name}").FORMAT
+    return found
+
+
+def detect(config: dict[str, Any]) -> Format | None:
+    """The format that a config.json's ``quantization_config`` belongs to, or None if none of ours."""
+    section = config.get("quantization_config")
+    if not isinstance(section, dict):
+        return None
+    return next((found for found in map(get_format, formats()) if found.recognizes(section)), None)
+
+
+__all__ = ["Format", "detect", "formats", "get_format"]

@@ -1,0 +1,147 @@
+"""AutoAWQ's GEMM layout (``quant_method: awq``), as every AWQ reader understands it.
+
+With K = in_features and N = out_features: ``qweight`` int32 [K, N/8], ``qzeros`` int32 [K/g, N/8], ``scales`` float16
+[K/g, N]. Nibble i (bits 4i) of word c holds column ``8c + ORDER[i]``; W[n, k] = (q - z) * s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import TensorSpec
+from qconv.errors import CheckpointError, RecipeError
+from qconv.formats.base import TensorReader
+from qconv.qtensor import Grid, QTensor
+from qconv.recipe import GridSettings
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of a word's eight columns each nibble holds, lowest nibble first."""
+
+
+def pack_words(values: Tensor) -> Tensor:
+    """Pack 4-bit values, uint8 [rows, columns], to int32 [rows, columns/8] in AWQ's nibble order."""
+    rows, columns = values.shape
+    low = values.view(rows, columns // 8, 8)[..., list(ORDER[0::2])]
+    high = values.view(rows, columns // 8, 8)[..., list(ORDER[1::2])]
+    return (low | (high << 4)).view(torch.int32).view(rows, columns // 8)
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """The inverse of :func:`pack_words`: int32 [rows, words] to uint8 [rows, 8 words]."""
+    rows, count = words.shape
+    packed = words.contiguous().view(torch.uint8).view(rows, count, 4)
+    values = torch.empty(rows, count, 8, dtype=torch.uint8)
+    for byte in range(4):
+        values[..., ORDER[2 * byte]] = packed[..., byte] & 15
+        values[..., ORDER[2 * byte + 1]] = packed[..., byte] >> 4
+    return values.view(rows, count * 8)
+
+
+class AwqFormat:
+    """AutoAWQ GEMM, 4 bits, with zero points."""
+
+    name = "awq"
+    pack_columns = 8
+
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+        """4 bits, asymmetric, float16 scales.
+
+        Raises:
+            RecipeError: other bits, a symmetric grid, or one scale a row.
+        """
+        if settings.bits != 4:
+            raise RecipeError(f"grid.bits: the awq format holds 4 bits, not {settings.bits}.")
+        if settings.symmetric:
+            raise RecipeError("grid.symmetric: the awq format always has zero points.", hint="Take format w4a16.")
+        if settings.group_size == -1:
+            raise RecipeError("grid.group_size: the awq format needs groups.", hint="Take 32, 64 or 128.")
+        return Grid(4, settings.group_size, symmetric=False, scale_dtype=torch.float16)
+
+    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
+        """Whole words need 8 | out_features; whole groups need group_size | in_features."""
+        if in_features % grid.group_size:
+            return f"group size {grid.group_size} does not divide its {in_features} input features"
+        if out_features % 8:
+            return f"its {out_features} output features are not a multiple of 8"
+        return None
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """qweight, qzeros, scales."""
+        groups = grid.groups(in_features)
+        return [
+            TensorSpec(f"{module}.qweight", torch.int32, (in_features, out_features // 8)),
+            TensorSpec(f"{module}.qzeros", torch.int32, (groups, out_features // 8)),
+            TensorSpec(f"{module}.scales", torch.float16, (groups, out_features)),
+        ]
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """qweight, qzeros, scales."""
+        assert weight.zero_points is not None
+        yield f"{module}.qweight", pack_words(weight.codes.t().contiguous())
+        yield f"{module}.qzeros", pack_words(weight.zero_points.t().contiguous())
+        yield f"{module}.scales", weight.scales.t().contiguous()
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """Codes, scales and zero points of a linear of ``shape``.
+
+        Raises:
+            CheckpointError: a tensor is absent or misshapen.
+        """
+        tensors = []
+        for spec in self.specs(module, *shape, grid):
+            tensor = read(spec.name)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
+            tensors.append(tensor)
+        qweight, qzeros, scales = tensors
+        return QTensor(
+            grid,
+            unpack_words(qweight).t().contiguous(),
+            scales.t().contiguous(),
+            unpack_words(qzeros).t().contiguous(),
+        )
+
+    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """AutoAWQ's own keys; readers match ``modules_to_not_convert`` by substring.
+
+        AutoAWQ matches against names relative to a layer, engines against full names, so both forms are listed: the
+        relative one only where it is no part of a quantized linear's name (``mlp.gate`` is part of ``mlp.gate_proj``).
+        """
+        relative = {name.split(".", 3)[3] for name in skipped if name.startswith("model.layers.")}
+        safe = sorted(name for name in relative if not any(name in other for other in quantized))
+        return {
+            "quant_method": "awq",
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": [*safe, *skipped],
+        }
+
+    def recognizes(self, section: dict[str, Any]) -> bool:
+        """``quant_method`` is awq."""
+        return section.get("quant_method") == "awq"
+
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+        """Grid and skipped modules.
+
+        Raises:
+            CheckpointError: not the GEMM version, or not 4 bits with zero points.
+        """
+        if section.get("version", "gemm") != "gemm" or section.get("bits") != 4 or not section.get("zero_point"):
+            raise CheckpointError("config.json: only AWQ's 4-bit gemm layout with zero points is known.")
+        group_size = section.get("group_size")
+        if not isinstance(group_size, int) or group_size < 1:
+            raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
+        return Grid(4, group_size, False, torch.float16), list(section.get("modules_to_not_convert") or [])
+
+    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
+        """Substring match."""
+        return any(entry in module for entry in skipped)
+
+
+FORMAT = AwqFormat()

@@ -1,0 +1,64 @@
+"""What a format must be able to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import TensorSpec
+from qconv.qtensor import Grid, QTensor
+from qconv.recipe import GridSettings
+
+TensorReader = Callable[[str], Tensor]
+"""Gives a tensor by its full name."""
+
+
+class Format(Protocol):
+    """Pack, unpack and describe quantized linears. Formats know no calibration."""
+
+    name: str
+    """Registry key."""
+    pack_columns: int
+    """Output features that one packed word holds; a tensor-parallel rank must own whole words."""
+
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+        """The grid for a recipe's settings.
+
+        Raises:
+            RecipeError: the format cannot express the settings.
+        """
+
+    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
+        """Why a linear of that shape cannot be stored, or None."""
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """The tensors that hold a quantized linear, in file order, bias not included."""
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of ``specs`` with their names, in the same order."""
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """The QTensor of a linear of ``shape`` (out_features, in_features), from the file's tensors.
+
+        Raises:
+            CheckpointError: a tensor is absent or has another shape or dtype than the format says.
+        """
+
+    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of config.json, from the linears left alone and those quantized, by name."""
+
+    def recognizes(self, section: dict[str, Any]) -> bool:
+        """Whether a ``quantization_config`` is of this format."""
+
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+        """Grid and skipped modules from a ``quantization_config``.
+
+        Raises:
+            CheckpointError: a key is missing or has an unsupported value.
+        """
+
+    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
+        """Whether readers of this format leave ``module`` unquantized, by their own matching rule."""

@@ -1,0 +1,175 @@
+"""compressed-tensors' ``pack-quantized`` layout: integer weights, 16-bit activations, symmetric by default.
+
+``weight_packed`` int32 [out, in*bits/32], low bits first along the input dimension, values offset to unsigned;
+``weight_scale`` [out, groups] in the weight's dtype; ``weight_shape`` int64 [2]; asymmetric builds add
+``weight_zero_point`` int32 [out*bits/32, groups], packed along the output dimension.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import TensorSpec
+from qconv.errors import CheckpointError, RecipeError
+from qconv.formats.base import TensorReader
+from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.recipe import GridSettings
+
+COMPRESSED_TENSORS_VERSION = "0.20.0"
+"""The release whose layout this is; written to config.json as readers expect."""
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """Pack 4- or 8-bit values, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
+    if bits == 8:
+        return values.contiguous().view(torch.int32)
+    # Two neighbours are one 16-bit word, low byte first: its nibbles move together by one shift.
+    pairs = values.contiguous().view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`pack_rows`: int32 [rows, words] to uint8 [rows, words*32/bits]."""
+    packed = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return packed
+    wide = packed.to(torch.int16)
+    return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
+
+
+class PackQuantizedFormat:
+    """compressed-tensors pack-quantized with 4 or 8 bits."""
+
+    name = "w4a16"
+    pack_columns = 1
+
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+        """Symmetric unless the recipe says otherwise; scales in the weight's dtype.
+
+        Raises:
+            RecipeError: bits that the layout does not pack into whole words.
+        """
+        if settings.bits not in (4, 8):
+            raise RecipeError(f"grid.bits: the w4a16 format holds 4 or 8 bits, not {settings.bits}.")
+        symmetric = True if settings.symmetric is None else settings.symmetric
+        return Grid(settings.bits, settings.group_size, symmetric, weight_dtype)
+
+    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
+        """Whole words and whole groups along the input, and along the output where zero points are packed."""
+        per_word = 32 // grid.bits
+        if grid.group_size != CHANNEL and in_features % grid.group_size:
+            return f"group size {grid.group_size} does not divide its {in_features} input features"
+        if in_features % per_word:
+            return f"its {in_features} input features are not a multiple of {per_word}"
+        if not grid.symmetric and out_features % per_word:
+            return f"its {out_features} output features are not a multiple of {per_word}"
+        return None
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """weight_packed, weight_scale, weight_zero_point (asymmetric), weight_shape."""
+        per_word, groups = 32 // grid.bits, grid.groups(in_features)
+        specs = [
+            TensorSpec(f"{module}.weight_packed", torch.int32, (out_features, in_features // per_word)),
+            TensorSpec(f"{module}.weight_scale", grid.scale_dtype, (out_features, groups)),
+        ]
+        if not grid.symmetric:
+            specs.append(TensorSpec(f"{module}.weight_zero_point", torch.int32, (out_features // per_word, groups)))
+        specs.append(TensorSpec(f"{module}.weight_shape", torch.int64, (2,)))
+        return specs
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of :meth:`specs`."""
+        bits = weight.grid.bits
+        yield f"{module}.weight_packed", pack_rows(weight.codes, bits)
+        yield f"{module}.weight_scale", weight.scales
+        if weight.zero_points is not None:
+            yield f"{module}.weight_zero_point", pack_rows(weight.zero_points.t(), bits).t().contiguous()
+        yield f"{module}.weight_shape", torch.tensor(weight.shape, dtype=torch.int64)
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """Codes, scales and zero points of a linear of ``shape``.
+
+        Raises:
+            CheckpointError: a tensor is absent or misshapen, or weight_shape says something else.
+        """
+        tensors: dict[str, Tensor] = {}
+        for spec in self.specs(module, *shape, grid):
+            tensor = read(spec.name)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
+            tensors[spec.name.removeprefix(f"{module}.")] = tensor
+        if tensors["weight_shape"].tolist() != list(shape):
+            raise CheckpointError(f"{module}.weight_shape: {tensors['weight_shape'].tolist()}, not {list(shape)}.")
+        zero_points = None
+        if not grid.symmetric:
+            zero_points = unpack_rows(tensors["weight_zero_point"].t(), grid.bits).t().contiguous()
+        codes = unpack_rows(tensors["weight_packed"], grid.bits)
+        return QTensor(grid, codes, tensors["weight_scale"], zero_points)
+
+    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """One config group that targets every Linear, and the list of exceptions."""
+        per_channel = grid.group_size == CHANNEL
+        weights = {
+            "num_bits": grid.bits,
+            "type": "int",
+            "symmetric": grid.symmetric,
+            "strategy": "channel" if per_channel else "group",
+            "group_size": None if per_channel else grid.group_size,
+            "dynamic": False,
+        }
+        group = {
+            "targets": ["Linear"],
+            "format": "pack-quantized",
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": list(skipped),
+            "config_groups": {"group_0": group},
+            "version": COMPRESSED_TENSORS_VERSION,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+
+    def recognizes(self, section: dict[str, Any]) -> bool:
+        """compressed-tensors in its pack-quantized format."""
+        return section.get("quant_method") == "compressed-tensors" and section.get("format") == "pack-quantized"
+
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+        """Grid and skipped modules.
+
+        Raises:
+            CheckpointError: not exactly one group of integer weights.
+        """
+        groups = section.get("config_groups")
+        if not isinstance(groups, dict) or len(groups) != 1:
+            raise CheckpointError("config.json: quantization_config needs exactly one config group.")
+        weights = next(iter(groups.values())).get("weights") or {}
+        bits, strategy = weights.get("num_bits"), weights.get("strategy")
+        if weights.get("type") != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
+            raise CheckpointError("config.json: only 4- and 8-bit integer weights by group or channel are known.")
+        group_size = CHANNEL if strategy == "channel" else weights.get("group_size")
+        if not isinstance(group_size, int) or group_size == 0:
+            raise CheckpointError(f"config.json: quantization_config group_size is {group_size!r}.")
+        return Grid(bits, group_size, bool(weights.get("symmetric")), weight_dtype), list(section.get("ignore") or [])
+
+    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
+        """Exact match, or a regular expression after ``re:``."""
+        return any(
+            re.match(entry.removeprefix("re:"), module) if entry.startswith("re:") else entry == module
+            for entry in skipped
+        )
+
+
+FORMAT = PackQuantizedFormat()

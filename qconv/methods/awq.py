@@ -1,0 +1,120 @@
+"""AWQ: activation-aware scales and clipping (Lin et al. 2023, https://arxiv.org/abs/2306.00978, sections 3.2 and 3.3).
+
+Scaling a weight's column by s > 1 before rounding, and its input by 1/s, shrinks that column's share of the rounding
+error. Columns that see large activations are worth it. The scales are searched on a grid of exponents that holds the
+identity, and the clipping range of each group on a grid that holds no clipping, so neither can lose by its own loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconv.methods.base import assemble, encode_, grid_parameters, round_block, row_blocks
+from qconv.methods.rtn import clip_ratios
+from qconv.qtensor import Grid, QTensor
+from qconv.recipe import ClipSettings
+
+MAX_SCALE = 1e4
+"""Bound on a scale and its reciprocal, so that folding never over- or underflows a 16-bit norm."""
+
+
+def candidate_scales(magnitude: Tensor, points: int) -> list[Tensor]:
+    """Scales ``magnitude ** alpha`` for alpha on ``points`` points of [0, 1], normalized; the first is the identity.
+
+    Args:
+        magnitude: float32 [channels], mean absolute activation of each input channel.
+        points: Number of alphas.
+
+    Returns:
+        float32 [channels] each, with geometric mean of the extremes 1.
+    """
+    floor = float(magnitude.max()) * 1e-6
+    if floor == 0.0 or not bool(torch.isfinite(magnitude).all()):
+        return [torch.ones_like(magnitude)] * points
+    base = magnitude.clamp(min=floor)
+    scales = []
+    for step in range(points):
+        scale = base ** (step / (points - 1))
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        scales.append(scale.clamp_(1.0 / MAX_SCALE, MAX_SCALE))
+    return scales
+
+
+def nearest_power_of_two(scale: Tensor) -> Tensor:
+    """Each scale rounded to a power of two, so that folding it changes exponents only and loses no bit."""
+    return torch.exp2(torch.round(torch.log2(scale)))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The outcome of a scale search.
+
+    Attributes:
+        index: Index of the chosen candidate; 0 is the identity, plain rounding.
+        alpha: Its exponent.
+        loss: Its loss.
+        rtn_loss: The identity's loss.
+    """
+
+    index: int
+    alpha: float
+    loss: float
+    rtn_loss: float
+
+
+def choose(losses: Tensor) -> Choice:
+    """The candidate with the least loss, float64 [points]; the identity unless another is strictly better."""
+    usable = torch.where(torch.isfinite(losses), losses, torch.full_like(losses, torch.inf))
+    index = int(usable.argmin())
+    if not bool(usable[index] < usable[0]):
+        index = 0
+    return Choice(index, index / (len(losses) - 1), float(losses[index]), float(losses[0]))
+
+
+def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSettings) -> Tensor:
+    """For each group the ratio of its range whose rounding error costs least at the output.
+
+    The cost of a weight error d within a group is ``d^T H d`` with H the group's block of the inputs' second moments: the
+    mean squared change of the output. Ties go to the larger ratio.
+
+    Args:
+        weight: float32 [out_features, in_features].
+        grid: The grid.
+        gram: float32 [blocks, width, width], blocks no wider than a group.
+        clip: The search's settings.
+
+    Returns:
+        float32 [out_features, groups].
+    """
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    blocks, width, _ = gram.shape
+    best = torch.ones(rows, groups)
+    for start, stop in row_blocks(rows, columns):
+        source = weight[start:stop].view(stop - start, groups, -1)
+        least = torch.full((stop - start, groups), torch.inf)
+        for ratio in clip_ratios(clip):
+            scales, zero_points = grid_parameters(source, grid, ratio)
+            error = encode_(source.clone(), scales, zero_points, grid)
+            error.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
+            error.mul_(scales.float().unsqueeze(-1)).sub_(source)
+            by_block = error.view(stop - start, blocks, width).transpose(0, 1)
+            cost = torch.bmm(by_block, gram).mul_(by_block).sum(-1)
+            cost = cost.view(groups, blocks // groups, -1).sum(1).t()
+            better = cost < least
+            least = torch.where(better, cost, least)
+            best[start:stop].masked_fill_(better, ratio)
+    return best
+
+
+def quantize(weight: Tensor, grid: Grid, ratios: Tensor | None) -> QTensor:
+    """Round an already scaled weight, float32 [out_features, in_features], with clipping ratios or the full range."""
+    return assemble(
+        [
+            round_block(weight[start:stop], grid, None if ratios is None else ratios[start:stop])
+            for start, stop in row_blocks(*weight.shape)
+        ]
+    )

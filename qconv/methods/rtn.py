@@ -1,0 +1,51 @@
+"""Round to nearest, with an optional search of each group's clipping range by mean squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconv.methods.base import assemble, encode_, grid_parameters, round_block, row_blocks
+from qconv.qtensor import Grid, QTensor
+from qconv.recipe import ClipSettings
+
+
+def quantize(weight: Tensor, grid: Grid, clip: ClipSettings | None = None) -> QTensor:
+    """Round a weight to nearest on the grid.
+
+    Args:
+        weight: [out_features, in_features], any float dtype; not changed.
+        grid: The grid.
+        clip: Search each group's clipping range for the least squared error of its weights; None takes the full range.
+    """
+    return assemble(
+        [
+            round_block(block, grid, None if clip is None else mse_ratios(block, grid, clip))
+            for block in (weight[start:stop] for start, stop in row_blocks(*weight.shape))
+        ]
+    )
+
+
+def clip_ratios(clip: ClipSettings) -> list[float]:
+    """The ratios that a clipping search tries, from 1 (no clipping) downward."""
+    return [1.0 - clip.max_shrink * step / clip.steps for step in range(clip.steps)]
+
+
+def mse_ratios(block: Tensor, grid: Grid, clip: ClipSettings) -> Tensor:
+    """For each group the ratio of its range with the least squared error, float32 [rows, groups].
+
+    Ties go to the larger ratio, so a group that clipping does not help keeps its full range.
+    """
+    rows, columns = block.shape
+    source = block.float().view(rows, grid.groups(columns), -1)
+    best = torch.ones(source.shape[:2])
+    least = torch.full(source.shape[:2], torch.inf)
+    for ratio in clip_ratios(clip):
+        scales, zero_points = grid_parameters(source, grid, ratio)
+        rounded = encode_(source.clone(), scales, zero_points, grid)
+        rounded.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
+        error = rounded.mul_(scales.float().unsqueeze(-1)).sub_(source).square_().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best.masked_fill_(better, ratio)
+    return best

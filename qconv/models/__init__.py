@@ -1,0 +1,45 @@
+"""Model architectures as data: one short declarative file a family; the file's name is the config's ``model_type``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from qconv.errors import CheckpointError
+from qconv.models.base import Architecture, Family, build
+
+
+def families() -> list[str]:
+    """The ``model_type`` of every family that qconv knows, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def family(model_type: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        CheckpointError: no such family.
+    """
+    if model_type not in families():
+        raise CheckpointError(
+            f"config.json: unknown architecture: model_type {model_type!r}.",
+            hint=f"qconv knows {', '.join(families())}; a new family is one file in qconv/models/.",
+        )
+    declared: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
+    return declared
+
+
+def architecture(config: dict[str, Any]) -> Architecture:
+    """The resolved architecture of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: unknown family, or a key of config.json missing or of the wrong type.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError("config.json has no model_type.", hint="Is this a Hugging Face checkpoint?")
+    return build(family(model_type), config)
+
+
+__all__ = ["Architecture", "Family", "architecture", "families", "family"]

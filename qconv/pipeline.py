@@ -1,0 +1,267 @@
+"""The run: layer by layer from source shards to verified output shards, resumable at every layer."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv import __version__
+from qconv.build import Build
+from qconv.calibration.corpus import TokenSet, build_tokens
+from qconv.calibration.layer import Finished, LayerReport
+from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
+from qconv.committer import UnitWriter
+from qconv.errors import OutputError
+from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, locked, require_same
+from qconv.methods import rtn
+from qconv.models.base import Linear
+from qconv.output import (
+    FolderState,
+    clear,
+    finished_report,
+    folder_state,
+    require_apart,
+    require_disk,
+    write_companions,
+)
+from qconv.plan import BuildPlan, Unit, make_plan, modelled_costs
+from qconv.recipe import Recipe
+from qconv.report import Report
+from qconv.source import Source
+from qconv.verify import CHECKSUMS_NAME, Progress, Verification, build_files, check_structure, render_checksums
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        out: The build's folder.
+        report: Its report's values.
+        already_complete: Whether there was nothing left to do.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    already_complete: bool
+
+
+def quantize(
+    model: Path, out: Path, recipe: Recipe, *, restart: bool = False, progress: Progress, log: Log
+) -> Outcome:
+    """Make a build, or continue one.
+
+    Args:
+        model: The source checkpoint's folder.
+        out: The build's folder; made if absent.
+        recipe: What to build.
+        restart: Discard what ``out`` holds, if that is a model or build.
+        progress: Told about each unit.
+        log: Told about decisions, one sentence each.
+
+    Raises:
+        UsageError, RecipeError: the request cannot work.
+        CheckpointError: the source is damaged.
+        StaleJournalError: ``out`` belongs to a run with other inputs.
+        OutputError: ``out`` is foreign, in use, or cannot be written.
+        VerificationError: what was written does not stand for the source.
+    """
+    require_apart(model, out)
+    source = Source.open(model)
+    plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _Run(source, plan, out, progress, log).run(restart)
+
+
+class _Run:
+    def __init__(self, source: Source, plan: BuildPlan, out: Path, progress: Progress, log: Log) -> None:
+        self.source = source
+        self.plan = plan
+        self.recipe = plan.recipe
+        self.out = out
+        self.work = out / WORK_FOLDER
+        self.progress = progress
+        self.log = log
+        self.tokens: TokenSet | None = None
+
+    def run(self, restart: bool) -> Outcome:
+        if restart:
+            clear(self.out)
+        state = folder_state(self.out)
+        if state is FolderState.FOREIGN:
+            raise OutputError(
+                f"{self.out}: is not empty and not a build of qconv.",
+                hint="Choose another folder, or --restart to discard a model that lies there.",
+            )
+        if self.recipe.needs_calibration:
+            self.tokens = build_tokens(self.recipe.calibration, self.source.checkpoint.path)
+            self.log(f"calibration: {self.tokens.ids.numel():,} tokens of {self.tokens.source}")
+        fingerprints = self._fingerprints()
+        if state is FolderState.COMPLETE:
+            report = finished_report(self.out)
+            require_same(self.out, report["fingerprints"], fingerprints)
+            shutil.rmtree(self.work, ignore_errors=True)
+            return Outcome(self.out, report, already_complete=True)
+        journal = self._journal(fingerprints)
+        # Sums of floats depend on how they are split over threads.
+        torch.set_num_threads(journal.threads)
+        self._require_disk(journal)
+        self._units(journal)
+        return Outcome(self.out, self._finish(journal), already_complete=False)
+
+    def _fingerprints(self) -> dict[str, str]:
+        versions = {"qconv": __version__, "torch": torch.__version__, "machine": platform.machine()}
+        if self.tokens is not None:
+            versions["transformers"] = version("transformers")
+        return {
+            "weights": self.source.checkpoint.fingerprint(),
+            "recipe": self.recipe.digest(),
+            "calibration data": "none" if self.tokens is None else self.tokens.digest,
+            "versions": " ".join(f"{name}={number}" for name, number in sorted(versions.items())),
+        }
+
+    def _journal(self, fingerprints: Mapping[str, str]) -> Journal:
+        path = self.work / JOURNAL_NAME
+        with output_errors(path):
+            self.work.mkdir(exist_ok=True)
+        journal = Journal.load(path)
+        if journal is None:
+            return Journal.create(path, fingerprints, torch.get_num_threads())
+        journal.require(fingerprints)
+        self.log(f"resuming: {len(journal.units)} of {len(self.plan.units)} units are committed")
+        return journal
+
+    def _require_disk(self, journal: Journal) -> None:
+        pending = sum(unit.nbytes for unit in self.plan.units if unit.key not in journal.units)
+        scratch = modelled_costs(self.plan).scratch if pending else 0
+        present = sum(file.stat().st_size for file in self.work.glob("*.bin"))
+        require_disk(self.out, pending + max(0, scratch - present))
+
+    def _units(self, journal: Journal) -> None:
+        """The loop: every unit that is not committed yet."""
+        calibrated = self._calibrated_units(journal) if self._pending_layers(journal) else None
+        for number, unit in enumerate(self.plan.units):
+            self.progress(unit.key, number, len(self.plan.units))
+            if unit.layer is not None and calibrated is not None and self.tokens is not None:
+                calibrated(unit)
+            elif unit.key in journal.units:
+                self._require_published(unit, journal)
+            else:
+                self._commit(unit, self._rounded(unit), {}, LayerReport(), journal)
+        self.progress("finishing", len(self.plan.units), len(self.plan.units))
+
+    def _pending_layers(self, journal: Journal) -> bool:
+        return any(unit.layer is not None and unit.key not in journal.units for unit in self.plan.units)
+
+    def _calibrated_units(self, journal: Journal) -> Callable[[Unit], None] | None:
+        """What makes a calibrated layer, or None if the method needs no calibration."""
+        if self.tokens is None:
+            return None
+        # transformers takes seconds to import; rounding does without.
+        from qconv.calibration.run import Calibration
+
+        calibration = Calibration(self.source, self.plan, self.tokens, self.work, journal)
+
+        def make(unit: Unit) -> None:
+            assert unit.layer is not None
+            committed = unit.key in journal.units
+            if committed:
+                self._require_published(unit, journal)
+            if unit.layer.index < calibration.next_layer:
+                return
+            context = calibration.context(unit, unit.layer)
+            modules = calibration.modules(context)
+            if committed:
+                self.log(f"{unit.key}: committed before its outputs were; computing them again")
+                for _ in modules:
+                    pass
+            else:
+                self._commit(unit, modules, context.scales, context.report, journal)
+            calibration.advance(context)
+
+        return make
+
+    def _rounded(self, unit: Unit) -> Iterator[Finished]:
+        """The unit's modules without calibration."""
+        clip = self.recipe.clip if self.recipe.searches_clipping else None
+        for item in unit.items:
+            names = [name for name, _ in item.module.tensors()]
+            weight = None
+            if item.quantized and isinstance(item.module, Linear):
+                weight = rtn.quantize(self.source.read(names.pop(0)), self.plan.grid, clip)
+            yield Finished(item.module, weight, tuple((name, self.source.read(name)) for name in names))
+
+    def _commit(
+        self,
+        unit: Unit,
+        modules: Iterator[Finished],
+        scales: Mapping[str, Tensor],
+        report: LayerReport,
+        journal: Journal,
+    ) -> None:
+        with UnitWriter(self.out, self.plan, unit) as writer:
+            for module in modules:
+                if module.weight is not None:
+                    for name, tensor in self.plan.format.pack(module.module.name, module.weight):
+                        writer.add(name, tensor)
+                for name, tensor in module.dense:
+                    writer.add(name, tensor)
+            committed = writer.commit(self.source, scales)
+        files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
+        outcome = {"searches": report.searches, "experts": report.experts}
+        journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
+
+    def _require_published(self, unit: Unit, journal: Journal) -> None:
+        for file in journal.units[unit.key]["files"]:
+            path = self.out / file["name"]
+            if not path.is_file() or path.stat().st_size != file["size"]:
+                raise OutputError(
+                    f"{path}: was committed but is now missing or of another size.",
+                    hint="Put it back, or start over with --restart.",
+                )
+
+    def _finish(self, journal: Journal) -> dict[str, Any]:
+        """Complete the folder, check it as a whole, and only then write the checksums that call it complete."""
+        corpus = None if self.tokens is None else self.tokens.source
+        name = self.source.checkpoint.path.resolve().name
+        report = Report.make(self.plan, name, journal.fingerprints, corpus, journal.units)
+        write_companions(self.out, self.source, self.plan, report)
+        sums = {name: sha256_of(self.out / name) for name in build_files(self.out)}
+        self._check_whole(journal, sums)
+        write_atomically(self.out / CHECKSUMS_NAME, render_checksums(sums).encode())
+        shutil.rmtree(self.work)
+        return report.values
+
+    def _check_whole(self, journal: Journal, sums: Mapping[str, str]) -> None:
+        """Check the build as it now lies on disk.
+
+        Every file was checked against the source when it was committed, weight by weight; here it must still be that
+        file to the last bit, and all of them together must be the whole model.
+
+        Raises:
+            VerificationError: they are not.
+        """
+        result = Verification()
+        for record in journal.units.values():
+            for file in record["files"]:
+                if sums.get(file["name"]) != file["sha256"]:
+                    result.problems.append(f"{file['name']}: changed since it was committed")
+        build = Build.open(self.out)
+        check_structure(build, result)
+        quantized = {linear.name for linear in self.plan.quantized}
+        measured = {name for record in journal.units.values() for name in record["snr_db"]}
+        for name in sorted(quantized ^ measured):
+            result.problems.append(f"{name}: planned and measured do not agree")
+        result.raise_if_bad(self.out)

@@ -1,0 +1,278 @@
+"""From a config and a recipe, everything that a build will hold, before any weight is read.
+
+A plan is a list of units in the order of the work: the embeddings, each layer, the head. A unit's shards are committed
+together. The plan knows every output tensor's name, dtype and shape, so sizes are exact; memory and disk for scratch
+files are modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qconv.checkpoint.header import TensorSpec, encode_header
+from qconv.errors import RecipeError
+from qconv.formats import get_format
+from qconv.formats.base import Format
+from qconv.models import Architecture
+from qconv.models.base import Layer, Linear, Moe, Norm
+from qconv.qtensor import Grid
+from qconv.recipe import Recipe
+
+Module = Linear | Norm
+DtypeOf = Callable[[str], torch.dtype]
+"""The stored dtype of a source tensor by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One source module and the tensors it becomes."""
+
+    module: Module
+    quantized: bool
+    specs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is committed together. ``layer`` is None for the embeddings and the head."""
+
+    key: str
+    layer: Layer | None
+    items: tuple[Item, ...]
+    shards: tuple[tuple[str, tuple[TensorSpec, ...]], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the unit's tensors."""
+        return sum(spec.nbytes for item in self.items for spec in item.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """A whole build."""
+
+    architecture: Architecture
+    recipe: Recipe
+    format: Format
+    grid: Grid
+    units: tuple[Unit, ...]
+
+    def items(self) -> Iterator[Item]:
+        """All items in file order."""
+        for unit in self.units:
+            yield from unit.items
+
+    @property
+    def quantized(self) -> list[Linear]:
+        """The linears that are quantized, in file order."""
+        return [item.module for item in self.items() if item.quantized and isinstance(item.module, Linear)]
+
+    @property
+    def skipped(self) -> list[str]:
+        """The linears that are not, by name: routers, lm_head, and what the recipe skips."""
+        embedding = self.architecture.embedding.name
+        return [
+            item.module.name
+            for item in self.items()
+            if not item.quantized and isinstance(item.module, Linear) and item.module.name != embedding
+        ]
+
+    @property
+    def weights(self) -> int:
+        """The number of parameters of the source."""
+        return sum(_numel(shape) for _, shape in self.architecture.tensors())
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(
+            len(encode_header(specs)) + sum(spec.nbytes for spec in specs)
+            for unit in self.units
+            for _, specs in unit.shards
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Output tensor bits over source parameters."""
+        return 8.0 * sum(unit.nbytes for unit in self.units) / self.weights
+
+    @property
+    def quantized_bits_per_weight(self) -> float:
+        """The same over the quantized linears alone."""
+        items = [item for item in self.items() if item.quantized]
+        numel = sum(item.module.numel for item in items if isinstance(item.module, Linear))
+        return 8.0 * sum(spec.nbytes for item in items for spec in item.specs) / numel if numel else 0.0
+
+
+def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> BuildPlan:
+    """Plan a build.
+
+    Args:
+        architecture: The source's architecture.
+        recipe: The recipe.
+        dtype_of: The stored dtype of each source tensor.
+
+    Raises:
+        RecipeError: the format cannot hold the grid or a linear, or linears that engines fuse are treated differently.
+    """
+    output_format = get_format(recipe.format)
+    grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
+    _check_fused(architecture, recipe)
+    _check_shapes(architecture, recipe, output_format, grid)
+
+    def item(module: Module, quantizable: bool = False) -> Item:
+        dense = tuple(TensorSpec(name, dtype_of(name), shape) for name, shape in module.tensors())
+        if not isinstance(module, Linear) or not quantizable or recipe.skips(module.name):
+            return Item(module, False, dense)
+        packed = output_format.specs(module.name, module.out_features, module.in_features, grid)
+        return Item(module, True, (*packed, *dense[1:]))
+
+    groups: list[tuple[str, Layer | None, list[Item]]] = [("embeddings", None, [item(architecture.embedding)])]
+    for layer in architecture.layers:
+        routers = layer.routers()
+        items = [item(module, module not in routers) for module in layer_modules(layer)]
+        groups.append((f"layer-{layer.index:05d}", layer, items))
+    head = [item(architecture.final_norm)]
+    if architecture.lm_head is not None:
+        head.append(item(architecture.lm_head))
+    groups.append(("head", None, head))
+
+    limit = recipe.output.max_shard_size
+    cuts = [list(_cut([spec for item in items for spec in item.specs], limit)) for _, _, items in groups]
+    total = sum(map(len, cuts))
+    units, number = [], 0
+    for (key, layer_or_none, items), shards in zip(groups, cuts, strict=True):
+        named = []
+        for specs in shards:
+            number += 1
+            named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
+        units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
+    return BuildPlan(architecture, recipe, output_format, grid, tuple(units))
+
+
+def layer_modules(layer: Layer) -> Iterator[Module]:
+    """A layer's modules in the order in which they are finished and written."""
+    yield layer.input_norm
+    yield from layer.attention.linears()
+    yield from layer.attention.head_norms
+    yield layer.post_attention_norm
+    yield from layer.routers()
+    for mlp in layer.mlps():
+        yield from mlp.linears()
+
+
+def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
+    """Why a tensor-parallel serving topology of that many ranks cannot hold the build; empty if it can.
+
+    q, k, v, gate and up are split along their output, o and down along their input; a rank must own whole heads, whole
+    packed words and whole groups.
+    """
+    model, problems = plan.architecture, []
+    if model.num_attention_heads % ranks:
+        problems.append(f"{model.num_attention_heads} attention heads do not split over {ranks} ranks")
+    if model.num_key_value_heads % ranks and ranks % model.num_key_value_heads:
+        problems.append(f"{model.num_key_value_heads} key-value heads neither split over nor repeat on {ranks} ranks")
+    quantized = {linear.name for linear in plan.quantized}
+    width = plan.grid.group_size
+    seen: set[str] = set()
+    for layer in model.layers:
+        mlps = layer.mlps()
+        columns = [layer.attention.q, *(linear for mlp in mlps for linear in (mlp.gate, mlp.up))]
+        rows = [layer.attention.o, *(mlp.down for mlp in mlps)]
+        for linear, size, unit, what in (
+            *((one, one.out_features, plan.format.pack_columns, "output features") for one in columns),
+            *((one, one.in_features, max(width, 1), "input features") for one in rows),
+        ):
+            if size % ranks == 0 and (linear.name not in quantized or (size // ranks) % unit == 0):
+                continue
+            kind = linear.name.rpartition(".")[2]
+            problem = f"{kind}: {size} {what} over {ranks} ranks are {size / ranks:g} each, not a multiple of {unit}"
+            if problem not in seen:
+                seen.add(problem)
+                problems.append(f"{problem} (first in {linear.name})")
+    return problems
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Modelled costs of a run, in bytes."""
+
+    memory: int
+    scratch: int
+
+
+def modelled_costs(plan: BuildPlan) -> Costs:
+    """Peak resident memory and scratch disk, modelled from shapes: not measured.
+
+    Memory is the interpreter with torch, plus for rounding the largest linear (mapped source, codes, packed words),
+    plus for calibration the float32 copies that the attention search or one expert needs and a window of activations.
+    """
+    interpreter = 450 * 2**20
+    largest = max((linear.numel for linear in plan.quantized), default=0)
+    if not plan.recipe.needs_calibration:
+        return Costs(interpreter + 6 * largest, 0)
+    tokens = plan.recipe.calibration.tokens
+    hidden = plan.architecture.hidden_size
+    attention = max(sum(one.numel for one in layer.attention.linears()) for layer in plan.architecture.layers)
+    mlp = max(
+        sum(one.numel for one in mlp.linears())
+        for layer in plan.architecture.layers
+        for mlp in layer.mlps()
+    )
+    window = 4 * 16384 * (hidden + 2 * max(linear.in_features for linear in plan.quantized))
+    scratch = tokens * hidden * (2 + 2 + 2 + 4)
+    return Costs(interpreter + 650 * 2**20 + 4 * 4 * max(attention, mlp) + window, scratch)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _cut(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        if shard and size + spec.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(spec)
+        size += spec.nbytes
+    yield shard
+
+
+def _check_fused(architecture: Architecture, recipe: Recipe) -> None:
+    """Engines fuse q, k, v, and gate, up, and hold a layer's experts as one tensor: each set is all or nothing."""
+    for layer in architecture.layers:
+        sets: list[tuple[str, Sequence[Linear]]] = [("q, k and v", layer.attention.linears()[:3])]
+        if isinstance(layer.mlp, Moe):
+            sets.append(("the experts", [linear for mlp in layer.mlp.experts for linear in mlp.linears()]))
+            shared = layer.mlp.shared_expert
+            if shared is not None:
+                sets.append(("the shared expert's gate and up", (shared.gate, shared.up)))
+        else:
+            sets.append(("gate and up", (layer.mlp.gate, layer.mlp.up)))
+        for what, linears in sets:
+            skipped = [linear.name for linear in linears if recipe.skips(linear.name)]
+            if skipped and len(skipped) != len(linears):
+                raise RecipeError(
+                    f"skip: {skipped[0]} is skipped but others of {what} of layer {layer.index} are not; engines load "
+                    "them as one.",
+                    hint="Skip all of them or none.",
+                )
+
+
+def _check_shapes(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> None:
+    for layer in architecture.layers:
+        for linear in layer.linears():
+            problem = output_format.check(linear.out_features, linear.in_features, grid)
+            if problem and not recipe.skips(linear.name):
+                raise RecipeError(
+                    f"grid.group_size: {linear.name} does not fit format {output_format.name}: {problem}.",
+                    hint="Choose another group size, or skip the module in the recipe.",
+                )

@@ -1,0 +1,190 @@
+"""The recipe of a build: what is quantized, how, and with which calibration data. YAML in, errors that name the key."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qconv.errors import RecipeError
+
+GIGABYTE = 10**9
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class GridSettings(_Section):
+    """The quantization grid. ``symmetric: null`` takes the format's own default."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    group_size: int = 128
+    symmetric: bool | None = None
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive_or_channel(cls, value: int) -> int:
+        if value != -1 and value < 8:
+            raise ValueError("must be -1 (one scale a row) or at least 8")
+        return value
+
+
+class ClipSettings(_Section):
+    """The search of the clipping range: ``steps`` ratios from 1 downward, the last one above ``1 - max_shrink``.
+
+    ``enabled: null`` means on for methods that look at activations and off for plain rounding.
+    """
+
+    enabled: bool | None = None
+    steps: Annotated[int, Field(ge=1, le=100)] = 10
+    max_shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+
+
+class AwqSettings(_Section):
+    """The search of AWQ's scales (Lin et al. 2023, section 3.2): alpha on ``alpha_points`` points of [0, 1]."""
+
+    alpha_points: Annotated[int, Field(ge=20, le=200)] = 20
+    search_tokens: Annotated[int, Field(ge=16)] = 128
+    """Tokens of one expert (or attention block) on which the loss is measured."""
+
+
+class CalibrationSettings(_Section):
+    """Which text, how much of it, and how the experts see it."""
+
+    corpus: str = "python-stdlib"
+    tokens: Annotated[int, Field(ge=1)] = 32768
+    sequence_length: Annotated[int, Field(ge=16)] = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    routing: Literal["routed", "all-experts"] = "routed"
+    propagate: bool = True
+    """Whether the next layer sees the quantized layer's outputs."""
+    shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
+    """k of ``H = (n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> CalibrationSettings:
+        if self.tokens % self.sequence_length:
+            raise ValueError(f"tokens {self.tokens} is not a multiple of sequence_length {self.sequence_length}")
+        return self
+
+
+class OutputSettings(_Section):
+    """The files of the build."""
+
+    max_shard_size: Annotated[int, Field(ge=10**6)] = 5 * GIGABYTE
+    """Bytes."""
+
+
+class Recipe(_Section):
+    """Everything that decides what a build contains, apart from the source weights."""
+
+    format: str = "awq"
+    method: Literal["rtn", "awq"] = "awq"
+    grid: GridSettings = GridSettings()
+    clip: ClipSettings = ClipSettings()
+    awq: AwqSettings = AwqSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    skip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""
+    output: OutputSettings = OutputSettings()
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method != "rtn"
+
+    @property
+    def searches_clipping(self) -> bool:
+        """Whether clipping ranges are searched: by default for every method but plain rounding."""
+        return self.method != "rtn" if self.clip.enabled is None else self.clip.enabled
+
+    def skips(self, module: str) -> bool:
+        """Whether a pattern of ``skip`` matches the module's full name."""
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.skip)
+
+    def digest(self) -> str:
+        """sha256 of the recipe's canonical JSON, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+def recipes_folder() -> Path:
+    """The folder of the packaged recipes: inside the wheel, or the checkout's top level in an editable install."""
+    package = Path(__file__).parent
+    packaged = package / "recipes"
+    return packaged if packaged.is_dir() else package.parent / "recipes"
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe by packaged name or file path, with single keys replaced.
+
+    Args:
+        source: Name of a packaged recipe (``awq``) or path of a YAML file.
+        overrides: Values by dotted key, e.g. ``{"calibration.tokens": 4096}``.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key, a value out of range; the message names file and key.
+    """
+    path = recipes_folder() / f"{source}.yaml" if source in packaged_recipes() else Path(source)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"cannot read recipe {source!r}: {error.strerror if isinstance(error, OSError) else error}.",
+            hint=f"Give a YAML file or one of: {', '.join(packaged_recipes())}.",
+        ) from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path.name} is not YAML: {error}.") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path.name}: a recipe is a mapping of keys, not a {type(values).__name__}.")
+    for key, value in (overrides or {}).items():
+        _set(values, key.split("."), value)
+    return parse_recipe(values, where=path.name)
+
+
+def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping.
+
+    Raises:
+        RecipeError: an unknown key or a bad value; names each by its dotted path.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {_explain(problem['type'], problem['msg'])}"
+            for problem in error.errors()
+        ]
+        raise RecipeError(f"{where}: {'; '.join(problems)}.", hint="See README.md, Recipes.") from error
+
+
+def _explain(kind: str, message: str) -> str:
+    return "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        section = values.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"{part}: not a section.")
+        values = section
+    values[path[-1]] = value

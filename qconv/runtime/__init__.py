@@ -1,0 +1,1 @@
+"""Running builds. For now: writing the dense model that a build stands for."""

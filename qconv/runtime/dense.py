@@ -1,0 +1,59 @@
+"""The dense model that a build stands for, as an ordinary checkpoint that any loader reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from qconv.build import Build, strip_quantization
+from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
+from qconv.checkpoint.reader import INDEX_NAME
+from qconv.checkpoint.writer import ShardWriter
+from qconv.models.base import Linear, Norm
+from qconv.source import COMPANION_PATTERNS
+
+
+def write_dense(build_path: Path, out: Path, dtype: torch.dtype) -> None:
+    """Dequantize a build, one tensor at a time, into a new folder.
+
+    Args:
+        build_path: The build.
+        out: The folder to make; it must not exist or be empty.
+        dtype: The dtype of every tensor written.
+
+    Raises:
+        CheckpointError: the build is damaged.
+        OutputError: the folder cannot be written.
+    """
+    build = Build.open(build_path)
+    out.mkdir(parents=True, exist_ok=True)
+    model = build.architecture
+    groups: list[list[Linear | Norm]] = [[model.embedding]]
+    groups += [[*layer.norms(), *layer.routers(), *layer.linears()] for layer in model.layers]
+    groups.append([model.final_norm, *([model.lm_head] if model.lm_head is not None else [])])
+
+    weight_map: dict[str, str] = {}
+    for number, modules in enumerate(groups, start=1):
+        shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        specs = [TensorSpec(name, dtype, shape) for module in modules for name, shape in module.tensors()]
+        weight_map |= dict.fromkeys((spec.name for spec in specs), shard)
+        writer = ShardWriter(out / shard, specs)
+        for module in modules:
+            for name, _ in module.tensors():
+                if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
+                    writer.write(name, build.qtensor(module).dequantize(dtype))
+                else:
+                    writer.write(name, build.checkpoint.read(name).to(dtype))
+        writer.commit()
+
+    config = strip_quantization(build.checkpoint.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[DTYPE_NAMES[dtype]]
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    for pattern in COMPANION_PATTERNS:
+        for file in build_path.glob(pattern):
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,119 @@
+"""A source model: a checkpoint that is known to be the architecture that its config.json names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import DTYPE_NAMES
+from qconv.checkpoint.reader import Checkpoint, require_finite
+from qconv.errors import CheckpointError
+from qconv.models import Architecture, architecture
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these must be there; the rest of a tokenizer's files are optional."""
+COMPANION_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "LICENSE*",
+)
+"""What travels unchanged from the source to a build."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checked checkpoint and its architecture."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Open and check a checkpoint: every tensor of the architecture once, of its shape, none unknown.
+
+        Raises:
+            CheckpointError: the first thing that is wrong, by file and tensor.
+        """
+        checkpoint = Checkpoint.open(path)
+        if "quantization_config" in checkpoint.config:
+            method = checkpoint.config["quantization_config"].get("quant_method")
+            raise CheckpointError(
+                f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized checkpoint."
+            )
+        model = architecture(checkpoint.config)
+        _check_tensors(checkpoint, model)
+        require_tokenizer(path)
+        return cls(checkpoint, model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first layer's weights."""
+        return self.checkpoint.entry(self.architecture.layers[0].attention.q.weight).dtype
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, known to be finite.
+
+        Raises:
+            CheckpointError: not readable, or NaN or infinite values in it.
+        """
+        return require_finite(self.checkpoint.read(name), self.checkpoint.entry(name))
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, chat template and generation config, sorted by name."""
+        path = self.checkpoint.path
+        return sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if file.is_file()})
+
+
+def require_tokenizer(path: Path) -> None:
+    """Check that a tokenizer lies in the folder.
+
+    Raises:
+        CheckpointError: none of its main files is there.
+    """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{path}: no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there.",
+            hint="Copy the tokenizer files of the original model into the folder.",
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
+    expected = dict(model.tensors())
+    missing = [name for name in expected if name not in checkpoint.entries]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors of a {model.family} model are missing, the first "
+            f"{missing[0]!r}.",
+            hint="The checkpoint is incomplete, or config.json belongs to another model.",
+        )
+    ignorable = model.ignorable()
+    unknown = sorted(name for name in checkpoint.entries if name not in expected and name not in ignorable)
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.entry(unknown[0]).file}: {len(unknown)} tensors are not part of a {model.family} model, the "
+            f"first {unknown[0]!r}.",
+            hint="Remove them, or check config.json: qconv drops nothing silently.",
+        )
+    for name, shape in expected.items():
+        entry = checkpoint.entry(name)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} is {list(entry.shape)}, config.json implies {list(shape)}.",
+                hint="config.json belongs to another model, or the shard is wrong.",
+            )
+        if entry.dtype not in WEIGHT_DTYPES:
+            allowed = ", ".join(DTYPE_NAMES[dtype] for dtype in WEIGHT_DTYPES)
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has dtype {DTYPE_NAMES[entry.dtype]}, a weight must be one of "
+                f"{allowed}.",
+                hint="Give the original, unquantized checkpoint.",
+            )

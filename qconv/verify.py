@@ -1,0 +1,259 @@
+"""Whether a build is what it claims: its checksums, its structure, its skip list, and its distance from the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qconv.build import Build
+from qconv.checkpoint.writer import sha256_of
+from qconv.errors import CheckpointError, VerificationError
+from qconv.folding import Folds, folded_weight
+from qconv.formats.base import TensorReader
+from qconv.manifest import WORK_FOLDER
+from qconv.methods.base import row_blocks
+from qconv.models.base import Layer, Linear
+from qconv.plan import Module
+from qconv.qtensor import QTensor, SquaredError
+from qconv.source import Source
+
+CHECKSUMS_NAME = "SHA256SUMS"
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and of how much."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """The outcome.
+
+    Attributes:
+        checked: What was checked, as sentences.
+        problems: What is wrong, as sentences; empty for a good build.
+        snr_db: Signal to noise ratio of every quantized linear against the source, in decibels, by module name.
+        notices: What a reader should know though it is no fault.
+    """
+
+    checked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    snr_db: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def raise_if_bad(self, path: Path) -> None:
+        """Turn problems into an error.
+
+        Raises:
+            VerificationError: there are problems; names the first few.
+        """
+        if self.problems:
+            more = f" (and {len(self.problems) - 3} more)" if len(self.problems) > 3 else ""
+            raise VerificationError(
+                f"{path}: the build is bad: {'; '.join(self.problems[:3])}{more}.",
+                hint="Do not publish it; build it again.",
+            )
+
+
+def snr_floor_db(bits: int) -> float:
+    """The least credible signal to noise ratio of a linear with that many bits, in decibels.
+
+    A uniform quantizer gains 6.02 dB a bit; gaussian weights in groups of 128 come within 4 dB of that, heavy tails and
+    clipping cost a few more. Ten below is beyond any sound quantization and far above what swapped nibbles, shifted
+    scales or a wrong tensor give (below 0 dB).
+    """
+    return 6.02 * bits - 14.0
+
+
+def verify(path: Path, against: Path | None = None, progress: Progress | None = None) -> Verification:
+    """Check a build; with ``against`` also weight by weight against its source.
+
+    Raises:
+        CheckpointError: the source (not the build) is damaged.
+    """
+    result = Verification()
+    _check_sums(path, result, progress)
+    try:
+        build = Build.open(path)
+        check_structure(build, result)
+        if result.problems:
+            return result
+        source = None if against is None else Source.open(against)
+    except CheckpointError as error:
+        if against is not None and str(against) in error.message and str(path) not in error.message:
+            raise
+        result.problems.append(error.message)
+        return result
+    if source is not None:
+        _check_weights(build, source, result, progress)
+    else:
+        _check_scales(build, result, progress)
+    return result
+
+
+def check_items(
+    items: Iterable[tuple[Module, bool]],
+    unpack: Callable[[Linear], QTensor],
+    read_build: TensorReader,
+    read_source: TensorReader,
+    folds: Folds,
+) -> Iterator[tuple[str, float | None, str | None]]:
+    """Compare modules of a build with the source.
+
+    Yields for each module its name, the signal to noise ratio in decibels (None where it is not quantized) and what is
+    wrong (None if nothing is).
+    """
+    for module, quantized in items:
+        problem, snr = None, None
+        for name, _ in module.tensors():
+            if quantized and isinstance(module, Linear) and name == module.weight:
+                weight = unpack(module)
+                problem = _bad_parameters(weight)
+                out_scale = folds.output_scale(module)
+                snr = weight_error(read_source(name), weight, folds.input_scale(module), out_scale).snr_db
+                if problem is None and not snr >= snr_floor_db(weight.grid.bits):
+                    problem = f"signal to noise {snr:.1f} dB, below {snr_floor_db(weight.grid.bits):.1f}"
+            elif not torch.equal(read_build(name), folds.expected(module, name, read_source(name))):
+                problem = "differs from the source"
+        yield module.name, snr, None if problem is None else f"{module.name}: {problem}"
+
+
+def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
+    """Signal and noise of a quantized weight against its source [out, in] after folding."""
+    total = SquaredError()
+    for start, stop in row_blocks(*weight.shape):
+        out = None if out_scale is None else out_scale[start:stop]
+        reference = folded_weight(source[start:stop], in_scale, out)
+        total += SquaredError.between(reference, weight.rows(start, stop).dequantize())
+    return total
+
+
+def parse_checksums(text: str) -> dict[str, str]:
+    """File names and sha256 from a checksum file in sha256sum's format.
+
+    Raises:
+        ValueError: not exactly what :func:`render_checksums` writes.
+    """
+    sums = {}
+    for line in text.splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or not name:
+            raise ValueError(f"malformed line {line!r}")
+        sums[name] = digest
+    if render_checksums(sums) != text or any(len(value) != 64 for value in sums.values()):
+        raise ValueError("not in canonical form")
+    return sums
+
+
+def render_checksums(sums: dict[str, str]) -> str:
+    """sha256sum's format, sorted by file name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def build_files(path: Path) -> list[str]:
+    """Every file of a build but the checksum file and the work folder, relative, sorted."""
+    files = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    return sorted(str(file) for file in files if file.parts[0] != WORK_FOLDER and str(file) != CHECKSUMS_NAME)
+
+
+def _check_sums(path: Path, result: Verification, progress: Progress | None) -> None:
+    file = path / CHECKSUMS_NAME
+    if not file.exists():
+        result.notices.append(f"no {CHECKSUMS_NAME}: flipped bits that leave the structure whole cannot be found")
+        return
+    try:
+        sums = parse_checksums(file.read_text())
+    except (OSError, ValueError) as error:
+        result.problems.append(f"{CHECKSUMS_NAME}: {error}")
+        return
+    for done, (name, expected) in enumerate(sums.items()):
+        if progress is not None:
+            progress("checksums", done, len(sums))
+        try:
+            if sha256_of(path / name) != expected:
+                result.problems.append(f"{name}: its sha256 is not the one in {CHECKSUMS_NAME}")
+        except OSError as error:
+            result.problems.append(f"{name}: {error.strerror}")
+    for name in build_files(path):
+        if name in sums:
+            continue
+        if name.endswith(".safetensors"):
+            result.problems.append(f"{name}: not listed in {CHECKSUMS_NAME}")
+        else:
+            result.notices.append(f"{name}: not part of the build")
+    result.checked.append(f"sha256 of {len(sums)} files")
+
+
+def check_structure(build: Build, result: Verification) -> None:
+    """Every tensor of the model once, of its shape, none besides; the skip list equal to what was skipped."""
+    expected = dict(build.expected_tensors())
+    entries = build.checkpoint.entries
+    for name in expected.keys() - entries.keys():
+        result.problems.append(f"tensor {name} is missing")
+    for name in entries.keys() - expected.keys():
+        result.problems.append(f"{entries[name].file.name}: tensor {name} is not part of the model")
+    for name in expected.keys() & entries.keys():
+        if entries[name].shape != expected[name]:
+            result.problems.append(f"tensor {name} is {list(entries[name].shape)}, not {list(expected[name])}")
+    model = build.architecture
+    linears = [linear for layer in model.layers for linear in (*layer.routers(), *layer.linears())]
+    if model.lm_head is not None:
+        linears.append(model.lm_head)
+    for linear in linears:
+        skipped = build.format.is_skipped(linear.name, build.skipped)
+        if skipped == build.is_quantized(linear):
+            state, listed = ("quantized", "is") if skipped else ("not quantized", "is not")
+            result.problems.append(f"{linear.name} is {state} but {listed} on the skip list")
+    result.problems.sort()
+    result.checked.append(f"{len(expected)} tensors present once with their shapes, skip list of {len(build.skipped)}")
+
+
+def _bad_parameters(weight: QTensor) -> str | None:
+    scales = weight.scales.float()
+    if not bool(torch.isfinite(scales).all()):
+        return "a scale is not finite"
+    if not bool((scales > 0).all()):
+        return "a scale is not positive"
+    if int(weight.codes.max()) >= weight.grid.levels:
+        return "a code is out of range"
+    return None
+
+
+def _check_scales(build: Build, result: Verification, progress: Progress | None) -> None:
+    layers = build.architecture.layers
+    for layer in layers:
+        if progress is not None:
+            progress("scales", layer.index, len(layers))
+        for linear in layer.linears():
+            if build.is_quantized(linear) and (problem := _bad_parameters(build.qtensor(linear))):
+                result.problems.append(f"{linear.name}: {problem}")
+    result.checked.append("every scale finite and positive")
+
+
+def _check_weights(build: Build, source: Source, result: Verification, progress: Progress | None) -> None:
+    model = build.architecture
+    if dict(model.tensors()) != dict(source.architecture.tensors()):
+        result.problems.append("the source is another model: its tensors differ in name or shape")
+        return
+    ends: list[Module] = [model.embedding, model.final_norm]
+    if model.lm_head is not None:
+        ends.append(model.lm_head)
+    groups: list[tuple[Layer | None, list[Module]]] = [(None, ends)]
+    groups += [(layer, [*layer.norms(), *layer.routers(), *layer.linears()]) for layer in model.layers]
+    for done, (layer, modules) in enumerate(groups):
+        if progress is not None:
+            progress("weights", done, len(groups))
+        items = [(module, isinstance(module, Linear) and build.is_quantized(module)) for module in modules]
+        folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
+        for name, snr, problem in check_items(
+            items, build.qtensor, build.checkpoint.read, source.checkpoint.read, folds
+        ):
+            if snr is not None:
+                result.snr_db[name] = snr
+            if problem is not None:
+                result.problems.append(problem)
+    finite = [value for value in result.snr_db.values() if math.isfinite(value)]
+    least = f", signal to noise at least {min(finite):.1f} dB" if finite else ""
+    result.checked.append(f"{len(result.snr_db)} quantized linears against the source{least}; the rest bit for bit")
