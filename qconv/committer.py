@@ -18,10 +18,11 @@ from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors
 from qconv.errors import VerificationError
 from qconv.folding import SCALE_SUFFIX, Folds
 from qconv.models.base import Linear
+from qconv.parallel import Workers
 from qconv.plan import BuildPlan, Unit
 from qconv.qtensor import QTensor
 from qconv.source import Source
-from qconv.verify import check_items
+from qconv.verify import Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,13 @@ class UnitWriter:
         if self._writers[-1].complete:
             self._records.append(self._writers[-1].finish())
 
-    def commit(self, source: Source, scales: Mapping[str, Tensor]) -> CommittedUnit:
+    def commit(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> CommittedUnit:
         """Check what is on disk against the source and publish it.
 
         Args:
             source: The source model.
             scales: What was folded into the layer, float32 by producer's module name.
+            workers: Threads for the comparison.
 
         Raises:
             OutputError: the disk is full or a file cannot be written.
@@ -81,7 +83,7 @@ class UnitWriter:
         """
         if len(self._records) != len(self._unit.shards):
             raise ValueError(f"{self._unit.key}: not every tensor was written")
-        snr_db = self._check(source, scales)
+        snr_db = self._check(source, scales, workers)
         if scales:
             self._write_scales(scales)
         for writer in self._writers:
@@ -91,7 +93,7 @@ class UnitWriter:
     def _open(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._writers.append(self._stack.enter_context(ShardWriter(path, specs)))
 
-    def _check(self, source: Source, scales: Mapping[str, Tensor]) -> dict[str, float]:
+    def _check(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> dict[str, float]:
         plan, layer = self._plan, self._unit.layer
         entries: dict[str, TensorEntry] = {}
         for writer in self._writers:
@@ -104,9 +106,10 @@ class UnitWriter:
             return plan.format.unpack(linear.name, (linear.out_features, linear.in_features), read, plan.grid)
 
         folds = Folds.none() if layer is None else Folds.of(plan.architecture, layer, scales)
+        comparison = Comparison(unpack, read, source.checkpoint.read, folds)
         items = [(item.module, item.quantized) for item in self._unit.items]
         snr_db = {}
-        for name, snr, problem in check_items(items, unpack, read, source.checkpoint.read, folds):
+        for name, snr, problem in workers.map(comparison.check, items):
             if problem is not None:
                 raise VerificationError(
                     f"{self._unit.key}: what is on disk does not stand for the source: {problem}.",

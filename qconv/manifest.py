@@ -30,26 +30,24 @@ class Journal:
     Attributes:
         path: The file.
         fingerprints: What the run belongs to: weights, recipe, calibration data, versions.
-        threads: Threads of the first start; sums are only equal to the bit with the same number.
         units: The committed units' records by key.
         activations: By layer index, sha256 and size of the file with the layer's inputs, for those still on disk.
     """
 
     path: Path
     fingerprints: dict[str, str]
-    threads: int
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     activations: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, path: Path, fingerprints: Mapping[str, str], threads: int) -> Journal:
+    def create(cls, path: Path, fingerprints: Mapping[str, str]) -> Journal:
         """Start a journal.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        journal = cls(path, dict(fingerprints), threads)
-        journal._append({"kind": "start", "fingerprints": journal.fingerprints, "threads": threads})
+        journal = cls(path, dict(fingerprints))
+        journal._append({"kind": "start", "fingerprints": journal.fingerprints})
         return journal
 
     @classmethod
@@ -74,7 +72,7 @@ class Journal:
             try:
                 record = json.loads(line)
                 if journal is None:
-                    journal = cls(path, dict(record["fingerprints"]), int(record["threads"]))
+                    journal = cls(path, dict(record["fingerprints"]))
                 else:
                     journal._apply(record)
             except (ValueError, KeyError, TypeError) as error:

@@ -132,9 +132,7 @@ def write_companions(out: Path, source: Source, plan: BuildPlan, report: Report)
     Raises:
         OutputError: a file cannot be written.
     """
-    weight_map = {
-        spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs
-    }
+    weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
     _write_json(out / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config = dict(source.checkpoint.config)

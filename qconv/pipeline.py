@@ -32,7 +32,8 @@ from qconv.output import (
     require_disk,
     write_companions,
 )
-from qconv.plan import BuildPlan, Unit, make_plan, modelled_costs
+from qconv.parallel import Workers
+from qconv.plan import BuildPlan, Item, Unit, make_plan, modelled_costs
 from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
@@ -57,7 +58,14 @@ class Outcome:
 
 
 def quantize(
-    model: Path, out: Path, recipe: Recipe, *, restart: bool = False, progress: Progress, log: Log
+    model: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    restart: bool = False,
+    threads: int | None = None,
+    progress: Progress,
+    log: Log,
 ) -> Outcome:
     """Make a build, or continue one.
 
@@ -66,6 +74,7 @@ def quantize(
         out: The build's folder; made if absent.
         recipe: What to build.
         restart: Discard what ``out`` holds, if that is a model or build.
+        threads: Experts and matrices worked on at once; the bytes of the build do not depend on it.
         progress: Told about each unit.
         log: Told about decisions, one sentence each.
 
@@ -81,12 +90,15 @@ def quantize(
     plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        return _Run(source, plan, out, progress, log).run(restart)
+    with locked(out), Workers(threads) as workers:
+        return _Run(source, plan, out, workers, progress, log).run(restart)
 
 
 class _Run:
-    def __init__(self, source: Source, plan: BuildPlan, out: Path, progress: Progress, log: Log) -> None:
+    def __init__(
+        self, source: Source, plan: BuildPlan, out: Path, workers: Workers, progress: Progress, log: Log
+    ) -> None:
+        self.workers = workers
         self.source = source
         self.plan = plan
         self.recipe = plan.recipe
@@ -115,8 +127,6 @@ class _Run:
             shutil.rmtree(self.work, ignore_errors=True)
             return Outcome(self.out, report, already_complete=True)
         journal = self._journal(fingerprints)
-        # Sums of floats depend on how they are split over threads.
-        torch.set_num_threads(journal.threads)
         self._require_disk(journal)
         self._units(journal)
         return Outcome(self.out, self._finish(journal), already_complete=False)
@@ -138,7 +148,7 @@ class _Run:
             self.work.mkdir(exist_ok=True)
         journal = Journal.load(path)
         if journal is None:
-            return Journal.create(path, fingerprints, torch.get_num_threads())
+            return Journal.create(path, fingerprints)
         journal.require(fingerprints)
         self.log(f"resuming: {len(journal.units)} of {len(self.plan.units)} units are committed")
         return journal
@@ -172,7 +182,7 @@ class _Run:
         # transformers takes seconds to import; rounding does without.
         from qconv.calibration.run import Calibration
 
-        calibration = Calibration(self.source, self.plan, self.tokens, self.work, journal)
+        calibration = Calibration(self.source, self.plan, self.tokens, self.work, journal, self.workers)
 
         def make(unit: Unit) -> None:
             assert unit.layer is not None
@@ -196,12 +206,15 @@ class _Run:
     def _rounded(self, unit: Unit) -> Iterator[Finished]:
         """The unit's modules without calibration."""
         clip = self.recipe.clip if self.recipe.searches_clipping else None
-        for item in unit.items:
+
+        def finish(item: Item) -> Finished:
             names = [name for name, _ in item.module.tensors()]
             weight = None
             if item.quantized and isinstance(item.module, Linear):
                 weight = rtn.quantize(self.source.read(names.pop(0)), self.plan.grid, clip)
-            yield Finished(item.module, weight, tuple((name, self.source.read(name)) for name in names))
+            return Finished(item.module, weight, tuple((name, self.source.read(name)) for name in names))
+
+        return self.workers.map(finish, unit.items)
 
     def _commit(
         self,
@@ -218,7 +231,7 @@ class _Run:
                         writer.add(name, tensor)
                 for name, tensor in module.dense:
                     writer.add(name, tensor)
-            committed = writer.commit(self.source, scales)
+            committed = writer.commit(self.source, scales, self.workers)
         files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
         outcome = {"searches": report.searches, "experts": report.experts}
         journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})

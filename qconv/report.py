@@ -136,9 +136,7 @@ def _ratio(mlps: Sequence[Mapping[str, Any]]) -> float:
 
 def _coverage(layers: Sequence[Mapping[str, Any]], plan: BuildPlan) -> dict[str, Any] | None:
     """Tokens per routed expert over the whole model, or None without calibrated experts."""
-    experts = [
-        expert for layer in layers for expert in layer["experts"] if ".experts." in expert["module"]
-    ]
+    experts = [expert for layer in layers for expert in layer["experts"] if ".experts." in expert["module"]]
     if not experts:
         return None
     counts = sorted(expert["tokens"] for expert in experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from qconv.formats.base import TensorReader
 from qconv.manifest import WORK_FOLDER
 from qconv.methods.base import row_blocks
 from qconv.models.base import Layer, Linear
+from qconv.parallel import Workers
 from qconv.plan import Module
 from qconv.qtensor import QTensor, SquaredError
 from qconv.source import Source
@@ -86,38 +87,48 @@ def verify(path: Path, against: Path | None = None, progress: Progress | None = 
             raise
         result.problems.append(error.message)
         return result
-    if source is not None:
-        _check_weights(build, source, result, progress)
-    else:
-        _check_scales(build, result, progress)
+    with Workers() as workers:
+        if source is not None:
+            _check_weights(build, source, result, progress, workers)
+        else:
+            _check_scales(build, result, progress, workers)
     return result
 
 
-def check_items(
-    items: Iterable[tuple[Module, bool]],
-    unpack: Callable[[Linear], QTensor],
-    read_build: TensorReader,
-    read_source: TensorReader,
-    folds: Folds,
-) -> Iterator[tuple[str, float | None, str | None]]:
-    """Compare modules of a build with the source.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How modules of a build are compared with the source.
 
-    Yields for each module its name, the signal to noise ratio in decibels (None where it is not quantized) and what is
-    wrong (None if nothing is).
+    Attributes:
+        unpack: Gives a quantized linear's weight.
+        read_build, read_source: Give a tensor by name.
+        folds: What was folded into the modules' layer.
     """
-    for module, quantized in items:
+
+    unpack: Callable[[Linear], QTensor]
+    read_build: TensorReader
+    read_source: TensorReader
+    folds: Folds
+
+    def check(self, item: tuple[Module, bool]) -> tuple[str, float | None, str | None]:
+        """Compare one module, given whether it is quantized.
+
+        Returns:
+            Its name, the signal to noise ratio in decibels (None where it is not quantized), and what is wrong or None.
+        """
+        module, quantized = item
         problem, snr = None, None
         for name, _ in module.tensors():
             if quantized and isinstance(module, Linear) and name == module.weight:
-                weight = unpack(module)
+                weight = self.unpack(module)
                 problem = _bad_parameters(weight)
-                out_scale = folds.output_scale(module)
-                snr = weight_error(read_source(name), weight, folds.input_scale(module), out_scale).snr_db
+                scales = self.folds.input_scale(module), self.folds.output_scale(module)
+                snr = weight_error(self.read_source(name), weight, *scales).snr_db
                 if problem is None and not snr >= snr_floor_db(weight.grid.bits):
                     problem = f"signal to noise {snr:.1f} dB, below {snr_floor_db(weight.grid.bits):.1f}"
-            elif not torch.equal(read_build(name), folds.expected(module, name, read_source(name))):
+            elif not torch.equal(self.read_build(name), self.folds.expected(module, name, self.read_source(name))):
                 problem = "differs from the source"
-        yield module.name, snr, None if problem is None else f"{module.name}: {problem}"
+        return module.name, snr, None if problem is None else f"{module.name}: {problem}"
 
 
 def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
@@ -221,18 +232,24 @@ def _bad_parameters(weight: QTensor) -> str | None:
     return None
 
 
-def _check_scales(build: Build, result: Verification, progress: Progress | None) -> None:
+def _check_scales(build: Build, result: Verification, progress: Progress | None, workers: Workers) -> None:
+    def check(linear: Linear) -> str | None:
+        return _bad_parameters(build.qtensor(linear))
+
     layers = build.architecture.layers
     for layer in layers:
         if progress is not None:
             progress("scales", layer.index, len(layers))
-        for linear in layer.linears():
-            if build.is_quantized(linear) and (problem := _bad_parameters(build.qtensor(linear))):
+        linears = [linear for linear in layer.linears() if build.is_quantized(linear)]
+        for linear, problem in zip(linears, workers.map(check, linears), strict=True):
+            if problem is not None:
                 result.problems.append(f"{linear.name}: {problem}")
     result.checked.append("every scale finite and positive")
 
 
-def _check_weights(build: Build, source: Source, result: Verification, progress: Progress | None) -> None:
+def _check_weights(
+    build: Build, source: Source, result: Verification, progress: Progress | None, workers: Workers
+) -> None:
     model = build.architecture
     if dict(model.tensors()) != dict(source.architecture.tensors()):
         result.problems.append("the source is another model: its tensors differ in name or shape")
@@ -247,9 +264,8 @@ def _check_weights(build: Build, source: Source, result: Verification, progress:
             progress("weights", done, len(groups))
         items = [(module, isinstance(module, Linear) and build.is_quantized(module)) for module in modules]
         folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
-        for name, snr, problem in check_items(
-            items, build.qtensor, build.checkpoint.read, source.checkpoint.read, folds
-        ):
+        comparison = Comparison(build.qtensor, build.checkpoint.read, source.checkpoint.read, folds)
+        for name, snr, problem in workers.map(comparison.check, items):
             if snr is not None:
                 result.snr_db[name] = snr
             if problem is not None:

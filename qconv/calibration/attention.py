@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from torch import Tensor
 from qconv.calibration.forward import AttentionBlock
 from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.statistics import InputStatistics, block_width
-from qconv.folding import folded_weight, norm_scale
+from qconv.folding import folded_weight, norm_scale, spread_heads
 from qconv.methods import awq
 from qconv.methods.base import fake_quantize
 from qconv.models.base import Linear, Norm
 from qconv.qtensor import QTensor
 
-WINDOW_TOKENS = 4096
+WINDOW_TOKENS = 2048
 PROBE_SEQUENCES = 4
 
 
@@ -32,8 +32,7 @@ def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
     attention = context.layer.attention
     yield context.dense(context.layer.input_norm)
     for linear in attention.linears():
-        weight = weights.get(linear.name)
-        yield context.dense(linear) if weight is None else context.packed(linear, weight)
+        yield context.finished(linear, weights.get(linear.name))
     for norm in attention.head_norms:
         yield context.dense(norm)
     half.pass_on(weights)
@@ -49,6 +48,7 @@ class _AttentionHalf:
             layer.input_norm,
         )
         tensors = {name: source.read(name).float() for module in modules for name, _ in module.tensors()}
+        self.tensors = tensors
         self.weights = {linear.name: tensors[linear.weight] for linear in layer.attention.linears()}
         self.norm_weight = tensors[layer.input_norm.weight]
         self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight)
@@ -67,13 +67,22 @@ class _AttentionHalf:
         normed: Tensor = self.norm(hidden)
         return hidden, normed.view(-1, self.context.work.sequence_length, hidden.shape[-1])
 
+    def _block(self, replaced: Mapping[str, Tensor]) -> AttentionBlock:
+        """The attention with some projections' weights exchanged, by module name."""
+        exchanged = {f"{name}.weight": weight for name, weight in replaced.items()}
+        return self.context.decoder.attention(self.context.layer, {**self.tensors, **exchanged})
+
     def collect(self) -> None:
         """Statistics of both inputs over all tokens; the probe on which losses are measured."""
-        for start, stop in self.context.work.sequence_windows(WINDOW_TOKENS):
-            _, normed = self._normed(start, stop)
+
+        def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            _, normed = self._normed(*window)
             _, o_input = self.block.with_o_input(normed)
-            self.qkv_inputs.update(normed.flatten(0, 1))
-            self.o_inputs.update(o_input.flatten(0, 1))
+            return normed.flatten(0, 1), o_input.flatten(0, 1)
+
+        for normed, o_input in self.context.workers.map(inputs, self.context.work.sequence_windows(WINDOW_TOKENS)):
+            self.qkv_inputs.update(normed)
+            self.o_inputs.update(o_input)
         self.probe = self._probe()
         self.target, self.o_probe = self.block.with_o_input(self.probe)
 
@@ -95,7 +104,7 @@ class _AttentionHalf:
         if context.all_quantized(attention.linears()[:3]):
             candidates = awq.candidate_scales(self.qkv_inputs.magnitude, points)
             scales = [norm_scale(self.norm_weight, scale) for scale in candidates]
-            choice = awq.choose(torch.tensor([self._qkv_loss(scale) for scale in scales], dtype=torch.float64))
+            choice = awq.choose(list(context.workers.map(self._qkv_loss, scales)))
             context.report.search(context.layer.input_norm.name, choice)
             if choice.index:
                 context.scales[context.layer.input_norm.name] = scales[choice.index]
@@ -103,31 +112,27 @@ class _AttentionHalf:
             self._search_v_scale(points)
 
     def _qkv_loss(self, scale: Tensor) -> float:
-        for linear in self.context.layer.attention.linears()[:3]:
-            rounded = fake_quantize(self.weights[linear.name] * scale, self.context.grid)
-            self.block.assign(linear, rounded.div_(scale))
-        loss = _squared_distance(self.block(self.probe), self.target)
-        self._restore()
-        return loss
+        rounded = {
+            linear.name: fake_quantize(self.weights[linear.name] * scale, self.context.grid).div_(scale)
+            for linear in self.context.layer.attention.linears()[:3]
+        }
+        return _squared_distance(self._block(rounded)(self.probe), self.target)
 
     def _search_v_scale(self, points: int) -> None:
         """v's output channels feed o alone: dividing v's rows is free, since its groups run along its input."""
         context, attention = self.context, self.context.layer.attention
-        folds = context.folds
-        repeats, head_dim = folds.repeats, folds.head_dim
+        repeats, head_dim = context.folds.repeats, context.folds.head_dim
         by_channel = self.o_inputs.magnitude.view(-1, repeats, head_dim).mean(1).reshape(-1)
         scales = awq.candidate_scales(by_channel, points)
         weight, inputs = self.weights[attention.o.name], self.o_probe.flatten(0, 1)
         target = inputs @ weight.t()
-        losses = []
-        for scale in scales:
-            context.scales[attention.v.name] = scale
-            spread = context.folds.input_scale(attention.o)
-            assert spread is not None
+
+        def loss(scale: Tensor) -> float:
+            spread = spread_heads(scale, repeats, head_dim)
             rounded = fake_quantize(weight * spread, context.grid)
-            losses.append(_squared_distance((inputs / spread) @ rounded.t(), target))
-        del context.scales[attention.v.name]
-        choice = awq.choose(torch.tensor(losses, dtype=torch.float64))
+            return _squared_distance((inputs / spread) @ rounded.t(), target)
+
+        choice = awq.choose(list(context.workers.map(loss, scales)))
         context.report.search(attention.v.name, choice)
         if choice.index:
             context.scales[attention.v.name] = scales[choice.index]
@@ -138,20 +143,10 @@ class _AttentionHalf:
         q and k are never clipped: their errors meet in a product, which the clipping loss does not see.
         """
         context, attention = self.context, self.context.layer.attention
-        folds, clip = context.folds, context.recipe.clip
-        plain: dict[str, QTensor] = {}
-        clipped: dict[str, QTensor] = {}
-        for linear in attention.linears():
-            if linear.name not in context.quantized:
-                continue
-            in_scale = folds.input_scale(linear)
-            weight = folded_weight(self.weights[linear.name], in_scale, folds.output_scale(linear))
-            plain[linear.name] = awq.quantize(weight, context.grid, None)
-            if context.recipe.searches_clipping and linear in (attention.v, attention.o):
-                inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
-                gram = (inputs if in_scale is None else inputs.rescaled(in_scale)).gram
-                ratios = awq.output_clip_ratios(weight, context.grid, gram, clip)
-                clipped[linear.name] = awq.quantize(weight, context.grid, ratios)
+        linears = [linear for linear in attention.linears() if linear.name in context.quantized]
+        rounded = list(context.workers.map(self._round, linears))
+        plain = {linear.name: pair[0] for linear, pair in zip(linears, rounded, strict=True)}
+        clipped = {linear.name: pair[1] for linear, pair in zip(linears, rounded, strict=True) if pair[1] is not None}
         if not clipped:
             return plain
         without, with_clip = self._output_loss(plain), self._output_loss({**plain, **clipped})
@@ -162,15 +157,25 @@ class _AttentionHalf:
         }
         return {**plain, **clipped} if with_clip < without else plain
 
-    def _output_loss(self, weights: dict[str, QTensor]) -> float:
-        self._assign(weights)
-        loss = _squared_distance(self.block(self.probe), self.target)
-        self._restore()
-        return loss
+    def _round(self, linear: Linear) -> tuple[QTensor, QTensor | None]:
+        """A projection quantized without clipping, and with it where clipping is searched."""
+        context, attention, folds = self.context, self.context.layer.attention, self.context.folds
+        in_scale = folds.input_scale(linear)
+        weight = folded_weight(self.weights[linear.name], in_scale, folds.output_scale(linear))
+        plain = awq.quantize(weight, context.grid, None)
+        if not context.recipe.searches_clipping or linear not in (attention.v, attention.o):
+            return plain, None
+        inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
+        gram = (inputs if in_scale is None else inputs.rescaled(in_scale)).gram
+        ratios = awq.output_clip_ratios(weight, context.grid, gram, context.recipe.clip)
+        return plain, awq.quantize(weight, context.grid, ratios)
 
-    def _assign(self, weights: dict[str, QTensor]) -> None:
-        """Put quantized weights into the block, the folded scales taken out again so that inputs stay the same."""
-        folds = self.context.folds
+    def _output_loss(self, weights: Mapping[str, QTensor]) -> float:
+        return _squared_distance(self._block(self._effective(weights))(self.probe), self.target)
+
+    def _effective(self, weights: Mapping[str, QTensor]) -> dict[str, Tensor]:
+        """Quantized weights by module name with the folded scales taken out again, so that inputs stay the same."""
+        folds, effective = self.context.folds, {}
         for linear in self.context.layer.attention.linears():
             if linear.name in weights:
                 dense = weights[linear.name].dequantize()
@@ -179,22 +184,23 @@ class _AttentionHalf:
                     dense.div_(in_scale)
                 if out_scale is not None:
                     dense.mul_(out_scale.unsqueeze(-1))
-                self.block.assign(linear, dense)
+                effective[linear.name] = dense
+        return effective
 
-    def _restore(self) -> None:
-        for linear in self.context.layer.attention.linears():
-            self.block.assign(linear, self.weights[linear.name])
-
-    def pass_on(self, weights: dict[str, QTensor]) -> None:
+    def pass_on(self, weights: Mapping[str, QTensor]) -> None:
         """Write the residual stream after attention, through the quantized weights where the recipe propagates."""
-        if self.context.recipe.calibration.propagate:
-            self._assign(weights)
+        propagate = self.context.recipe.calibration.propagate
+        block = self._block(self._effective(weights)) if propagate else self.block
         work = self.context.work
-        for start, stop in work.sequence_windows(WINDOW_TOKENS):
-            hidden, normed = self._normed(start, stop)
-            hidden.add_(self.block(normed).view_as(hidden))
-            work.middle.write(start, hidden)
-            work.total.write(start, hidden)
+
+        def attend(window: tuple[int, int]) -> None:
+            hidden, normed = self._normed(*window)
+            hidden.add_(block(normed).view_as(hidden))
+            work.middle.write(window[0], hidden)
+            work.total.write(window[0], hidden)
+
+        for _ in self.context.workers.map(attend, work.sequence_windows(WINDOW_TOKENS)):
+            pass
 
 
 def _squared_distance(output: Tensor, target: Tensor) -> float:

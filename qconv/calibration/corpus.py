@@ -16,7 +16,6 @@ Special tokens
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -28,14 +27,14 @@ import torch
 from torch import Tensor
 
 from qconv.calibration.documents import Document, documents
+from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
 from qconv.models.base import Config
 from qconv.recipe import CalibrationSettings
+from qconv.source import require_tokenizer
 
 DOCUMENT_SEQUENCES = 4
 """Sequences' worth of tokens that a document may give in one round."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 Encode = Callable[[Document], Iterator[int]]
 
@@ -68,7 +67,7 @@ def build_tokens(settings: CalibrationSettings, model_dir: Path) -> TokenSet:
         UsageError: the corpus cannot be read or holds too few tokens, or it has chats and the tokenizer no template.
         CheckpointError: no tokenizer, or one whose ids do not fit config.json's ``vocab_size``.
     """
-    vocabulary = _vocabulary(model_dir)
+    vocabulary = Config(read_json(model_dir / "config.json")).integer("vocab_size")
     tokenizer = load_tokenizer(model_dir)
     length, count = settings.sequence_length, settings.tokens // settings.sequence_length
     bos = _leading_bos(tokenizer)
@@ -105,11 +104,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     Raises:
         CheckpointError: no tokenizer files, or transformers cannot make a tokenizer of them.
     """
-    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"no tokenizer in {model_dir}: looked for {', '.join(TOKENIZER_FILES)}.",
-            hint="Copy the model's tokenizer files there.",
-        )
+    require_tokenizer(model_dir)
     from transformers import AutoTokenizer  # seconds to import, and only calibration needs it
 
     try:
@@ -181,21 +176,6 @@ def _leading_bos(tokenizer: Any) -> list[int]:
     """``[bos]`` if the tokenizer puts BOS before a text, else ``[]``."""
     ids = tokenizer("a", add_special_tokens=True).input_ids
     return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
-
-
-def _vocabulary(model_dir: Path) -> int:
-    path = model_dir / "config.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}.", hint="Is this a checkpoint's folder?"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.", hint="Download the file again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object.", hint="Download the file again.")
-    return Config(values).integer("vocab_size")
 
 
 def _too_short(settings: CalibrationSettings, found: int, sequences: int, used: int) -> UsageError:

@@ -7,8 +7,10 @@ experts one by one. Nothing is ever held for more than one expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ from qconv.methods.base import fake_quantize
 from qconv.models.base import Mlp, Moe
 from qconv.qtensor import QTensor
 
-WINDOW_TOKENS = 4096
+WINDOW_TOKENS = 2048
+DEFERRED_TOKENS = 16384
+"""An expert with more tokens hands its outputs on window by window instead of all at once."""
 POOL_TOKENS = 256
 """Tokens of the layer as a whole that stand in for an expert's missing ones."""
 SHARED_SEARCH_TOKENS = 4096
@@ -40,8 +44,7 @@ def calibrate_mlps(context: LayerContext) -> Iterator[Finished]:
     yield context.dense(context.layer.post_attention_norm)
     for router in context.layer.routers():
         yield context.dense(router)
-    for index, mlp in enumerate(context.layer.mlps()):
-        yield from half.quantize(index, mlp)
+    yield from half.quantize_all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,40 @@ class _Sample:
 
     def loss(self, output: Tensor, target: Tensor) -> float:
         return float(((output - target).square_().sum(-1) * self.weights).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """What one MLP's inputs and its down's inputs are divided by; None for nothing."""
+
+    shared: Tensor | None
+    inner: Tensor | None
+
+    def fold(self, weights: GatedWeights) -> GatedWeights:
+        """The weights in the folded coordinates: their input is the folded norm's output."""
+        gate, up, down, up_bias = weights.gate, weights.up, weights.down, weights.up_bias
+        if self.shared is not None:
+            gate, up = gate * self.shared, up * self.shared
+        if self.inner is not None:
+            up, down = up / self.inner.unsqueeze(-1), down * self.inner
+            up_bias = None if up_bias is None else up_bias / self.inner
+        return weights.replaced(gate=gate, up=up, down=down, up_bias=up_bias)
+
+    def unfold_input(self, weights: GatedWeights) -> GatedWeights:
+        """The same MLP for the unfolded norm's output."""
+        if self.shared is None:
+            return weights
+        return weights.replaced(gate=weights.gate / self.shared, up=weights.up / self.shared)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """One calibrated MLP: its quantized weights by name, the scale folded into up, its record, its weighted outputs."""
+
+    weights: dict[str, QTensor]
+    inner_scale: Tensor | None
+    record: dict[str, Any]
+    routed: Iterator[tuple[Tensor, Tensor]] | None
 
 
 class _MlpHalf:
@@ -123,47 +160,68 @@ class _MlpHalf:
             candidates = [awq.nearest_power_of_two(scale) for scale in candidates]
         scales = [norm_scale(self.norm_weight, scale) for scale in candidates]
         size = min(context.recipe.awq.search_tokens, max(16, SHARED_SEARCH_TOKENS // len(mlps)))
-        losses = torch.zeros(len(scales), dtype=torch.float64)
-        for index, mlp in enumerate(mlps):
-            weights = GatedWeights.read(context.source, mlp, context.decoder.act)
+
+        def losses(index: int) -> list[float]:
+            weights = GatedWeights.read(context.source, mlps[index], context.decoder.act)
             sample = self._sample(index, self._calibration_tokens(index), size)
             target = weights(sample.inputs)
-            for number, scale in enumerate(scales):
+            found = []
+            for scale in scales:
                 rounded = weights.replaced(
                     gate=fake_quantize(weights.gate * scale, context.grid),
                     up=fake_quantize(weights.up * scale, context.grid),
                 )
-                losses[number] += sample.loss(rounded(sample.inputs / scale), target)
-        choice = awq.choose(losses)
+                found.append(sample.loss(rounded(sample.inputs / scale), target))
+            return found
+
+        table = list(context.workers.map(losses, range(len(mlps))))
+        choice = awq.choose([math.fsum(column) for column in zip(*table, strict=True)])
         context.report.search(context.layer.post_attention_norm.name, choice)
         if choice.index:
             context.scales[context.layer.post_attention_norm.name] = scales[choice.index]
 
-    def quantize(self, index: int, mlp: Mlp) -> Iterator[Finished]:
-        """Calibrate and quantize one MLP, then add its output for the tokens that it sees."""
-        context = self.context
+    def quantize_all(self) -> Iterator[Finished]:
+        """Calibrate and quantize every MLP, and add its output for the tokens that it sees."""
+        context, mlps = self.context, self.context.layer.mlps()
+        for index, result in enumerate(context.workers.map(self._quantize, range(len(mlps)))):
+            mlp = mlps[index]
+            if result.inner_scale is not None:
+                context.scales[mlp.up.name] = result.inner_scale
+            context.report.experts.append(result.record)
+            for linear in mlp.linears():
+                yield context.finished(linear, result.weights.get(linear.name))
+            if result.routed is not None:
+                # In the order of the experts, so that sums come out the same however the threads ran.
+                for tokens, output in result.routed:
+                    context.work.total.add(tokens, output)
+
+    def _quantize(self, index: int) -> _Result:
+        context, mlp = self.context, self.context.layer.mlps()[index]
         weights = GatedWeights.read(context.source, mlp, context.decoder.act)
         assignment = self._calibration_tokens(index)
         inputs, inner = self._statistics(weights, assignment)
         sample = self._sample(index, assignment, context.recipe.awq.search_tokens)
-        record: dict[str, object] = {
+        routed = self.routing.assignment(index)
+        record: dict[str, Any] = {
             "module": mlp.gate.name.rpartition(".")[0],
-            "tokens": len(self.routing.assignment(index).tokens),
+            "tokens": len(routed.tokens),
             "calibration_tokens": len(assignment.tokens),
             "shrinkage": round(self.shrinkage / max(len(assignment.tokens) + self.shrinkage, 1), 6),
         }
+        inner_scale = None
         if context.all_quantized((mlp.up, mlp.down)):
-            self._search_inner_scale(mlp, weights, inner, sample, record)
-        folded = self._folded(mlp, weights)
-        quantized, losses = self._round(mlp, weights, folded, (inputs, inner), sample)
-        record |= losses
-        context.report.experts.append(record)
-        for linear in mlp.linears():
-            weight = quantized.get(linear.name)
-            yield context.dense(linear) if weight is None else context.packed(linear, weight)
+            inner_scale = self._search_inner_scale(weights, inner, sample, record)
+        scales = _Scales(context.folds.input_scale(mlp.up), inner_scale)
+        folded = scales.fold(weights)
+        quantized = self._round(mlp, weights, folded, scales, (inputs, inner), sample, record)
+        output: Iterator[tuple[Tensor, Tensor]] | None = None
         if not context.is_last:
             propagate = context.recipe.calibration.propagate
-            self._pass_on(index, self._effective(mlp, folded, quantized) if propagate else weights)
+            passing = scales.unfold_input(_dequantized(mlp, folded, quantized)) if propagate else weights
+            output = self._outputs(routed, passing)
+            if len(routed.tokens) <= DEFERRED_TOKENS:
+                output = iter(list(output))
+        return _Result(quantized, inner_scale, record, output)
 
     def _statistics(self, weights: GatedWeights, assignment: Assignment) -> tuple[InputStatistics, InputStatistics]:
         """Statistics of gate's and up's input and of down's, shrunk toward the layer's."""
@@ -181,94 +239,77 @@ class _MlpHalf:
         return inputs.shrunk(self.layer_inputs, strength), inner.shrunk(pooled, strength)
 
     def _search_inner_scale(
-        self, mlp: Mlp, weights: GatedWeights, inner: InputStatistics, sample: _Sample, record: dict[str, object]
-    ) -> None:
+        self, weights: GatedWeights, inner: InputStatistics, sample: _Sample, record: dict[str, Any]
+    ) -> Tensor | None:
         """up's output feeds down alone: dividing up's rows is free, since its groups run along its input."""
-        context = self.context
-        scales = awq.candidate_scales(inner.magnitude, context.recipe.awq.alpha_points)
+        scales = awq.candidate_scales(inner.magnitude, self.context.recipe.awq.alpha_points)
         activations = weights.inner(sample.inputs)
         target = activations @ weights.down.t()
         losses = []
         for scale in scales:
-            rounded = fake_quantize(weights.down * scale, context.grid)
+            rounded = fake_quantize(weights.down * scale, self.context.grid)
             losses.append(sample.loss((activations / scale) @ rounded.t(), target))
-        choice = awq.choose(torch.tensor(losses, dtype=torch.float64))
+        choice = awq.choose(losses)
         record |= {"alpha": round(choice.alpha, 4), "kept_rtn": choice.index == 0}
-        if choice.index:
-            context.scales[mlp.up.name] = scales[choice.index]
-
-    def _folded(self, mlp: Mlp, weights: GatedWeights) -> GatedWeights:
-        """The weights in the folded coordinates; their input is the norm's folded output."""
-        folds = self.context.folds
-        shared, inner = folds.input_scale(mlp.up), folds.output_scale(mlp.up)
-        gate, up, down, up_bias = weights.gate, weights.up, weights.down, weights.up_bias
-        if shared is not None:
-            gate, up = gate * shared, up * shared
-        if inner is not None:
-            up, down = up / inner.unsqueeze(-1), down * inner
-            up_bias = None if up_bias is None else up_bias / inner
-        return weights.replaced(gate=gate, up=up, down=down, up_bias=up_bias)
+        return scales[choice.index] if choice.index else None
 
     def _round(
         self,
         mlp: Mlp,
         weights: GatedWeights,
         folded: GatedWeights,
+        scales: _Scales,
         statistics: tuple[InputStatistics, InputStatistics],
         sample: _Sample,
-    ) -> tuple[dict[str, QTensor], dict[str, object]]:
-        """Quantize the folded weights, with clipping where that helps the MLP's output; and what it cost."""
-        context, folds = self.context, self.context.folds
+        record: dict[str, Any],
+    ) -> dict[str, QTensor]:
+        """Quantize the folded weights, with clipping where that helps the MLP's output; record what it cost."""
+        context = self.context
         plain: dict[str, QTensor] = {}
         clipped: dict[str, QTensor] = {}
-        inputs, inner = statistics
-        for linear, weight, seen in zip(
-            mlp.linears(), (folded.gate, folded.up, folded.down), (inputs, inputs, inner), strict=True
-        ):
+        inputs, inner = (
+            seen if scale is None else seen.rescaled(scale)
+            for seen, scale in zip(statistics, (scales.shared, scales.inner), strict=True)
+        )
+        seen_by = (inputs, inputs, inner)
+        for linear, weight, seen in zip(mlp.linears(), (folded.gate, folded.up, folded.down), seen_by, strict=True):
             if linear.name not in context.quantized:
                 continue
             plain[linear.name] = awq.quantize(weight, context.grid, None)
             if context.recipe.searches_clipping:
-                scale = folds.input_scale(linear)
-                gram = (seen if scale is None else seen.rescaled(scale)).gram
-                ratios = awq.output_clip_ratios(weight, context.grid, gram, context.recipe.clip)
+                ratios = awq.output_clip_ratios(weight, context.grid, seen.gram, context.recipe.clip)
                 clipped[linear.name] = awq.quantize(weight, context.grid, ratios)
         target = weights(sample.inputs)
-        shared = folds.input_scale(mlp.up)
-        scaled = sample.inputs if shared is None else sample.inputs / shared
-        rtn = weights.replaced(
-            gate=self._rounded_or_same(mlp.gate.name, weights.gate),
-            up=self._rounded_or_same(mlp.up.name, weights.up),
-            down=self._rounded_or_same(mlp.down.name, weights.down),
-        )
-        rtn_loss = sample.loss(rtn(sample.inputs), target)
-        loss = sample.loss(self._effective(mlp, folded, plain, scaled=False)(scaled), target)
+        scaled = sample.inputs if scales.shared is None else sample.inputs / scales.shared
+        loss = sample.loss(_dequantized(mlp, folded, plain)(scaled), target)
         kept = plain
         if clipped:
-            clipped_loss = sample.loss(self._effective(mlp, folded, clipped, scaled=False)(scaled), target)
+            clipped_loss = sample.loss(_dequantized(mlp, folded, clipped)(scaled), target)
             if clipped_loss < loss:
                 kept, loss = clipped, clipped_loss
-        return kept, {"clipped": kept is clipped, "loss": loss, "rtn_loss": rtn_loss}
+        rtn_loss = sample.loss(self._rounded_to_nearest(mlp, weights)(sample.inputs), target)
+        record |= {"clipped": kept is clipped, "loss": loss, "rtn_loss": rtn_loss}
+        return kept
 
-    def _rounded_or_same(self, name: str, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.context.grid) if name in self.context.quantized else weight
+    def _rounded_to_nearest(self, mlp: Mlp, weights: GatedWeights) -> GatedWeights:
+        """What plain rounding would make of the MLP, the yardstick of every search."""
+        gate, up, down = (
+            fake_quantize(weight, self.context.grid) if linear.name in self.context.quantized else weight
+            for linear, weight in zip(mlp.linears(), (weights.gate, weights.up, weights.down), strict=True)
+        )
+        return weights.replaced(gate=gate, up=up, down=down)
 
-    def _effective(
-        self, mlp: Mlp, folded: GatedWeights, quantized: dict[str, QTensor], *, scaled: bool = True
-    ) -> GatedWeights:
-        """The MLP as the build computes it; with ``scaled`` its input is the unfolded norm's output."""
-        shared = self.context.folds.input_scale(mlp.up) if scaled else None
-
-        def dense(name: str, weight: Tensor) -> Tensor:
-            return quantized[name].dequantize() if name in quantized else weight
-
-        gate, up = dense(mlp.gate.name, folded.gate), dense(mlp.up.name, folded.up)
-        if shared is not None:
-            gate, up = gate / shared, up / shared
-        return folded.replaced(gate=gate, up=up, down=dense(mlp.down.name, folded.down))
-
-    def _pass_on(self, index: int, weights: GatedWeights) -> None:
-        routed = self.routing.assignment(index)
+    def _outputs(self, routed: Assignment, weights: GatedWeights) -> Iterator[tuple[Tensor, Tensor]]:
+        """The MLP's weighted output for its tokens, window by window."""
         for start in range(0, len(routed.tokens), WINDOW_TOKENS):
             tokens, factors = (part[start : start + WINDOW_TOKENS] for part in (routed.tokens, routed.weights))
-            self.context.work.total.add(tokens, weights(self._normed(tokens)).mul_(factors.unsqueeze(-1)))
+            yield tokens, weights(self._normed(tokens)).mul_(factors.unsqueeze(-1))
+
+
+def _dequantized(mlp: Mlp, folded: GatedWeights, quantized: dict[str, QTensor]) -> GatedWeights:
+    """The MLP as the build computes it, in the folded coordinates."""
+    gate, up, down = (
+        quantized[linear.name].dequantize() if linear.name in quantized else weight
+        for linear, weight in zip(mlp.linears(), (folded.gate, folded.up, folded.down), strict=True)
+    )
+    return folded.replaced(gate=gate, up=up, down=down)

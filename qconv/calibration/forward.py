@@ -114,18 +114,6 @@ class AttentionBlock:
             handle.remove()
         return output, seen[0]
 
-    def assign(self, linear: Linear, weight: Tensor) -> None:
-        """Replace one projection's weight, float32 [out, in]."""
-        projection = self.module.get_submodule(linear.name.rpartition(".")[2])
-        assert isinstance(projection, nn.Linear)
-        projection.weight = nn.Parameter(weight, requires_grad=False)
-
-    def assign_bias(self, linear: Linear, bias: Tensor) -> None:
-        """Replace one projection's bias, float32 [out]."""
-        projection = self.module.get_submodule(linear.name.rpartition(".")[2])
-        assert isinstance(projection, nn.Linear)
-        projection.bias = nn.Parameter(bias, requires_grad=False)
-
     def _run(self, hidden: Tensor) -> Tensor:
         length = hidden.shape[1]
         positions = torch.arange(length).unsqueeze(0)

@@ -16,6 +16,7 @@ from qconv.folding import Folds
 from qconv.methods.awq import Choice
 from qconv.models import Architecture
 from qconv.models.base import Layer, Linear, Norm
+from qconv.parallel import Workers
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import Recipe
 from qconv.source import Source
@@ -98,6 +99,7 @@ class LayerContext:
     grid: Grid
     layer: Layer
     work: Workspace
+    workers: Workers
     quantized: frozenset[str]
     is_last: bool
     report: LayerReport
@@ -113,6 +115,7 @@ class LayerContext:
         grid: Grid,
         layer: Layer,
         work: Workspace,
+        workers: Workers,
         quantized: frozenset[str],
         *,
         is_last: bool,
@@ -120,7 +123,9 @@ class LayerContext:
         """The context of a layer, nothing folded yet."""
         scales: dict[str, Tensor] = {}
         folds = Folds.of(source.architecture, layer, scales)
-        return cls(source, decoder, recipe, grid, layer, work, quantized, is_last, LayerReport(), scales, folds)
+        return cls(
+            source, decoder, recipe, grid, layer, work, workers, quantized, is_last, LayerReport(), scales, folds
+        )
 
     @property
     def model(self) -> Architecture:
@@ -141,8 +146,10 @@ class LayerContext:
         tensors = [(name, self.folds.expected(module, name, self.source.read(name))) for name, _ in module.tensors()]
         return Finished(module, None, tuple(tensors))
 
-    def packed(self, linear: Linear, weight: QTensor) -> Finished:
-        """A quantized linear, its bias folded."""
+    def finished(self, linear: Linear, weight: QTensor | None) -> Finished:
+        """A linear after folding, quantized or not."""
+        if weight is None:
+            return self.dense(linear)
         names = [name for name, _ in linear.tensors() if name != linear.weight]
         biases = tuple((name, self.folds.expected(linear, name, self.source.read(name))) for name in names)
         return Finished(linear, weight, biases)

@@ -16,6 +16,7 @@ from qconv.calibration.layer import Finished, LayerContext, Workspace, inputs_fi
 from qconv.checkpoint.writer import sha256_of
 from qconv.manifest import Journal
 from qconv.models.base import Layer
+from qconv.parallel import Workers
 from qconv.plan import BuildPlan, Unit
 from qconv.source import Source
 
@@ -27,7 +28,9 @@ class Calibration:
     more, to the same bits, and not written again.
     """
 
-    def __init__(self, source: Source, plan: BuildPlan, tokens: TokenSet, work: Path, journal: Journal) -> None:
+    def __init__(
+        self, source: Source, plan: BuildPlan, tokens: TokenSet, work: Path, journal: Journal, workers: Workers
+    ) -> None:
         """Find the activations to go on from, or make those of layer 0 from the embeddings.
 
         Raises:
@@ -38,6 +41,7 @@ class Calibration:
         self._tokens = tokens
         self._work = work
         self._journal = journal
+        self._workers = workers
         self._decoder = Decoder(source.checkpoint.path)
         with torch.no_grad():
             self.next_layer = self._find_or_start()
@@ -52,6 +56,7 @@ class Calibration:
             self._plan.grid,
             layer,
             self._workspace(layer.index),
+            self._workers,
             quantized,
             is_last=self._is_last(layer.index),
         )

@@ -104,9 +104,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror}.", hint="Check the file and the disk.") from error
     table = _parse_json(path, text)
-    entries = [
-        _entry(path, name, fields, 8 + length) for name, fields in table.items() if name != "__metadata__"
-    ]
+    entries = [_entry(path, name, fields, 8 + length) for name, fields in table.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_layout(path, entries, 8 + length, size)
     return {entry.name: entry for entry in entries}
@@ -164,9 +162,7 @@ def _check_layout(path: Path, entries: Sequence[TensorEntry], data_start: int, s
             raise CheckpointError(f"{path}: the header lies: tensor {entry.name!r} {fault}.", hint=_REDOWNLOAD)
         expected = entry.offset + entry.nbytes
     if size < expected:
-        raise CheckpointError(
-            f"{path}: truncated: {size} bytes, its header says {expected}.", hint=_REDOWNLOAD
-        )
+        raise CheckpointError(f"{path}: truncated: {size} bytes, its header says {expected}.", hint=_REDOWNLOAD)
     if size > expected:
         raise CheckpointError(
             f"{path}: {size - expected} bytes more than its header says ({expected}).", hint=_REDOWNLOAD

@@ -7,6 +7,8 @@ identity, and the clipping range of each group on a grid that holds no clipping,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +67,12 @@ class Choice:
     rtn_loss: float
 
 
-def choose(losses: Tensor) -> Choice:
-    """The candidate with the least loss, float64 [points]; the identity unless another is strictly better."""
-    usable = torch.where(torch.isfinite(losses), losses, torch.full_like(losses, torch.inf))
-    index = int(usable.argmin())
-    if not bool(usable[index] < usable[0]):
+def choose(losses: Sequence[float]) -> Choice:
+    """The candidate with the least loss; the identity, the first, unless another is strictly better."""
+    index = min(range(len(losses)), key=lambda number: losses[number] if losses[number] >= 0.0 else math.inf)
+    if not losses[index] < losses[0]:
         index = 0
-    return Choice(index, index / (len(losses) - 1), float(losses[index]), float(losses[0]))
+    return Choice(index, index / (len(losses) - 1), losses[index], losses[0])
 
 
 def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSettings) -> Tensor:

@@ -1,0 +1,123 @@
+"""What the commands print: text, tables, JSON and errors, fitted to a terminal, a log or a pipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from qconv.errors import QconvError
+
+LOG_WIDTH = 120
+"""Columns where there is no terminal to ask and COLUMNS is not set."""
+
+
+class _Console(Console):
+    """rich's console, without markup or guessed highlights: what is printed are paths and numbers."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+        if not self.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+            self.width = LOG_WIDTH
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return _Console()
+
+
+def stderr() -> Console:
+    """Where progress and errors go."""
+    return _Console(stderr=True)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a paragraph. It is left to the terminal to wrap it, so that paths can be copied."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under a header; columns of numbers are right-aligned. One block a row where the table is too wide."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, name in enumerate(header):
+        right = all(_is_number(row[number]) for row in rows)
+        table.add_column(Text(name), justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+        console.print(table)
+        return
+    for row in rows:
+        say(console, row[0])
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            if cell:
+                say(console, f"  {name}: {cell}")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document. Numbers that JSON cannot hold (infinity, NaN) become null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_error(error: QconvError, *, as_json: bool) -> None:
+    """Print an error: two lines on stderr, or an object on stdout for whoever parses that."""
+    if as_json:
+        kind = type(error).__name__
+        values = {"kind": kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        print_json({"error": values})
+        return
+    console = stderr()
+    console.print(Text.assemble(("error:", "bold red"), f" {error.message}"), soft_wrap=True)
+    if error.hint:
+        console.print(Text.assemble(("hint:", "bold"), f" {error.hint}"), soft_wrap=True)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold: ``960.41 GB``."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes, seconds: ``1:02:03``."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def bits(value: float | None) -> str:
+    """Bits per weight; empty where there are no weights."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def shape(dimensions: Sequence[int]) -> str:
+    """``[6144, 2560]``."""
+    return f"[{', '.join(map(str, dimensions))}]"
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.lstrip("-")[:1].isdigit()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

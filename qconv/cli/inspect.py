@@ -1,0 +1,195 @@
+"""``qconv inspect``: what a checkpoint or build consists of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qconv.cli.console import bits, print_json, print_table, say, shape, size, stdout
+from qconv.cli.options import json_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qconv.inspection import Inspection, ModuleClass
+
+_SKIPPED_SHOWN = 8
+
+
+@click.command(short_help="Show what a checkpoint or build consists of.")
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--layers", "view", flag_value="layers", help="A row for each layer.")
+@click.option("--tensors", "view", flag_value="tensors", help="A row for each tensor.")
+@json_option
+def command(path: Path, view: str | None, as_json: bool) -> None:
+    """Show what PATH consists of: format, layers, types, shapes, sizes, bits per weight.
+
+    PATH is the folder of any checkpoint or build in safetensors, or one such file. Only headers are read.
+    """
+    from qconv.inspection import inspect
+
+    inspection = inspect(path)
+    if as_json:
+        print_json(_values(inspection, view))
+        return
+    console = stdout()
+    _print_summary(console, inspection)
+    say(console, "")
+    if view == "layers":
+        _print_layers(console, inspection)
+    elif view == "tensors":
+        _print_tensors(console, inspection)
+    else:
+        _print_classes(console, inspection)
+
+
+def _values(inspection: Inspection, view: str | None) -> dict[str, Any]:
+    values = {
+        "path": str(inspection.path),
+        "architecture": inspection.architecture,
+        "known_architecture": inspection.known,
+        "format": inspection.format,
+        "quantization": inspection.quantization,
+        "skipped": inspection.skipped,
+        "layers": sum(layer.name != "-" for layer in inspection.layers),
+        "tensors": len(inspection.entries),
+        "shards": inspection.shards,
+        "weights": inspection.weights,
+        "bytes": inspection.nbytes,
+        "bits_per_weight": inspection.bits_per_weight,
+        "classes": [_class_values(one) for one in inspection.classes],
+    }
+    if view == "layers":
+        values["by_layer"] = [
+            {
+                "name": None if layer.name == "-" else layer.name,
+                "tensors": layer.tensors,
+                "weights": layer.weights,
+                "bytes": layer.nbytes,
+                "bytes_by_dtype": dict(layer.dtypes),
+            }
+            for layer in inspection.layers
+        ]
+    if view == "tensors":
+        values["by_tensor"] = [
+            {
+                "name": entry.name,
+                "dtype": dtype,
+                "shape": entry.shape,
+                "bytes": entry.nbytes,
+                "file": entry.file.name,
+                "offset": entry.offset,
+            }
+            for entry, dtype in _entries(inspection)
+        ]
+    return values
+
+
+def _class_values(one: ModuleClass) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "modules": one.modules,
+        "weights": one.weights,
+        "bytes": one.nbytes,
+        "bits_per_weight": one.bits_per_weight,
+        "tensors": [
+            {"name": leaf, "dtype": dtype, "shape": dimensions, "count": count}
+            for (leaf, dtype, dimensions), count in one.tensors.items()
+        ],
+    }
+
+
+def _print_summary(console: Console, inspection: Inspection) -> None:
+    known = "" if inspection.known or inspection.architecture is None else " (unknown to qconv)"
+    layers = sum(layer.name != "-" for layer in inspection.layers)
+    say(console, str(inspection.path), style="bold")
+    say(console, f"architecture  {inspection.architecture or 'not named'}{known}, {layers} layers")
+    say(console, f"quantization  {_quantization(inspection)}")
+    say(
+        console,
+        f"size          {inspection.weights:,} weights, {size(inspection.nbytes)}, "
+        f"{bits(inspection.bits_per_weight)} bits per weight",
+    )
+    say(console, f"files         {len(inspection.entries):,} tensors in {inspection.shards} shards")
+    if inspection.skipped:
+        say(console, f"skip list     {_skip_summary(inspection.skipped)}")
+
+
+def _quantization(inspection: Inspection) -> str:
+    values = inspection.quantization
+    if values is None:
+        return "none"
+    method = str(values.get("quant_method", "not named"))
+    ours = f"format {inspection.format}" if inspection.format else "a format that qconv does not read"
+    telling = {"bits", "num_bits", "group_size", "zero_point", "symmetric", "strategy", "version", "format", "type"}
+    details = {key.rpartition(".")[2]: value for key, value in values.items()}
+    shown = ", ".join(f"{key} {value}" for key, value in details.items() if key in telling)
+    return f"{method} ({ours}){f': {shown}' if shown else ''}"
+
+
+def _skip_summary(skipped: tuple[str, ...]) -> str:
+    from qconv.inspection import name_class
+
+    kinds = Counter(map(name_class, skipped))
+    shown = [kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()]
+    more = f" and {len(shown) - _SKIPPED_SHOWN} more" if len(shown) > _SKIPPED_SHOWN else ""
+    return f"{len(skipped)} entries: {', '.join(shown[:_SKIPPED_SHOWN])}{more}"
+
+
+def _print_classes(console: Console, inspection: Inspection) -> None:
+    rows = [
+        (
+            one.name,
+            f"{one.modules:,}",
+            _tensors(one),
+            size(one.nbytes),
+            bits(one.bits_per_weight),
+        )
+        for one in inspection.classes
+    ]
+    print_table(console, ("modules", "count", "tensors", "size", "bits"), rows)
+
+
+def _tensors(one: ModuleClass) -> str:
+    """Leaf names with dtype and shape; the shapes of one leaf that differ are counted, not listed."""
+    leaves: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for leaf, dtype, dimensions in one.tensors:
+        leaves.setdefault((leaf, dtype), []).append(dimensions)
+    return ", ".join(
+        f"{leaf} {dtype} {shape(shapes[0]) if len(shapes) == 1 else f'in {len(shapes)} shapes'}"
+        for (leaf, dtype), shapes in leaves.items()
+    )
+
+
+def _print_layers(console: Console, inspection: Inspection) -> None:
+    rows = [
+        (
+            layer.name,
+            f"{layer.tensors:,}",
+            f"{layer.weights:,}",
+            size(layer.nbytes),
+            bits(8.0 * layer.nbytes / layer.weights if layer.weights else None),
+            ", ".join(f"{dtype} {100 * nbytes / layer.nbytes:.1f} %" for dtype, nbytes in layer.dtypes.most_common()),
+        )
+        for layer in inspection.layers
+    ]
+    print_table(console, ("layer", "tensors", "weights", "size", "bits", "types"), rows)
+
+
+def _print_tensors(console: Console, inspection: Inspection) -> None:
+    rows = [
+        (entry.name, dtype, shape(entry.shape), size(entry.nbytes), entry.file.name)
+        for entry, dtype in _entries(inspection)
+    ]
+    print_table(console, ("tensor", "type", "shape", "size", "file"), rows)
+
+
+def _entries(inspection: Inspection) -> list[tuple[Any, str]]:
+    from qconv.checkpoint.header import DTYPE_NAMES
+    from qconv.inspection import natural_order
+
+    ordered = sorted(inspection.entries.values(), key=lambda entry: natural_order(entry.name))
+    return [(entry, DTYPE_NAMES[entry.dtype]) for entry in ordered]

@@ -1,0 +1,121 @@
+"""``qconv quantize``: make a build, or continue one."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qconv.cli.console import duration, print_json, say, size, stdout
+from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe_options
+from qconv.cli.progress import reporting
+
+if TYPE_CHECKING:
+    from qconv.plan import BuildPlan
+
+
+@click.command()
+@model_argument
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The build's folder.")
+@recipe_options
+@click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; a resumed run keeps those it started with.")
+@json_option
+def command(model: str, out: Path, restart: bool, threads: int | None, as_json: bool, **options: Any) -> None:
+    """Quantize MODEL, a folder or a Hub id, into a folder that engines load.
+
+    Works layer by layer. Interrupted or killed at any moment, the same command continues and ends with the same bytes.
+    """
+    recipe = RecipeOptions(**options).load()
+    start = time.monotonic()
+    with reporting(quiet=as_json) as reporter:
+        reporter.log(f"{model}: reading")
+        import torch
+
+        from qconv.checkpoint.hub import resolve_model
+        from qconv.pipeline import quantize
+        from qconv.plan import make_plan
+        from qconv.source import Source
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        folder = resolve_model(model)
+        source = Source.open(folder)
+        plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
+        reporter.log(f"plan: {plan_summary(plan)}")
+        outcome = quantize(folder, out, recipe, restart=restart, progress=reporter.progress, log=reporter.log)
+    result = {
+        "path": str(out),
+        "already_complete": outcome.already_complete,
+        "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        "seconds": round(time.monotonic() - start, 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **results(outcome.report),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def plan_summary(plan: BuildPlan) -> str:
+    """What will be written, in a line."""
+    grid, shards = plan.grid, sum(len(unit.shards) for unit in plan.units)
+    group = "a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    return (
+        f"{plan.recipe.method} to {plan.format.name}, {grid.bits} bits in {group}: {plan.weights:,} weights, "
+        f"{len(plan.quantized):,} linears quantized; {size(plan.output_bytes)} in {shards} shards, "
+        f"{plan.bits_per_weight:.2f} bits per weight"
+    )
+
+
+def results(report: dict[str, Any]) -> dict[str, Any]:
+    """What one wants to know of a build first, from its report."""
+    layers = report["layers"]
+    figures = {name: value for layer in layers for name, value in layer["snr_db"].items() if value is not None}
+    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+    worst = min(finite, key=lambda name: finite[name], default=None)
+    searches = [search for layer in layers for search in layer["searches"].values()]
+    coverage = report["coverage"]
+    return {
+        "format": report["format"],
+        "method": report["recipe"]["method"],
+        "parameters": report["parameters"],
+        "bits_per_weight": report["bits_per_weight"],
+        "quantized_bits_per_weight": report["quantized_bits_per_weight"],
+        "least_snr": None if worst is None else {"module": worst, "snr_db": finite[worst]},
+        "searches": len(searches),
+        "searches_kept_rtn": sum(bool(search["kept_rtn"]) for search in searches),
+        "coverage": None if coverage is None else {key: coverage[key] for key in coverage if key != "weakest"},
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = stdout()
+    if result["already_complete"]:
+        say(console, f"{result['path']}: already complete; nothing to do")
+    else:
+        say(console, f"{result['path']}: done, checked against the source")
+    say(
+        console,
+        f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight, "
+        f"{result['quantized_bits_per_weight']:.2f} in the quantized linears",
+    )
+    if result["least_snr"] is not None:
+        least = result["least_snr"]
+        say(console, f"least SNR    {least['snr_db']:.1f} dB, {least['module']}")
+    coverage = result["coverage"]
+    if coverage is not None:
+        say(
+            console,
+            f"coverage     tokens per expert: least {coverage['least']:,}, median {coverage['median']:,}, most "
+            f"{coverage['most']:,}; {coverage['without_tokens']} of {coverage['experts']} experts without tokens",
+        )
+    if result["searches"]:
+        say(console, f"searches     {result['searches_kept_rtn']} of {result['searches']} kept plain rounding")
+    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
+    say(console, f"time         {duration(result['seconds'])}")
