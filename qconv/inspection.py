@@ -25,12 +25,14 @@ from qconv.models import families
 from qconv.output import FolderState, folder_state
 
 SKIP_KEYS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "llm_int8_skip_modules")
-"""Where a quantization_config lists what is not quantized: AWQ and FP8, compressed-tensors, vLLM, ModelOpt, bitsandbytes."""
+"""Where a quantization_config lists what is not quantized: AWQ, compressed-tensors, FP8, ModelOpt, bitsandbytes."""
 
 _PACKED = ("qweight", "weight_packed")
-"""Leaf names of tensors that hold several weights in a word."""
+"""Leaf names of tensors that hold several weights in a word; bytes named ``weight`` or ``*_blocks`` do so too."""
+OUTSIDE = "-"
+"""Name of the summary of what belongs to no layer."""
 _PARAMETERS = re.compile(
-    r"(scales|qzeros|g_idx|weight_scale|weight_scale_2|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx"
+    r"((.*_)?scales|qzeros|g_idx|weight_scale|weight_scale_2|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx"
     r"|weight_global_scale|input_scale|input_global_scale|k_scale|v_scale|SCB|weight_format"
     r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
 )
@@ -63,7 +65,7 @@ class ModuleClass:
 
 @dataclass(slots=True)
 class LayerSummary:
-    """What belongs to one layer, or (``name`` without a number) to none."""
+    """What belongs to one layer, or (``name`` is :data:`OUTSIDE`) to none."""
 
     name: str
     tensors: int = 0
@@ -85,7 +87,7 @@ class Inspection:
         skipped: The skip list of its quantization_config.
         entries: Every tensor by name, in file order.
         shards: How many files hold them.
-        classes: The module classes, in order of first appearance by layer.
+        classes: The module classes, in the files' order.
         layers: What lies outside of layers, then each layer.
     """
 
@@ -99,6 +101,11 @@ class Inspection:
     shards: int
     classes: tuple[ModuleClass, ...]
     layers: tuple[LayerSummary, ...]
+
+    @property
+    def layer_count(self) -> int:
+        """The number of layers."""
+        return sum(layer.name != OUTSIDE for layer in self.layers)
 
     @property
     def weights(self) -> int:
@@ -167,7 +174,7 @@ def logical_weights(leaf: str, dtype: torch.dtype, shape: Iterable[int], bits: i
     if _PARAMETERS.fullmatch(leaf):
         return 0
     elements = math.prod(shape)
-    packed = leaf in _PACKED or (leaf == "weight" and dtype == torch.uint8)
+    packed = leaf in _PACKED or (dtype == torch.uint8 and (leaf == "weight" or leaf.endswith("_blocks")))
     return elements * dtype.itemsize * 8 // bits if packed else elements
 
 
@@ -179,7 +186,7 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
     classes: dict[str, ModuleClass] = {}
     layers: dict[str, LayerSummary] = {}
     modules = set()
-    for entry in sorted(entries.values(), key=lambda entry: natural_order(entry.name)):
+    for entry in entries.values():
         module, leaf = split_name(entry.name)
         weights = logical_weights(leaf, entry.dtype, entry.shape, bits)
         dtype = DTYPE_NAMES[entry.dtype]
@@ -215,10 +222,10 @@ def natural_order(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _layer(module: str) -> str:
-    """The module's name up to its first number; ``-`` where it has none."""
+    """The module's name up to its first number."""
     parts = module.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    return "-" if number is None else ".".join(parts[: number + 1])
+    return OUTSIDE if number is None else ".".join(parts[: number + 1])
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -240,6 +247,8 @@ def _bits(section: Mapping[str, Any]) -> int:
     """Bits of a packed weight: the first that the section names, 4 where it names none."""
     for key, value in _plain_values(section):
         leaf = key.rpartition(".")[2]
+        if "activations" in key or "kv_cache" in key:
+            continue
         if leaf in ("bits", "w_bit", "num_bits") and isinstance(value, int) and 1 <= value <= 16:
             return value
     return 4

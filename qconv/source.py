@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,7 @@ class Source:
             CheckpointError: the first thing that is wrong, by file and tensor.
         """
         checkpoint = Checkpoint.open(path)
-        if "quantization_config" in checkpoint.config:
-            method = checkpoint.config["quantization_config"].get("quant_method")
-            raise CheckpointError(
-                f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized checkpoint."
-            )
+        require_unquantized(path, checkpoint.config)
         model = architecture(checkpoint.config)
         _check_tensors(checkpoint, model)
         require_tokenizer(path)
@@ -71,6 +68,20 @@ class Source:
         """Tokenizer, chat template and generation config, sorted by name."""
         path = self.checkpoint.path
         return sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if file.is_file()})
+
+
+def require_unquantized(path: Path, config: dict[str, Any]) -> None:
+    """Check that config.json is of an unquantized model.
+
+    Raises:
+        CheckpointError: it has a quantization_config.
+    """
+    section = config.get("quantization_config")
+    if section is not None:
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        raise CheckpointError(
+            f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized checkpoint."
+        )
 
 
 def require_tokenizer(path: Path) -> None:

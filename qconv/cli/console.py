@@ -50,7 +50,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header; columns of numbers are right-aligned. One block a row where the table is too wide."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for number, name in enumerate(header):
         right = all(_is_number(row[number]) for row in rows)
         table.add_column(Text(name), justify="right" if right else "left", no_wrap=True)
@@ -63,7 +63,7 @@ def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
         say(console, row[0])
         for name, cell in zip(header[1:], row[1:], strict=True):
             if cell:
-                say(console, f"  {name}: {cell}")
+                say(console, f"  {name}: {', '.join(cell.splitlines())}")
 
 
 def print_json(value: Any) -> None:
@@ -105,8 +105,16 @@ def bits(value: float | None) -> str:
 
 
 def shape(dimensions: Sequence[int]) -> str:
-    """``[6144, 2560]``."""
-    return f"[{', '.join(map(str, dimensions))}]"
+    """``6144x2560``."""
+    return "x".join(map(str, dimensions)) or "scalar"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of module classes without what all of those within layers begin with: ``model.layers.*.``."""
+    prefixes = {name.partition(".*.")[0] for name in names if ".*." in name}
+    if len(prefixes) != 1:
+        return list(names)
+    return [name.removeprefix(f"{next(iter(prefixes))}.*.") for name in names]
 
 
 def _is_number(cell: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.console import bits, print_json, print_table, say, shape, size, stdout
+from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
 from qconv.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qconv.inspection import Inspection, ModuleClass
 
 _SKIPPED_SHOWN = 8
+_TELLING = ("format", "bits", "num_bits", "type", "group_size", "strategy", "symmetric", "sym", "zero_point", "version")
+"""Keys of a quantization_config that the summary shows."""
 
 
 @click.command(short_help="Show what a checkpoint or build consists of.")
@@ -54,7 +56,7 @@ def _values(inspection: Inspection, view: str | None) -> dict[str, Any]:
         "format": inspection.format,
         "quantization": inspection.quantization,
         "skipped": inspection.skipped,
-        "layers": sum(layer.name != "-" for layer in inspection.layers),
+        "layers": inspection.layer_count,
         "tensors": len(inspection.entries),
         "shards": inspection.shards,
         "weights": inspection.weights,
@@ -62,10 +64,12 @@ def _values(inspection: Inspection, view: str | None) -> dict[str, Any]:
         "bits_per_weight": inspection.bits_per_weight,
         "classes": [_class_values(one) for one in inspection.classes],
     }
+    from qconv.inspection import OUTSIDE
+
     if view == "layers":
         values["by_layer"] = [
             {
-                "name": None if layer.name == "-" else layer.name,
+                "name": None if layer.name == OUTSIDE else layer.name,
                 "tensors": layer.tensors,
                 "weights": layer.weights,
                 "bytes": layer.nbytes,
@@ -104,9 +108,8 @@ def _class_values(one: ModuleClass) -> dict[str, Any]:
 
 def _print_summary(console: Console, inspection: Inspection) -> None:
     known = "" if inspection.known or inspection.architecture is None else " (unknown to qconv)"
-    layers = sum(layer.name != "-" for layer in inspection.layers)
     say(console, str(inspection.path), style="bold")
-    say(console, f"architecture  {inspection.architecture or 'not named'}{known}, {layers} layers")
+    say(console, f"architecture  {inspection.architecture or 'not named'}{known}, {inspection.layer_count} layers")
     say(console, f"quantization  {_quantization(inspection)}")
     say(
         console,
@@ -124,10 +127,9 @@ def _quantization(inspection: Inspection) -> str:
         return "none"
     method = str(values.get("quant_method", "not named"))
     ours = f"format {inspection.format}" if inspection.format else "a format that qconv does not read"
-    telling = {"bits", "num_bits", "group_size", "zero_point", "symmetric", "strategy", "version", "format", "type"}
     details = {key.rpartition(".")[2]: value for key, value in values.items()}
-    shown = ", ".join(f"{key} {value}" for key, value in details.items() if key in telling)
-    return f"{method} ({ours}){f': {shown}' if shown else ''}"
+    shown = [f"{key} {details[key]}" for key in _TELLING if key in details]
+    return ", ".join([f"{method} ({ours})", *shown])
 
 
 def _skip_summary(skipped: tuple[str, ...]) -> str:
@@ -142,37 +144,39 @@ def _skip_summary(skipped: tuple[str, ...]) -> str:
 def _print_classes(console: Console, inspection: Inspection) -> None:
     rows = [
         (
-            one.name,
+            name,
             f"{one.modules:,}",
             _tensors(one),
             size(one.nbytes),
             bits(one.bits_per_weight),
         )
-        for one in inspection.classes
+        for name, one in zip(short_names([one.name for one in inspection.classes]), inspection.classes, strict=True)
     ]
     print_table(console, ("modules", "count", "tensors", "size", "bits"), rows)
 
 
 def _tensors(one: ModuleClass) -> str:
-    """Leaf names with dtype and shape; the shapes of one leaf that differ are counted, not listed."""
+    """Leaf names with dtype and shape, a line each; the shapes of one leaf that differ are counted, not listed."""
     leaves: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for leaf, dtype, dimensions in one.tensors:
         leaves.setdefault((leaf, dtype), []).append(dimensions)
-    return ", ".join(
+    return "\n".join(
         f"{leaf} {dtype} {shape(shapes[0]) if len(shapes) == 1 else f'in {len(shapes)} shapes'}"
         for (leaf, dtype), shapes in leaves.items()
     )
 
 
 def _print_layers(console: Console, inspection: Inspection) -> None:
+    from qconv.inspection import OUTSIDE
+
     rows = [
         (
-            layer.name,
+            "outside layers" if layer.name == OUTSIDE else layer.name,
             f"{layer.tensors:,}",
             f"{layer.weights:,}",
             size(layer.nbytes),
             bits(8.0 * layer.nbytes / layer.weights if layer.weights else None),
-            ", ".join(f"{dtype} {100 * nbytes / layer.nbytes:.1f} %" for dtype, nbytes in layer.dtypes.most_common()),
+            "\n".join(f"{dtype} {100 * nbytes / layer.nbytes:.1f} %" for dtype, nbytes in layer.dtypes.most_common()),
         )
         for layer in inspection.layers
     ]

@@ -20,7 +20,7 @@ from qconv.cli.console import print_error
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 
-COMMANDS = ("quantize", "inspect", "verify")
+COMMANDS = ("plan", "quantize", "inspect", "verify", "bench")
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""
 
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
@@ -58,6 +58,9 @@ class CommandLine(click.Group):
                 code = super().main(arguments, prog_name, **extra, standalone_mode=False, obj=interrupts)
                 sys.stdout.flush()
             except Exception as error:
+                if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                    click.echo(error.format_message(), err=True)
+                    return UsageError.exit_code
                 known = as_qconv_error(error)
                 if known is None:
                     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -87,6 +88,12 @@ class RecipeOptions:
         if self.fmt not in packaged_recipes():
             raise UsageError(f"--fmt: there is no packaged recipe {self.fmt!r}.", hint=f"Choose one of {names}.")
         return self.fmt
+
+
+def out_option(text: str) -> Callable[[Function], Function]:
+    """The option of the folder that a command writes."""
+    kind = click.Path(file_okay=False, path_type=Path)
+    return click.option("-o", "--out", required=True, type=kind, help=text)
 
 
 def recipe_options(function: Function) -> Function:

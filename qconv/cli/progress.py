@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from qconv.cli.console import duration, say, stderr
@@ -17,9 +18,12 @@ from qconv.cli.signals import Interrupts
 
 _LINE_SECONDS = 10.0
 """Least time between two lines about the same thing."""
-_REMEMBERED_STEPS = 8
-_INSTANT = 0.05
-"""A step this much shorter than the longest one was already done by an earlier run and says nothing of the rest."""
+_NARROW = 60
+"""Columns below which a terminal has no room for the elapsed time."""
+_LEAST_STEPS = 8
+_LEAST_SECONDS = 30.0
+_INSTANT = 0.002
+"""A step of less than these seconds was done by an earlier run and says nothing of the pace."""
 
 
 class Reporter(Protocol):
@@ -33,39 +37,49 @@ class Reporter(Protocol):
 
 
 class TimeLeft:
-    """Extrapolates from the last few steps, whatever their unit."""
+    """Extrapolates from the latest steps: at least the last eight, and the last half minute."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED_STEPS)
+        self._steps: deque[tuple[float, int]] = deque()
+        self._seconds = 0.0
         self._last: tuple[float, int, int] | None = None
 
     def update(self, now: float, done: int, total: int) -> None:
-        """Note how far the work is; starting over with another total forgets what was."""
-        if self._last is not None:
-            then, before, same = self._last
-            if total != same or done < before:
-                self._steps.clear()
-            elif done > before:
-                self._steps.append((now - then, done - before))
-            else:
-                return
-        self._last = (now, done, total)
+        """Note how far the work is; going back or another total starts anew."""
+        last, self._last = self._last, (now, done, total)
+        if last is None:
+            return
+        then, before, same = last
+        if total != same or done < before:
+            self._steps.clear()
+            self._seconds = 0.0
+        elif done == before:
+            self._last = last
+        elif now - then >= _INSTANT:
+            self._steps.append((now - then, done - before))
+            self._seconds += now - then
+        while len(self._steps) > _LEAST_STEPS and self._seconds - self._steps[0][0] > _LEAST_SECONDS:
+            self._seconds -= self._steps.popleft()[0]
 
     def seconds(self, now: float) -> float | None:
-        """Seconds until all is done, or None while nothing is known."""
-        if self._last is None or not self._steps:
+        """Seconds until all is done, or None before a second was measured."""
+        if self._last is None or self._seconds < 1.0:
             return None
-        slowest = max(seconds / count for seconds, count in self._steps)
-        steps = [(seconds, count) for seconds, count in self._steps if seconds / count >= _INSTANT * slowest]
-        pace = sum(seconds for seconds, _ in steps) / sum(count for _, count in steps)
         then, done, total = self._last
+        pace = self._seconds / sum(count for _, count in self._steps)
         return max(0.0, pace * (total - done) - (now - then))
 
 
 @contextlib.contextmanager
-def reporting(*, quiet: bool) -> Iterator[Reporter]:
-    """A reporter for the current command, on stderr; ``quiet`` where stdout is JSON and nothing else is to be seen."""
+def reporting(*, quiet: bool, remedy: str | None = None) -> Iterator[Reporter]:
+    """A reporter for the current command, on stderr.
+
+    Args:
+        quiet: Nothing is to be seen but what the command itself prints: for JSON.
+        remedy: What to do after an interruption.
+    """
     interrupts = click.get_current_context().find_object(Interrupts) or Interrupts()
+    interrupts.remedy = remedy
     console = stderr()
     if quiet:
         yield _Quiet(interrupts)
@@ -74,8 +88,8 @@ def reporting(*, quiet: bool) -> Iterator[Reporter]:
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            _Elapsed(),
+            TextColumn("{task.percentage:.0f} %"),
+            *([] if console.width < _NARROW else [_Elapsed()]),
             _Left(left),
             console=console,
             refresh_per_second=4,
@@ -139,7 +153,7 @@ class _Bar:
         self._interrupts.check()
         self._left.update(time.monotonic(), done, total)
         if self._task is None:
-            self._task = self._bar.add_task(what)
+            self._task = self._bar.add_task(what, total=total)
         self._bar.update(self._task, description=what, completed=done, total=total)
 
     def log(self, sentence: str) -> None:
@@ -148,13 +162,16 @@ class _Bar:
 
 
 class _Elapsed(ProgressColumn):
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
+
     def render(self, task: Task) -> Text:
         return Text(duration(task.elapsed or 0.0), style="progress.elapsed")
 
 
 class _Left(ProgressColumn):
     def __init__(self, left: TimeLeft) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._left = left
 
     def render(self, task: Task) -> Text:

@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.console import duration, print_json, say, size, stdout
-from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe_options
+from qconv.cli.options import RecipeOptions, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 
 if TYPE_CHECKING:
     from qconv.plan import BuildPlan
 
 
-@click.command()
+@click.command(short_help="Make a quantized build, or continue one.")
 @model_argument
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The build's folder.")
+@out_option("The build's folder.")
 @recipe_options
 @click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; a resumed run keeps those it started with.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Experts and matrices worked on at once; the bytes do not depend on it.",
+)
 @json_option
 def command(model: str, out: Path, restart: bool, threads: int | None, as_json: bool, **options: Any) -> None:
     """Quantize MODEL, a folder or a Hub id, into a folder that engines load.
@@ -32,22 +36,20 @@ def command(model: str, out: Path, restart: bool, threads: int | None, as_json: 
     """
     recipe = RecipeOptions(**options).load()
     start = time.monotonic()
-    with reporting(quiet=as_json) as reporter:
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
-        import torch
-
         from qconv.checkpoint.hub import resolve_model
         from qconv.pipeline import quantize
         from qconv.plan import make_plan
         from qconv.source import Source
 
-        if threads is not None:
-            torch.set_num_threads(threads)
         folder = resolve_model(model)
         source = Source.open(folder)
         plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
         reporter.log(f"plan: {plan_summary(plan)}")
-        outcome = quantize(folder, out, recipe, restart=restart, progress=reporter.progress, log=reporter.log)
+        outcome = quantize(
+            folder, out, recipe, restart=restart, threads=threads, progress=reporter.progress, log=reporter.log
+        )
     result = {
         "path": str(out),
         "already_complete": outcome.already_complete,
@@ -65,9 +67,9 @@ def command(model: str, out: Path, restart: bool, threads: int | None, as_json: 
 def plan_summary(plan: BuildPlan) -> str:
     """What will be written, in a line."""
     grid, shards = plan.grid, sum(len(unit.shards) for unit in plan.units)
-    group = "a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    group = "one scale a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     return (
-        f"{plan.recipe.method} to {plan.format.name}, {grid.bits} bits in {group}: {plan.weights:,} weights, "
+        f"{plan.recipe.method} to {plan.format.name}, {grid.bits} bits, {group}: {plan.weights:,} weights, "
         f"{len(plan.quantized):,} linears quantized; {size(plan.output_bytes)} in {shards} shards, "
         f"{plan.bits_per_weight:.2f} bits per weight"
     )

@@ -17,9 +17,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(slots=True)
 class Interrupts:
-    """Which signal arrived, if one did."""
+    """Which signal arrived, if one did.
+
+    Attributes:
+        received: Its number.
+        remedy: What to do after an interruption of the command at hand.
+    """
 
     received: int | None = None
+    remedy: str | None = None
 
     def check(self) -> None:
         """Raise again what an ``except Exception`` or a destructor in other people's code may have swallowed.
@@ -28,14 +34,14 @@ class Interrupts:
             Interrupted: a signal arrived.
         """
         if self.received is not None:
-            raise Interrupted(self.received, hint="Run the same command again to continue.")
+            raise Interrupted(self.received, hint=self.remedy)
 
     def _handle(self, number: int, frame: FrameType | None) -> NoReturn:
         self.received = number
         # What is committed is safe at any instant, so a second signal need not wait for the cleanup of the first.
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        raise Interrupted(number, hint="Run the same command again to continue.")
+        raise Interrupted(number, hint=self.remedy)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

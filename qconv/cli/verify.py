@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.console import print_json, print_table, say, stdout
+from qconv.cli.console import print_json, print_table, say, short_names, stdout
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 from qconv.errors import VerificationError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qconv.verify import Verification
 
 
-@click.command()
+@click.command(short_help="Check a build, alone or against its source.")
 @click.argument("build")
 @click.option("--against", metavar="MODEL", help="Also compare every weight with this source, a folder or a Hub id.")
 @json_option
@@ -30,9 +30,11 @@ def command(build: str, against: str | None, as_json: bool) -> int:
     """
     with reporting(quiet=as_json) as reporter:
         from qconv.checkpoint.hub import resolve_model
+        from qconv.inspection import require_finished
         from qconv.verify import verify
 
         path = resolve_model(build)
+        require_finished(path)
         source = None if against is None else resolve_model(against)
         result = verify(path, source, reporter.progress)
     kinds = by_kind(result.snr_db)
@@ -55,9 +57,11 @@ def command(build: str, against: str | None, as_json: bool) -> int:
 
 def by_kind(snr_db: Mapping[str, float]) -> list[dict[str, Any]]:
     """Signal to noise ratios of linears by kind: modules whose names differ in numbers alone."""
+    from qconv.inspection import name_class
+
     kinds: dict[str, dict[str, float]] = {}
     for module, value in snr_db.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", module), {})[module] = value
+        kinds.setdefault(name_class(module), {})[module] = value
     rows = []
     for kind, values in kinds.items():
         worst = min(values, key=lambda module: values[module])
@@ -69,20 +73,23 @@ def by_kind(snr_db: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def _print(path: str, result: Verification, kinds: list[dict[str, Any]]) -> None:
     console = stdout()
-    rows = [("ok", text) for text in result.checked]
-    rows += [("note", text) for text in result.notices]
-    rows += [("BAD", text) for text in result.problems]
-    for state, text in rows:
+    findings = [("ok", text) for text in result.checked]
+    findings += [("note", text) for text in result.notices]
+    findings += [("BAD", text) for text in result.problems]
+    for state, text in findings:
         say(console, f"{state:<5}{text}", style="bold red" if state == "BAD" else "")
     if kinds:
         say(console, "")
-        print_table(
-            console,
-            ("linears", "count", "least SNR (dB)", "mean", "worst"),
-            [
-                (row["kind"], f"{row['count']:,}", f"{row['least']:.1f}", f"{row['mean']:.1f}", row["worst"])
-                for row in kinds
-            ],
-        )
+        rows = [
+            (name, f"{row['count']:,}", f"{row['least']:.1f}", f"{row['mean']:.1f}", _place(row["worst"]))
+            for name, row in zip(short_names([row["kind"] for row in kinds]), kinds, strict=True)
+        ]
+        print_table(console, ("linears", "count", "least SNR (dB)", "mean", "least at"), rows)
         say(console, "")
     say(console, f"{path}: bad: {len(result.problems)} problems" if result.problems else f"{path}: good")
+
+
+def _place(module: str) -> str:
+    """The numbers in a module's name, each with what it counts: ``layers 3 experts 17``."""
+    parts = module.split(".")
+    return " ".join(f"{what} {number}" for what, number in itertools.pairwise(parts) if number.isdigit())

@@ -1,0 +1,56 @@
+# Everything runs in .venv in the checkout, which the first target that needs it creates.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first Python from 3.11 to 3.13 that really runs: a version manager's shim may exist and fail.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	>/dev/null 2>&1 && echo $$python && break; done)
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+TINY := evals/models/tiny-coder-moe
+KILLS ?= 20
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint interop kill-resume scale clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch alone and first: resolved together with the rest it may come with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 with venv found; set PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## quantize the bundled model to AWQ, verify the build, print the result table
+	$(BIN)/qconv quantize $(TINY) --fmt awq -o build/demo/awq --restart
+	$(BIN)/qconv verify build/demo/awq --against $(TINY)
+	$(BIN)/python evals/quality.py
+
+test: lint  ## lint, then every test that needs nothing but .venv
+	$(BIN)/python -m pytest -m 'not interop and not slow' $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+interop: $(STAMP)  ## other people's readers and loaders on our builds, each in its own environment
+	$(BIN)/python tests/interop/environments.py
+	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)
+
+kill-resume: $(STAMP)  ## kill a run at KILLS random moments (default 20); resumed, it must end byte-identical
+	$(BIN)/python evals/kill_resume.py --kills $(KILLS)
+
+scale: $(STAMP)  ## speed and peak memory on layers of the 480B model's true shapes
+	$(BIN)/python evals/scale.py
+
+clean:  ## remove build/, dist/ and caches; environments stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find qconv tests evals -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""``qconv plan``: what a build will hold and cost, before any weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
+from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe_options
+
+if TYPE_CHECKING:
+    from qconv.planning import Estimate
+
+_TOPOLOGY_FAILS = 1
+
+
+@click.command(short_help="Show what a build will hold and cost, without reading a weight.")
+@model_argument
+@recipe_options
+@click.option("--tp", type=click.IntRange(min=1), metavar="N", help="Check a tensor-parallel serving topology.")
+@click.option("--units", is_flag=True, help="A row for each unit of work: embeddings, each layer, head.")
+@json_option
+def command(model: str, tp: int | None, units: bool, as_json: bool, **options: Any) -> int:
+    """Show what quantizing MODEL, a folder or a Hub id, will make and take.
+
+    Needs config.json alone, and looks at the index where there is one: no shard has to be there. Exits with 1 if the
+    build does not fit the topology of --tp.
+    """
+    recipe = RecipeOptions(**options).load()
+    from qconv.checkpoint.hub import resolve_model
+    from qconv.plan import topology_problems
+    from qconv.planning import estimate
+
+    result = estimate(resolve_model(model, weights=False), recipe)
+    problems = [] if tp is None else topology_problems(result.plan, tp)
+    if as_json:
+        print_json({**_values(result, units), "tp": tp, "topology_problems": problems})
+    else:
+        _print(result, units)
+        if tp is not None:
+            _print_topology(tp, problems)
+    return _TOPOLOGY_FAILS if problems else 0
+
+
+def _values(result: Estimate, units: bool) -> dict[str, Any]:
+    values = {
+        "path": str(result.path),
+        "architecture": result.plan.architecture.family,
+        "recipe": result.plan.recipe.model_dump(mode="json"),
+        "source_dtype": result.dtype,
+        "notices": result.notices,
+        "parameters": result.weights,
+        "source_bytes": result.source_bytes,
+        "output_bytes": result.output_bytes,
+        "shards": result.shards,
+        "bits_per_weight": result.bits_per_weight,
+        "modelled_peak_memory_bytes": result.costs.memory,
+        "modelled_scratch_bytes": result.costs.scratch,
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "classes": [
+            {
+                "name": row.name,
+                "modules": row.modules,
+                "shapes": row.shapes,
+                "scheme": row.scheme,
+                "weights": row.weights,
+                "source_bytes": row.source_bytes,
+                "output_bytes": row.output_bytes,
+                "bits_per_weight": row.bits_per_weight,
+            }
+            for row in result.classes
+        ],
+    }
+    if units:
+        values["units"] = [
+            {"key": unit.key, "bytes": unit.nbytes, "shards": [name for name, _ in unit.shards]}
+            for unit in result.plan.units
+        ]
+    return values
+
+
+def _print(result: Estimate, units: bool) -> None:
+    console = stdout()
+    plan = result.plan
+    say(console, f"{result.path}: {plan.architecture.family}, {len(plan.architecture.layers)} layers", style="bold")
+    for notice in result.notices:
+        say(console, f"note: {notice}", style="yellow")
+    say(console, "")
+    if units:
+        rows = [(unit.key, size(unit.nbytes), _span([name for name, _ in unit.shards])) for unit in plan.units]
+        print_table(console, ("unit", "size", "shards"), rows)
+    else:
+        print_table(
+            console,
+            ("modules", "count", "shape", "scheme", "size", "bits"),
+            [
+                (
+                    name,
+                    f"{row.modules:,}",
+                    "\n".join(map(shape, row.shapes)),
+                    row.scheme,
+                    size(row.output_bytes),
+                    bits(row.bits_per_weight),
+                )
+                for name, row in zip(short_names([row.name for row in result.classes]), result.classes, strict=True)
+            ],
+        )
+    say(console, "")
+    say(console, f"source       {result.weights:,} parameters, {size(result.source_bytes)} as {result.dtype}")
+    say(
+        console,
+        f"output       {size(result.output_bytes)} in {result.shards} shards of format {plan.format.name}, "
+        f"{bits(result.bits_per_weight)} bits per weight",
+    )
+    say(console, f"peak memory  {size(result.costs.memory)} (modelled)")
+    say(console, f"scratch disk {size(result.costs.scratch)} (modelled), besides the output")
+    say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
+
+
+def _print_topology(ranks: int, problems: Sequence[str]) -> None:
+    console = stdout()
+    if not problems:
+        say(console, f"topology     tensor parallel {ranks} can hold the build")
+        return
+    say(console, f"topology     tensor parallel {ranks} cannot hold the build:", style="bold red")
+    for problem in problems:
+        say(console, f"  {problem}")
+    say(console, "  Choose another --group-size, another number of ranks, or expert parallelism.")
+
+
+def _span(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

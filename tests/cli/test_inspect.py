@@ -1,0 +1,75 @@
+"""``qconv inspect`` and ``qconv bench``."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qconv.bench import write_slice
+from tests.cli.conftest import SMALL, Invoke
+
+
+def test_a_build_has_format_classes_and_skip_list(invoke: Invoke, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = invoke("inspect", build)
+    assert result.exit_code == 0
+    assert "Qwen3MoeForCausalLM, 4 layers" in result.stdout
+    assert "format w4a16" in result.stdout
+    assert "model.layers.*.mlp.gate (4), lm_head" in result.stdout
+    row = next(line for line in result.stdout.splitlines() if line.startswith("mlp.experts.*.up_proj"))
+    assert row.split() == ["mlp.experts.*.up_proj", "64", "weight_packed", "I32", "256x32", "2.16", "MB", "4.13"]
+    assert "\x1b" not in result.output
+
+
+def test_layers_and_tensors(invoke: Invoke, build: Path) -> None:
+    layers = invoke("inspect", build, "--layers").stdout
+    assert [f"model.layers.{index} " in layers for index in range(5)] == [True] * 4 + [False]
+    assert "outside layers" in layers
+    values = json.loads(invoke("inspect", build, "--layers", "--json").stdout)
+    assert sum(row["bytes"] for row in values["by_layer"]) == values["bytes"]
+    values = json.loads(invoke("inspect", build, "--tensors", "--json").stdout)
+    assert len(values["by_tensor"]) == values["tensors"]
+    first = values["by_tensor"][0]
+    assert first.keys() == {"name", "dtype", "shape", "bytes", "file", "offset"}
+    names = invoke("inspect", build, "--tensors").stdout
+    assert all(row["name"] in names for row in values["by_tensor"])
+
+
+def test_json_of_the_source_and_of_the_build_count_the_same_weights(invoke: Invoke, tiny: Path, build: Path) -> None:
+    dense, packed = (json.loads(invoke("inspect", path, "--json").stdout) for path in (tiny, build))
+    assert dense["weights"] == packed["weights"] == 14_961_408  # the model card's 15 M
+    assert dense["quantization"] is None
+    assert dense["bits_per_weight"] == 16.0
+    assert packed["quantization"]["quant_method"] == "compressed-tensors"
+
+
+def test_a_damaged_shard_exits_with_5(invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(build, bad)
+    shard = sorted(bad.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    result = invoke("inspect", bad)
+    assert result.exit_code == 5
+    assert shard.name in result.stderr
+    assert "truncated" in result.stderr
+
+
+def test_bench_slice_writes_a_checkpoint(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The command has no option for other shapes, and the true ones are 4 GB of embeddings alone.
+    monkeypatch.setattr("qconv.bench.write_slice", functools.partial(write_slice, shape=SMALL))
+    out = tmp_path / "slice"
+    arguments = ("bench", "slice", "--layers", 2, "--experts", 3, "-o", out)
+    result = invoke(*arguments)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{out}: 2 layers of 3 experts")
+    values = json.loads(invoke("inspect", out, "--json").stdout)
+    assert values["layers"] == 2
+    refused = invoke(*arguments)
+    assert refused.exit_code == 1
+    assert "not an empty folder" in refused.stderr
+    other = json.loads(invoke(*arguments[:-1], tmp_path / "other", "--seed", 1, "--json").stdout)
+    assert other["bytes"] > values["bytes"]

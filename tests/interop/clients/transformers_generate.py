@@ -1,0 +1,31 @@
+"""Load a checkpoint with transformers and decode greedily in float32. Arguments: MODEL WEIGHT_DTYPE REQUEST ANSWER.
+
+WEIGHT_DTYPE is the type in which weights are loaded or, in a quantized checkpoint, dequantized.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.interop.clients import decoding
+
+
+def main(model_folder: str, weight_dtype: str, request: str, answer: str) -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=getattr(torch, weight_dtype), output_loading_info=True
+    )
+    model, loading = loaded
+    model.eval()
+    model(torch.tensor([[0]]))  # compressed-tensors dequantizes attention only at the first forward pass
+    decoding.compute_in_float32(model)
+    problems = {kind: sorted(map(str, names)) for kind, names in loading.items()}
+    decoding.answer(Path(request), Path(answer), model, problems)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

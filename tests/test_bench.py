@@ -1,0 +1,166 @@
+"""Random slices: true shapes, readable by transformers, every tensor its own, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qconv import bench
+from qconv.bench import SliceShape, write_slice
+from qconv.calibration.corpus import build_tokens
+from qconv.errors import OutputError, ResourceError, UsageError
+from qconv.models import architecture
+from qconv.models.base import Moe
+from qconv.recipe import CalibrationSettings
+
+TINY = SliceShape(hidden_size=64, expert_width=32, heads=6, kv_heads=2, head_dim=16, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "slice"
+    write_slice(out, layers=2, experts=4, shape=TINY, shard_size=40_000)
+    return out
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            loaded |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return loaded
+
+
+def test_default_shapes_are_those_of_the_480b() -> None:
+    whole = architecture(SliceShape().config(layers=62, experts=160))
+    layer = whole.layers[61]
+    assert isinstance(layer.mlp, Moe)
+    assert (layer.attention.q.out_features, layer.attention.k.out_features) == (12288, 1024)
+    assert (layer.mlp.experts[159].down.out_features, layer.mlp.experts[159].down.in_features) == (6144, 2560)
+    assert layer.mlp.top_k == 8
+    parameters = sum(torch.Size(size).numel() for _, size in whole.tensors())
+    assert round(parameters / 1e9) == 480
+    experts = sum(linear.numel for expert in layer.mlp.experts for linear in expert.linears())
+    assert round(2 * experts / 1e9, 1) == 15.1  # GB of bf16, the layer of the issue's scale test
+
+
+def test_shards_and_index_hold_every_tensor_once(tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    index = json.loads((tiny / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in tiny.glob("*.safetensors"))
+    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    assert len(shards) > 2
+    assert {name: tuple(tensor.shape) for name, tensor in tensors(tiny).items()} == dict(architecture(config).tensors())
+    for name, shard in index["weight_map"].items():
+        with safe_open(tiny / shard, "pt") as file:
+            assert name in file.keys()  # noqa: SIM118
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(tiny).values())
+    assert not list(tiny.glob("*.partial"))
+
+
+def test_no_two_weights_are_equal_and_all_have_the_announced_spread(tiny: Path) -> None:
+    weights = {name: tensor.float() for name, tensor in tensors(tiny).items() if tensor.ndim == 2}
+    assert len({tensor.numpy().tobytes() for tensor in weights.values()}) == len(weights)
+    for name, tensor in weights.items():
+        if tensor.numel() > 1000:  # where the estimate of the spread is good to 10 %
+            assert 0.7 < tensor.std().item() / bench.WEIGHT_STD < 1.4, name
+
+
+def test_layer_norms_have_the_same_few_outlier_channels(tiny: Path) -> None:
+    norms = {name: tensor.float() for name, tensor in tensors(tiny).items() if tensor.ndim == 1}
+    outliers = {
+        tuple(torch.nonzero(norm > 5).flatten().tolist()) for name, norm in norms.items() if "layernorm" in name
+    }
+    assert [len(channels) for channels in outliers] == [1]
+    assert all((norm > 0).all() for norm in norms.values())
+    assert all(norm.max() < 5 for name, norm in norms.items() if "layernorm" not in name)
+
+
+def test_a_tensor_larger_than_a_block_is_not_one_block_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_BLOCK", 1024)  # a divisor of the pool
+    write_slice(tmp_path / "slice", layers=1, experts=1, shape=TINY)
+    flat = tensors(tmp_path / "slice")["model.embed_tokens.weight"].flatten()
+    rows = flat[: 18 * 1024].view(torch.int16).view(18, 1024)  # of 300 x 64 elements
+    assert len({row.numpy().tobytes() for row in rows}) == 18
+
+
+def test_seed_decides_every_byte(tiny: Path, tmp_path: Path) -> None:
+    for name, seed in (("again", 0), ("other", 1)):
+        write_slice(tmp_path / name, layers=2, experts=4, shape=TINY, shard_size=40_000, seed=seed)
+    files = sorted(path.name for path in tiny.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert all((tiny / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    first, other = tensors(tiny), tensors(tmp_path / "other")
+    assert not [name for name in first if torch.equal(first[name], other[name])]
+
+
+def test_transformers_loads_it_and_activations_stay_sane(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    ids = build_tokens(CalibrationSettings(tokens=64, sequence_length=32), tiny).ids.long()
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+    assert all(state.isfinite().all() for state in states)
+    assert max(state.std().item() for state in states) < 10
+
+
+def test_tokenizer_has_a_token_for_every_byte_and_a_chat_template(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny, local_files_only=True)
+    text = "naïve 數 \x00\t\n"
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer(chat).input_ids[0] == 257
+    assert len(tokenizer) == 259  # 256 bytes and three special tokens
+
+
+def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    write_slice(tmp_path / "slice", layers=1, experts=1, shape=TINY, progress=lambda *args: seen.append(args))
+    done = [count for _, count, _ in seen]
+    assert done == sorted(done)
+    assert {total for _, _, total in seen} == {done[-1]}
+
+
+def test_top_k_does_not_exceed_the_experts() -> None:
+    assert SliceShape().config(layers=1, experts=3)["num_experts_per_tok"] == 3
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(OutputError, match="not an empty folder"):
+            write_slice(out, layers=1, experts=1, shape=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 10**6))
+    with pytest.raises(ResourceError, match=r"needs 19\.2 GB of disk and 0\.0 GB are free"):
+        write_slice(tmp_path / "new" / "slice", layers=1, experts=160)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("counts", [(0, 1), (1, 0), (-1, 4)])
+def test_impossible_counts_are_usage_errors(tmp_path: Path, counts: tuple[int, int]) -> None:
+    with pytest.raises(UsageError):
+        write_slice(tmp_path / "slice", layers=counts[0], experts=counts[1], shape=TINY)
