@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qconv.build import scales_path
 from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
-from qconv.checkpoint.reader import map_tensor
+from qconv.checkpoint.reader import Tensors
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors
 from qconv.errors import VerificationError
 from qconv.folding import SCALE_SUFFIX, Folds
@@ -55,8 +55,8 @@ class UnitWriter:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append the unit's next tensor.
+    def add(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the unit's next tensor, given as consecutive blocks of its rows.
 
         Raises:
             OutputError: the disk is full or the file cannot be written.
@@ -65,7 +65,7 @@ class UnitWriter:
         if not self._writers or self._writers[-1].complete:
             shard, specs = self._unit.shards[len(self._writers)]
             self._open(self._out / shard, specs)
-        self._writers[-1].write(name, tensor)
+        self._writers[-1].write_blocks(name, blocks)
         if self._writers[-1].complete:
             self._records.append(self._writers[-1].finish())
 
@@ -99,14 +99,13 @@ class UnitWriter:
         for writer in self._writers:
             entries |= read_header(writer.temporary)
 
-        def read(name: str) -> Tensor:
-            return map_tensor(entries[name])
+        written = Tensors(entries)
 
         def unpack(linear: Linear) -> QTensor:
-            return plan.format.unpack(linear.name, (linear.out_features, linear.in_features), read, plan.grid)
+            return plan.format.unpack(linear.name, (linear.out_features, linear.in_features), written.read, plan.grid)
 
         folds = Folds.none() if layer is None else Folds.of(plan.architecture, layer, scales)
-        comparison = Comparison(unpack, read, source.checkpoint.read, folds)
+        comparison = Comparison(unpack, written, source.checkpoint, folds)
         items = [(item.module, item.quantized) for item in self._unit.items]
         snr_db = {}
         for name, snr, problem in workers.map(comparison.check, items):

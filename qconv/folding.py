@@ -58,6 +58,10 @@ class Folds:
         """What the output of ``module`` is divided by, float32 [channels], or None."""
         return self.scales.get(module.name)
 
+    def touches(self, module: Linear | Norm) -> bool:
+        """Whether folding changes any tensor of ``module``."""
+        return module.name in self.scales or self.producers.get(module.name) in self.scales
+
     def expected(self, module: Linear | Norm, name: str, tensor: Tensor) -> Tensor:
         """What an unquantized tensor of the source must be in the build, in the source's dtype."""
         out_scale = self.output_scale(module)

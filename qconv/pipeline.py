@@ -212,7 +212,7 @@ class _Run:
             weight = None
             if item.quantized and isinstance(item.module, Linear):
                 weight = rtn.quantize(self.source.read(names.pop(0)), self.plan.grid, clip)
-            return Finished(item.module, weight, tuple((name, self.source.read(name)) for name in names))
+            return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
 
         return self.workers.map(finish, unit.items)
 
@@ -228,9 +228,9 @@ class _Run:
             for module in modules:
                 if module.weight is not None:
                     for name, tensor in self.plan.format.pack(module.module.name, module.weight):
-                        writer.add(name, tensor)
-                for name, tensor in module.dense:
-                    writer.add(name, tensor)
+                        writer.add(name, [tensor])
+                for name, blocks in module.dense:
+                    writer.add(name, blocks)
             committed = writer.commit(self.source, scales, self.workers)
         files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
         outcome = {"searches": report.searches, "experts": report.experts}

@@ -124,8 +124,8 @@ class SquaredError:
     @classmethod
     def between(cls, reference: Tensor, approximation: Tensor) -> SquaredError:
         """Sums of squares of ``reference`` and of its difference from ``approximation`` (any shapes, equal)."""
-        error = reference - approximation
-        return cls(float(torch.linalg.vector_norm(reference)) ** 2, float(torch.linalg.vector_norm(error)) ** 2)
+        signal, error = reference.flatten(), (reference - approximation).flatten()
+        return cls(float(torch.dot(signal, signal)), float(torch.dot(error, error)))
 
     @property
     def snr_db(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ class Source:
             CheckpointError: not readable, or NaN or infinite values in it.
         """
         return require_finite(self.checkpoint.read(name), self.checkpoint.entry(name))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor as consecutive blocks of rows, each known to be finite; memory holds one of them.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        for block in self.checkpoint.blocks(name):
+            yield require_finite(block, self.checkpoint.entry(name))
 
     def companions(self) -> list[Path]:
         """Tokenizer, chat template and generation config, sorted by name."""

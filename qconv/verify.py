@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from qconv.build import Build
+from qconv.checkpoint.reader import Tensors
 from qconv.checkpoint.writer import sha256_of
 from qconv.errors import CheckpointError, VerificationError
 from qconv.folding import Folds, folded_weight
-from qconv.formats.base import TensorReader
 from qconv.manifest import WORK_FOLDER
 from qconv.methods.base import row_blocks
 from qconv.models.base import Layer, Linear
@@ -101,13 +101,13 @@ class Comparison:
 
     Attributes:
         unpack: Gives a quantized linear's weight.
-        read_build, read_source: Give a tensor by name.
+        build, source: The tensors of both.
         folds: What was folded into the modules' layer.
     """
 
     unpack: Callable[[Linear], QTensor]
-    read_build: TensorReader
-    read_source: TensorReader
+    build: Tensors
+    source: Tensors
     folds: Folds
 
     def check(self, item: tuple[Module, bool]) -> tuple[str, float | None, str | None]:
@@ -123,12 +123,18 @@ class Comparison:
                 weight = self.unpack(module)
                 problem = _bad_parameters(weight)
                 scales = self.folds.input_scale(module), self.folds.output_scale(module)
-                snr = weight_error(self.read_source(name), weight, *scales).snr_db
+                snr = weight_error(self.source.read(name), weight, *scales).snr_db
                 if problem is None and not snr >= snr_floor_db(weight.grid.bits):
                     problem = f"signal to noise {snr:.1f} dB, below {snr_floor_db(weight.grid.bits):.1f}"
-            elif not torch.equal(self.read_build(name), self.folds.expected(module, name, self.read_source(name))):
+            elif not self._equal(module, name):
                 problem = "differs from the source"
         return module.name, snr, None if problem is None else f"{module.name}: {problem}"
+
+    def _equal(self, module: Module, name: str) -> bool:
+        if self.folds.touches(module):
+            return torch.equal(self.build.read(name), self.folds.expected(module, name, self.source.read(name)))
+        pairs = zip(self.build.blocks(name), self.source.blocks(name), strict=True)
+        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
@@ -264,7 +270,7 @@ def _check_weights(
             progress("weights", done, len(groups))
         items = [(module, isinstance(module, Linear) and build.is_quantized(module)) for module in modules]
         folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
-        comparison = Comparison(build.qtensor, build.checkpoint.read, source.checkpoint.read, folds)
+        comparison = Comparison(build.qtensor, build.checkpoint, source.checkpoint, folds)
         for name, snr, problem in workers.map(comparison.check, items):
             if snr is not None:
                 result.snr_db[name] = snr

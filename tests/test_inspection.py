@@ -21,7 +21,7 @@ TINY = Path(__file__).parents[1] / "evals/models/tiny-coder-moe"
 
 def checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
 

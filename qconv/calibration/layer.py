@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from qconv.source import Source
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A module as the build will hold it: a quantized weight or None, then its plain tensors by name."""
+    """A module as the build will hold it: a quantized weight or None, then its plain tensors as blocks of rows."""
 
     module: Linear | Norm
     weight: QTensor | None
-    dense: tuple[tuple[str, Tensor], ...]
+    dense: tuple[tuple[str, Iterable[Tensor]], ...]
 
 
 @dataclass(slots=True)
@@ -143,7 +143,7 @@ class LayerContext:
 
     def dense(self, module: Linear | Norm) -> Finished:
         """A module that stays unquantized, after folding."""
-        tensors = [(name, self.folds.expected(module, name, self.source.read(name))) for name, _ in module.tensors()]
+        tensors = [(name, [self.folds.expected(module, name, self.source.read(name))]) for name, _ in module.tensors()]
         return Finished(module, None, tuple(tensors))
 
     def finished(self, linear: Linear, weight: QTensor | None) -> Finished:
@@ -151,5 +151,5 @@ class LayerContext:
         if weight is None:
             return self.dense(linear)
         names = [name for name, _ in linear.tensors() if name != linear.weight]
-        biases = tuple((name, self.folds.expected(linear, name, self.source.read(name))) for name in names)
+        biases = tuple((name, [self.folds.expected(linear, name, self.source.read(name))]) for name in names)
         return Finished(linear, weight, biases)

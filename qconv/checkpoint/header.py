@@ -38,6 +38,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_LIMIT = 2**63
+"""No size or offset reaches it; larger numbers are not printable or do not fit a tensor's shape."""
+
 _REDOWNLOAD = "Download or copy the file again."
 
 
@@ -120,7 +123,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         return table
 
     try:
-        table = json.loads(text, object_pairs_hook=no_duplicates)
+        table = json.loads(text.decode(), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header is not valid JSON: {error}.", hint=_REDOWNLOAD) from error
     if not isinstance(table, dict):
@@ -129,7 +132,17 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LIMIT
+
+
+def _nbytes(shape: Sequence[int], itemsize: int) -> int | None:
+    """Bytes of a tensor, or None if no file can be that large."""
+    nbytes = itemsize
+    for size in shape:
+        nbytes *= size
+        if nbytes >= _LIMIT:
+            return None
+    return nbytes
 
 
 def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
@@ -145,10 +158,11 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise CheckpointError(f"{where}: data_offsets {offsets!r} is malformed.", hint=_REDOWNLOAD)
     begin, end = offsets
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    nbytes = _nbytes(shape, dtype.itemsize)
+    if end - begin != nbytes:
+        takes = "more bytes than any file has" if nbytes is None else f"{nbytes} bytes"
         raise CheckpointError(
-            f"{where}: the header lies: {fields['dtype']} {shape} takes {math.prod(shape) * dtype.itemsize} bytes, "
-            f"its offsets span {end - begin}.",
+            f"{where}: the header lies: {fields['dtype']} {shape} takes {takes}, its offsets span {end - begin}.",
             hint=_REDOWNLOAD,
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,15 @@ _SAMPLES_PER_SHARD = 64
 _SAMPLE_BYTES = 4096
 
 
+BLOCK_BYTES = 64 * 2**20
+"""How much of a large tensor is mapped at once where it is worked through block by block."""
+
+
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A folder of safetensors shards whose headers agree with its index and with the files' sizes.
+class Tensors:
+    """Tensors in files, by name."""
 
-    Attributes:
-        path: The folder.
-        config: config.json.
-        entries: Every tensor by name.
-    """
-
-    path: Path
-    config: dict[str, Any]
     entries: Mapping[str, TensorEntry]
-
-    @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Read config.json, the index and every shard's header.
-
-        Raises:
-            CheckpointError: a file missing, truncated or malformed, a tensor missing from its shard or there twice.
-        """
-        config = read_json(path / "config.json")
-        return cls(path, config, _entries(path))
-
-    @property
-    def files(self) -> list[Path]:
-        """The shards, sorted by name."""
-        return sorted({entry.file for entry in self.entries.values()})
 
     def entry(self, name: str) -> TensorEntry:
         """Where a tensor lies.
@@ -64,7 +45,7 @@ class Checkpoint:
         try:
             return self.entries[name]
         except KeyError:
-            raise CheckpointError(f"{self.path}: no tensor {name!r}.", hint="The checkpoint is incomplete.") from None
+            raise CheckpointError(f"no tensor {name!r}.", hint="The checkpoint is incomplete.") from None
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype and shape, mapped copy-on-write: writing to it changes no file.
@@ -73,6 +54,52 @@ class Checkpoint:
             CheckpointError: no such tensor, the file cannot be mapped, or it changed size since it was opened.
         """
         return map_tensor(self.entry(name))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor as consecutive blocks of rows, each mapped on its own, so that memory holds one of them.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        entry = self.entry(name)
+        if entry.nbytes <= BLOCK_BYTES or not entry.shape:
+            yield map_tensor(entry)
+            return
+        rows, row_bytes = entry.shape[0], entry.nbytes // entry.shape[0]
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            offset, shape = entry.offset + start * row_bytes, (count, *entry.shape[1:])
+            yield map_tensor(replace(entry, offset=offset, nbytes=count * row_bytes, shape=shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Tensors):
+    """A folder of safetensors shards whose headers agree with its index and with the files' sizes.
+
+    Attributes:
+        entries: Every tensor by name.
+        path: The folder.
+        config: config.json.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read config.json, the index and every shard's header.
+
+        Raises:
+            CheckpointError: a file missing, truncated or malformed, a tensor missing from its shard or there twice.
+        """
+        config = read_json(path / "config.json")
+        return cls(_entries(path), path, config)
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, sorted by name."""
+        return sorted({entry.file for entry in self.entries.values()})
 
     def fingerprint(self) -> str:
         """sha256 over config.json and, of every shard, its name, size, header and 64 pages spread evenly.

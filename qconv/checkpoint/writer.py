@@ -10,7 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,14 @@ def sha256_of(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def drop_from_cache(descriptor: int) -> None:
+    """Let the kernel forget a file's clean pages: what is read next comes from the disk.
+
+    So a check reads what was really stored, and finished shards leave the page cache to the source.
+    """
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:
@@ -142,16 +150,29 @@ class ShardWriter:
             ValueError: not the tensor that comes next, or of another dtype or shape than announced.
             OutputError: the disk is full or the file cannot be written.
         """
+        self.write_blocks(name, [tensor])
+
+    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor, given as consecutive blocks of its rows.
+
+        Raises:
+            ValueError: not the tensor that comes next, or of another dtype or shape than announced.
+            OutputError: the disk is full or the file cannot be written.
+        """
         if self.complete:
             raise ValueError(f"{name}: the shard is complete")
         spec = self._specs[self._next]
-        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-            raise ValueError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+        nbytes = 0
+        for block in blocks:
+            if (name, block.dtype, tuple(block.shape[1:])) != (spec.name, spec.dtype, spec.shape[1:]):
+                raise ValueError(f"expected {spec}, got {name} {block.dtype} {tuple(block.shape)}")
+            nbytes += block.nbytes
+            if block.numel():
+                with output_errors(self.path):
+                    self._append(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if nbytes != spec.nbytes:
+            raise ValueError(f"{name}: {nbytes} bytes, not {spec.nbytes}")
         self._next += 1
-        if tensor.numel() == 0:
-            return
-        with output_errors(self.path):
-            self._append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> ShardRecord:
         """Flush to disk, read the file back and compare; the file keeps its temporary name.
@@ -167,6 +188,7 @@ class ShardWriter:
                 self._flush.result()
             self._file.flush()
             os.fsync(self._file.fileno())
+            drop_from_cache(self._file.fileno())
             self._file.close()
         written = self._digest.hexdigest()
         if sha256_of(self.temporary) != written:
@@ -184,6 +206,8 @@ class ShardWriter:
             OutputError: the rename failed.
         """
         with output_errors(self.path):
+            with self.temporary.open("rb") as file:
+                drop_from_cache(file.fileno())
             self.temporary.rename(self.path)
             self._published = True
             sync_folder(self.path.parent)

@@ -21,6 +21,10 @@ LOG_WIDTH = 120
 """Columns where there is no terminal to ask and COLUMNS is not set."""
 
 
+class ReaderGone(Exception):
+    """Whoever read our output went away, as ``head`` does. Not an OSError: click would exit with 1 for that."""
+
+
 class _Console(Console):
     """rich's console, without markup or guessed highlights: what is printed are paths and numbers."""
 
@@ -30,7 +34,7 @@ class _Console(Console):
             self.width = LOG_WIDTH
 
     def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
+        raise ReaderGone
 
 
 def stdout() -> Console:
@@ -68,8 +72,11 @@ def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
 
 def print_json(value: Any) -> None:
     """Print one JSON document. Numbers that JSON cannot hold (infinity, NaN) become null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGone from None
 
 
 def print_error(error: QconvError, *, as_json: bool) -> None:

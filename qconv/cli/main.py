@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from qconv import __version__
-from qconv.cli.console import print_error
+from qconv.cli.console import ReaderGone, print_error
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 
@@ -66,8 +66,8 @@ class CommandLine(click.Group):
                     raise
                 print_error(known, as_json="--json" in arguments)
                 return known.exit_code
-        except BrokenPipeError:
-            # Whoever read the output went away: that is no error, but the interpreter must not flush at exit.
+        except (ReaderGone, BrokenPipeError):
+            # That is no error, but the interpreter must not flush at exit.
             with contextlib.suppress(OSError, io.UnsupportedOperation):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
@@ -78,7 +78,7 @@ class CommandLine(click.Group):
 
 
 def as_qconv_error(error: Exception) -> QconvError | None:
-    """What went wrong, as one of our errors; None for a broken pipe and for bugs."""
+    """What went wrong, as one of our errors; None for a reader that is gone and for bugs."""
     if isinstance(error, QconvError):
         return error
     if isinstance(error, click.ClickException):

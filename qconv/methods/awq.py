@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.methods.base import assemble, encode_, grid_parameters, round_block, row_blocks
-from qconv.methods.rtn import clip_ratios
+from qconv.methods.base import assemble, clip_ratios, encode_, grid_parameters, round_block, row_blocks
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import ClipSettings
 
@@ -78,8 +77,8 @@ def choose(losses: Sequence[float]) -> Choice:
 def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSettings) -> Tensor:
     """For each group the ratio of its range whose rounding error costs least at the output.
 
-    The cost of a weight error d within a group is ``d^T H d`` with H the group's block of the inputs' second moments: the
-    mean squared change of the output. Ties go to the larger ratio.
+    The cost of a weight error d within a group is ``d^T H d`` with H the group's block of the inputs' second moments:
+    the mean squared change of the output. Ties go to the larger ratio.
 
     Args:
         weight: float32 [out_features, in_features].

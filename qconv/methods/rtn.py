@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.methods.base import assemble, encode_, grid_parameters, round_block, row_blocks
+from qconv.methods.base import assemble, clip_ratios, encode_, grid_parameters, round_block, row_blocks
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import ClipSettings
 
@@ -24,11 +24,6 @@ def quantize(weight: Tensor, grid: Grid, clip: ClipSettings | None = None) -> QT
             for block in (weight[start:stop] for start, stop in row_blocks(*weight.shape))
         ]
     )
-
-
-def clip_ratios(clip: ClipSettings) -> list[float]:
-    """The ratios that a clipping search tries, from 1 (no clipping) downward."""
-    return [1.0 - clip.max_shrink * step / clip.steps for step in range(clip.steps)]
 
 
 def mse_ratios(block: Tensor, grid: Grid, clip: ClipSettings) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from qconv.cli.console import bits, duration, print_json, print_table, shape, short_names, size
+from qconv.cli.console import ReaderGone, bits, duration, print_json, print_table, shape, short_names, size
 from qconv.cli.progress import TimeLeft
 
 HEADER = ("modules", "count", "size")
@@ -52,6 +52,16 @@ def test_numbers_that_json_lacks_become_null(capsys: pytest.CaptureFixture[str])
     print_json({"snr": [math.inf, -math.inf, math.nan, 1.5], "shape": (2, 3), "name": "ü"})
     values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert values == {"snr": [None, None, None, 1.5], "shape": [2, 3], "name": "ü"}
+
+
+def test_json_for_a_reader_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    with pytest.raises(ReaderGone):
+        print_json({})
 
 
 def test_how_numbers_read() -> None:
