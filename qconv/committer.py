@@ -27,7 +27,7 @@ from qconv.verify import Comparison
 
 @dataclass(frozen=True, slots=True)
 class CommittedUnit:
-    """A published unit: its files relative to the build's folder, and the error of each quantized linear in decibels."""
+    """A published unit: its files, relative to the build, and each quantized linear's signal to noise in decibels."""
 
     files: tuple[ShardRecord, ...]
     snr_db: dict[str, float]

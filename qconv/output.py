@@ -135,7 +135,7 @@ def write_companions(out: Path, source: Source, plan: BuildPlan, report: Report)
     weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
     _write_json(out / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config = dict(source.checkpoint.config)
+    config = with_both_spellings(source.checkpoint.config)
     config["quantization_config"] = plan.format.config(
         plan.grid, plan.skipped, [linear.name for linear in plan.quantized]
     )
@@ -144,6 +144,21 @@ def write_companions(out: Path, source: Source, plan: BuildPlan, report: Report)
         write_atomically(out / file.name, file.read_bytes())
     write_atomically(out / "README.md", report.model_card().encode())
     _write_json(out / REPORT_NAME, report.values)
+
+
+def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that readers before and after transformers 5 understand.
+
+    transformers 5 renamed ``num_experts`` to ``num_local_experts`` (except for Mixtral, which always said so) and moved
+    ``rope_theta`` into ``rope_parameters``; AutoAWQ and other archived readers know the old names alone.
+    """
+    both = dict(config)
+    if "num_local_experts" in both and both.get("model_type") != "mixtral":
+        both.setdefault("num_experts", both["num_local_experts"])
+    rope = both.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        both.setdefault("rope_theta", rope["rope_theta"])
+    return both
 
 
 def _write_json(path: Path, values: object) -> None:

@@ -24,8 +24,8 @@ VOCABULARY = 2048  # of the bundled model's tokenizer, which the random checkpoi
 hypothesis.settings.register_profile("qconv", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("qconv")
 
-# Sizes as small as groups of 32 allow. heads * head_dim differs from hidden_size, and o's input from v's output, so that
-# a confusion of the two shows.
+# Sizes as small as groups of 32 allow. heads * head_dim differs from hidden_size, and o's input from v's output, so
+# that a confusion of the two shows.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -55,7 +55,7 @@ def one_thread() -> None:
 
 
 def random_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A random transformers model in float32 whose weights are bf16 numbers and whose norms and biases are not trivial."""
+    """A random transformers model in float32: its weights are bf16 numbers, its norms and biases not trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, **SIZES | FAMILIES[model_type] | changes)
@@ -145,7 +145,7 @@ def awq_build(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Makes a file system of so many bytes; skips where mounting is not permitted."""
-    mounted = []
+    mounted: list[Path] = []
 
     def make(size: int) -> Path:
         folder = tmp_path / f"disk-{len(mounted)}"

@@ -1,6 +1,6 @@
 """Activations between layers, on disk: 262,144 tokens of hidden size 6144 need 3.2 GB of file and little memory.
 
-Every access maps the file for its own duration, so that the kernel may drop pages as soon as they were used and resident
+Every access maps the file for its own duration, so that pages leave the process as soon as they were used and resident
 memory holds one window.
 """
 

@@ -33,7 +33,7 @@ from qconv.models.base import Config
 from qconv.recipe import CalibrationSettings
 from qconv.source import require_tokenizer
 
-DOCUMENT_SEQUENCES = 4
+DOCUMENT_SEQUENCES = 1
 """Sequences' worth of tokens that a document may give in one round."""
 
 Encode = Callable[[Document], Iterator[int]]

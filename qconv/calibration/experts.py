@@ -1,8 +1,8 @@
 """The MLP half of a layer: every expert streamed through with the tokens that the router sends it.
 
-Two passes over the experts' weights. The first measures, for each candidate scale of the post-attention norm, the loss
-summed over all experts, since they and the router share that one scale. The second calibrates, quantizes and applies the
-experts one by one. Nothing is ever held for more than one expert.
+Two passes over the experts' weights. The first measures for each candidate scale of the post-attention norm the loss
+summed over all experts, since they and the router share that one scale. The second calibrates, quantizes and applies
+the experts one by one. Each worker thread holds one expert, and nothing is held for all of them.
 """
 
 from __future__ import annotations

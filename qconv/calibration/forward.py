@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
-from qconv.models.base import Layer, Linear, Norm
+from qconv.models.base import Layer, Norm
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""Calibration over all layers: the activations between them, where they stand on disk, and how a resumed run goes on."""
+"""Calibration over all layers: the activations between them on disk, and how a resumed run goes on from them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from qconv.source import Source
 class Calibration:
     """Runs layers in order, each on the outputs of the one before.
 
-    The inputs of one layer at a time are journalled. A layer that was committed before its outputs were is computed once
-    more, to the same bits, and not written again.
+    The inputs of one layer at a time are journalled. A layer that was committed before its outputs were is computed
+    once more, to the same bits, and not written again.
     """
 
     def __init__(

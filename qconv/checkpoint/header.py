@@ -1,8 +1,8 @@
 """The safetensors header, read with suspicion.
 
-A file is: 8 bytes little-endian header length, a JSON object, then the tensors' bytes back to back. The checks are those
-of the format's own specification: every tensor inside the file, no overlap, no gap, no leftover, sizes that agree with
-dtype and shape.
+A file is: 8 bytes little-endian header length, a JSON object, then the tensors' bytes back to back. The checks are
+those of the format's own specification: every tensor inside the file, no overlap, no gap, no leftover, sizes that agree
+with dtype and shape.
 """
 
 from __future__ import annotations

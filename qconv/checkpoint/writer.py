@@ -1,7 +1,7 @@
 """A safetensors shard, written as a stream and published only when what is on disk is what was meant.
 
-The header is known before the first byte, so tensors go straight to the file and memory holds one of them at a time. The
-file lives under a temporary name until :meth:`ShardWriter.publish`.
+The header is known before the first byte, so tensors go straight to the file and memory holds one of them at a time.
+The file lives under a temporary name until :meth:`ShardWriter.publish`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,12 @@ class ShardWriter:
         self._published = False
         with output_errors(path):
             self._file = self.temporary.open("wb")
-            self._append(encode_header(self._specs))
+        try:
+            with output_errors(path):
+                self._append(encode_header(self._specs))
+        except OutputError:
+            self.__exit__(None, None, None)
+            raise
 
     def __enter__(self) -> Self:
         return self

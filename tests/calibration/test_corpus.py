@@ -16,14 +16,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.calibration import corpus
-from qconv.calibration.corpus import DOCUMENT_SEQUENCES, TokenSet, build_tokens, load_tokenizer
+from qconv.calibration import corpus as corpus_module
+from qconv.calibration.corpus import TokenSet, build_tokens, load_tokenizer
 from qconv.calibration.documents import Document, documents
 from qconv.errors import CheckpointError, UsageError
 from qconv.recipe import CalibrationSettings
 
 MODEL = Path(__file__).parents[2] / "evals/models/tiny-coder-moe"
 EOS, IM_START, IM_END = 0, 1, 2  # the model card
+
+
+DOCUMENT_SEQUENCES = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_documents() -> Iterator[None]:
+    """A share large enough that the short documents of these tests come through in one round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "DOCUMENT_SEQUENCES", DOCUMENT_SEQUENCES)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +97,10 @@ def test_rounds_give_every_token_once_in_order_and_none_more_than_the_cap(
     corpus_documents = [Document(str(index), "") for index in range(len(sizes))]
     tokens = {str(index): [index * 100 + n for n in range(size)] for index, size in enumerate(sizes)}
     used: dict[str, None] = {}
-    stream = list(corpus._stream(iter(corpus_documents), lambda d: iter(tokens[d.name]), cap=cap, eos=eos, used=used))
+    encoded = corpus_module._stream(
+        iter(corpus_documents), lambda document: iter(tokens[document.name]), cap=cap, eos=eos, used=used
+    )
+    stream = list(encoded)
     content = [token for token in stream if token != -1]
     for index in range(len(sizes)):
         assert [token for token in content if token // 100 == index] == tokens[str(index)]

@@ -46,6 +46,12 @@ def write(tmp_path: Path) -> Callable[[bytes], Path]:
     return put
 
 
+def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """What the library finds in a file."""
+    found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    return found
+
+
 SPECS = st.lists(
     st.tuples(
         st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
@@ -66,7 +72,7 @@ def test_what_we_encode_the_library_reads_and_so_do_we(
     data = bytes(index % 251 for index in range(size))  # 251 is prime: an offset error shows
     content = encode_header(specs) + data
     assert (len(content) - size) % 8 == 0  # the specification's alignment of the data
-    theirs = dict(safetensors.deserialize(content))
+    theirs = dict(deserialize(content))
     path = tmp_path_factory.mktemp("header") / "a.safetensors"
     path.write_bytes(content)
     ours = read_header(path)
@@ -96,7 +102,10 @@ def test_what_the_library_writes_we_read(
     for name, tensor in tensors.items():
         found = ours[name]
         assert (found.name, found.dtype, found.shape, found.file) == (name, tensor.dtype, tuple(tensor.shape), path)
-        assert content[found.offset : found.offset + found.nbytes] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert (
+            content[found.offset : found.offset + found.nbytes]
+            == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
 
 
 def test_every_strict_prefix_of_a_file_is_refused(write: Callable[[bytes], Path]) -> None:
@@ -200,7 +209,7 @@ MALFORMED: dict[str, tuple[Entry | Any, str]] = {
 def test_a_malformed_entry_is_refused_by_name(write: Callable[[bytes], Path], case: str) -> None:
     fields, message = MALFORMED[case]
     path = write(file_bytes({"the.tensor": fields}, bytes(8)))
-    with pytest.raises(CheckpointError, match="'the.tensor'") as caught:
+    with pytest.raises(CheckpointError, match=r"'the\.tensor'") as caught:
         read_header(path)
     assert message in caught.value.message
     assert str(path) in caught.value.message
@@ -249,7 +258,7 @@ GOOD = encode_header(TWO) + bytes(range(28))
 HEADER_BYTES = len(GOOD) - 28
 
 
-@settings(max_examples=1500)  # one flip in ten still parses; each takes well under a millisecond
+@settings(max_examples=500)  # about one in ten still parses
 @given(
     st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(0, 255)), min_size=1, max_size=3),
 )
@@ -265,7 +274,7 @@ def test_a_corrupt_header_gives_an_error_or_what_the_library_gives(
         ours = read_header(path)
     except CheckpointError:
         return
-    theirs = dict(safetensors.deserialize(bytes(content)))  # raises where we accept what the library refuses
+    theirs = dict(deserialize(bytes(content)))  # raises where we accept what the library refuses
     assert ours.keys() == theirs.keys()
     for name, found in ours.items():
         assert list(found.shape) == theirs[name]["shape"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,14 @@ awq.modules.linear.gemm.TRITON_AVAILABLE = False
 
 
 def main(build: str, request: str, answer: str) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        with_old_config(Path(build), Path(scratch))
-        model: Any = AutoAWQForCausalLM.from_quantized(
-            scratch, fuse_layers=False, device_map={"": "cpu"}, max_seq_len=256, torch_dtype=torch.float16
-        ).model
-        problems = compare_with_files(model, Path(scratch))
+    model: Any = AutoAWQForCausalLM.from_quantized(
+        build, fuse_layers=False, device_map={"": "cpu"}, max_seq_len=256, torch_dtype=torch.float16
+    ).model
+    problems = compare_with_files(model, Path(build))
     # AutoAWQ's linears take and give float16 and hold buffers alone; all around them then runs in float32, so that the
     # only rounding left is theirs.
     decoding.compute_in_float32(model)
     decoding.answer(Path(request), Path(answer), model, problems)
-
-
-def with_old_config(build: Path, scratch: Path) -> None:
-    """Fill ``scratch`` with links to the build's files and a config.json that transformers 4 understands too."""
-    for path in build.iterdir():
-        if path.name != "config.json":
-            (scratch / path.name).symlink_to(path.resolve())
-    config = json.loads((build / "config.json").read_text())
-    config.setdefault("num_experts", config["num_local_experts"])
-    config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
-    (scratch / "config.json").write_text(json.dumps(config))
 
 
 def compare_with_files(model: torch.nn.Module, folder: Path) -> dict[str, list[str]]:
