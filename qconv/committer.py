@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class CommittedUnit:
     """A published unit: its files, relative to the build, and each quantized linear's signal to noise in decibels."""
 
     files: tuple[ShardRecord, ...]
-    snr_db: dict[str, float]
+    snr_db: dict[str, float | None]
 
 
 class UnitWriter:
@@ -93,7 +94,7 @@ class UnitWriter:
     def _open(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._writers.append(self._stack.enter_context(ShardWriter(path, specs)))
 
-    def _check(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> dict[str, float]:
+    def _check(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> dict[str, float | None]:
         plan, layer = self._plan, self._unit.layer
         entries: dict[str, TensorEntry] = {}
         for writer in self._writers:
@@ -107,7 +108,7 @@ class UnitWriter:
         folds = Folds.none() if layer is None else Folds.of(plan.architecture, layer, scales)
         comparison = Comparison(unpack, written, source.checkpoint, folds)
         items = [(item.module, item.quantized) for item in self._unit.items]
-        snr_db = {}
+        snr_db: dict[str, float | None] = {}
         for name, snr, problem in workers.map(comparison.check, items):
             if problem is not None:
                 raise VerificationError(
@@ -115,7 +116,8 @@ class UnitWriter:
                     hint="Nothing of this layer was kept. Check memory and disk; if they are sound, this is a bug.",
                 )
             if snr is not None:
-                snr_db[name] = round(snr, 3)
+                # JSON knows no infinity: an exact weight (an expert of zeros) has no ratio.
+                snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
         return snr_db
 
     def _write_scales(self, scales: Mapping[str, Tensor]) -> None:

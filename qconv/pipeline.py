@@ -75,7 +75,7 @@ def quantize(
         recipe: What to build.
         restart: Discard what ``out`` holds, if that is a model or build.
         threads: Experts and matrices worked on at once; the bytes of the build do not depend on it.
-        progress: Told about each unit.
+        progress: Told the unit at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
     Raises:
@@ -107,6 +107,8 @@ class _Run:
         self.progress = progress
         self.log = log
         self.tokens: TokenSet | None = None
+        self.done = 0
+        """Weights of the units that are behind."""
 
     def run(self, restart: bool) -> Outcome:
         if restart:
@@ -162,15 +164,19 @@ class _Run:
     def _units(self, journal: Journal) -> None:
         """The loop: every unit that is not committed yet."""
         calibrated = self._calibrated_units(journal) if self._pending_layers(journal) else None
-        for number, unit in enumerate(self.plan.units):
-            self.progress(unit.key, number, len(self.plan.units))
+        for unit in self.plan.units:
+            self._show(unit)
             if unit.layer is not None and calibrated is not None and self.tokens is not None:
                 calibrated(unit)
             elif unit.key in journal.units:
                 self._require_published(unit, journal)
             else:
                 self._commit(unit, self._rounded(unit), {}, LayerReport(), journal)
-        self.progress("finishing", len(self.plan.units), len(self.plan.units))
+            self.done += unit.weights
+        self.progress("finishing", self.done, self.plan.weights)
+
+    def _show(self, unit: Unit, weights: int = 0) -> None:
+        self.progress(unit.key, self.done + weights, self.plan.weights)
 
     def _pending_layers(self, journal: Journal) -> bool:
         return any(unit.layer is not None and unit.key not in journal.units for unit in self.plan.units)
@@ -195,7 +201,7 @@ class _Run:
             modules = calibration.modules(context)
             if committed:
                 self.log(f"{unit.key}: committed before its outputs were; computing them again")
-                for _ in modules:
+                for _ in self._shown(unit, modules):
                     pass
             else:
                 self._commit(unit, modules, context.scales, context.report, journal)
@@ -225,7 +231,7 @@ class _Run:
         journal: Journal,
     ) -> None:
         with UnitWriter(self.out, self.plan, unit) as writer:
-            for module in modules:
+            for module in self._shown(unit, modules):
                 if module.weight is not None:
                     for name, tensor in self.plan.format.pack(module.module.name, module.weight):
                         writer.add(name, [tensor])
@@ -235,6 +241,14 @@ class _Run:
         files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
         outcome = {"searches": report.searches, "experts": report.experts}
         journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
+
+    def _shown(self, unit: Unit, modules: Iterator[Finished]) -> Iterator[Finished]:
+        """The same modules; progress is shown as they come."""
+        weights = 0
+        for finished in modules:
+            yield finished
+            weights += finished.module.numel
+            self._show(unit, weights)
 
     def _require_published(self, unit: Unit, journal: Journal) -> None:
         for file in journal.units[unit.key]["files"]:

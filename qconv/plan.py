@@ -45,6 +45,11 @@ class Unit:
     shards: tuple[tuple[str, tuple[TensorSpec, ...]], ...]
 
     @property
+    def weights(self) -> int:
+        """The number of weights of the unit's modules."""
+        return sum(item.module.numel for item in self.items)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the unit's tensors."""
         return sum(spec.nbytes for item in self.items for spec in item.specs)

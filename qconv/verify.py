@@ -76,16 +76,13 @@ def verify(path: Path, against: Path | None = None, progress: Progress | None = 
     """
     result = Verification()
     _check_sums(path, result, progress)
+    source = None if against is None else Source.open(against)
     try:
         build = Build.open(path)
         check_structure(build, result)
-        if result.problems:
-            return result
-        source = None if against is None else Source.open(against)
     except CheckpointError as error:
-        if against is not None and str(against) in error.message and str(path) not in error.message:
-            raise
         result.problems.append(error.message)
+    if result.problems:
         return result
     with Workers() as workers:
         if source is not None:

@@ -98,6 +98,11 @@ class Norm:
     size: int
 
     @property
+    def numel(self) -> int:
+        """The number of weights."""
+        return self.size
+
+    @property
     def weight(self) -> str:
         """The name of the weight tensor."""
         return f"{self.name}.weight"

@@ -1,0 +1,85 @@
+"""Grids and quantized tensors: sizes, and what codes stand for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qconv.errors import UsageError
+from qconv.qtensor import CHANNEL, Grid, QTensor, SquaredError
+
+F16 = torch.float16
+
+
+def test_a_group_that_does_not_divide_is_an_error_with_sizes_that_do() -> None:
+    grid = Grid(4, 128, symmetric=True, scale_dtype=F16)
+    assert (grid.groups(256), grid.width(256)) == (2, 128)
+    with pytest.raises(UsageError, match="group size 128 does not divide 320") as caught:
+        grid.groups(320)
+    assert caught.value.hint is not None
+    assert "32, 64." in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        grid.groups(100)  # 100 has no divisor that a kernel knows
+    assert "per channel" in str(caught.value)
+
+
+def test_one_scale_a_row() -> None:
+    grid = Grid(8, CHANNEL, symmetric=True, scale_dtype=F16)
+    assert (grid.groups(77), grid.width(77)) == (1, 77)
+
+
+def test_bits_per_weight_count_scales_and_zero_points() -> None:
+    # 4 + 16 / 128 and 4 + (16 + 4) / 128, the figures that papers give.
+    assert Grid(4, 128, symmetric=True, scale_dtype=F16).bits_per_weight(256) == 4.125
+    assert Grid(4, 128, symmetric=False, scale_dtype=F16).bits_per_weight(256) == 4.15625
+    assert Grid(4, CHANNEL, symmetric=True, scale_dtype=torch.float32).bits_per_weight(64) == 4.5
+
+
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    rows=st.integers(1, 4),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+)
+def test_dequantize_is_code_minus_zero_times_scale(
+    bits: int, symmetric: bool, rows: int, groups: int, width: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, groups * width), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(rows, groups, generator=generator).half()
+    weight = QTensor(Grid(bits, width, symmetric, F16), codes, scales, None if symmetric else zeros)
+    assert weight.shape == (rows, groups * width)
+    dense = weight.dequantize()
+    for row in range(rows):
+        for column in range(groups * width):
+            group = column // width
+            zero = (1 << bits) // 2 if symmetric else int(zeros[row, group])
+            assert float(dense[row, column]) == (int(codes[row, column]) - zero) * float(scales[row, group])
+    assert torch.equal(weight.dequantize(torch.bfloat16), dense.bfloat16())
+    assert torch.equal(weight.rows(1, rows).dequantize(), dense[1:])
+
+
+def test_squared_errors_add_up_over_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference, approximation = torch.randn(2, 6, 8, generator=generator).double()
+    whole = SquaredError.between(reference, approximation)
+    parts = SquaredError.between(reference[:2], approximation[:2]) + SquaredError.between(
+        reference[2:], approximation[2:]
+    )
+    assert math.isclose(whole.signal, parts.signal)
+    assert math.isclose(whole.noise, parts.noise)
+    assert math.isclose(whole.noise, float((reference - approximation).square().sum()))
+
+
+def test_decibels() -> None:
+    assert SquaredError(100.0, 1.0).snr_db == 20.0
+    assert SquaredError(1.0, 0.0).snr_db == math.inf
+    assert SquaredError(0.0, 0.0).snr_db == math.inf  # zeros copied exactly
+    assert SquaredError(0.0, 1.0).snr_db == -math.inf
