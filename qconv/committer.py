@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,7 +47,6 @@ class UnitWriter:
         self._unit = unit
         self._stack = contextlib.ExitStack()
         self._writers: list[ShardWriter] = []
-        self._records: list[ShardRecord] = []
 
     def __enter__(self) -> Self:
         return self
@@ -61,14 +61,11 @@ class UnitWriter:
 
         Raises:
             OutputError: the disk is full or the file cannot be written.
-            VerificationError: a shard read back is not what was written.
         """
         if not self._writers or self._writers[-1].complete:
             shard, specs = self._unit.shards[len(self._writers)]
             self._open(self._out / shard, specs)
         self._writers[-1].write_blocks(name, blocks)
-        if self._writers[-1].complete:
-            self._records.append(self._writers[-1].finish())
 
     def commit(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> CommittedUnit:
         """Check what is on disk against the source and publish it.
@@ -80,24 +77,38 @@ class UnitWriter:
 
         Raises:
             OutputError: the disk is full or a file cannot be written.
-            VerificationError: a tensor on disk does not stand for the source's.
+            VerificationError: a tensor on disk does not stand for the source's, or a file read back is not what was
+                written.
         """
-        if len(self._records) != len(self._unit.shards):
+        shards = list(self._writers)
+        if len(shards) != len(self._unit.shards) or not all(writer.complete for writer in shards):
             raise ValueError(f"{self._unit.key}: not every tensor was written")
-        snr_db = self._check(source, scales, workers)
         if scales:
             self._write_scales(scales)
         for writer in self._writers:
+            writer.flush()
+        # The disk is waited for beside the comparison; that what it stored is what was compared, checksums tell.
+        with ThreadPoolExecutor(1, thread_name_prefix="finish") as background:
+            records = background.submit(lambda: [writer.finish() for writer in self._writers])
+            snr_db = self._check(shards, source, scales, workers)
+            finished = records.result()
+        for writer in self._writers:
             writer.publish()
-        return CommittedUnit(tuple(self._records), snr_db)
+        files = [
+            replace(record, name=str(writer.path.relative_to(self._out)))
+            for record, writer in zip(finished, self._writers, strict=True)
+        ]
+        return CommittedUnit(tuple(files), snr_db)
 
     def _open(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._writers.append(self._stack.enter_context(ShardWriter(path, specs)))
 
-    def _check(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> dict[str, float | None]:
+    def _check(
+        self, shards: Sequence[ShardWriter], source: Source, scales: Mapping[str, Tensor], workers: Workers
+    ) -> dict[str, float | None]:
         plan, layer = self._plan, self._unit.layer
         entries: dict[str, TensorEntry] = {}
-        for writer in self._writers:
+        for writer in shards:
             entries |= read_header(writer.temporary)
 
         written = Tensors(entries)
@@ -129,5 +140,3 @@ class UnitWriter:
         self._open(path, specs)
         for spec, scale in zip(specs, scales.values(), strict=True):
             self._writers[-1].write(spec.name, scale)
-        record = self._writers[-1].finish()
-        self._records.append(ShardRecord(str(path.relative_to(self._out)), record.size, record.sha256))

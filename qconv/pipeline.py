@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,14 +92,23 @@ def quantize(
     plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out), Workers(threads) as workers:
-        return _Run(source, plan, out, workers, progress, log).run(restart)
+    with locked(out), Workers(threads) as workers, ThreadPoolExecutor(1, thread_name_prefix="commit") as committer:
+        return _Run(source, plan, out, workers, committer, progress, log).run(restart)
 
 
 class _Run:
     def __init__(
-        self, source: Source, plan: BuildPlan, out: Path, workers: Workers, progress: Progress, log: Log
+        self,
+        source: Source,
+        plan: BuildPlan,
+        out: Path,
+        workers: Workers,
+        committer: Executor,
+        progress: Progress,
+        log: Log,
     ) -> None:
+        self.committer = committer
+        self.committing: Future[None] | None = None
         self.workers = workers
         self.source = source
         self.plan = plan
@@ -173,6 +184,7 @@ class _Run:
             else:
                 self._commit(unit, self._rounded(unit), {}, LayerReport(), journal)
             self.done += unit.weights
+        self._await_commit()
         self.progress("finishing", self.done, self.plan.weights)
 
     def _show(self, unit: Unit, weights: int = 0) -> None:
@@ -205,6 +217,8 @@ class _Run:
                     pass
             else:
                 self._commit(unit, modules, context.scales, context.report, journal)
+            # A layer's outputs may only count as made once the layer itself is safe.
+            self._await_commit()
             calibration.advance(context)
 
         return make
@@ -230,17 +244,32 @@ class _Run:
         report: LayerReport,
         journal: Journal,
     ) -> None:
-        with UnitWriter(self.out, self.plan, unit) as writer:
+        """Write a unit; it is checked and published while the next one is worked on, one unit at a time."""
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(UnitWriter(self.out, self.plan, unit))
             for module in self._shown(unit, modules):
                 if module.weight is not None:
                     for name, tensor in self.plan.format.pack(module.module.name, module.weight):
                         writer.add(name, [tensor])
                 for name, blocks in module.dense:
                     writer.add(name, blocks)
-            committed = writer.commit(self.source, scales, self.workers)
-        files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
-        outcome = {"searches": report.searches, "experts": report.experts}
-        journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
+            self._await_commit()
+            written = stack.pop_all()
+
+        def publish() -> None:
+            with written:
+                committed = writer.commit(self.source, scales, self.workers)
+            files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
+            outcome = {"searches": report.searches, "experts": report.experts}
+            journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
+
+        self.committing = self.committer.submit(publish)
+
+    def _await_commit(self) -> None:
+        """Wait until the unit before is published; its error is raised here."""
+        if self.committing is not None:
+            self.committing.result()
+            self.committing = None
 
     def _shown(self, unit: Unit, modules: Iterator[Finished]) -> Iterator[Finished]:
         """The same modules; progress is shown as they come."""
@@ -265,7 +294,8 @@ class _Run:
         name = self.source.checkpoint.path.resolve().name
         report = Report.make(self.plan, name, journal.fingerprints, corpus, journal.units)
         write_companions(self.out, self.source, self.plan, report)
-        sums = {name: sha256_of(self.out / name) for name in build_files(self.out)}
+        names = build_files(self.out)
+        sums = dict(zip(names, self.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
         self._check_whole(journal, sums)
         write_atomically(self.out / CHECKSUMS_NAME, render_checksums(sums).encode())
         shutil.rmtree(self.work)

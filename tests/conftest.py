@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
 
 from qconv.pipeline import Outcome, quantize
+from qconv.qtensor import Grid, QTensor
 from qconv.recipe import Recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -107,6 +110,19 @@ def build(model: Path, out: Path, recipe: Recipe, **options: Any) -> Outcome:
     return quantize(model, out, recipe, **options)
 
 
+def random_qtensor(grid: Grid, out_features: int, in_features: int, seed: int) -> QTensor:
+    """Random codes, scales and zero points over their whole range."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, grid.levels, shape, generator=generator, dtype=torch.uint8)
+
+    groups = grid.groups(in_features)
+    scales = (0.01 + torch.rand(out_features, groups, generator=generator)).to(grid.scale_dtype)
+    zero_points = None if grid.symmetric else codes(out_features, groups)
+    return QTensor(grid, codes(out_features, in_features), scales, zero_points)
+
+
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -140,6 +156,17 @@ def rtn_build(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def awq_build(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``moe`` with AWQ's method and format; do not write to it."""
     return build(moe, tmp_path_factory.mktemp("awq") / "build", small_recipe("awq", "awq")).out
+
+
+@pytest.fixture
+def edit_json() -> Callable[..., None]:
+    """Replaces keys of a JSON object in a file; None removes one."""
+
+    def edit(path: Path, **changes: Any) -> None:
+        values = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return edit
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_bits_per_weight_count_scales_and_zero_points() -> None:
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
-    rows=st.integers(1, 4),
+    rows=st.integers(2, 4),
     groups=st.integers(1, 3),
     width=st.integers(1, 5),
     seed=st.integers(0, 10**6),

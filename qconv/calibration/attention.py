@@ -12,7 +12,7 @@ from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.statistics import InputStatistics, block_width
 from qconv.folding import folded_weight, norm_scale, spread_heads
 from qconv.methods import awq
-from qconv.methods.base import fake_quantize
+from qconv.methods.base import fake_quantize, rounded_linear
 from qconv.models.base import Linear, Norm
 from qconv.qtensor import QTensor
 
@@ -129,8 +129,7 @@ class _AttentionHalf:
 
         def loss(scale: Tensor) -> float:
             spread = spread_heads(scale, repeats, head_dim)
-            rounded = fake_quantize(weight * spread, context.grid)
-            return _squared_distance((inputs / spread) @ rounded.t(), target)
+            return _squared_distance(rounded_linear(inputs / spread, weight, context.grid, spread), target)
 
         choice = awq.choose(list(context.workers.map(loss, scales)))
         context.report.search(attention.v.name, choice)

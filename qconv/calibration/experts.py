@@ -21,7 +21,7 @@ from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputStatistics, block_width
 from qconv.folding import norm_scale
 from qconv.methods import awq
-from qconv.methods.base import fake_quantize
+from qconv.methods.base import fake_quantize, rounded_linear
 from qconv.models.base import Mlp, Moe
 from qconv.qtensor import QTensor
 
@@ -167,11 +167,8 @@ class _MlpHalf:
             target = weights(sample.inputs)
             found = []
             for scale in scales:
-                rounded = weights.replaced(
-                    gate=fake_quantize(weights.gate * scale, context.grid),
-                    up=fake_quantize(weights.up * scale, context.grid),
-                )
-                found.append(sample.loss(rounded(sample.inputs / scale), target))
+                inner = weights.rounded_inner(sample.inputs, context.grid, scale)
+                found.append(sample.loss(weights.project(inner), target))
             return found
 
         table = list(context.workers.map(losses, range(len(mlps))))
@@ -247,8 +244,8 @@ class _MlpHalf:
         target = activations @ weights.down.t()
         losses = []
         for scale in scales:
-            rounded = fake_quantize(weights.down * scale, self.context.grid)
-            losses.append(sample.loss((activations / scale) @ rounded.t(), target))
+            output = rounded_linear(activations / scale, weights.down, self.context.grid, scale)
+            losses.append(sample.loss(output, target))
         choice = awq.choose(losses)
         record |= {"alpha": round(choice.alpha, 4), "kept_rtn": choice.index == 0}
         return scales[choice.index] if choice.index else None

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from qconv.calibration.forward import Activation
+from qconv.methods.base import rounded_linear
 from qconv.models.base import Linear, Mlp
+from qconv.qtensor import Grid
 from qconv.source import Source
 
 
@@ -58,8 +60,32 @@ class GatedWeights:
     def inner(self, inputs: Tensor) -> Tensor:
         """down's input, float32 [tokens, inner], for inputs [tokens, hidden]."""
         gate = torch.nn.functional.linear(inputs, self.gate, self.gate_bias)
-        return self.act(gate).mul_(torch.nn.functional.linear(inputs, self.up, self.up_bias))
+        return self.gated(gate, torch.nn.functional.linear(inputs, self.up, self.up_bias))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """down's input from the outputs of gate and up, biases included, float32 [tokens, inner] each."""
+        return self.act(gate).mul_(up)
+
+    def rounded_inner(self, inputs: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
+        """down's input with gate and up rounded to nearest after their columns were multiplied by ``scale``.
+
+        Args:
+            inputs: float32 [tokens, hidden], not divided by ``scale`` yet.
+            grid: The grid.
+            scale: float32 [hidden], or None.
+        """
+        scaled = inputs if scale is None else inputs / scale
+        gate, up = (rounded_linear(scaled, weight, grid, scale) for weight in (self.gate, self.up))
+        if self.gate_bias is not None:
+            gate.add_(self.gate_bias)
+        if self.up_bias is not None:
+            up.add_(self.up_bias)
+        return self.gated(gate, up)
+
+    def project(self, inner: Tensor) -> Tensor:
+        """The output, float32 [tokens, hidden], from down's input."""
+        return torch.nn.functional.linear(inner, self.down, self.down_bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The output, float32 [tokens, hidden], for inputs [tokens, hidden]."""
-        return torch.nn.functional.linear(self.inner(inputs), self.down, self.down_bias)
+        return self.project(self.inner(inputs))

@@ -179,6 +179,15 @@ class ShardWriter:
             raise ValueError(f"{name}: {nbytes} bytes, not {spec.nbytes}")
         self._next += 1
 
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system, so that the file can be read.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+        """
+        with output_errors(self.path):
+            self._file.flush()
+
     def finish(self) -> ShardRecord:
         """Flush to disk, read the file back and compare; the file keeps its temporary name.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader
+from qconv.formats.base import TensorReader, skip_list
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -137,7 +137,7 @@ class AwqFormat:
         group_size = section.get("group_size")
         if not isinstance(group_size, int) or group_size < 1:
             raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
-        return Grid(4, group_size, False, torch.float16), list(section.get("modules_to_not_convert") or [])
+        return Grid(4, group_size, False, torch.float16), skip_list(section, "modules_to_not_convert")
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Substring match."""

@@ -9,11 +9,24 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
+from qconv.errors import CheckpointError
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import GridSettings
 
 TensorReader = Callable[[str], Tensor]
 """Gives a tensor by its full name."""
+
+
+def skip_list(section: dict[str, Any], key: str) -> list[str]:
+    """The names under ``key`` of a ``quantization_config``; empty if absent or null.
+
+    Raises:
+        CheckpointError: not a list of names.
+    """
+    value = section.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise CheckpointError(f"config.json: quantization_config.{key} is not a list of names.")
+    return value
 
 
 class Format(Protocol):

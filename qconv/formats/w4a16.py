@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader
+from qconv.formats.base import TensorReader, skip_list
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -26,20 +26,23 @@ COMPRESSED_TENSORS_VERSION = "0.20.0"
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
     """Pack 4- or 8-bit values, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
-    if bits == 8:
-        return values.contiguous().view(torch.int32)
-    # Two neighbours are one 16-bit word, low byte first: its nibbles move together by one shift.
-    pairs = values.contiguous().view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+    rows, columns = values.shape
+    packed = values.reshape(-1)
+    if bits == 4:
+        # Two neighbours are one 16-bit word, low byte first: its nibbles move together by one shift.
+        pairs = packed.view(torch.int16)
+        packed = (pairs | (pairs >> 4)).to(torch.uint8)
+    return packed.view(torch.int32).view(rows, columns * bits // 32)
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of :func:`pack_rows`: int32 [rows, words] to uint8 [rows, words*32/bits]."""
-    packed = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return packed
-    wide = packed.to(torch.int16)
-    return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
+    rows, count = words.shape
+    values = words.reshape(-1).view(torch.uint8)
+    if bits == 4:
+        wide = values.to(torch.int16)
+        values = (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
+    return values.view(rows, count * 32 // bits)
 
 
 class PackQuantizedFormat:
@@ -155,14 +158,17 @@ class PackQuantizedFormat:
         groups = section.get("config_groups")
         if not isinstance(groups, dict) or len(groups) != 1:
             raise CheckpointError("config.json: quantization_config needs exactly one config group.")
-        weights = next(iter(groups.values())).get("weights") or {}
+        group = next(iter(groups.values()))
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise CheckpointError("config.json: quantization_config's config group describes no weights.")
         bits, strategy = weights.get("num_bits"), weights.get("strategy")
         if weights.get("type") != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
             raise CheckpointError("config.json: only 4- and 8-bit integer weights by group or channel are known.")
         group_size = CHANNEL if strategy == "channel" else weights.get("group_size")
         if not isinstance(group_size, int) or group_size == 0:
             raise CheckpointError(f"config.json: quantization_config group_size is {group_size!r}.")
-        return Grid(bits, group_size, bool(weights.get("symmetric")), weight_dtype), list(section.get("ignore") or [])
+        return Grid(bits, group_size, bool(weights.get("symmetric")), weight_dtype), skip_list(section, "ignore")
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Exact match, or a regular expression after ``re:``."""

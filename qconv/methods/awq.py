@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.methods.base import assemble, clip_ratios, encode_, grid_parameters, round_block, row_blocks
+from qconv.methods.base import (
+    assemble,
+    clip_ratios,
+    decode_,
+    encode_,
+    group_range,
+    range_parameters,
+    round_block,
+    row_blocks,
+)
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import ClipSettings
 
@@ -32,10 +41,11 @@ def candidate_scales(magnitude: Tensor, points: int) -> list[Tensor]:
     Returns:
         float32 [channels] each, with geometric mean of the extremes 1.
     """
-    floor = float(magnitude.max()) * 1e-6
-    if floor == 0.0 or not bool(torch.isfinite(magnitude).all()):
+    largest = magnitude.max()
+    if float(largest) == 0.0 or not bool(torch.isfinite(magnitude).all()):
         return [torch.ones_like(magnitude)] * points
-    base = magnitude.clamp(min=floor)
+    # Relative to the largest, so that no product below leaves float32's range.
+    base = (magnitude / largest).clamp_(min=1e-6)
     scales = []
     for step in range(points):
         scale = base ** (step / (points - 1))
@@ -94,19 +104,21 @@ def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSetti
     blocks, width, _ = gram.shape
     best = torch.ones(rows, groups)
     for start, stop in row_blocks(rows, columns):
-        source = weight[start:stop].view(stop - start, groups, -1)
-        least = torch.full((stop - start, groups), torch.inf)
+        # Blocks first: the products with their Gram matrices are one batch without a transposition for each ratio.
+        by_block = weight[start:stop].view(stop - start, blocks, width).transpose(0, 1).contiguous()
+        source = by_block.view(groups, blocks // groups, stop - start, width)
+        low, span = (part.unsqueeze(1) for part in group_range(source, grid, (1, 3)))
+        least = torch.full((groups, stop - start), torch.inf)
+        chosen = torch.ones(groups, stop - start)
         for ratio in clip_ratios(clip):
-            scales, zero_points = grid_parameters(source, grid, ratio)
-            error = encode_(source.clone(), scales, zero_points, grid)
-            error.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
-            error.mul_(scales.float().unsqueeze(-1)).sub_(source)
-            by_block = error.view(stop - start, blocks, width).transpose(0, 1)
-            cost = torch.bmm(by_block, gram).mul_(by_block).sum(-1)
-            cost = cost.view(groups, blocks // groups, -1).sum(1).t()
+            scales, zero_points = range_parameters(low * ratio, span * ratio, grid)
+            error = decode_(encode_(source.clone(), scales, zero_points, grid), scales, zero_points, grid).sub_(source)
+            product = torch.bmm(error.view(blocks, -1, width), gram)
+            cost = product.mul_(error.view_as(product)).sum(-1).view(groups, blocks // groups, -1).sum(1)
             better = cost < least
             least = torch.where(better, cost, least)
-            best[start:stop].masked_fill_(better, ratio)
+            chosen.masked_fill_(better, ratio)
+        best[start:stop] = chosen.t()
     return best
 
 

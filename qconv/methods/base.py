@@ -24,12 +24,40 @@ def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
+def group_range(grouped: Tensor, grid: Grid, dim: int | tuple[int, ...] = -1) -> tuple[Tensor, Tensor]:
+    """What a group's codes must reach: the lowest value and the span up from it.
+
+    Symmetric: from ``-absmax`` to ``absmax``. Asymmetric: from the minimum to the maximum, widened to hold 0.
+
+    Args:
+        grouped: float32, groups along ``dim``.
+        grid: The grid.
+        dim: The dimensions to reduce.
+    """
+    high, low = grouped.amax(dim), grouped.amin(dim)
+    if grid.symmetric:
+        absmax = torch.maximum(high, -low)
+        return -absmax, absmax * 2.0
+    low = low.clamp_(max=0.0)
+    return low, high.clamp_(min=0.0) - low
+
+
+def range_parameters(low: Tensor, span: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for ranges: ``scale = span / (levels - 1)`` and ``zero = round(-low / scale)``.
+
+    The scale is rounded to the grid's scale dtype first, so that codes are chosen for the scale that the file holds.
+
+    Returns:
+        scales (``grid.scale_dtype``, positive) and zero points (uint8) or None, of the ranges' shape.
+    """
+    scales = _storable(span / (grid.levels - 1), grid.scale_dtype)
+    if grid.symmetric:
+        return scales, None
+    return scales, torch.round(-low / scales.float()).clamp_(0, grid.levels - 1).to(torch.uint8)
+
+
 def grid_parameters(grouped: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points that cover each group's range times ``ratio``.
-
-    Symmetric: ``scale = absmax / ((levels - 1) / 2)``. Asymmetric: the range is widened to hold 0,
-    ``scale = (max - min) / (levels - 1)`` and ``zero = round(-min / scale)``. The scale is rounded to the grid's scale
-    dtype first, so that codes are chosen for the scale that the file will hold.
 
     Args:
         grouped: float32 [rows, groups, width].
@@ -39,17 +67,8 @@ def grid_parameters(grouped: Tensor, grid: Grid, ratio: Tensor | float = 1.0) ->
     Returns:
         scales (``grid.scale_dtype`` [rows, groups], positive) and zero points (uint8 [rows, groups]) or None.
     """
-    if grid.symmetric:
-        span = grouped.abs().amax(-1) * ratio * 2.0
-        low = None
-    else:
-        low = grouped.amin(-1).clamp_(max=0.0) * ratio
-        span = grouped.amax(-1).clamp_(min=0.0) * ratio - low
-    scales = _storable(span / (grid.levels - 1), grid.scale_dtype)
-    if low is None:
-        return scales, None
-    zero_points = torch.round(-low / scales.float()).clamp_(0, grid.levels - 1).to(torch.uint8)
-    return scales, zero_points
+    low, span = group_range(grouped, grid)
+    return range_parameters(low * ratio, span * ratio, grid)
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,8 +82,16 @@ def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
 def encode_(grouped: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid) -> Tensor:
     """Round to codes in place: ``clamp(round(w / scale) + zero, 0, levels - 1)``, as float32 of ``grouped``'s shape."""
     grouped.div_(scales.float().unsqueeze(-1)).round_()
-    zero = float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1)
-    return grouped.add_(zero).clamp_(0, grid.levels - 1)
+    return grouped.add_(_zeros(zero_points, grid)).clamp_(0, grid.levels - 1)
+
+
+def decode_(codes: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid) -> Tensor:
+    """The inverse, in place: ``(code - zero) * scale``."""
+    return codes.sub_(_zeros(zero_points, grid)).mul_(scales.float().unsqueeze(-1))
+
+
+def _zeros(zero_points: Tensor | None, grid: Grid) -> Tensor | float:
+    return float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1)
 
 
 def to_codes(values: Tensor, bits: int) -> Tensor:
@@ -97,24 +124,42 @@ def round_block(block: Tensor, grid: Grid, ratio: Tensor | None = None) -> QTens
     return QTensor(grid, codes, scales, zero_points)
 
 
-def fake_quantize(weight: Tensor, grid: Grid, ratio: Tensor | None = None) -> Tensor:
-    """The weight after rounding to the grid and back, float32 [out_features, in_features]; codes are not kept.
+def round_in_place(block: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> Tensor:
+    """Round a block of rows to the grid and back, float32 [rows, in_features], contiguous; returns it."""
+    rows, columns = block.shape
+    grouped = block.view(rows, grid.groups(columns), -1)
+    scales, zero_points = grid_parameters(grouped, grid, ratio)
+    decode_(encode_(grouped, scales, zero_points, grid), scales, zero_points, grid)
+    return block
+
+
+def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
+    """The weight after rounding to the grid and back, float32 [out_features, in_features]; codes are not kept."""
+    out = torch.empty(weight.shape)
+    for start, stop in row_blocks(*weight.shape):
+        round_in_place(out[start:stop].copy_(weight[start:stop]), grid)
+    return out
+
+
+def rounded_linear(inputs: Tensor, weight: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
+    """``inputs @ round(weight * scale).T``, float32 [tokens, out_features]: a linear after plain rounding.
+
+    Each block of rows is scaled, rounded and multiplied while it is in the cache; the rounded weight never exists as a
+    whole. The searches spend most of their time here.
 
     Args:
-        weight: float32 [out_features, in_features].
+        inputs: float32 [tokens, in_features], already divided by ``scale``.
+        weight: [out_features, in_features], any float dtype; not changed.
         grid: The grid.
-        ratio: Clipping ratios float32 [out_features, groups], or None for the full range.
+        scale: Factors on the columns, float32 [in_features], or None.
     """
-    out = torch.empty_like(weight)
-    rows, columns = weight.shape
-    groups = grid.groups(columns)
-    for start, stop in row_blocks(rows, columns):
-        grouped = out[start:stop].copy_(weight[start:stop]).view(stop - start, groups, -1)
-        scales, zero_points = grid_parameters(grouped, grid, 1.0 if ratio is None else ratio[start:stop])
-        encode_(grouped, scales, zero_points, grid)
-        grouped.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
-        grouped.mul_(scales.float().unsqueeze(-1))
-    return out
+    outputs = []
+    for start, stop in row_blocks(*weight.shape):
+        block = weight[start:stop].to(torch.float32, copy=True)
+        if scale is not None:
+            block.mul_(scale)
+        outputs.append(inputs @ round_in_place(block, grid).t())
+    return torch.cat(outputs, dim=1)
 
 
 def assemble(blocks: list[QTensor]) -> QTensor:

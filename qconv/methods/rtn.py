@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.methods.base import assemble, clip_ratios, encode_, grid_parameters, round_block, row_blocks
+from qconv.methods.base import (
+    assemble,
+    clip_ratios,
+    decode_,
+    encode_,
+    group_range,
+    range_parameters,
+    round_block,
+    row_blocks,
+)
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import ClipSettings
 
@@ -35,11 +44,11 @@ def mse_ratios(block: Tensor, grid: Grid, clip: ClipSettings) -> Tensor:
     source = block.float().view(rows, grid.groups(columns), -1)
     best = torch.ones(source.shape[:2])
     least = torch.full(source.shape[:2], torch.inf)
+    low, span = group_range(source, grid)
     for ratio in clip_ratios(clip):
-        scales, zero_points = grid_parameters(source, grid, ratio)
+        scales, zero_points = range_parameters(low * ratio, span * ratio, grid)
         rounded = encode_(source.clone(), scales, zero_points, grid)
-        rounded.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
-        error = rounded.mul_(scales.float().unsqueeze(-1)).sub_(source).square_().sum(-1)
+        error = decode_(rounded, scales, zero_points, grid).sub_(source).square_().sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         best.masked_fill_(better, ratio)

@@ -8,30 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, get_format
 from qconv.formats.awq import FORMAT, pack_words, unpack_words
-from qconv.qtensor import Grid, QTensor
+from qconv.qtensor import Grid
 from qconv.recipe import GridSettings
+from tests.conftest import random_qtensor
 
 # Nibble i of a word holds column ORDER[i] of its eight: AutoAWQ's own AWQ_ORDER.
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 GRID = Grid(4, 32, symmetric=False, scale_dtype=torch.float16)
-
-
-def random_qtensor(grid: Grid, out_features: int, in_features: int, seed: int) -> QTensor:
-    """Random codes, scales and zero points over their whole range."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def codes(*shape: int) -> Tensor:
-        return torch.randint(0, grid.levels, shape, generator=generator, dtype=torch.uint8)
-
-    groups = grid.groups(in_features)
-    scales = (0.01 + torch.rand(out_features, groups, generator=generator)).to(grid.scale_dtype)
-    zero_points = None if grid.symmetric else codes(out_features, groups)
-    return QTensor(grid, codes(out_features, in_features), scales, zero_points)
 
 
 def nibble(word: int, position: int) -> int:
@@ -161,7 +148,14 @@ def test_relative_names_are_listed_for_autoawq_where_that_is_safe() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": "gemv"}, {"bits": 8}, {"zero_point": False}, {"group_size": None}, {"group_size": 0}],
+    [
+        {"version": "gemv"},
+        {"bits": 8},
+        {"zero_point": False},
+        {"group_size": None},
+        {"group_size": 0},
+        {"modules_to_not_convert": 5},
+    ],
 )
 def test_other_variants_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):

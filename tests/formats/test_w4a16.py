@@ -8,28 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect
 from qconv.formats.w4a16 import FORMAT, pack_rows, unpack_rows
-from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import GridSettings
+from tests.conftest import random_qtensor
 
 GRID = Grid(4, 32, symmetric=True, scale_dtype=torch.bfloat16)
-
-
-def random_qtensor(grid: Grid, out_features: int, in_features: int, seed: int) -> QTensor:
-    """Random codes, scales and zero points over their whole range."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def codes(*shape: int) -> Tensor:
-        return torch.randint(0, grid.levels, shape, generator=generator, dtype=torch.uint8)
-
-    groups = grid.groups(in_features)
-    scales = (0.01 + torch.rand(out_features, groups, generator=generator)).to(grid.scale_dtype)
-    zero_points = None if grid.symmetric else codes(out_features, groups)
-    return QTensor(grid, codes(out_features, in_features), scales, zero_points)
 
 
 def field(word: int, position: int, bits: int) -> int:
@@ -170,6 +157,8 @@ BROKEN: list[dict[str, Any]] = [
     {"config_groups": {"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "block", "group_size": 32}}}},
     {"config_groups": {"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}}},
     {"config_groups": {"a": 3}},
+    {"ignore": 5},
+    {"ignore": [5]},
 ]
 
 

@@ -1,0 +1,343 @@
+"""GPTQ: rounding column by column, each column taking up the errors of those before it.
+
+Frantar et al. 2022, https://arxiv.org/abs/2210.17323. The loss of an output row with weight error d is ``d H d^T``, H
+the inputs' second moments. With ``H = R R^T``, R upper triangular, it is a sum over columns,
+
+    ``sum_j R[j, j]^2 (d_j + sum_{i<j} d_i R[i, j] / R[j, j])^2``,
+
+so that the column j is best rounded from ``w_j + sum_{i<j} d_i R[i, j] / R[j, j]``, d_i being the errors already made.
+R is the inverse of the paper's factor (the upper Cholesky factor U of H^-1: ``H^-1 = U^T U`` gives ``U = R^-1``), and
+the two forms round the same numbers (Chee et al. 2023, https://arxiv.org/abs/2307.13304, theorem 6). This one needs one
+factorization where the paper's needs two and an inversion, and works where H is barely invertible.
+
+The groups of the ordering ``none`` take their scales from the compensated weights, when their first column's turn comes.
+With ``static`` all scales are fixed on the original weights; then columns are rounded in the order of falling
+``H[j, j]``, the important ones before errors pile up. Columns keep their place, so readers need no permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qconv.errors import QconvError, UsageError
+from qconv.methods.base import (
+    assemble,
+    clip_ratios,
+    encode_,
+    fake_quantize,
+    grid_parameters,
+    round_block,
+    row_blocks,
+    to_codes,
+)
+from qconv.qtensor import Grid, QTensor
+from qconv.recipe import ClipSettings
+
+DAMPING_STEP = 10.0
+"""Factor on the damping after each failed factorization."""
+MAX_DAMPING = 1e4
+"""Damping in mean diagonals beyond which no second moments can fail: rounding in float32 costs them less."""
+_PANEL = 512
+
+
+@dataclass(frozen=True, slots=True)
+class GptqSettings:
+    """How columns are worked through.
+
+    Attributes:
+        block_size: Columns whose errors are handed on together, in one matrix product.
+        damp_percent: What is added to the Hessian's diagonal, as a share (0.01 is one percent) of its mean.
+        ordering: Of the columns: ``none`` or ``static``.
+    """
+
+    block_size: int = 128
+    damp_percent: float = 0.01
+    ordering: Literal["none", "static"] = "static"
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise UsageError(f"gptq.block_size: {self.block_size} is not positive.")
+        if not 0.0 < self.damp_percent <= 1.0:
+            raise UsageError(f"gptq.damp_percent: {self.damp_percent} is not in (0, 1].", hint="0.01 is usual.")
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A factored Hessian; linears that share their input share it.
+
+    Attributes:
+        order: int64 [in_features], the columns in the order of their rounding.
+        upper: float32 [in_features, in_features], unit upper triangular, in that order: ``R[i, j] / R[j, j]``.
+        costs: float32 [in_features], in that order: ``R[j, j]^2``, what a squared error of a column costs, up to one
+            common factor.
+        damp_percent: The damping that was used, as a share of the mean diagonal.
+        escalations: How often it had to be raised.
+        dead_columns: How many inputs were zero on every token.
+    """
+
+    order: Tensor
+    upper: Tensor
+    costs: Tensor
+    damp_percent: float
+    escalations: int
+    dead_columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class GptqResult:
+    """A quantized weight and what it costs.
+
+    Attributes:
+        qtensor: The weight.
+        damp_percent: See :class:`Factor`.
+        escalations: See :class:`Factor`.
+        dead_columns: See :class:`Factor`.
+        error: ``trace(d H d^T)`` of the weight's error d, H without damping.
+        rtn_error: The same for plain rounding to nearest.
+        kept_rtn: How many output rows were kept as plain rounding gives them, since they cost less that way.
+    """
+
+    qtensor: QTensor
+    damp_percent: float
+    escalations: int
+    dead_columns: int
+    error: float
+    rtn_error: float
+    kept_rtn: int
+
+
+def quantize(
+    weight: Tensor,
+    grid: Grid,
+    hessian: Tensor,
+    settings: GptqSettings,
+    clip: ClipSettings | None = None,
+    factor: Factor | None = None,
+) -> GptqResult:
+    """Quantize a weight so that the linear's output changes least on the calibration tokens.
+
+    Never worse than rounding to nearest on the same grid: a row whose error ``d H d^T`` comes out larger than plain
+    rounding's (full range, no compensation) is replaced by it.
+
+    Args:
+        weight: float32 [out_features, in_features], finite; not changed.
+        grid: The grid.
+        hessian: float32 [in_features, in_features], the mean over tokens of ``x x^T``; not changed.
+        settings: How columns are worked through.
+        clip: Search each group's clipping range for the least error; None takes the full range.
+        factor: ``factorize(hessian, settings)`` where it is known already; it is the larger part of the work.
+
+    Raises:
+        QconvError: the weight or the Hessian is not finite, or the Hessian is not positive semidefinite.
+        UsageError: the group size does not divide the row.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise QconvError("GPTQ: the weight holds values that are not finite.")
+    if factor is None:
+        factor = factorize(hessian, settings)
+    compensated = _Rounding(weight, grid, factor, clip).run(settings)
+    errors = row_errors(compensated.dequantize().sub_(weight), hessian)
+    rtn_errors = row_errors(fake_quantize(weight, grid).sub_(weight), hessian)
+    worse = rtn_errors < errors
+    return GptqResult(
+        _with_rows_of_rtn(compensated, weight, worse),
+        factor.damp_percent,
+        factor.escalations,
+        factor.dead_columns,
+        error=float(torch.minimum(errors, rtn_errors).sum()),
+        rtn_error=float(rtn_errors.sum()),
+        kept_rtn=int(worse.sum()),
+    )
+
+
+def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
+    """The triangular factor of a damped Hessian, its columns in the order of their rounding.
+
+    ``damp_percent`` of the mean diagonal is added to the diagonal, ten times more each time the factorization fails. An
+    input that was zero on every token has a zero row and column; damping alone is left of it, so its weights are rounded
+    to nearest and neither take up errors nor hand on theirs. The Hessian of no tokens at all makes every column so.
+
+    Args:
+        hessian: float32 [in_features, in_features], symmetric; not changed.
+        settings: Damping and ordering.
+
+    Raises:
+        QconvError: not finite, or not positive semidefinite even with the strongest damping.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise QconvError(
+            "GPTQ: the Hessian holds values that are not finite.",
+            hint="The activations overflowed: are the source's weights sound?",
+        )
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean(dtype=torch.float64))
+    if not mean > torch.finfo(torch.float32).tiny:
+        mean = 1.0
+    if settings.ordering == "static":
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    else:
+        order = torch.arange(len(hessian))
+    # torch gives H = L L^T with L lower; with rows and columns reversed, L turned around is upper.
+    last_first = order.flip(0)
+    damped = hessian.index_select(0, last_first).index_select(1, last_first).div_(mean)
+    undamped = damped.diagonal().clone()
+    damping, escalations = settings.damp_percent, 0
+    while True:
+        damped.diagonal().copy_(undamped + damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            break
+        if damping > MAX_DAMPING:
+            raise QconvError("GPTQ: the Hessian is not positive semidefinite.", hint="It must be a mean of x x^T.")
+        damping *= DAMPING_STEP
+        escalations += 1
+    del damped
+    upper = lower.flip((0, 1))
+    pivots = upper.diagonal().clone()
+    return Factor(order, upper.div_(pivots), pivots.square_(), damping, escalations, int((diagonal == 0.0).sum()))
+
+
+def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
+    """``d H d^T`` of each row d of ``delta``, float32 [out_features, in_features]: float64 [out_features].
+
+    H is symmetric, so products with the blocks above its diagonal count twice and those below are spared.
+    """
+    errors = torch.zeros(len(delta), dtype=torch.float64)
+    for start in range(0, delta.shape[1], _PANEL):
+        panel = delta[:, start : start + _PANEL]
+        above, square = hessian[: start + _PANEL, start : start + _PANEL].split([start, panel.shape[1]])
+        product = panel @ square
+        product.addmm_(delta[:, :start], above, alpha=2.0)
+        errors += product.mul_(panel).sum(1, dtype=torch.float64)
+    # A sum of squares; rounding alone takes it below zero.
+    return errors.clamp_(min=0.0)
+
+
+def _with_rows_of_rtn(weight: QTensor, source: Tensor, chosen: Tensor) -> QTensor:
+    """``weight``, changed in place: the ``chosen`` rows, bool [out_features], rounded to nearest from ``source``."""
+    rows = chosen.nonzero().squeeze(1)
+    if not len(rows):
+        return weight
+    columns = source.shape[1]
+    blocks = (source[rows[start:stop]] for start, stop in row_blocks(len(rows), columns))
+    nearest = assemble([round_block(block, weight.grid) for block in blocks])
+    weight.codes[rows] = nearest.codes
+    weight.scales[rows] = nearest.scales
+    if weight.zero_points is not None and nearest.zero_points is not None:
+        weight.zero_points[rows] = nearest.zero_points
+    return weight
+
+
+class _Rounding:
+    """The state of one weight's rounding. Matrices are transposed: a column of the weight is one run of memory.
+
+    Attributes:
+        original: float32 [in_features, out_features], the weight, columns in the order of their rounding.
+        target: The same plus the compensation so far; rows that are done hold codes.
+        scales: [groups, out_features], the grid's scale dtype.
+        zero_points: uint8 [groups, out_features] or None.
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, factor: Factor, clip: ClipSettings | None) -> None:
+        self.grid, self.factor, self.clip = grid, factor, clip
+        self.columns, self.rows = weight.shape[1], weight.shape[0]
+        self.width = grid.width(self.columns)
+        groups = grid.groups(self.columns)
+        self.original = weight.t().index_select(0, factor.order)
+        self.target = self.original.clone()
+        self.scales = torch.empty(groups, self.rows, dtype=grid.scale_dtype)
+        self.zero_points = None if grid.symmetric else torch.empty(groups, self.rows, dtype=torch.uint8)
+
+    def run(self, settings: GptqSettings) -> QTensor:
+        """Round every column."""
+        fixed = settings.ordering == "static"
+        inverse = torch.argsort(self.factor.order)
+        if fixed:
+            for group in range(len(self.scales)):
+                self._fix_scales(group, inverse[group * self.width : (group + 1) * self.width])
+        for start, stop in self._blocks(settings.block_size, fixed):
+            delta = torch.empty(stop - start, self.rows)
+            # Columns that share scales taken from the compensated weights are compensated together.
+            step = stop - start if fixed else min(self.width, stop - start)
+            for first in range(start, stop, step):
+                last = first + step
+                if first > start:
+                    self._compensate(start, first, last, delta[: first - start])
+                if not fixed and first % self.width == 0:
+                    self._fix_scales(first // self.width, torch.arange(first, first + self.width))
+                self._round_columns(first, last, delta[first - start : last - start])
+            self._compensate(start, stop, self.columns, delta)
+        zero_points = None if self.zero_points is None else self.zero_points.t().contiguous()
+        codes = to_codes(self.target, self.grid.bits).index_select(0, inverse)
+        return QTensor(self.grid, codes.t().contiguous(), self.scales.t().contiguous(), zero_points)
+
+    def _blocks(self, block_size: int, fixed: bool) -> Iterator[tuple[int, int]]:
+        """Ranges of columns; where groups take their scales on the way, none begins or ends inside a smaller group."""
+        span = self.columns if fixed else self.width
+        size = block_size if fixed or block_size < span else block_size // span * span
+        span = max(span, size)
+        for start in range(0, self.columns, span):
+            end = min(start + span, self.columns)
+            for first in range(start, end, size):
+                yield first, min(first + size, end)
+
+    def _compensate(self, done: int, start: int, stop: int, delta: Tensor) -> None:
+        """Add to columns ``start:stop`` what the errors ``delta`` of the columns from ``done`` on make them take up."""
+        if start < stop:
+            share = self.factor.upper[done : done + len(delta), start:stop]
+            self.target[start:stop].addmm_(share.t(), delta)
+
+    def _round_columns(self, start: int, stop: int, delta: Tensor) -> None:
+        """Round columns one after the other; their errors go to ``delta``, float32 [stop - start, out_features]."""
+        share = self.factor.upper[start:stop, start:stop].t().contiguous()
+        groups = (self.factor.order[start:stop] // self.width).tolist()
+        for index, group in enumerate(groups):
+            column = self.target[start + index]
+            if index:
+                column.addmv_(delta[:index].t(), share[index, :index])
+            scale = self.scales[group].float()
+            zero_points = None if self.zero_points is None else self.zero_points[group]
+            encode_(column.unsqueeze(-1), scale, zero_points, self.grid)
+            rounded = torch.sub(column, self.grid.mid if zero_points is None else zero_points, out=delta[index])
+            torch.sub(self.original[start + index], rounded.mul_(scale), out=rounded)
+
+    def _fix_scales(self, group: int, columns: Tensor) -> None:
+        """Choose a group's scales and zero points for the targets of ``columns``, int64, as they are now."""
+        costs = self.factor.costs[columns]
+        for start, stop in row_blocks(self.rows, self.width):
+            members = self.target[columns, start:stop].t().contiguous().unsqueeze(1)
+            ratio: Tensor | float = 1.0 if self.clip is None else _cheapest_ratios(members, self.grid, costs, self.clip)
+            scales, zero_points = grid_parameters(members, self.grid, ratio)
+            self.scales[group, start:stop] = scales.squeeze(1)
+            if self.zero_points is not None and zero_points is not None:
+                self.zero_points[group, start:stop] = zero_points.squeeze(1)
+
+
+def _cheapest_ratios(members: Tensor, grid: Grid, costs: Tensor, clip: ClipSettings) -> Tensor:
+    """The ratio of each row's range with the least squared error, weighted by the columns' costs.
+
+    Args:
+        members: float32 [rows, 1, width].
+        grid: The grid.
+        costs: float32 [width].
+        clip: The ratios to try; ties go to the larger one.
+
+    Returns:
+        float32 [rows, 1].
+    """
+    best = torch.ones(len(members), 1)
+    least = torch.full_like(best, torch.inf)
+    for ratio in clip_ratios(clip):
+        scales, zero_points = grid_parameters(members, grid, ratio)
+        error = encode_(members.clone(), scales, zero_points, grid)
+        error.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
+        cost = error.mul_(scales.float().unsqueeze(-1)).sub_(members).square_() @ costs
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best.masked_fill_(better, ratio)
+    return best
