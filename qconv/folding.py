@@ -112,6 +112,10 @@ def norm_scale(norm: Tensor, wanted: Tensor) -> Tensor:
 
     The norm is stored in its own dtype, so ``norm / wanted`` is rounded; dividing back gives the factor that the
     consumers must be multiplied by for an exact equivalence. A channel whose norm is 0 carries nothing and keeps 1.
+
+    Args:
+        norm: The norm's weight in its stored dtype, [hidden].
+        wanted: The scale to come near to, float32 [hidden].
     """
     stored = folded_vector(norm, wanted).float()
     return torch.where(stored == 0.0, torch.ones_like(wanted), norm.float() / torch.where(stored == 0.0, 1.0, stored))

@@ -50,7 +50,7 @@ class _AttentionHalf:
         tensors = {name: source.read(name).float() for module in modules for name, _ in module.tensors()}
         self.tensors = tensors
         self.weights = {linear.name: tensors[linear.weight] for linear in layer.attention.linears()}
-        self.norm_weight = tensors[layer.input_norm.weight]
+        self.norm_weight = source.read(layer.input_norm.weight)
         self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight)
         self.block: AttentionBlock = context.decoder.attention(layer, tensors)
         q, o = layer.attention.q, layer.attention.o

@@ -96,7 +96,7 @@ class _MlpHalf:
     def __init__(self, context: LayerContext) -> None:
         self.context = context
         norm = context.layer.post_attention_norm
-        self.norm_weight = context.source.read(norm.weight).float()
+        self.norm_weight = context.source.read(norm.weight)
         self.norm = context.decoder.norm(context.layer, norm, self.norm_weight)
         self.routing = Routing(context, self.norm)
         self.shrinkage = context.recipe.calibration.shrinkage_tokens

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +19,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from qconv.checkpoint.direct import DirectWriter, read_blocks
 from qconv.checkpoint.header import TensorSpec, encode_header, read_header
 from qconv.errors import OutputError, VerificationError
 
 TEMPORARY_SUFFIX = ".partial"
-
-_FLUSH_BYTES = 256 * 2**20
-_READ_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +51,15 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, hexadecimal.
+    """sha256 of a file as the disk holds it, hexadecimal.
 
     Raises:
         OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
+    for block in read_blocks(path):
+        digest.update(block)
     return digest.hexdigest()
-
-
-def drop_from_cache(descriptor: int) -> None:
-    """Let the kernel forget a file's clean pages: what is read next comes from the disk.
-
-    So a check reads what was really stored, and finished shards leave the page cache to the source.
-    """
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:
@@ -116,13 +104,9 @@ class ShardWriter:
         self._specs = list(specs)
         self._next = 0
         self._digest = hashlib.sha256()
-        self._size = 0
-        self._unflushed = 0
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._flush: Future[None] | None = None
         self._published = False
         with output_errors(path):
-            self._file = self.temporary.open("wb")
+            self._file = DirectWriter(self.temporary)
         try:
             with output_errors(path):
                 self._append(encode_header(self._specs))
@@ -136,10 +120,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._flusher.shutdown(wait=True, cancel_futures=True)
-        # A full disk reports itself again when buffered bytes are flushed by close().
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._file.close()
         if not self._published:
             self.temporary.unlink(missing_ok=True)
 
@@ -198,12 +179,7 @@ class ShardWriter:
         if not self.complete:
             raise ValueError(f"{self.path.name}: {len(self._specs) - self._next} tensors were not written")
         with output_errors(self.path):
-            if self._flush is not None:
-                self._flush.result()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            drop_from_cache(self._file.fileno())
-            self._file.close()
+            self._file.finish()
         written = self._digest.hexdigest()
         if sha256_of(self.temporary) != written:
             raise VerificationError(
@@ -211,7 +187,7 @@ class ShardWriter:
                 hint="The disk or the memory is faulty; do not trust this machine's output.",
             )
         read_header(self.temporary)
-        return ShardRecord(self.path.name, self._size, written)
+        return ShardRecord(self.path.name, self._file.size, written)
 
     def publish(self) -> None:
         """Give the finished file its final name, durably.
@@ -220,8 +196,6 @@ class ShardWriter:
             OutputError: the rename failed.
         """
         with output_errors(self.path):
-            with self.temporary.open("rb") as file:
-                drop_from_cache(file.fileno())
             self.temporary.rename(self.path)
             self._published = True
             sync_folder(self.path.parent)
@@ -236,12 +210,3 @@ class ShardWriter:
     def _append(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
-        self._size += len(data)
-        self._unflushed += len(data)
-        # Writeback goes on beside the computation, so that the last fsync has little left to wait for.
-        if self._unflushed >= _FLUSH_BYTES and (self._flush is None or self._flush.done()):
-            if self._flush is not None:
-                self._flush.result()
-            self._file.flush()
-            self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
-            self._unflushed = 0

@@ -10,7 +10,7 @@ R is the inverse of the paper's factor (the upper Cholesky factor U of H^-1: ``H
 the two forms round the same numbers (Chee et al. 2023, https://arxiv.org/abs/2307.13304, theorem 6). This one needs one
 factorization where the paper's needs two and an inversion, and works where H is barely invertible.
 
-The groups of the ordering ``none`` take their scales from the compensated weights, when their first column's turn comes.
+With the ordering ``none`` a group takes its scales from the compensated weights when its first column's turn comes.
 With ``static`` all scales are fixed on the original weights; then columns are rounded in the order of falling
 ``H[j, j]``, the important ones before errors pile up. Columns keep their place, so readers need no permutation.
 """
@@ -41,7 +41,8 @@ from qconv.recipe import ClipSettings
 DAMPING_STEP = 10.0
 """Factor on the damping after each failed factorization."""
 MAX_DAMPING = 1e4
-"""Damping in mean diagonals beyond which no second moments can fail: rounding in float32 costs them less."""
+"""A damping, as a share of the mean diagonal, far above what float32 makes of any second moments' rounding errors: a
+matrix that fails with more is none."""
 _PANEL = 512
 
 
@@ -159,8 +160,8 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
     """The triangular factor of a damped Hessian, its columns in the order of their rounding.
 
     ``damp_percent`` of the mean diagonal is added to the diagonal, ten times more each time the factorization fails. An
-    input that was zero on every token has a zero row and column; damping alone is left of it, so its weights are rounded
-    to nearest and neither take up errors nor hand on theirs. The Hessian of no tokens at all makes every column so.
+    input that was zero on every token has a zero row and column; damping alone is left of it, so its weights are kept
+    and rounded to nearest, neither taking up errors nor handing on theirs. The Hessian of no tokens makes all inputs so.
 
     Args:
         hessian: float32 [in_features, in_features], symmetric; not changed.
@@ -184,7 +185,8 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
         order = torch.arange(len(hessian))
     # torch gives H = L L^T with L lower; with rows and columns reversed, L turned around is upper.
     last_first = order.flip(0)
-    damped = hessian.index_select(0, last_first).index_select(1, last_first).div_(mean)
+    # Rows are picked, never columns, which is several times slower; symmetry lets the transpose stand between.
+    damped = hessian.index_select(0, last_first).t().contiguous().index_select(0, last_first).div_(mean)
     undamped = damped.diagonal().clone()
     damping, escalations = settings.damp_percent, 0
     while True:
@@ -209,10 +211,10 @@ def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
     """
     errors = torch.zeros(len(delta), dtype=torch.float64)
     for start in range(0, delta.shape[1], _PANEL):
-        panel = delta[:, start : start + _PANEL]
-        above, square = hessian[: start + _PANEL, start : start + _PANEL].split([start, panel.shape[1]])
-        product = panel @ square
-        product.addmm_(delta[:, :start], above, alpha=2.0)
+        stop = start + _PANEL
+        panel = delta[:, start:stop]
+        product = panel @ hessian[start:stop, start:stop]
+        product.addmm_(delta[:, :start], hessian[:start, start:stop], alpha=2.0)
         errors += product.mul_(panel).sum(1, dtype=torch.float64)
     # A sum of squares; rounding alone takes it below zero.
     return errors.clamp_(min=0.0)
@@ -241,6 +243,8 @@ class _Rounding:
         target: The same plus the compensation so far; rows that are done hold codes.
         scales: [groups, out_features], the grid's scale dtype.
         zero_points: uint8 [groups, out_features] or None.
+        steps: The scales as float32.
+        zeros: The zero points as float32, the grid's fixed one where it is symmetric.
     """
 
     def __init__(self, weight: Tensor, grid: Grid, factor: Factor, clip: ClipSettings | None) -> None:
@@ -252,6 +256,8 @@ class _Rounding:
         self.target = self.original.clone()
         self.scales = torch.empty(groups, self.rows, dtype=grid.scale_dtype)
         self.zero_points = None if grid.symmetric else torch.empty(groups, self.rows, dtype=torch.uint8)
+        self.steps = torch.empty(groups, self.rows)
+        self.zeros = torch.full((groups, self.rows), float(grid.mid))
 
     def run(self, settings: GptqSettings) -> QTensor:
         """Round every column."""
@@ -297,14 +303,12 @@ class _Rounding:
         share = self.factor.upper[start:stop, start:stop].t().contiguous()
         groups = (self.factor.order[start:stop] // self.width).tolist()
         for index, group in enumerate(groups):
-            column = self.target[start + index]
+            column, step, zero = self.target[start + index], self.steps[group], self.zeros[group]
             if index:
                 column.addmv_(delta[:index].t(), share[index, :index])
-            scale = self.scales[group].float()
-            zero_points = None if self.zero_points is None else self.zero_points[group]
-            encode_(column.unsqueeze(-1), scale, zero_points, self.grid)
-            rounded = torch.sub(column, self.grid.mid if zero_points is None else zero_points, out=delta[index])
-            torch.sub(self.original[start + index], rounded.mul_(scale), out=rounded)
+            column.div_(step).round_().add_(zero).clamp_(0, self.grid.levels - 1)
+            error = torch.sub(column, zero, out=delta[index]).mul_(step)
+            torch.sub(self.original[start + index], error, out=error)
 
     def _fix_scales(self, group: int, columns: Tensor) -> None:
         """Choose a group's scales and zero points for the targets of ``columns``, int64, as they are now."""
@@ -316,6 +320,8 @@ class _Rounding:
             self.scales[group, start:stop] = scales.squeeze(1)
             if self.zero_points is not None and zero_points is not None:
                 self.zero_points[group, start:stop] = zero_points.squeeze(1)
+                self.zeros[group, start:stop] = zero_points.squeeze(1)
+        self.steps[group] = self.scales[group]
 
 
 def _cheapest_ratios(members: Tensor, grid: Grid, costs: Tensor, clip: ClipSettings) -> Tensor:

@@ -120,7 +120,7 @@ def test_between_layers_activations_are_rounded_to_bf16_once(tmp_path: Path) -> 
     model = three_layers(tmp_path, "qwen3_moe", {})
     settings = recipe(propagate=False)
     found = layer_inputs(model, tmp_path / "out", settings, torch.bfloat16)
-    # bf16 keeps 8 bits: 2^-9 relative to each value, a few layers of that relative to the largest; routing may tip over.
+    # bf16 keeps 8 bits: an error of 2^-9 in each value, layer upon layer; a token's routing may tip over.
     expected = hidden_states(model, settings)
     for ours, theirs in zip(found, expected, strict=False):
         error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)

@@ -160,7 +160,8 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path: Path) -> None:
 
 def test_a_disk_too_full_for_the_header_leaves_nothing_either(tmp_path: Path) -> None:
     path = full(tmp_path / "a.safetensors")
-    many = [TensorSpec(f"tensor.{number:06d}", torch.int8, (1,)) for number in range(2000)]  # beyond any buffer
+    # Beyond the writer's buffer of 8 MiB.
+    many = [TensorSpec(f"tensor.{number:06d}", torch.int8, (1,)) for number in range(120_000)]
     with pytest.raises(OutputError, match="the disk is full"), ShardWriter(path, many):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -174,14 +175,11 @@ def test_a_real_disk_that_runs_full(small_disk: Callable[[int], Path]) -> None:
     assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_runs_full_in_background_writeback_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_reports_itself_full_at_the_sync_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "_FLUSH_BYTES", 16)
-    monkeypatch.setattr(os, "fdatasync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OutputError, match="the disk is full"):
         write_and_finish(tmp_path / "a.safetensors", TENSORS, SPECS)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,244 @@
+"""GPTQ's layout (``quant_method: gptq``), as AutoGPTQ defined it and GPTQModel, vLLM and transformers read it.
+
+With K = in_features, N = out_features, P = 32 / bits and groups of g: ``qweight`` int32 [K/P, N], packed down K;
+``qzeros`` int32 [K/g, N/P], packed across N; ``scales`` float16 [K/g, N]; ``g_idx`` int32 [K], each input's group.
+W[n, k] = (q - Z) * s. The lowest bits of a word hold the first value.
+
+``checkpoint_format: gptq`` (v1) stores Z - 1, ``gptq_v2`` stores Z. Readers of v1 disagree about Z = 0, which only an
+asymmetric grid has, so symmetric builds are written as v1, which every reader knows, and asymmetric ones as v2. 3 bits
+are packed across word boundaries and are not supported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv import __version__
+from qconv.checkpoint.header import TensorSpec
+from qconv.errors import CheckpointError, RecipeError
+from qconv.formats.base import TensorReader
+from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.recipe import GridSettings
+
+BITS = (2, 4, 8)
+V1, V2 = "gptq", "gptq_v2"
+FUSED = {
+    r"\.(q|k|v)_proj": ".qkv_proj",
+    r"\.(gate|up)_proj": ".gate_up_proj",
+    r"\.experts\.\d+\.\w+": ".experts",
+}
+"""What engines fuse, under which names some of them look up whether the fused linear is left alone."""
+
+
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """Pack values of 2, 4 or 8 bits, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
+    rows, columns = values.shape
+    packed, width = values.reshape(-1), bits
+    while width < 8:
+        # Two neighbours are one 16-bit word, low byte first: one shift moves all of the higher one next to the lower.
+        pairs = packed.view(torch.int16)
+        packed = (pairs | (pairs >> (8 - width))).to(torch.uint8)
+        width *= 2
+    return packed.view(torch.int32).view(rows, columns * bits // 32)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`pack_words`: int32 [rows, words] to uint8 [rows, words*32/bits]."""
+    rows, count = words.shape
+    values, width = words.reshape(-1).view(torch.uint8), 8
+    while width > bits:
+        width //= 2
+        wide = values.to(torch.int16)
+        values = (wide | (wide << (8 - width))).bitwise_and_(0x0101 * ((1 << width) - 1)).view(torch.uint8)
+    return values.view(rows, count * 32 // bits)
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignGrid(Grid):
+    """The grid of a file whose zero points are stored the other way than qconv writes them: symmetric in v2, or
+    asymmetric in v1.
+    """
+
+
+class GptqFormat:
+    """GPTQ with 2, 4 or 8 bits, without act-order."""
+
+    name = "gptq"
+    pack_columns = 8
+
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+        """Symmetric unless the recipe says otherwise; float16 scales.
+
+        Raises:
+            RecipeError: bits that the layout does not pack into whole words.
+        """
+        if settings.bits not in BITS:
+            raise RecipeError(f"grid.bits: the gptq format holds 2, 4 or 8 bits, not {settings.bits}.")
+        symmetric = True if settings.symmetric is None else settings.symmetric
+        return Grid(settings.bits, settings.group_size, symmetric, scale_dtype=torch.float16)
+
+    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
+        """Whole groups along the input and whole words along both sides."""
+        per_word = 32 // grid.bits
+        if grid.group_size != CHANNEL and in_features % grid.group_size:
+            return f"group size {grid.group_size} does not divide its {in_features} input features"
+        for size, side in ((in_features, "input"), (out_features, "output")):
+            if size % per_word:
+                return f"its {size} {side} features are not a multiple of {per_word}"
+        return None
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """qweight, qzeros, scales, g_idx."""
+        per_word, groups = 32 // grid.bits, grid.groups(in_features)
+        return [
+            TensorSpec(f"{module}.qweight", torch.int32, (in_features // per_word, out_features)),
+            TensorSpec(f"{module}.qzeros", torch.int32, (groups, out_features // per_word)),
+            TensorSpec(f"{module}.scales", torch.float16, (groups, out_features)),
+            TensorSpec(f"{module}.g_idx", torch.int32, (in_features,)),
+        ]
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of :meth:`specs`."""
+        grid, (_, in_features) = weight.grid, weight.shape
+        if weight.zero_points is None:
+            stored = torch.full_like(weight.scales, grid.mid - 1, dtype=torch.uint8)
+        else:
+            stored = weight.zero_points
+        yield f"{module}.qweight", pack_words(weight.codes, grid.bits).t().contiguous()
+        yield f"{module}.qzeros", pack_words(stored.t(), grid.bits)
+        yield f"{module}.scales", weight.scales.t().contiguous()
+        yield f"{module}.g_idx", _group_index(in_features, grid)
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """Codes, scales and zero points of a linear of ``shape``.
+
+        Raises:
+            CheckpointError: a tensor is absent or misshapen, inputs are grouped out of order (act-order), or zero points
+                are not what the config says.
+        """
+        tensors: dict[str, Tensor] = {}
+        for spec in self.specs(module, *shape, grid):
+            tensor = read(spec.name)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
+            tensors[spec.name.removeprefix(f"{module}.")] = tensor
+        if not torch.equal(tensors["g_idx"], _group_index(shape[1], grid)):
+            raise CheckpointError(
+                f"{module}.g_idx: inputs are not grouped in their order; act-order is not supported yet.",
+                hint="Take a build made with desc_act false.",
+            )
+        return QTensor(
+            Grid(grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype),
+            unpack_words(tensors["qweight"].t(), grid.bits),
+            tensors["scales"].t().contiguous(),
+            _zero_points(f"{module}.qzeros", tensors["qzeros"], grid),
+        )
+
+    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """AutoGPTQ's keys, with what is left alone as GPTQModel's ``dynamic``, which vLLM reads too.
+
+        Both match the regular expression after ``-:`` at the beginning of a module's full name.
+        """
+        return {
+            "quant_method": "gptq",
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "sym": grid.symmetric,
+            "desc_act": False,
+            "checkpoint_format": V1 if grid.symmetric else V2,
+            "pack_dtype": "int32",
+            "lm_head": False,
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in _with_fused(skipped)},
+            "meta": {"quantizer": [f"qconv:{__version__}"]},
+        }
+
+    def recognizes(self, section: dict[str, Any]) -> bool:
+        """``quant_method`` is gptq."""
+        return section.get("quant_method") == "gptq"
+
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+        """Grid and the regular expressions of the skipped modules.
+
+        Raises:
+            CheckpointError: other bits or another layout, a quantized lm_head, or rules for single modules.
+        """
+        bits, group_size, symmetric = section.get("bits"), section.get("group_size"), section.get("sym", True)
+        if bits not in BITS:
+            raise CheckpointError(f"config.json: quantization_config.bits is {bits!r}; GPTQ is read with 2, 4 or 8.")
+        if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
+            raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
+        if not isinstance(symmetric, bool):
+            raise CheckpointError(f"config.json: quantization_config.sym is {symmetric!r}.")
+        layout = section.get("checkpoint_format", V1)
+        if layout not in (V1, V2):
+            raise CheckpointError(f"config.json: checkpoint_format {layout!r} is not known, only {V1} and {V2} are.")
+        if section.get("lm_head"):
+            raise CheckpointError("config.json: a quantized lm_head is not supported.")
+        as_written = layout == (V1 if symmetric else V2)
+        kind = Grid if as_written else ForeignGrid
+        return kind(bits, group_size, symmetric, torch.float16), ["^lm_head$", *_exclusions(section.get("dynamic"))]
+
+    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
+        """Regular expressions, matched at the beginning of the name."""
+        return any(re.match(pattern, module) for pattern in skipped)
+
+
+def _group_index(in_features: int, grid: Grid) -> Tensor:
+    """The group of each input in their natural order, int32 [in_features]."""
+    return torch.arange(in_features, dtype=torch.int32) // grid.width(in_features)
+
+
+def _zero_points(name: str, words: Tensor, grid: Grid) -> Tensor | None:
+    """Zero points from ``qzeros``: uint8 [out_features, groups], or None on a symmetric grid."""
+    stored = unpack_words(words, grid.bits)
+    if grid.symmetric == isinstance(grid, ForeignGrid):
+        zero_points = stored
+    elif bool((stored == grid.levels - 1).any()):
+        raise CheckpointError(
+            f"{name}: a zero point is 0 or {grid.levels}; in checkpoint_format {V1} both look the same."
+        )
+    else:
+        zero_points = stored + 1
+    if not grid.symmetric:
+        return zero_points.t().contiguous()
+    wrong = zero_points[zero_points != grid.mid]
+    if len(wrong):
+        raise CheckpointError(
+            f"{name}: holds the zero point {int(wrong[0])}, not {grid.mid} as a symmetric grid has.",
+            hint="Does config.json name the right checkpoint_format?",
+        )
+    return None
+
+
+def _with_fused(names: Sequence[str]) -> list[str]:
+    """The names, and after them those of the fused linears that they are parts of."""
+    fused = [re.sub(f"{part}$", whole, name) for name in names for part, whole in FUSED.items()]
+    return list(dict.fromkeys([*names, *fused]))
+
+
+def _exclusions(dynamic: Any) -> list[str]:
+    """The regular expressions of ``dynamic`` that exclude modules."""
+    if dynamic is None:
+        return []
+    if not isinstance(dynamic, dict):
+        raise CheckpointError("config.json: quantization_config.dynamic is not a mapping.")
+    patterns = []
+    for rule in dynamic:
+        pattern = rule.removeprefix("-:")
+        if pattern == rule:
+            raise CheckpointError(f"config.json: dynamic rule {rule!r} sets options of single modules: not supported.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(f"config.json: dynamic rule {rule!r} is no regular expression: {error}.") from error
+        patterns.append(pattern)
+    return patterns
+
+
+FORMAT = GptqFormat()
