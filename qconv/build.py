@@ -58,7 +58,15 @@ class Build:
         model = architecture(checkpoint.config)
         embedding = checkpoint.entry(model.embedding.weight).dtype
         grid, skipped = found.read_config(checkpoint.config["quantization_config"], embedding)
-        return cls(checkpoint, model, found, grid, tuple(skipped))
+        build = cls(checkpoint, model, found, grid, tuple(skipped))
+        for linear in (linear for layer in model.layers for linear in layer.linears()):
+            problem = found.check(linear.out_features, linear.in_features, grid)
+            if problem is not None and build.is_quantized(linear):
+                raise CheckpointError(
+                    f"{path / 'config.json'}: {linear.name} cannot be quantized as it says: {problem}.",
+                    hint="config.json belongs to another build, or is damaged.",
+                )
+        return build
 
     @property
     def path(self) -> Path:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from qconv.build import scales_path
-from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
+from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.reader import Tensors
-from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors
+from qconv.checkpoint.stream import TensorStream
+from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
 from qconv.errors import VerificationError
 from qconv.folding import SCALE_SUFFIX, Folds
 from qconv.models.base import Linear
 from qconv.parallel import Workers
-from qconv.plan import BuildPlan, Unit
-from qconv.qtensor import QTensor
+from qconv.plan import BuildPlan, Item, Unit
 from qconv.source import Source
 from qconv.verify import Comparison
 
@@ -85,42 +86,34 @@ class UnitWriter:
             raise ValueError(f"{self._unit.key}: not every tensor was written")
         if scales:
             self._write_scales(scales)
-        for writer in self._writers:
-            writer.flush()
-        # The disk is waited for beside the comparison; that what it stored is what was compared, checksums tell.
-        with ThreadPoolExecutor(1, thread_name_prefix="finish") as background:
-            records = background.submit(lambda: [writer.finish() for writer in self._writers])
-            snr_db = self._check(shards, source, scales, workers)
-            finished = records.result()
+        with output_errors(self._out):
+            files = [self._sealed(writer) for writer in self._writers]
+            snr_db = self._check(shards, Comparison(source.checkpoint, self._folds(scales)), workers)
+            for writer in self._writers[len(shards) :]:
+                writer.require_same(sha256_of(writer.temporary))
         for writer in self._writers:
             writer.publish()
-        files = [
-            replace(record, name=str(writer.path.relative_to(self._out)))
-            for record, writer in zip(finished, self._writers, strict=True)
-        ]
         return CommittedUnit(tuple(files), snr_db)
+
+    def _sealed(self, writer: ShardWriter) -> ShardRecord:
+        return replace(writer.seal(), name=str(writer.path.relative_to(self._out)))
+
+    def _folds(self, scales: Mapping[str, Tensor]) -> Folds:
+        layer = self._unit.layer
+        return Folds.none() if layer is None else Folds.of(self._plan.architecture, layer, scales)
 
     def _open(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._writers.append(self._stack.enter_context(ShardWriter(path, specs)))
 
     def _check(
-        self, shards: Sequence[ShardWriter], source: Source, scales: Mapping[str, Tensor], workers: Workers
+        self, shards: Sequence[ShardWriter], comparison: Comparison, workers: Workers
     ) -> dict[str, float | None]:
-        plan, layer = self._plan, self._unit.layer
-        entries: dict[str, TensorEntry] = {}
-        for writer in shards:
-            entries |= read_header(writer.temporary)
+        """Read the shards back from the disk, once, and compare every tensor with the source and every byte's checksum.
 
-        written = Tensors(entries)
-
-        def unpack(linear: Linear) -> QTensor:
-            return plan.format.unpack(linear.name, (linear.out_features, linear.in_features), written.read, plan.grid)
-
-        folds = Folds.none() if layer is None else Folds.of(plan.architecture, layer, scales)
-        comparison = Comparison(unpack, written, source.checkpoint, folds)
-        items = [(item.module, item.quantized) for item in self._unit.items]
+        This thread reads; the workers unpack and compare.
+        """
         snr_db: dict[str, float | None] = {}
-        for name, snr, problem in workers.map(comparison.check, items):
+        for name, snr, problem in workers.map(partial(self._compare, comparison), self._read_back(shards, comparison)):
             if problem is not None:
                 raise VerificationError(
                     f"{self._unit.key}: what is on disk does not stand for the source: {problem}.",
@@ -131,6 +124,38 @@ class UnitWriter:
                 snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
         return snr_db
 
+    def _read_back(self, shards: Sequence[ShardWriter], comparison: Comparison) -> Iterator[_ReadBack]:
+        """The unit's items with their tensors; what must be a copy of the source is compared on the way."""
+        of_shard = {spec.name: writer for writer in shards for spec in writer.specs}
+        writer, stream = shards[0], TensorStream(shards[0].temporary)
+        for item in self._unit.items:
+            tensors, problem = {}, None
+            for spec in item.specs:
+                if of_shard[spec.name] is not writer:
+                    writer.require_same(stream.sha256())
+                    writer = of_shard[spec.name]
+                    stream = TensorStream(writer.temporary)
+                if item.quantized or not comparison.is_copy(item.module):
+                    tensors[spec.name] = stream.tensor(spec.name)
+                elif not _is_copy(stream, spec.name, comparison.source):
+                    problem = f"{spec.name}: differs from the source"
+            yield _ReadBack(item, tensors, problem)
+        writer.require_same(stream.sha256())
+
+    def _compare(self, comparison: Comparison, read: _ReadBack) -> tuple[str, float | None, str | None]:
+        """A module's name, its signal to noise ratio where it is quantized, and what is wrong or None."""
+        module, snr, problem = read.item.module, None, read.problem
+        for name, _ in module.tensors():
+            found = None
+            if read.item.quantized and isinstance(module, Linear) and name == module.weight:
+                shape = (module.out_features, module.in_features)
+                weight = self._plan.format.unpack(module.name, shape, read.tensors.__getitem__, self._plan.grid)
+                snr, found = comparison.weight(module, weight)
+            elif name in read.tensors:
+                found = comparison.folded(module, name, read.tensors[name])
+            problem = problem or found
+        return module.name, snr, problem
+
     def _write_scales(self, scales: Mapping[str, Tensor]) -> None:
         assert self._unit.layer is not None
         path = scales_path(self._out, self._unit.layer.index)
@@ -140,3 +165,19 @@ class UnitWriter:
         self._open(path, specs)
         for spec, scale in zip(specs, scales.values(), strict=True):
             self._writers[-1].write(spec.name, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadBack:
+    """An item with the tensors that remain to be compared, and what was already found wrong."""
+
+    item: Item
+    tensors: dict[str, Tensor]
+    problem: str | None
+
+
+def _is_copy(stream: TensorStream, name: str, source: Tensors) -> bool:
+    """Whether the stream's next tensor equals the source's bit for bit; read block by block."""
+    stream.begin(name)
+    # Every block is read even after a difference: the stream must stay in step.
+    return all([torch.equal(stream.rows(len(block)), block) for block in source.blocks(name)])

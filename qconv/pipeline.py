@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -247,11 +247,8 @@ class _Run:
         """Write a unit; it is checked and published while the next one is worked on, one unit at a time."""
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(UnitWriter(self.out, self.plan, unit))
-            for module in self._shown(unit, modules):
-                if module.weight is not None:
-                    for name, tensor in self.plan.format.pack(module.module.name, module.weight):
-                        writer.add(name, [tensor])
-                for name, blocks in module.dense:
+            for tensors in self.workers.map(self._pack, self._shown(unit, modules)):
+                for name, blocks in tensors:
                     writer.add(name, blocks)
             self._await_commit()
             written = stack.pop_all()
@@ -264,6 +261,12 @@ class _Run:
             journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
 
         self.committing = self.committer.submit(publish)
+
+    def _pack(self, finished: Finished) -> list[tuple[str, Iterable[Tensor]]]:
+        """A module's tensors as the file holds them, as blocks of rows, by name."""
+        weight = finished.weight
+        packed = () if weight is None else self.plan.format.pack(finished.module.name, weight)
+        return [*((name, [tensor]) for name, tensor in packed), *finished.dense]
 
     def _await_commit(self) -> None:
         """Wait until the unit before is published; its error is raised here."""

@@ -122,9 +122,15 @@ class SquaredError:
         return SquaredError(self.signal + other.signal, self.noise + other.noise)
 
     @classmethod
-    def between(cls, reference: Tensor, approximation: Tensor) -> SquaredError:
-        """Sums of squares of ``reference`` and of its difference from ``approximation`` (any shapes, equal)."""
-        signal, error = reference.flatten(), (reference - approximation).flatten()
+    def between_(cls, reference: Tensor, approximation: Tensor) -> SquaredError:
+        """Sums of squares of ``reference`` and of its difference from ``approximation``, which is overwritten.
+
+        Args:
+            reference: float32, contiguous, any shape.
+            approximation: The same shape and dtype.
+        """
+        signal = reference.view(-1)
+        error = approximation.view(-1).sub_(signal)
         return cls(float(torch.dot(signal, signal)), float(torch.dot(error, error)))
 
     @property

@@ -71,8 +71,10 @@ class Source:
         Raises:
             CheckpointError: as :meth:`read`.
         """
+        row, entry = 0, self.checkpoint.entry(name)
         for block in self.checkpoint.blocks(name):
-            yield require_finite(block, self.checkpoint.entry(name))
+            yield require_finite(block, entry, row)
+            row += len(block) if block.dim() else 1
 
     def companions(self) -> list[Path]:
         """Tokenizer, chat template and generation config, sorted by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,41 +98,31 @@ class Comparison:
     """How modules of a build are compared with the source.
 
     Attributes:
-        unpack: Gives a quantized linear's weight.
-        build, source: The tensors of both.
+        source: The source's tensors.
         folds: What was folded into the modules' layer.
     """
 
-    unpack: Callable[[Linear], QTensor]
-    build: Tensors
     source: Tensors
     folds: Folds
 
-    def check(self, item: tuple[Module, bool]) -> tuple[str, float | None, str | None]:
-        """Compare one module, given whether it is quantized.
+    def weight(self, linear: Linear, weight: QTensor) -> tuple[float, str | None]:
+        """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
+        scales = self.folds.input_scale(linear), self.folds.output_scale(linear)
+        snr = weight_error(self.source.read(linear.weight), weight, *scales).snr_db
+        problem = _bad_parameters(weight)
+        if problem is None and not snr >= snr_floor_db(weight.grid.bits):
+            problem = f"signal to noise {snr:.1f} dB, below {snr_floor_db(weight.grid.bits):.1f}"
+        return snr, None if problem is None else f"{linear.name}: {problem}"
 
-        Returns:
-            Its name, the signal to noise ratio in decibels (None where it is not quantized), and what is wrong or None.
-        """
-        module, quantized = item
-        problem, snr = None, None
-        for name, _ in module.tensors():
-            if quantized and isinstance(module, Linear) and name == module.weight:
-                weight = self.unpack(module)
-                problem = _bad_parameters(weight)
-                scales = self.folds.input_scale(module), self.folds.output_scale(module)
-                snr = weight_error(self.source.read(name), weight, *scales).snr_db
-                if problem is None and not snr >= snr_floor_db(weight.grid.bits):
-                    problem = f"signal to noise {snr:.1f} dB, below {snr_floor_db(weight.grid.bits):.1f}"
-            elif not self._equal(module, name):
-                problem = "differs from the source"
-        return module.name, snr, None if problem is None else f"{module.name}: {problem}"
+    def is_copy(self, module: Module) -> bool:
+        """Whether the module's plain tensors must be the source's, bit for bit."""
+        return not self.folds.touches(module)
 
-    def _equal(self, module: Module, name: str) -> bool:
-        if self.folds.touches(module):
-            return torch.equal(self.build.read(name), self.folds.expected(module, name, self.source.read(name)))
-        pairs = zip(self.build.blocks(name), self.source.blocks(name), strict=True)
-        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    def folded(self, module: Module, name: str, tensor: Tensor) -> str | None:
+        """What is wrong with a plain tensor that folding changed, or None."""
+        if torch.equal(tensor, self.folds.expected(module, name, self.source.read(name))):
+            return None
+        return f"{name}: is not the source's after folding"
 
 
 def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
@@ -140,7 +131,7 @@ def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_s
     for start, stop in row_blocks(*weight.shape):
         out = None if out_scale is None else out_scale[start:stop]
         reference = folded_weight(source[start:stop], in_scale, out)
-        total += SquaredError.between(reference, weight.rows(start, stop).dequantize())
+        total += SquaredError.between_(reference, weight.rows(start, stop).dequantize())
     return total
 
 
@@ -265,14 +256,30 @@ def _check_weights(
     for done, (layer, modules) in enumerate(groups):
         if progress is not None:
             progress("weights", done, len(groups))
-        items = [(module, isinstance(module, Linear) and build.is_quantized(module)) for module in modules]
         folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
-        comparison = Comparison(build.qtensor, build.checkpoint, source.checkpoint, folds)
-        for name, snr, problem in workers.map(comparison.check, items):
+        compare = partial(_compare, build, Comparison(source.checkpoint, folds))
+        for module, (snr, problem) in zip(modules, workers.map(compare, modules), strict=True):
             if snr is not None:
-                result.snr_db[name] = snr
+                result.snr_db[module.name] = snr
             if problem is not None:
                 result.problems.append(problem)
     finite = [value for value in result.snr_db.values() if math.isfinite(value)]
     least = f", signal to noise at least {min(finite):.1f} dB" if finite else ""
     result.checked.append(f"{len(result.snr_db)} quantized linears against the source{least}; the rest bit for bit")
+
+
+def _compare(build: Build, comparison: Comparison, module: Module) -> tuple[float | None, str | None]:
+    """A module's signal to noise ratio, None where it is not quantized, and what is wrong or None."""
+    snr, problem = None, None
+    for name, _ in module.tensors():
+        found = None
+        if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
+            snr, found = comparison.weight(module, build.qtensor(module))
+        elif not comparison.is_copy(module):
+            found = comparison.folded(module, name, build.checkpoint.read(name))
+        else:
+            pairs = zip(build.checkpoint.blocks(name), comparison.source.blocks(name), strict=True)
+            if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+                found = f"{name}: differs from the source"
+        problem = problem or found
+    return snr, problem

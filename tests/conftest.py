@@ -68,7 +68,10 @@ def random_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith("layernorm.weight"):
+                parameter.copy_(1.0 + 0.2 * noise)
+                parameter[5::23] *= 8.0  # outlier channels, as trained models have them: what AWQ lives on
+            elif name.endswith("norm.weight"):
                 parameter.copy_(1.0 + 0.2 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.2 * noise)

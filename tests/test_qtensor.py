@@ -69,8 +69,8 @@ def test_dequantize_is_code_minus_zero_times_scale(
 def test_squared_errors_add_up_over_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     reference, approximation = torch.randn(2, 6, 8, generator=generator).double()
-    whole = SquaredError.between(reference, approximation)
-    parts = SquaredError.between(reference[:2], approximation[:2]) + SquaredError.between(
+    whole = SquaredError.between_(reference, approximation)
+    parts = SquaredError.between_(reference[:2], approximation[:2]) + SquaredError.between_(
         reference[2:], approximation[2:]
     )
     assert math.isclose(whole.signal, parts.signal)

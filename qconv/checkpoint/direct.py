@@ -135,8 +135,7 @@ def read_blocks(path: Path) -> Iterator[memoryview]:
                 continue
             if count == 0:
                 return
-            with memoryview(buffer) as view, view[:count] as block:
-                yield block
+            yield memoryview(buffer)[:count]
             if count % ALIGNMENT:
                 # The end of the file, or a short read after which offsets are no longer aligned.
                 _make_buffered(descriptor)

@@ -168,8 +168,13 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     return raw.view(entry.dtype).view(entry.shape)
 
 
-def require_finite(tensor: Tensor, entry: TensorEntry) -> Tensor:
+def require_finite(tensor: Tensor, entry: TensorEntry, first_row: int = 0) -> Tensor:
     """``tensor`` itself, once it is known to hold no NaN and no infinity.
+
+    Args:
+        tensor: The entry's tensor, or the block of its rows that begins at ``first_row``.
+        entry: What it is called and where it lies.
+        first_row: The block's place in the tensor.
 
     Raises:
         CheckpointError: names file, tensor, how many elements are not finite and the first one's position.
@@ -180,9 +185,10 @@ def require_finite(tensor: Tensor, entry: TensorEntry) -> Tensor:
     bad = torch.nonzero(~torch.isfinite(tensor))
     if len(bad) == 0:
         return tensor
+    position = bad[0].tolist()
+    position[:1] = [index + first_row for index in position[:1]]
     raise CheckpointError(
-        f"{entry.file}: tensor {entry.name!r} holds {len(bad)} values that are not finite, the first at "
-        f"{bad[0].tolist()}.",
+        f"{entry.file}: tensor {entry.name!r} holds {len(bad)} values that are not finite, the first at {position}.",
         hint="The weights are damaged: download the shard again, or repair the model before quantizing it.",
     )
 

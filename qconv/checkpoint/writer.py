@@ -125,6 +125,11 @@ class ShardWriter:
             self.temporary.unlink(missing_ok=True)
 
     @property
+    def specs(self) -> Sequence[TensorSpec]:
+        """The tensors of the file, in file order."""
+        return self._specs
+
+    @property
     def complete(self) -> bool:
         """Whether every tensor was written."""
         return self._next == len(self._specs)
@@ -160,34 +165,42 @@ class ShardWriter:
             raise ValueError(f"{name}: {nbytes} bytes, not {spec.nbytes}")
         self._next += 1
 
-    def flush(self) -> None:
-        """Hand everything written so far to the operating system, so that the file can be read.
+    def seal(self) -> ShardRecord:
+        """Wait until the file is on disk and close it; it keeps its temporary name.
 
         Raises:
             OutputError: the disk is full or the file cannot be written.
-        """
-        with output_errors(self.path):
-            self._file.flush()
-
-    def finish(self) -> ShardRecord:
-        """Flush to disk, read the file back and compare; the file keeps its temporary name.
-
-        Raises:
-            OutputError: the disk is full or the file cannot be written.
-            VerificationError: what was read back is not what was written.
         """
         if not self.complete:
             raise ValueError(f"{self.path.name}: {len(self._specs) - self._next} tensors were not written")
         with output_errors(self.path):
             self._file.finish()
-        written = self._digest.hexdigest()
-        if sha256_of(self.temporary) != written:
+        return ShardRecord(self.path.name, self._file.size, self._digest.hexdigest())
+
+    def require_same(self, sha256: str) -> None:
+        """Check the checksum of the file as it was read back.
+
+        Raises:
+            VerificationError: it is not that of what was written.
+        """
+        if sha256 != self._digest.hexdigest():
             raise VerificationError(
                 f"{self.temporary}: what was read back differs from what was written.",
                 hint="The disk or the memory is faulty; do not trust this machine's output.",
             )
+
+    def finish(self) -> ShardRecord:
+        """:meth:`seal`, read the file back and compare.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+            VerificationError: what was read back is not what was written.
+        """
+        record = self.seal()
+        with output_errors(self.path):
+            self.require_same(sha256_of(self.temporary))
         read_header(self.temporary)
-        return ShardRecord(self.path.name, self._file.size, written)
+        return record
 
     def publish(self) -> None:
         """Give the finished file its final name, durably.

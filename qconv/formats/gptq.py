@@ -11,6 +11,7 @@ are packed across word boundaries and are not supported.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,8 @@ class GptqFormat:
         """Codes, scales and zero points of a linear of ``shape``.
 
         Raises:
-            CheckpointError: a tensor is absent or misshapen, inputs are grouped out of order (act-order), or zero points
-                are not what the config says.
+            CheckpointError: a tensor is absent or misshapen, inputs are grouped out of order (act-order), or zero
+                points are not what the config says.
         """
         tensors: dict[str, Tensor] = {}
         for spec in self.specs(module, *shape, grid):
@@ -169,7 +170,7 @@ class GptqFormat:
             CheckpointError: other bits or another layout, a quantized lm_head, or rules for single modules.
         """
         bits, group_size, symmetric = section.get("bits"), section.get("group_size"), section.get("sym", True)
-        if bits not in BITS:
+        if not isinstance(bits, int) or bits not in BITS:
             raise CheckpointError(f"config.json: quantization_config.bits is {bits!r}; GPTQ is read with 2, 4 or 8.")
         if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
             raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
@@ -186,7 +187,13 @@ class GptqFormat:
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Regular expressions, matched at the beginning of the name."""
-        return any(re.match(pattern, module) for pattern in skipped)
+        return any(pattern.match(module) for pattern in _compiled(tuple(skipped)))
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """Compiled once for all modules: there can be more of them than ``re`` itself remembers."""
+    return tuple(re.compile(pattern) for pattern in patterns)
 
 
 def _group_index(in_features: int, grid: Grid) -> Tensor:
@@ -201,7 +208,7 @@ def _zero_points(name: str, words: Tensor, grid: Grid) -> Tensor | None:
         zero_points = stored
     elif bool((stored == grid.levels - 1).any()):
         raise CheckpointError(
-            f"{name}: a zero point is 0 or {grid.levels}; in checkpoint_format {V1} both look the same."
+            f"{name}: a zero point is 0 or {grid.levels}, which checkpoint_format {V1} does not tell apart."
         )
     else:
         zero_points = stored + 1

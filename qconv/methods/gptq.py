@@ -161,7 +161,7 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
 
     ``damp_percent`` of the mean diagonal is added to the diagonal, ten times more each time the factorization fails. An
     input that was zero on every token has a zero row and column; damping alone is left of it, so its weights are kept
-    and rounded to nearest, neither taking up errors nor handing on theirs. The Hessian of no tokens makes all inputs so.
+    and rounded to nearest, neither taking up errors nor handing on theirs. Without tokens all inputs are like that.
 
     Args:
         hessian: float32 [in_features, in_features], symmetric; not changed.
@@ -264,8 +264,8 @@ class _Rounding:
         fixed = settings.ordering == "static"
         inverse = torch.argsort(self.factor.order)
         if fixed:
-            for group in range(len(self.scales)):
-                self._fix_scales(group, inverse[group * self.width : (group + 1) * self.width])
+            for group, columns in enumerate(inverse.view(-1, self.width)):
+                self._fix_scales(group, columns, self.original.index_select(0, columns))
         for start, stop in self._blocks(settings.block_size, fixed):
             delta = torch.empty(stop - start, self.rows)
             # Columns that share scales taken from the compensated weights are compensated together.
@@ -275,7 +275,8 @@ class _Rounding:
                 if first > start:
                     self._compensate(start, first, last, delta[: first - start])
                 if not fixed and first % self.width == 0:
-                    self._fix_scales(first // self.width, torch.arange(first, first + self.width))
+                    columns = torch.arange(first, first + self.width)
+                    self._fix_scales(first // self.width, columns, self._expected(first, first + self.width))
                 self._round_columns(first, last, delta[first - start : last - start])
             self._compensate(start, stop, self.columns, delta)
         zero_points = None if self.zero_points is None else self.zero_points.t().contiguous()
@@ -310,11 +311,28 @@ class _Rounding:
             error = torch.sub(column, zero, out=delta[index]).mul_(step)
             torch.sub(self.original[start + index], error, out=error)
 
-    def _fix_scales(self, group: int, columns: Tensor) -> None:
-        """Choose a group's scales and zero points for the targets of ``columns``, int64, as they are now."""
+    def _expected(self, start: int, stop: int) -> Tensor:
+        """What columns ``start:stop`` would be rounded from if none of them made an error: the paper's updated weights.
+
+        Their targets hold the shares of the columns before them alone. Taking those up, each has an error of its own
+        in ``d_j``, of which the columns after it take their share.
+        """
+        share = self.factor.upper[start:stop, start:stop].t()
+        taken = self.target[start:stop] - self.original[start:stop]
+        expected: Tensor = torch.linalg.solve_triangular(share, taken, upper=False, unitriangular=True)
+        return expected.add_(self.original[start:stop])
+
+    def _fix_scales(self, group: int, columns: Tensor, weights: Tensor) -> None:
+        """Choose a group's scales and zero points.
+
+        Args:
+            group: Its number.
+            columns: int64 [group_size], its columns by their place in the order.
+            weights: float32 [group_size, out_features].
+        """
         costs = self.factor.costs[columns]
         for start, stop in row_blocks(self.rows, self.width):
-            members = self.target[columns, start:stop].t().contiguous().unsqueeze(1)
+            members = weights[:, start:stop].t().contiguous().unsqueeze(1)
             ratio: Tensor | float = 1.0 if self.clip is None else _cheapest_ratios(members, self.grid, costs, self.clip)
             scales, zero_points = grid_parameters(members, self.grid, ratio)
             self.scales[group, start:stop] = scales.squeeze(1)

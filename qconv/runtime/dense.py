@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from qconv.build import Build, strip_quantization
 from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
 from qconv.checkpoint.reader import INDEX_NAME
-from qconv.checkpoint.writer import ShardWriter
+from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
+from qconv.errors import OutputError
 from qconv.models.base import Linear, Norm
 from qconv.source import COMPANION_PATTERNS
 
@@ -29,7 +29,10 @@ def write_dense(build_path: Path, out: Path, dtype: torch.dtype) -> None:
         OutputError: the folder cannot be written.
     """
     build = Build.open(build_path)
-    out.mkdir(parents=True, exist_ok=True)
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise OutputError(f"{out}: is not empty.", hint="Choose another folder.")
     model = build.architecture
     groups: list[list[Linear | Norm]] = [[model.embedding]]
     groups += [[*layer.norms(), *layer.routers(), *layer.linears()] for layer in model.layers]
@@ -40,20 +43,22 @@ def write_dense(build_path: Path, out: Path, dtype: torch.dtype) -> None:
         shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         specs = [TensorSpec(name, dtype, shape) for module in modules for name, shape in module.tensors()]
         weight_map |= dict.fromkeys((spec.name for spec in specs), shard)
-        writer = ShardWriter(out / shard, specs)
-        for module in modules:
-            for name, _ in module.tensors():
-                if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
-                    writer.write(name, build.qtensor(module).dequantize(dtype))
-                else:
-                    writer.write(name, build.checkpoint.read(name).to(dtype))
-        writer.commit()
+        with ShardWriter(out / shard, specs) as writer:
+            for module in modules:
+                for name, _ in module.tensors():
+                    if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
+                        writer.write(name, build.qtensor(module).dequantize(dtype))
+                    else:
+                        writer.write(name, build.checkpoint.read(name).to(dtype))
+            writer.finish()
+            writer.publish()
 
     config = strip_quantization(build.checkpoint.config)
     config.pop("torch_dtype", None)
     config["dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[DTYPE_NAMES[dtype]]
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    write_atomically(out / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    index = {"metadata": {}, "weight_map": weight_map}
+    write_atomically(out / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
     for pattern in COMPANION_PATTERNS:
         for file in build_path.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+            write_atomically(out / file.name, file.read_bytes())
