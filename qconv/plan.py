@@ -223,7 +223,8 @@ def modelled_costs(plan: BuildPlan) -> Costs:
     hidden = plan.architecture.hidden_size
     attention = max(sum(one.numel for one in layer.attention.linears()) for layer in plan.architecture.layers)
     mlp = max(sum(one.numel for one in mlp.linears()) for layer in plan.architecture.layers for mlp in layer.mlps())
-    window = 4 * 16384 * (hidden + 2 * max(linear.in_features for linear in plan.quantized))
+    widest = max((linear.in_features for linear in plan.quantized), default=0)
+    window = 4 * 16384 * (hidden + 2 * widest)
     scratch = tokens * hidden * (2 + 2 + 2 + 4)
     return Costs(interpreter + 650 * 2**20 + 4 * 4 * max(attention, mlp) + window, scratch)
 

@@ -69,13 +69,14 @@ def test_dequantize_is_code_minus_zero_times_scale(
 def test_squared_errors_add_up_over_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     reference, approximation = torch.randn(2, 6, 8, generator=generator).double()
-    whole = SquaredError.between_(reference, approximation)
-    parts = SquaredError.between_(reference[:2], approximation[:2]) + SquaredError.between_(
-        reference[2:], approximation[2:]
+    noise = float((reference - approximation).square().sum())
+    whole = SquaredError.between_(reference, approximation.clone())
+    first, second = (
+        SquaredError.between_(reference[rows], approximation[rows].clone()) for rows in (slice(2), slice(2, 6))
     )
-    assert math.isclose(whole.signal, parts.signal)
-    assert math.isclose(whole.noise, parts.noise)
-    assert math.isclose(whole.noise, float((reference - approximation).square().sum()))
+    assert math.isclose(whole.signal, (first + second).signal)
+    assert math.isclose(whole.noise, (first + second).noise)
+    assert math.isclose(whole.noise, noise)
 
 
 def test_decibels() -> None:

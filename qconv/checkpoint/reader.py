@@ -5,9 +5,11 @@ A tensor is mapped from its shard alone, and unmapped when the last reference to
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from qconv.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+_MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not name it yet
 _SAMPLES_PER_SHARD = 64
 _SAMPLE_BYTES = 4096
 
@@ -71,6 +74,26 @@ class Tensors:
             count = min(step, rows - start)
             offset, shape = entry.offset + start * row_bytes, (count, *entry.shape[1:])
             yield map_tensor(replace(entry, offset=offset, nbytes=count * row_bytes, shape=shape))
+
+    def gather(self, name: str, rows: Tensor) -> Tensor:
+        """Chosen rows of a 2-D tensor, [len(rows), columns], a copy; only those rows are read.
+
+        Raises:
+            CheckpointError: no such tensor, or the file cannot be read.
+        """
+        entry = self.entry(name)
+        row_bytes = entry.nbytes // entry.shape[0]
+        wanted, inverse = torch.unique(rows, return_inverse=True)
+        found = torch.empty(len(wanted), row_bytes, dtype=torch.uint8)
+        try:
+            with entry.file.open("rb") as file:
+                for row, target in zip(wanted.tolist(), found, strict=True):
+                    os.preadv(file.fileno(), [target.numpy().data], entry.offset + row * row_bytes)
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry.file}: cannot read tensor {name!r}: {error.strerror}.", hint="Check the disk."
+            ) from error
+        return found.view(entry.dtype)[inverse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +179,30 @@ def map_tensor(entry: TensorEntry) -> Tensor:
         with entry.file.open("rb") as file:
             # MAP_PRIVATE pages stay the page cache's own as long as nobody writes to them.
             view = mmap.mmap(file.fileno(), skip + entry.nbytes, access=mmap.ACCESS_COPY, offset=page_start)
+        _populate(view)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{entry.file}: cannot read tensor {entry.name!r}: {error}.",
             hint="Check the disk, and that the file did not change during the run.",
         ) from error
-    view.madvise(mmap.MADV_WILLNEED)
     raw = torch.frombuffer(view, dtype=torch.uint8, count=entry.nbytes, offset=skip)
     if entry.offset % entry.dtype.itemsize:
         raw = raw.clone()
     return raw.view(entry.dtype).view(entry.shape)
+
+
+def _populate(view: mmap.mmap) -> None:
+    """Read a mapping in now: a failing disk is an OSError here, and would be a fatal signal at a later access.
+
+    Raises:
+        OSError: the disk failed, or the file became shorter.
+    """
+    try:
+        view.madvise(_MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # kernels before 5.14 do not know the advice
+            raise
+        view.madvise(mmap.MADV_WILLNEED)
 
 
 def require_finite(tensor: Tensor, entry: TensorEntry, first_row: int = 0) -> Tensor:

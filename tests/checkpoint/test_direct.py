@@ -60,7 +60,7 @@ def test_a_file_system_that_refuses_direct_access_at_open(tmp_path: Path, monkey
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(path, flags, mode)
 
-    monkeypatch.setattr(direct.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     write(tmp_path / "file", b"y" * 10_000)
     assert read(tmp_path / "file") == b"y" * 10_000
 
@@ -84,8 +84,8 @@ def test_a_file_system_that_refuses_direct_access_at_the_first_write(
         refuse(descriptor)
         return real_read(descriptor, buffers)
 
-    monkeypatch.setattr(direct.os, "write", write_some)
-    monkeypatch.setattr(direct.os, "readv", read_some)
+    monkeypatch.setattr(os, "write", write_some)
+    monkeypatch.setattr(os, "readv", read_some)
     write(tmp_path / "file", b"z" * 10_000)
     assert read(tmp_path / "file") == b"z" * 10_000
     assert refused, "the test must have met direct access"
@@ -95,6 +95,6 @@ def test_other_errors_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.Monk
     def broken(descriptor: int, data: memoryview) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(direct.os, "write", broken)
+    monkeypatch.setattr(os, "write", broken)
     with pytest.raises(OSError, match="Input/output"):
         write(tmp_path / "file", b"w")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -295,3 +296,21 @@ def test_the_fingerprint_of_a_small_shard_covers_nearly_all_of_it(
     weights[position % size] = 1
     save_file({"w": weights}, folder / "1.safetensors")
     assert Checkpoint.open(folder).fingerprint() != before
+
+
+def test_a_disk_that_cannot_read_is_an_error_and_no_signal(folder: Path) -> None:
+    """A mapping whose pages cannot be had ends the process at the first access; it must be refused before."""
+    path = folder / "model-1.safetensors"
+    path.write_bytes(path.read_bytes().ljust(3 * mmap.PAGESIZE, b"\0"))
+    with path.open("rb") as file:
+        view = mmap.mmap(file.fileno(), 3 * mmap.PAGESIZE, access=mmap.ACCESS_COPY)
+    os.truncate(path, 100)
+    with pytest.raises(OSError, match=r"."):
+        reader._populate(view)
+
+
+@given(rows=st.lists(st.integers(0, 1), max_size=6))
+def test_gathered_rows_are_the_tensors_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[int]) -> None:
+    checkpoint = Checkpoint.open(write_folder(tmp_path_factory.mktemp("gather"), TENSORS))
+    index = torch.tensor(rows, dtype=torch.int64)
+    assert torch.equal(checkpoint.gather("a", index), TENSORS["model-1.safetensors"]["a"][index])

@@ -42,24 +42,19 @@ def test_autogptq_computes_the_weights_of_a_build(
     assert not theirs
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (4, 32), (8, CHANNEL)])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_autogptq_computes_weights_of_every_grid(client: Client, tmp_path: Path, bits: int, symmetric: bool) -> None:
-    weights = {
-        f"g{size}": _random_qtensor(Grid(bits, size, symmetric, torch.float16), seed)
-        for seed, size in enumerate((32, 128, CHANNEL))
-    }
-    for name, weight in weights.items():
-        # A folder for each, since a build has one group size.
-        folder = tmp_path / name
-        folder.mkdir()
-        save_file(dict(FORMAT.pack(name, weight)), folder / "model.safetensors")
-        config = {"quantization_config": FORMAT.config(weight.grid, [], [name])}
-        (folder / "config.json").write_text(json.dumps(config))
-        client("autoawq", "autogptq_unpack", folder, folder / "unpacked")
-        theirs = load_file(folder / "unpacked")
-        _assert_same(theirs, name, weight)
-        assert not theirs
+def test_autogptq_computes_weights_of_other_grids(
+    client: Client, tmp_path: Path, bits: int, group_size: int, symmetric: bool
+) -> None:
+    weight = _random_qtensor(Grid(bits, group_size, symmetric, torch.float16), seed=bits)
+    save_file(dict(FORMAT.pack("linear", weight)), tmp_path / "model.safetensors")
+    config = {"quantization_config": FORMAT.config(weight.grid, [], ["linear"])}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    client("autoawq", "autogptq_unpack", tmp_path, tmp_path / "unpacked")
+    theirs = load_file(tmp_path / "unpacked")
+    _assert_same(theirs, "linear", weight)
+    assert not theirs
 
 
 def _random_qtensor(grid: Grid, seed: int) -> QTensor:

@@ -16,6 +16,7 @@ from qconv.methods.base import (
     fake_quantize,
     grid_parameters,
     round_block,
+    rounded_linear,
     row_blocks,
     to_codes,
 )
@@ -170,6 +171,21 @@ def test_a_ratio_shrinks_the_range(weight: Tensor, grid: Grid, ratio: float) -> 
 def test_fake_quantize_is_round_and_back(weight: Tensor, grid: Grid) -> None:
     before = weight.clone()
     assert torch.equal(fake_quantize(weight, grid), round_block(weight, grid).dequantize())
+    assert torch.equal(weight, before)
+
+
+@given(weights(-3, 3), GRIDS, st.booleans())
+def test_a_rounded_linear_is_the_product_with_the_rounded_weight(weight: Tensor, grid: Grid, scaled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(6, weight.shape[1], generator=generator)
+    scale = torch.exp2(torch.randint(-2, 3, (weight.shape[1],), generator=generator).float()) if scaled else None
+    rounded = fake_quantize(weight if scale is None else weight * scale, grid)
+    before = weight.clone()
+    found = rounded_linear(inputs, weight, grid, scale)
+    expected = inputs.double() @ rounded.double().t()
+    # Sums of up to 48 float32 products, which may cancel.
+    slack = 1e-5 * (inputs.double().abs() @ rounded.double().abs().t())
+    assert bool(((found.double() - expected).abs() <= slack).all())
     assert torch.equal(weight, before)
 
 

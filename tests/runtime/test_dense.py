@@ -55,10 +55,10 @@ def test_eight_bits_or_four_the_model_still_computes_nearly_the_same(
     recipe = small_recipe(method, output_format, grid={"bits": bits})
     write_dense(build(moe, tmp_path / "out", recipe).out, tmp_path / "dense", torch.float32)
     before, after = logits(moe), logits(tmp_path / "dense")
-    error = float(torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before))
+    error = torch.linalg.vector_norm(after - before, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
     # Random weights in groups of 32 lose about 10 % a layer at 4 bits and a sixteenth of that at 8; an uncompensated
-    # router or a misplaced scale loses everything. Tokens that change their experts add the rest.
-    assert error < (0.5 if bits == 4 else 0.1)
+    # router or a misplaced scale loses everything. The median leaves out tokens that change their experts.
+    assert float(error.median()) < (0.4 if bits == 4 else 0.04)
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
