@@ -22,6 +22,8 @@ _NARROW = 60
 """Columns below which a terminal has no room for the elapsed time."""
 _LEAST_STEPS = 8
 _LEAST_SECONDS = 30.0
+_LEAST_SHARE = 0.005
+"""Share of the work that must be measured: a layer's searches come before its first module, however small that is."""
 _INSTANT = 0.002
 """A step of less than these seconds was done by an earlier run and says nothing of the pace."""
 
@@ -62,11 +64,14 @@ class TimeLeft:
             self._seconds -= self._steps.popleft()[0]
 
     def seconds(self, now: float) -> float | None:
-        """Seconds until all is done, or None before a second was measured."""
+        """Seconds until all is done, or None before a second and a share of the work were measured."""
         if self._last is None or self._seconds < 1.0:
             return None
         then, done, total = self._last
-        pace = self._seconds / sum(count for _, count in self._steps)
+        steps = sum(count for _, count in self._steps)
+        if steps < total * _LEAST_SHARE:
+            return None
+        pace = self._seconds / steps
         return max(0.0, pace * (total - done) - (now - then))
 
 

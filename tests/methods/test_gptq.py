@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qconv.errors import QconvError, UsageError
 from qconv.methods import rtn
+from qconv.methods.base import clip_ratios, fake_quantize
 from qconv.methods.gptq import GptqResult, GptqSettings, factorize, quantize, row_errors
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import ClipSettings
@@ -207,7 +208,21 @@ def test_it_is_far_better_on_correlated_inputs(ordering: Any, clip: ClipSettings
     assert result.kept_rtn == 0
 
 
-def test_clipping_is_searched_for_what_columns_cost() -> None:
+@pytest.mark.parametrize("ordering", ORDERINGS)
+def test_each_group_takes_the_ratio_that_costs_least(ordering: Any) -> None:
+    # Uncorrelated inputs: nothing to compensate, so a group's cost is that of its ratio, column by column.
+    weight, grid, clip = random_weight(8, 128, seed=2), grid_of(3, 32), ClipSettings(steps=8)
+    sizes = torch.logspace(0, -4, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(2))]
+    result = quantize(weight, grid, sizes.diag(), GptqSettings(damp_percent=1e-6, ordering=ordering), clip)
+    costs = [
+        ((fake_quantize(weight, grid, torch.full((8, 4), ratio)) - weight).square() * sizes).view(8, 4, 32).sum(-1)
+        for ratio in clip_ratios(clip)
+    ]
+    # The damping weighs the cheapest columns a little more than they cost.
+    assert result.error == pytest.approx(float(torch.stack(costs).amin(0).sum()), rel=1e-3)
+
+
+def test_clipping_lowers_the_error() -> None:
     weight, hessian = random_weight(32, 256, seed=4), random_hessian(256, seed=4)
     grid, settings = grid_of(3, 128), GptqSettings()
     full = quantize(weight, grid, hessian, settings)
@@ -267,7 +282,7 @@ def test_dead_columns_keep_their_weights_and_pass_nothing_on(ordering: Any) -> N
 def test_rows_that_plain_rounding_serves_better_are_its_own(symmetric: bool) -> None:
     weight, hessian = random_weight(16, 64, seed=6), random_hessian(64, seed=6)
     grid, settings = grid_of(symmetric=symmetric, dtype=torch.float16), GptqSettings()
-    # Compensation for other inputs misleads; half of the rows are exactly on their grid, where nothing needs any.
+    # Compensation for other inputs misleads.
     misled = factorize(random_hessian(64, seed=60), settings)
     result = quantize(weight, grid, hessian, settings, None, misled)
     nearest = rtn.quantize(weight, grid)
