@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qconv import pipeline
 from qconv.calibration.run import Calibration
+from qconv.committer import UnitWriter
 from qconv.errors import (
     CheckpointError,
     OutputError,
@@ -26,7 +28,7 @@ from qconv.errors import (
     UsageError,
     VerificationError,
 )
-from qconv.manifest import JOURNAL_NAME, WORK_FOLDER
+from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal
 from qconv.recipe import Recipe, load_recipe
 from qconv.verify import CHECKSUMS_NAME, verify
 from tests.conftest import REPOSITORY, build, folder_bytes, small_recipe
@@ -160,6 +162,30 @@ def test_a_crash_between_a_layer_and_its_outputs_recomputes_them(
     build(moe, out, AWQ, log=said.append)
     assert folder_bytes(out) == folder_bytes(awq_build)
     assert any("computing them again" in line for line in said) == (when == "before")
+
+
+def test_a_layers_outputs_never_count_before_the_layer_itself(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Layers are committed beside the work on the next one. Were the outputs journalled first, a crash in between would
+    # leave a run that goes on after a layer that it never wrote.
+    commit = UnitWriter.commit
+
+    def slow(self: UnitWriter, *arguments: Any) -> Any:
+        time.sleep(0.3)
+        return commit(self, *arguments)
+
+    order: list[str] = []
+    apply = Journal._apply
+
+    def record(self: Journal, line: dict[str, Any]) -> None:
+        order.append(line.get("unit") or f"inputs {line['layer']}")
+        apply(self, line)
+
+    monkeypatch.setattr(UnitWriter, "commit", slow)
+    monkeypatch.setattr(Journal, "_apply", record)
+    build(moe, tmp_path / "out", AWQ)
+    assert order.index("layer-00000") < order.index("inputs 1")
 
 
 def test_damaged_activations_are_made_again(moe: Path, awq_build: Path, tmp_path: Path) -> None:

@@ -28,9 +28,12 @@ from qconv.errors import QconvError, UsageError
 from qconv.methods.base import (
     assemble,
     clip_ratios,
+    decode_,
     encode_,
     fake_quantize,
     grid_parameters,
+    group_range,
+    range_parameters,
     round_block,
     row_blocks,
     to_codes,
@@ -356,11 +359,11 @@ def _cheapest_ratios(members: Tensor, grid: Grid, costs: Tensor, clip: ClipSetti
     """
     best = torch.ones(len(members), 1)
     least = torch.full_like(best, torch.inf)
+    low, span = group_range(members, grid)
     for ratio in clip_ratios(clip):
-        scales, zero_points = grid_parameters(members, grid, ratio)
-        error = encode_(members.clone(), scales, zero_points, grid)
-        error.sub_(float(grid.mid) if zero_points is None else zero_points.float().unsqueeze(-1))
-        cost = error.mul_(scales.float().unsqueeze(-1)).sub_(members).square_() @ costs
+        scales, zero_points = range_parameters(low * ratio, span * ratio, grid)
+        error = decode_(encode_(members.clone(), scales, zero_points, grid), scales, zero_points, grid).sub_(members)
+        cost = error.square_() @ costs
         better = cost < least
         least = torch.where(better, cost, least)
         best.masked_fill_(better, ratio)

@@ -167,4 +167,4 @@ def test_the_registry_knows_it() -> None:
     with pytest.raises(RecipeError, match="unknown format 'base'"):
         get_format("base")
     assert detect({}) is None
-    assert detect({"quantization_config": {"quant_method": "gptq"}}) is None
+    assert detect({"quantization_config": {"quant_method": "bitsandbytes"}}) is None

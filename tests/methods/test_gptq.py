@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qconv.errors import QconvError, UsageError
 from qconv.methods import rtn
-from qconv.methods.base import clip_ratios, fake_quantize
+from qconv.methods.base import clip_ratios, round_block
 from qconv.methods.gptq import GptqResult, GptqSettings, factorize, quantize, row_errors
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import ClipSettings
@@ -215,7 +215,9 @@ def test_each_group_takes_the_ratio_that_costs_least(ordering: Any) -> None:
     sizes = torch.logspace(0, -4, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(2))]
     result = quantize(weight, grid, sizes.diag(), GptqSettings(damp_percent=1e-6, ordering=ordering), clip)
     costs = [
-        ((fake_quantize(weight, grid, torch.full((8, 4), ratio)) - weight).square() * sizes).view(8, 4, 32).sum(-1)
+        ((round_block(weight, grid, torch.full((8, 4), ratio)).dequantize() - weight).square() * sizes)
+        .view(8, 4, 32)
+        .sum(-1)
         for ratio in clip_ratios(clip)
     ]
     # The damping weighs the cheapest columns a little more than they cost.
