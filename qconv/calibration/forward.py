@@ -7,6 +7,7 @@ to a copy of it. Experts are not built at all: they are computed one by one from
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Decoder:
         """
         prefix = layer.attention.q.name.removesuffix("q_proj")
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        return AttentionBlock(self._real(layer, "self_attn", state), self._rotary, self._window(layer))
+        return AttentionBlock.of(self._real(layer, "self_attn", state), self._rotary, self._window(layer))
 
     def _real(self, layer: Layer, name: str, state: Mapping[str, Tensor]) -> nn.Module:
         module: nn.Module = copy.deepcopy(self._skeleton.layers[layer.index].get_submodule(name))
@@ -86,11 +87,21 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlock:
-    """Self-attention on packed sequences."""
+    """Self-attention on packed sequences; threads may share one."""
 
     module: nn.Module
     rotary: nn.Module
     window: int | None
+    kept: threading.local
+
+    @classmethod
+    def of(cls, module: nn.Module, rotary: nn.Module, window: int | None) -> AttentionBlock:
+        """Wrap transformers' module; from now on each call keeps o_proj's input in its own thread."""
+        kept = threading.local()
+        module.get_submodule("o_proj").register_forward_pre_hook(
+            lambda _, arguments: setattr(kept, "o_input", arguments[0])
+        )
+        return cls(module, rotary, window, kept)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Attend causally within each sequence.
@@ -101,18 +112,15 @@ class AttentionBlock:
         Returns:
             The block's output before the residual is added, of the same shape.
         """
-        return self._run(hidden)
+        output, _ = self.with_o_input(hidden)
+        return output
 
     def with_o_input(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The output and the input of o_proj, float32 [sequences, length, heads * head_dim]."""
-        seen: list[Tensor] = []
-        o_proj = self.module.get_submodule("o_proj")
-        handle = o_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-        try:
-            output = self._run(hidden)
-        finally:
-            handle.remove()
-        return output, seen[0]
+        output = self._run(hidden)
+        # The hook runs in the thread that computes, so what it kept there is this call's own.
+        o_input: Tensor = self.kept.__dict__.pop("o_input")
+        return output, o_input
 
     def _run(self, hidden: Tensor) -> Tensor:
         length = hidden.shape[1]

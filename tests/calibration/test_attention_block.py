@@ -1,0 +1,31 @@
+"""One attention block shared by threads: each call gets its own projection input back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qconv.calibration.forward import Decoder
+from qconv.parallel import Workers
+from qconv.source import Source
+
+MODEL = Path(__file__).parents[2] / "evals/models/tiny-coder-moe"
+
+
+def test_calls_in_several_threads_do_not_see_each_others_inputs() -> None:
+    source, decoder = Source.open(MODEL), Decoder(MODEL)
+    layer = source.architecture.layers[0]
+    modules = (*layer.attention.linears(), *layer.attention.head_norms)
+    tensors = {name: source.read(name) for module in modules for name, _ in module.tensors()}
+    block = decoder.attention(layer, tensors)
+    generator = torch.Generator().manual_seed(0)
+    # Enough calls of a few milliseconds that four threads overlap in nearly all of them.
+    inputs = [torch.randn(2, 64, 256, generator=generator) for _ in range(64)]
+    with torch.no_grad(), Workers(1) as alone:
+        expected = list(alone.map(block.with_o_input, inputs))
+    with Workers(4) as together:
+        found = list(together.map(block.with_o_input, inputs))
+    for (output, o_input), (same_output, same_o_input) in zip(expected, found, strict=True):
+        assert torch.equal(output, same_output)
+        assert torch.equal(o_input, same_o_input)
