@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, skip_list
+from qconv.formats.base import TensorReader, read_tensors, skip_list
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -91,18 +91,12 @@ class AwqFormat:
         Raises:
             CheckpointError: a tensor is absent or misshapen.
         """
-        tensors = []
-        for spec in self.specs(module, *shape, grid):
-            tensor = read(spec.name)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
-            tensors.append(tensor)
-        qweight, qzeros, scales = tensors
+        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         return QTensor(
             grid,
-            unpack_words(qweight).t().contiguous(),
-            scales.t().contiguous(),
-            unpack_words(qzeros).t().contiguous(),
+            unpack_words(tensors["qweight"]).t().contiguous(),
+            tensors["scales"].t().contiguous(),
+            unpack_words(tensors["qzeros"]).t().contiguous(),
         )
 
     def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:

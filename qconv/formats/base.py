@@ -29,6 +29,21 @@ def skip_list(section: dict[str, Any], key: str) -> list[str]:
     return value
 
 
+def read_tensors(specs: Sequence[TensorSpec], module: str, read: TensorReader) -> dict[str, Tensor]:
+    """The tensors of ``specs`` by the part of their name that follows the module's.
+
+    Raises:
+        CheckpointError: one is absent or has another shape or dtype than its spec.
+    """
+    tensors: dict[str, Tensor] = {}
+    for spec in specs:
+        tensor = read(spec.name)
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
+        tensors[spec.name.removeprefix(f"{module}.")] = tensor
+    return tensors
+
+
 class Format(Protocol):
     """Pack, unpack and describe quantized linears. Formats know no calibration."""
 

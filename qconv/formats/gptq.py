@@ -23,7 +23,7 @@ from torch import Tensor
 from qconv import __version__
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader
+from qconv.formats.base import TensorReader, read_tensors
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -123,12 +123,7 @@ class GptqFormat:
             CheckpointError: a tensor is absent or misshapen, inputs are grouped out of order (act-order), or zero
                 points are not what the config says.
         """
-        tensors: dict[str, Tensor] = {}
-        for spec in self.specs(module, *shape, grid):
-            tensor = read(spec.name)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
-            tensors[spec.name.removeprefix(f"{module}.")] = tensor
+        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         if not torch.equal(tensors["g_idx"], _group_index(shape[1], grid)):
             raise CheckpointError(
                 f"{module}.g_idx: inputs are not grouped in their order; act-order is not supported yet.",

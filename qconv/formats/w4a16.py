@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, skip_list
+from qconv.formats.base import TensorReader, read_tensors, skip_list
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -100,12 +100,7 @@ class PackQuantizedFormat:
         Raises:
             CheckpointError: a tensor is absent or misshapen, or weight_shape says something else.
         """
-        tensors: dict[str, Tensor] = {}
-        for spec in self.specs(module, *shape, grid):
-            tensor = read(spec.name)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
-            tensors[spec.name.removeprefix(f"{module}.")] = tensor
+        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         if tensors["weight_shape"].tolist() != list(shape):
             raise CheckpointError(f"{module}.weight_shape: {tensors['weight_shape'].tolist()}, not {list(shape)}.")
         zero_points = None
