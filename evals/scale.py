@@ -1,8 +1,8 @@
 """Time and peak memory of quantizing layers of Qwen3-Coder-480B's true shapes.
 
 Makes a random slice of the model (``qconv bench slice``), reads it once so that it lies in the page cache where memory
-allows, and runs ``qconv quantize`` on it as a child process: round-to-nearest to w4a16, and AWQ with 16,384 calibration
-tokens. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is quantized weights over
+allows, and runs ``qconv quantize`` on it as a child process: round-to-nearest to w4a16, and AWQ and GPTQ with 16,384
+calibration tokens. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is quantized weights over
 the whole run's wall time, so it pays for start-up, embeddings, head and verification too.
 
 Results are kept by case in evals/results/scale.json, so that cases can be run one at a time; scale.md is made from it.
@@ -42,6 +42,7 @@ class Case:
 CASES = {
     "rtn": Case(("--fmt", "w4a16", "--method", "rtn"), memory_limit=4, speed_limit=100e6),
     "awq": Case(("--fmt", "awq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
+    "gptq": Case(("--fmt", "gptq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
 }
 
 

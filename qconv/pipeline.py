@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -130,7 +131,7 @@ class _Run:
                 f"{self.out}: is not empty and not a build of qconv.",
                 hint="Choose another folder, or --restart to discard a model that lies there.",
             )
-        if self.recipe.needs_calibration:
+        if self.plan.needs_calibration:
             self.tokens = build_tokens(self.recipe.calibration, self.source.checkpoint.path)
             self.log(f"calibration: {self.tokens.ids.numel():,} tokens of {self.tokens.source}")
         fingerprints = self._fingerprints()
@@ -257,7 +258,7 @@ class _Run:
             with written:
                 committed = writer.commit(self.source, scales, self.workers)
             files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
-            outcome = {"searches": report.searches, "experts": report.experts}
+            outcome = dataclasses.asdict(report)
             journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
 
         self.committing = self.committer.submit(publish)

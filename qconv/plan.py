@@ -8,7 +8,7 @@ files are modelled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,6 +64,11 @@ class BuildPlan:
     format: Format
     grid: Grid
     units: tuple[Unit, ...]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether activations are looked at: by the method, or for the stored scales of static activations."""
+        return self.recipe.looks_at_activations or self.grid.activations == "static"
 
     def items(self) -> Iterator[Item]:
         """All items in file order."""
@@ -125,6 +130,8 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
     """
     output_format = get_format(recipe.format)
     grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
+    if "gptq" in recipe.method and recipe.gptq.ordering == "desc_act":
+        grid = _in_act_order(grid, output_format)
     _check_fused(architecture, recipe)
     _check_shapes(architecture, recipe, output_format, grid)
 
@@ -217,7 +224,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
     """
     interpreter = 450 * 2**20
     largest = max((linear.numel for linear in plan.quantized), default=0)
-    if not plan.recipe.needs_calibration:
+    if not plan.needs_calibration:
         return Costs(interpreter + 6 * largest, 0)
     tokens = plan.recipe.calibration.tokens
     hidden = plan.architecture.hidden_size
@@ -246,6 +253,15 @@ def _cut(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
         shard.append(spec)
         size += spec.nbytes
     yield shard
+
+
+def _in_act_order(grid: Grid, output_format: Format) -> Grid:
+    if not output_format.act_order:
+        raise RecipeError(
+            f"gptq.ordering: format {output_format.name} has no place for desc_act's column order.",
+            hint="Take ordering static, which needs none and is about as good, or format gptq.",
+        )
+    return replace(grid, act_order=True)
 
 
 def _check_fused(architecture: Architecture, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The one currency of qconv: a weight as integer codes on a declared grid.
+"""The one currency of qconv: a weight as codes on a declared grid.
 
 A method turns a weight and its statistics into a :class:`QTensor`; a format turns QTensors into named tensors of a file
 and back. Neither knows the other.
@@ -7,7 +7,8 @@ and back. Neither knows the other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,41 +16,65 @@ from torch import Tensor
 from qconv.errors import UsageError
 
 CHANNEL = -1
-"""``group_size`` of a grid whose one scale covers a whole output row."""
+"""``group_size`` of a grid whose one scale covers a whole output row, ``block_rows`` of one whose covers all rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """An integer grid: what values a quantized weight can take.
+    """What values a quantized weight can take, and which of its elements share a scale.
 
-    A weight element is ``(code - zero_point) * scale`` with ``code`` in ``[0, 2**bits)``. Each run of ``group_size``
-    elements along the input dimension shares one scale and one zero point. A symmetric grid has the fixed zero point
-    ``2**(bits-1)``, so its values reach from ``-2**(bits-1)`` to ``2**(bits-1) - 1`` steps.
+    On an integer grid an element is ``(code - zero_point) * scale`` with ``code`` in ``[0, 2**bits)``. Each run of
+    ``group_size`` elements along the input dimension shares one scale and one zero point. A symmetric grid has the
+    fixed zero point ``2**(bits-1)``, so its values reach from ``-2**(bits-1)`` to ``2**(bits-1) - 1`` steps.
+
+    On a float grid an element is ``code * scale`` with ``code`` a float8 E4M3 number. Blocks of ``block_rows`` times
+    ``group_size`` elements share a scale; the last ones of a row or column may be smaller.
+
+    Attributes:
+        bits: Bits of a code.
+        group_size: Elements along the input dimension that share a scale; :data:`CHANNEL` for the whole row.
+        symmetric: Whether the zero point is fixed.
+        scale_dtype: The dtype in which scales are stored.
+        number: What a code is: an unsigned integer, or an E4M3 float.
+        block_rows: Output rows that share a scale, on a float grid; :data:`CHANNEL` for all of them.
+        act_order: Whether groups are made of columns in an order of their own, which each weight carries with it.
+        activations: How an engine quantizes a linear's inputs: not at all, by their own range, or by a stored scale.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     scale_dtype: torch.dtype
+    number: Literal["int", "e4m3"] = "int"
+    block_rows: int = 1
+    act_order: bool = False
+    activations: Literal["none", "dynamic", "static"] = "none"
 
     @property
     def levels(self) -> int:
-        """The number of codes."""
+        """The number of codes of an integer grid."""
         return 1 << self.bits
 
     @property
     def mid(self) -> int:
-        """The zero point of a symmetric grid."""
+        """The zero point of a symmetric integer grid."""
         return 1 << (self.bits - 1)
 
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.number == "e4m3"
+
     def groups(self, in_features: int) -> int:
-        """The number of groups in a row of ``in_features``.
+        """The number of scales along a row of ``in_features``.
 
         Raises:
-            UsageError: the group size does not divide the row.
+            UsageError: the group size of an integer grid does not divide the row.
         """
         if self.group_size == CHANNEL:
             return 1
+        if self.is_float:
+            return -(-in_features // self.group_size)
         if in_features % self.group_size:
             raise UsageError(
                 f"group size {self.group_size} does not divide {in_features} input features",
@@ -58,14 +83,18 @@ class Grid:
         return in_features // self.group_size
 
     def width(self, in_features: int) -> int:
-        """The number of elements that share a scale in a row of ``in_features``."""
+        """The number of elements of a row of ``in_features`` that share a scale; the last group may have fewer."""
+        if self.is_float and self.group_size != CHANNEL:
+            return self.group_size
         return in_features // self.groups(in_features)
 
-    def bits_per_weight(self, in_features: int) -> float:
-        """Bits per weight including scales and, on an asymmetric grid, zero points."""
-        scale_bits = torch.finfo(self.scale_dtype).bits
-        zero_bits = 0 if self.symmetric else self.bits
-        return self.bits + (scale_bits + zero_bits) / self.width(in_features)
+    def rows_sharing(self, out_features: int) -> int:
+        """The number of rows that share a scale; the last ones may be fewer."""
+        return out_features if self.block_rows == CHANNEL else self.block_rows
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """The shape of a weight's scales: [out_features, groups], on a float grid [blocks down, blocks across]."""
+        return -(-out_features // self.rows_sharing(out_features)), self.groups(in_features)
 
 
 def _divisors_hint(in_features: int) -> str:
@@ -79,15 +108,20 @@ class QTensor:
 
     Attributes:
         grid: The grid that the codes live on.
-        codes: uint8 [out_features, in_features], each below ``grid.levels``.
-        scales: ``grid.scale_dtype`` [out_features, groups].
-        zero_points: uint8 [out_features, groups], or None on a symmetric grid.
+        codes: [out_features, in_features]; uint8, each below ``grid.levels``, or float8_e4m3fn on a float grid.
+        scales: ``grid.scale_dtype`` of ``grid.scale_shape``.
+        zero_points: uint8 of the scales' shape, or None on a symmetric grid.
+        group_index: int32 [in_features], the group of each input, on a grid with ``act_order``; else None, and groups
+            are runs of neighbours.
+        input_scale: float32 [], what an engine divides the linear's inputs by, on a grid with static activations.
     """
 
     grid: Grid
     codes: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    group_index: Tensor | None = None
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,6 +130,11 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out_features, in_features], computed in float32, cast to ``dtype``."""
+        if self.grid.is_float:
+            return self.codes.float().mul_(self._spread(self.scales)).to(dtype)
+        if self.group_index is not None:
+            zeros = float(self.grid.mid) if self.zero_points is None else self._spread(self.zero_points)
+            return self.codes.float().sub_(zeros).mul_(self._spread(self.scales)).to(dtype)
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, self.scales.shape[1], -1).float()
         if self.zero_points is None:
@@ -105,10 +144,28 @@ class QTensor:
         grouped.mul_(self.scales.float().unsqueeze(-1))
         return grouped.view(rows, columns).to(dtype)
 
+    def _spread(self, parameters: Tensor) -> Tensor:
+        """Scales or zero points as each element sees them, float32, broadcastable to the weight."""
+        rows, columns = self.codes.shape
+        spread = parameters.float()
+        if len(spread) != rows:
+            spread = spread.repeat_interleave(self.grid.rows_sharing(rows), 0)[:rows]
+        if self.group_index is not None:
+            return spread.index_select(1, self.group_index)
+        if spread.shape[1] == 1:
+            return spread
+        return spread.repeat_interleave(self.grid.width(columns), 1)[:, :columns]
+
     def rows(self, start: int, stop: int) -> QTensor:
-        """The same weight restricted to output rows ``start:stop``; shares memory."""
-        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
-        return QTensor(self.grid, self.codes[start:stop], self.scales[start:stop], zero_points)
+        """The same weight restricted to output rows ``start:stop``; shares memory.
+
+        ``start`` must be a multiple of the rows that share a scale.
+        """
+        sharing = self.grid.rows_sharing(len(self.codes))
+        first, last = start // sharing, -(-stop // sharing)
+        zero_points = None if self.zero_points is None else self.zero_points[first:last]
+        scales = self.scales[first:last]
+        return replace(self, codes=self.codes[start:stop], scales=scales, zero_points=zero_points)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from qconv.errors import RecipeError
 
@@ -54,6 +63,19 @@ class AwqSettings(_Section):
     """Tokens of one expert (or attention block) on which the loss is measured."""
 
 
+class GptqSettings(_Section):
+    """How GPTQ works through the columns (Frantar et al. 2022).
+
+    ``ordering``: ``none`` takes columns as they are, ``static`` the important ones first with groups of neighbours,
+    ``desc_act`` the important ones first with groups of columns of like importance, which engines must gather.
+    """
+
+    block_size: Annotated[int, Field(ge=1)] = 128
+    damp_percent: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Added to the Hessian's diagonal, as a share (0.01 is one percent) of its mean."""
+    ordering: Literal["none", "static", "desc_act"] = "static"
+
+
 class CalibrationSettings(_Section):
     """Which text, how much of it, and how the experts see it."""
 
@@ -64,6 +86,9 @@ class CalibrationSettings(_Section):
     routing: Literal["routed", "all-experts"] = "routed"
     propagate: bool = True
     """Whether the next layer sees the quantized layer's outputs."""
+    token_weights: Literal["uniform", "router"] = "uniform"
+    """What a token counts in an expert's statistics: the same for all, or its router weight squared, which is what its
+    output's squared error counts in the layer's output."""
     shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
     """k of ``H = (n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
 
@@ -81,14 +106,31 @@ class OutputSettings(_Section):
     """Bytes."""
 
 
+METHODS = (("rtn",), ("awq",), ("gptq",), ("awq", "gptq"))
+"""What ``method`` may be: one method, or AWQ's scales followed by GPTQ's rounding."""
+
+
+def _steps(value: Any) -> Any:
+    """A list of names, one name, or names joined by ``+``."""
+    if isinstance(value, list):
+        return tuple(value)
+    return tuple(value.split("+")) if isinstance(value, str) else value
+
+
+def _shown_steps(value: tuple[str, ...]) -> str | list[str]:
+    """As a recipe writes it."""
+    return value[0] if len(value) == 1 else list(value)
+
+
 class Recipe(_Section):
     """Everything that decides what a build contains, apart from the source weights."""
 
     format: str = "awq"
-    method: Literal["rtn", "awq"] = "awq"
+    method: Annotated[tuple[str, ...], BeforeValidator(_steps), PlainSerializer(_shown_steps)] = ("awq",)
     grid: GridSettings = GridSettings()
     clip: ClipSettings = ClipSettings()
     awq: AwqSettings = AwqSettings()
+    gptq: GptqSettings = GptqSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     skip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""
@@ -99,15 +141,28 @@ class Recipe(_Section):
     def _from_list(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("method")
+    @classmethod
+    def _known_combination(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value not in METHODS:
+            known = ", ".join("+".join(method) for method in METHODS)
+            raise ValueError(f"{'+'.join(value)} is no method; known are {known}")
+        return value
+
     @property
-    def needs_calibration(self) -> bool:
-        """Whether the method looks at activations."""
-        return self.method != "rtn"
+    def method_name(self) -> str:
+        """The method as one word: ``awq``, ``awq+gptq`` ..."""
+        return "+".join(self.method)
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """Whether the method does."""
+        return self.method != ("rtn",)
 
     @property
     def searches_clipping(self) -> bool:
         """Whether clipping ranges are searched: by default for every method but plain rounding."""
-        return self.method != "rtn" if self.clip.enabled is None else self.clip.enabled
+        return self.looks_at_activations if self.clip.enabled is None else self.clip.enabled
 
     def skips(self, module: str) -> bool:
         """Whether a pattern of ``skip`` matches the module's full name."""

@@ -32,11 +32,42 @@ def test_one_scale_a_row() -> None:
     assert (grid.groups(77), grid.width(77)) == (1, 77)
 
 
-def test_bits_per_weight_count_scales_and_zero_points() -> None:
-    # 4 + 16 / 128 and 4 + (16 + 4) / 128, the figures that papers give.
-    assert Grid(4, 128, symmetric=True, scale_dtype=F16).bits_per_weight(256) == 4.125
-    assert Grid(4, 128, symmetric=False, scale_dtype=F16).bits_per_weight(256) == 4.15625
-    assert Grid(4, CHANNEL, symmetric=True, scale_dtype=torch.float32).bits_per_weight(64) == 4.5
+E4M3 = torch.float8_e4m3fn
+
+
+@given(
+    rows=st.integers(1, 7),
+    columns=st.integers(1, 9),
+    block_rows=st.sampled_from([CHANNEL, 1, 2, 3]),
+    group_size=st.sampled_from([CHANNEL, 2, 4]),
+)
+def test_float_blocks_may_be_ragged(rows: int, columns: int, block_rows: int, group_size: int) -> None:
+    grid = Grid(8, group_size, True, torch.float32, number="e4m3", block_rows=block_rows)
+    down, across = grid.scale_shape(rows, columns)
+    codes = torch.arange(1, rows * columns + 1).view(rows, columns).float().to(E4M3)
+    scales = torch.arange(1, down * across + 1).view(down, across).float()
+    weight = QTensor(grid, codes, scales, None)
+    dense = weight.dequantize()
+    tall = rows if block_rows == CHANNEL else block_rows
+    wide = columns if group_size == CHANNEL else group_size
+    assert scales.shape == (math.ceil(rows / tall), math.ceil(columns / wide))
+    for row in range(rows):
+        for column in range(columns):
+            assert dense[row, column] == codes[row, column].float() * scales[row // tall, column // wide]
+    for start in range(0, rows, tall):
+        assert torch.equal(weight.rows(start, rows).dequantize(), dense[start:])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_act_order_takes_each_inputs_group_from_its_index(symmetric: bool) -> None:
+    grid = Grid(4, 2, symmetric, F16, act_order=True)
+    zeros = None if symmetric else torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
+    codes = torch.tensor([[9, 10, 11, 12], [13, 14, 15, 0]], dtype=torch.uint8)
+    scales = torch.tensor([[1.0, 10.0], [100.0, 1000.0]]).half()
+    weight = QTensor(grid, codes, scales, zeros, torch.tensor([1, 0, 0, 1], dtype=torch.int32))
+    expected = [[10, 2, 3, 40], [5000, 600, 700, -8000]] if symmetric else [[70, 9, 10, 100], [9000, 1100, 1200, -4000]]
+    assert weight.dequantize().tolist() == expected
+    assert weight.rows(1, 2).dequantize().tolist() == expected[1:]
 
 
 @given(

@@ -27,7 +27,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"grid": {"group_size": 0}}, "grid.group_size: must be -1"),
     ({"grid": {"group_size": -2}}, "grid.group_size: must be -1"),
     ({"grid": {"symmetric": "yes"}}, "grid.symmetric: "),
-    ({"method": "gptq2"}, "method: "),
+    ({"method": "gptq2"}, "method: gptq2 is no method; known are rtn, awq, gptq, awq+gptq"),
+    ({"method": ["gptq", "awq"]}, "method: gptq+awq is no method"),
+    ({"method": 3}, "method: "),
     ({"awq": {"alpha_points": 10}}, "awq.alpha_points: "),  # the least that a search is worth
     ({"clip": {"steps": 0}}, "clip.steps: "),
     ({"clip": {"max_shrink": 1.0}}, "clip.max_shrink: "),
@@ -88,9 +90,18 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "empty.yaml")) == Recipe()
 
 
+def test_methods_combine_as_a_list_or_with_a_plus() -> None:
+    for method in (["awq", "gptq"], "awq+gptq"):
+        recipe = parse_recipe({"method": method})
+        assert (recipe.method, recipe.method_name) == (("awq", "gptq"), "awq+gptq")
+        assert recipe.model_dump(mode="json")["method"] == ["awq", "gptq"]
+        assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+    assert parse_recipe({"method": "rtn"}).model_dump(mode="json")["method"] == "rtn"
+
+
 def test_overrides_replace_single_keys() -> None:
     changed = load_recipe("awq", {"calibration.tokens": 1024, "method": "rtn"})
-    assert (changed.calibration.tokens, changed.method) == (1024, "rtn")
+    assert (changed.calibration.tokens, changed.method) == (1024, ("rtn",))
     assert changed.calibration.sequence_length == load_recipe("awq").calibration.sequence_length
     with pytest.raises(RecipeError, match=r"calibration\.oops: unknown key"):
         load_recipe("awq", {"calibration.oops": 1})

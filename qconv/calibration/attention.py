@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qconv.calibration.forward import AttentionBlock
 from qconv.calibration.layer import Finished, LayerContext
-from qconv.calibration.statistics import InputStatistics, block_width
+from qconv.calibration.rounding import compensate, compensation_record, statistics_width
+from qconv.calibration.statistics import InputStatistics
 from qconv.folding import folded_weight, norm_scale, spread_heads
 from qconv.methods import awq
 from qconv.methods.base import fake_quantize, rounded_linear
+from qconv.methods.gptq import GptqResult
 from qconv.models.base import Linear, Norm
 from qconv.qtensor import QTensor
 
@@ -27,8 +29,9 @@ def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
     """
     half = _AttentionHalf(context)
     half.collect()
-    half.search_scales()
-    weights = half.quantize()
+    if "awq" in context.recipe.method:
+        half.search_scales()
+    weights = half.compensated() if "gptq" in context.recipe.method else half.clipped()
     attention = context.layer.attention
     yield context.dense(context.layer.input_norm)
     for linear in attention.linears():
@@ -58,8 +61,10 @@ class _AttentionHalf:
         self.o_inputs = self._statistics(o)
 
     def _statistics(self, linear: Linear) -> InputStatistics:
-        width = self.context.grid.width(linear.in_features) if self.context.all_quantized([linear]) else 1
-        return InputStatistics.empty(linear.in_features, block_width(linear.in_features, width))
+        wanted = self.context.all_quantized([linear])
+        return InputStatistics.empty(
+            linear.in_features, statistics_width(self.context, linear.in_features) if wanted else 0
+        )
 
     def _normed(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]."""
@@ -136,8 +141,32 @@ class _AttentionHalf:
         if choice.index:
             context.scales[attention.v.name] = scales[choice.index]
 
-    def quantize(self) -> dict[str, QTensor]:
-        """The quantized projections by name; v and o with clipping if that helps the block's output.
+    def compensated(self) -> dict[str, QTensor]:
+        """The projections quantized by GPTQ, by name; q, k and v share one Hessian."""
+        context, attention = self.context, self.context.layer.attention
+
+        def solve(part: tuple[InputStatistics, Sequence[Linear]]) -> dict[str, GptqResult]:
+            statistics, linears = part
+            scale = context.folds.input_scale(linears[0])
+            seen = statistics if scale is None else statistics.rescaled(scale)
+            weights = {linear.name: self._folded(linear) for linear in linears if linear.name in context.quantized}
+            return compensate(context, seen, weights)
+
+        parts = ((self.o_inputs, (attention.o,)), (self.qkv_inputs, attention.linears()[:3]))
+        found: dict[str, GptqResult] = {}
+        for results in context.workers.map(solve, parts):
+            found |= results
+        for linear in attention.linears():
+            if linear.name in found:
+                context.report.compensations[linear.name] = compensation_record(found[linear.name])
+        return {name: result.qtensor for name, result in found.items()}
+
+    def _folded(self, linear: Linear) -> Tensor:
+        folds = self.context.folds
+        return folded_weight(self.weights[linear.name], folds.input_scale(linear), folds.output_scale(linear))
+
+    def clipped(self) -> dict[str, QTensor]:
+        """The projections rounded to nearest by name; v and o with clipping if that helps the block's output.
 
         q and k are never clipped: their errors meet in a product, which the clipping loss does not see.
         """
@@ -160,7 +189,7 @@ class _AttentionHalf:
         """A projection quantized without clipping, and with it where clipping is searched."""
         context, attention, folds = self.context, self.context.layer.attention, self.context.folds
         in_scale = folds.input_scale(linear)
-        weight = folded_weight(self.weights[linear.name], in_scale, folds.output_scale(linear))
+        weight = self._folded(linear)
         plain = awq.quantize(weight, context.grid, None)
         if not context.recipe.searches_clipping or linear not in (attention.v, attention.o):
             return plain, None

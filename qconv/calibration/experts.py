@@ -8,20 +8,22 @@ the experts one by one. Each worker thread holds one expert, and nothing is held
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qconv.calibration.layer import Finished, LayerContext
-from qconv.calibration.mlp import GatedWeights
+from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
+from qconv.calibration.rounding import compensate, compensation_record, statistics_width
 from qconv.calibration.routing import Assignment, Routing
-from qconv.calibration.statistics import InputStatistics, block_width
+from qconv.calibration.statistics import InputStatistics
 from qconv.folding import norm_scale
 from qconv.methods import awq
 from qconv.methods.base import fake_quantize, rounded_linear
+from qconv.methods.gptq import GptqResult
 from qconv.models.base import Mlp, Moe
 from qconv.qtensor import QTensor
 
@@ -40,7 +42,8 @@ def calibrate_mlps(context: LayerContext) -> Iterator[Finished]:
     Yields the modules in the order of the plan: post-attention norm, routers, then each MLP's gate, up and down.
     """
     half = _MlpHalf(context)
-    half.search_shared_scale()
+    if "awq" in context.recipe.method:
+        half.search_shared_scale()
     yield context.dense(context.layer.post_attention_norm)
     for router in context.layer.routers():
         yield context.dense(router)
@@ -59,36 +62,32 @@ class _Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scales:
-    """What one MLP's inputs and its down's inputs are divided by; None for nothing."""
+class _Subject:
+    """An MLP at work: its source weights, the tokens of its statistics, the sample of its losses, its output on that."""
 
-    shared: Tensor | None
-    inner: Tensor | None
-
-    def fold(self, weights: GatedWeights) -> GatedWeights:
-        """The weights in the folded coordinates: their input is the folded norm's output."""
-        gate, up, down, up_bias = weights.gate, weights.up, weights.down, weights.up_bias
-        if self.shared is not None:
-            gate, up = gate * self.shared, up * self.shared
-        if self.inner is not None:
-            up, down = up / self.inner.unsqueeze(-1), down * self.inner
-            up_bias = None if up_bias is None else up_bias / self.inner
-        return weights.replaced(gate=gate, up=up, down=down, up_bias=up_bias)
-
-    def unfold_input(self, weights: GatedWeights) -> GatedWeights:
-        """The same MLP for the unfolded norm's output."""
-        if self.shared is None:
-            return weights
-        return weights.replaced(gate=weights.gate / self.shared, up=weights.up / self.shared)
+    mlp: Mlp
+    weights: GatedWeights
+    assignment: Assignment
+    sample: _Sample
+    target: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """One calibrated MLP: its quantized weights by name, the scale folded into up, its record, its weighted outputs."""
+    """A calibrated MLP.
+
+    Attributes:
+        weights: Its quantized weights by module name.
+        inner_scale: What was folded into up.
+        record: For the report.
+        compensations: The same by linear, where GPTQ rounded it.
+        routed: Its weighted outputs for windows of the tokens that the router sends it; None where nobody needs them.
+    """
 
     weights: dict[str, QTensor]
     inner_scale: Tensor | None
     record: dict[str, Any]
+    compensations: dict[str, dict[str, Any]]
     routed: Iterator[tuple[Tensor, Tensor]] | None
 
 
@@ -101,16 +100,12 @@ class _MlpHalf:
         self.routing = Routing(context, self.norm)
         self.shrinkage = context.recipe.calibration.shrinkage_tokens
         hidden = context.model.hidden_size
-        self.input_width = self._block_width(hidden)
-        self.layer_inputs = InputStatistics.empty(hidden, self.input_width)
+        self.layer_inputs = InputStatistics.empty(hidden, statistics_width(context, hidden))
         for start, stop in context.work.middle.windows(WINDOW_TOKENS):
             self.layer_inputs.update(self.norm(context.work.middle.read(start, stop)))
         count = min(POOL_TOKENS, context.work.tokens)
         picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
         self.pool = self._normed(picks)
-
-    def _block_width(self, in_features: int) -> int:
-        return block_width(in_features, self.context.grid.width(in_features))
 
     def _normed(self, tokens: Tensor) -> Tensor:
         """The MLPs' inputs for chosen tokens, float32 [n, hidden]."""
@@ -185,6 +180,7 @@ class _MlpHalf:
             if result.inner_scale is not None:
                 context.scales[mlp.up.name] = result.inner_scale
             context.report.experts.append(result.record)
+            context.report.compensations |= result.compensations
             for linear in mlp.linears():
                 yield context.finished(linear, result.weights.get(linear.name))
             if result.routed is not None:
@@ -193,81 +189,121 @@ class _MlpHalf:
                     context.work.total.add(tokens, output)
 
     def _quantize(self, index: int) -> _Result:
-        context, mlp = self.context, self.context.layer.mlps()[index]
+        context, mlp, method = self.context, self.context.layer.mlps()[index], self.context.recipe.method
         weights = GatedWeights.read(context.source, mlp, context.decoder.act)
-        assignment = self._calibration_tokens(index)
-        inputs, inner = self._statistics(weights, assignment)
+        assignment, routed = self._calibration_tokens(index), self.routing.assignment(index)
         sample = self._sample(index, assignment, context.recipe.awq.search_tokens)
-        routed = self.routing.assignment(index)
+        subject = _Subject(mlp, weights, assignment, sample, weights(sample.inputs))
         record: dict[str, Any] = {
             "module": mlp.gate.name.rpartition(".")[0],
             "tokens": len(routed.tokens),
             "calibration_tokens": len(assignment.tokens),
             "shrinkage": round(self.shrinkage / max(len(assignment.tokens) + self.shrinkage, 1), 6),
         }
-        inner_scale = None
-        if context.all_quantized((mlp.up, mlp.down)):
-            inner_scale = self._search_inner_scale(weights, inner, sample, record)
-        scales = _Scales(context.folds.input_scale(mlp.up), inner_scale)
+        scales = FoldedScales(context.folds.input_scale(mlp.up), None)
+        inner = self._inner_statistics(weights, assignment, self._clip_width(mlp)) if "awq" in method else None
+        if inner is not None and context.all_quantized((mlp.up, mlp.down)):
+            scales = replace(scales, inner=self._search_inner_scale(subject, inner.magnitude, record))
         folded = scales.fold(weights)
-        quantized = self._round(mlp, weights, folded, scales, (inputs, inner), sample, record)
+        results: dict[str, GptqResult] = {}
+        if "gptq" in method:
+            results = self._compensated(subject, folded, scales)
+            quantized = {name: result.qtensor for name, result in results.items()}
+        else:
+            assert inner is not None
+            quantized = self._clipped(subject, folded, scales, inner, record)
+        record |= {"loss": _loss(subject, folded, scales, quantized), "rtn_loss": self._rtn_loss(subject)}
         output: Iterator[tuple[Tensor, Tensor]] | None = None
         if not context.is_last:
             propagate = context.recipe.calibration.propagate
-            passing = scales.unfold_input(_dequantized(mlp, folded, quantized)) if propagate else weights
+            passing = scales.unfold_input(dequantized(mlp, folded, quantized)) if propagate else weights
             output = self._outputs(routed, passing)
             if len(routed.tokens) <= DEFERRED_TOKENS:
                 output = iter(list(output))
-        return _Result(quantized, inner_scale, record, output)
+        compensations = {name: compensation_record(result) for name, result in results.items()}
+        return _Result(quantized, scales.inner, record, compensations, output)
 
-    def _statistics(self, weights: GatedWeights, assignment: Assignment) -> tuple[InputStatistics, InputStatistics]:
-        """Statistics of gate's and up's input and of down's, shrunk toward the layer's."""
-        inputs = InputStatistics.empty(self.context.model.hidden_size, self.input_width)
-        inner_features = weights.down.shape[1]
-        inner_width = self._block_width(inner_features)
-        inner = InputStatistics.empty(inner_features, inner_width)
-        for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
-            normed = self._normed(assignment.tokens[start : start + WINDOW_TOKENS])
-            inputs.update(normed)
-            inner.update(weights.inner(normed))
-        pooled = InputStatistics.empty(inner_features, inner_width)
+    def _clip_width(self, mlp: Mlp) -> int:
+        """The width of the second moments that clipping down needs; 0 where GPTQ follows, which collects its own."""
+        return 0 if "gptq" in self.context.recipe.method else statistics_width(self.context, mlp.down.in_features)
+
+    def _input_statistics(self, assignment: Assignment) -> InputStatistics:
+        """Statistics of gate's and up's input, shrunk toward the layer's."""
+        hidden = self.context.model.hidden_size
+        statistics = InputStatistics.empty(hidden, statistics_width(self.context, hidden))
+        for normed, counts in self._windows(assignment):
+            statistics.update(normed, counts)
+        return statistics.shrunk(self.layer_inputs, float(self.shrinkage))
+
+    def _inner_statistics(self, weights: GatedWeights, assignment: Assignment, width: int) -> InputStatistics:
+        """Statistics of down's input, second moments in blocks of ``width``, shrunk toward those of the layer's pool.
+
+        Args:
+            weights: What computes it from the unfolded norm's output.
+            assignment: The MLP's tokens.
+            width: See :class:`InputStatistics`.
+        """
+        inner, pooled = (InputStatistics.empty(weights.down.shape[1], width) for _ in range(2))
+        for normed, counts in self._windows(assignment):
+            inner.update(weights.inner(normed), counts)
         pooled.update(weights.inner(self.pool))
-        strength = float(self.shrinkage)
-        return inputs.shrunk(self.layer_inputs, strength), inner.shrunk(pooled, strength)
+        return inner.shrunk(pooled, float(self.shrinkage))
 
-    def _search_inner_scale(
-        self, weights: GatedWeights, inner: InputStatistics, sample: _Sample, record: dict[str, Any]
-    ) -> Tensor | None:
+    def _windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """An MLP's inputs, float32 [n, hidden], and what each token counts, float32 [n] or None for 1."""
+        counts: Tensor | None = None
+        if self.context.recipe.calibration.token_weights == "router" and len(assignment.weights):
+            squares = assignment.weights.square()
+            counts = squares / squares.mean()
+        for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
+            stop = start + WINDOW_TOKENS
+            yield self._normed(assignment.tokens[start:stop]), None if counts is None else counts[start:stop]
+
+    def _search_inner_scale(self, subject: _Subject, magnitude: Tensor, record: dict[str, Any]) -> Tensor | None:
         """up's output feeds down alone: dividing up's rows is free, since its groups run along its input."""
-        scales = awq.candidate_scales(inner.magnitude, self.context.recipe.awq.alpha_points)
-        activations = weights.inner(sample.inputs)
-        target = activations @ weights.down.t()
+        scales = awq.candidate_scales(magnitude, self.context.recipe.awq.alpha_points)
+        down, sample = subject.weights.down, subject.sample
+        activations = subject.weights.inner(sample.inputs)
+        target = activations @ down.t()
         losses = []
         for scale in scales:
-            output = rounded_linear(activations / scale, weights.down, self.context.grid, scale)
-            losses.append(sample.loss(output, target))
+            losses.append(sample.loss(rounded_linear(activations / scale, down, self.context.grid, scale), target))
         choice = awq.choose(losses)
         record |= {"alpha": round(choice.alpha, 4), "kept_rtn": choice.index == 0}
         return scales[choice.index] if choice.index else None
 
-    def _round(
+    def _compensated(self, subject: _Subject, folded: GatedWeights, scales: FoldedScales) -> dict[str, GptqResult]:
+        """Quantize by GPTQ: gate and up, which share a Hessian, then down on what the quantized two pass to it."""
+        context, mlp = self.context, subject.mlp
+        pair = {linear.name: weight for linear, weight in ((mlp.gate, folded.gate), (mlp.up, folded.up))}
+        results: dict[str, GptqResult] = {}
+        if context.all_quantized((mlp.gate, mlp.up)):
+            inputs = self._input_statistics(subject.assignment)
+            results = compensate(context, inputs if scales.shared is None else inputs.rescaled(scales.shared), pair)
+        if context.all_quantized((mlp.down,)):
+            quantized = {name: result.qtensor for name, result in results.items()}
+            passing = scales.unfold_input(dequantized(mlp, folded, quantized))
+            inner = self._inner_statistics(passing, subject.assignment, folded.down.shape[1])
+            results |= compensate(context, inner, {mlp.down.name: folded.down})
+        return results
+
+    def _clipped(
         self,
-        mlp: Mlp,
-        weights: GatedWeights,
+        subject: _Subject,
         folded: GatedWeights,
-        scales: _Scales,
-        statistics: tuple[InputStatistics, InputStatistics],
-        sample: _Sample,
+        scales: FoldedScales,
+        inner: InputStatistics,
         record: dict[str, Any],
     ) -> dict[str, QTensor]:
-        """Quantize the folded weights, with clipping where that helps the MLP's output; record what it cost."""
-        context = self.context
+        """Round the folded weights to nearest, with clipping where that helps the MLP's output."""
+        context, mlp = self.context, subject.mlp
         plain: dict[str, QTensor] = {}
         clipped: dict[str, QTensor] = {}
-        inputs, inner = (
-            seen if scale is None else seen.rescaled(scale)
-            for seen, scale in zip(statistics, (scales.shared, scales.inner), strict=True)
-        )
+        inputs = self._input_statistics(subject.assignment)
+        if scales.shared is not None:
+            inputs = inputs.rescaled(scales.shared)
+        if scales.inner is not None:
+            inner = inner.rescaled(scales.inner)
         seen_by = (inputs, inputs, inner)
         for linear, weight, seen in zip(mlp.linears(), (folded.gate, folded.up, folded.down), seen_by, strict=True):
             if linear.name not in context.quantized:
@@ -276,25 +312,19 @@ class _MlpHalf:
             if context.recipe.searches_clipping:
                 ratios = awq.output_clip_ratios(weight, context.grid, seen.gram, context.recipe.clip)
                 clipped[linear.name] = awq.quantize(weight, context.grid, ratios)
-        target = weights(sample.inputs)
-        scaled = sample.inputs if scales.shared is None else sample.inputs / scales.shared
-        loss = sample.loss(_dequantized(mlp, folded, plain)(scaled), target)
-        kept = plain
-        if clipped:
-            clipped_loss = sample.loss(_dequantized(mlp, folded, clipped)(scaled), target)
-            if clipped_loss < loss:
-                kept, loss = clipped, clipped_loss
-        rtn_loss = sample.loss(self._rounded_to_nearest(mlp, weights)(sample.inputs), target)
-        record |= {"clipped": kept is clipped, "loss": loss, "rtn_loss": rtn_loss}
-        return kept
+        losses = [_loss(subject, folded, scales, weights) for weights in (plain, clipped) if weights]
+        record["clipped"] = len(losses) == 2 and losses[1] < losses[0]
+        return clipped if record["clipped"] else plain
 
-    def _rounded_to_nearest(self, mlp: Mlp, weights: GatedWeights) -> GatedWeights:
-        """What plain rounding would make of the MLP, the yardstick of every search."""
+    def _rtn_loss(self, subject: _Subject) -> float:
+        """What plain rounding of the MLP would cost, the yardstick of every method."""
+        mlp, weights = subject.mlp, subject.weights
         gate, up, down = (
             fake_quantize(weight, self.context.grid) if linear.name in self.context.quantized else weight
             for linear, weight in zip(mlp.linears(), (weights.gate, weights.up, weights.down), strict=True)
         )
-        return weights.replaced(gate=gate, up=up, down=down)
+        rounded = weights.replaced(gate=gate, up=up, down=down)
+        return subject.sample.loss(rounded(subject.sample.inputs), subject.target)
 
     def _outputs(self, routed: Assignment, weights: GatedWeights) -> Iterator[tuple[Tensor, Tensor]]:
         """The MLP's weighted output for its tokens, window by window."""
@@ -303,10 +333,8 @@ class _MlpHalf:
             yield tokens, weights(self._normed(tokens)).mul_(factors.unsqueeze(-1))
 
 
-def _dequantized(mlp: Mlp, folded: GatedWeights, quantized: dict[str, QTensor]) -> GatedWeights:
-    """The MLP as the build computes it, in the folded coordinates."""
-    gate, up, down = (
-        quantized[linear.name].dequantize() if linear.name in quantized else weight
-        for linear, weight in zip(mlp.linears(), (folded.gate, folded.up, folded.down), strict=True)
-    )
-    return folded.replaced(gate=gate, up=up, down=down)
+def _loss(subject: _Subject, folded: GatedWeights, scales: FoldedScales, quantized: Mapping[str, QTensor]) -> float:
+    """The weighted squared error of an MLP's output on its sample."""
+    sample = subject.sample
+    inputs = sample.inputs if scales.shared is None else sample.inputs / scales.shared
+    return sample.loss(dequantized(subject.mlp, folded, quantized)(inputs), subject.target)

@@ -37,6 +37,7 @@ class LayerReport:
 
     searches: dict[str, dict[str, Any]] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
+    compensations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def search(self, name: str, choice: Choice) -> None:
         """Record a scale search under the producer's name."""

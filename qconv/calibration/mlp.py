@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from qconv.calibration.forward import Activation
 from qconv.methods.base import rounded_linear
 from qconv.models.base import Linear, Mlp
-from qconv.qtensor import Grid
+from qconv.qtensor import Grid, QTensor
 from qconv.source import Source
 
 
@@ -89,3 +90,36 @@ class GatedWeights:
     def __call__(self, inputs: Tensor) -> Tensor:
         """The output, float32 [tokens, hidden], for inputs [tokens, hidden]."""
         return self.project(self.inner(inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedScales:
+    """What one MLP's inputs and its down's inputs are divided by; None for nothing."""
+
+    shared: Tensor | None
+    inner: Tensor | None
+
+    def fold(self, weights: GatedWeights) -> GatedWeights:
+        """The weights in the folded coordinates: their input is the folded norm's output."""
+        gate, up, down, up_bias = weights.gate, weights.up, weights.down, weights.up_bias
+        if self.shared is not None:
+            gate, up = gate * self.shared, up * self.shared
+        if self.inner is not None:
+            up, down = up / self.inner.unsqueeze(-1), down * self.inner
+            up_bias = None if up_bias is None else up_bias / self.inner
+        return weights.replaced(gate=gate, up=up, down=down, up_bias=up_bias)
+
+    def unfold_input(self, weights: GatedWeights) -> GatedWeights:
+        """The same MLP for the unfolded norm's output."""
+        if self.shared is None:
+            return weights
+        return weights.replaced(gate=weights.gate / self.shared, up=weights.up / self.shared)
+
+
+def dequantized(mlp: Mlp, folded: GatedWeights, quantized: Mapping[str, QTensor]) -> GatedWeights:
+    """The MLP as the build computes it, in the folded coordinates; linears by module name, absent ones as they are."""
+    gate, up, down = (
+        quantized[linear.name].dequantize() if linear.name in quantized else weight
+        for linear, weight in zip(mlp.linears(), (folded.gate, folded.up, folded.down), strict=True)
+    )
+    return folded.replaced(gate=gate, up=up, down=down)

@@ -1,19 +1,22 @@
-"""What calibration keeps of a linear's inputs: how many tokens, their second moments within groups, channel magnitudes.
+"""What calibration keeps of a linear's inputs: how many tokens, their second moments, channel magnitudes, the peak.
 
-The second moments are the diagonal blocks of the Hessian ``X^T X`` that belong to one quantization group each. They say
-how much a weight error within a group costs on the calibration tokens, exactly, for 2 % of the full Hessian's memory at
-6144 inputs and groups of 128.
+Second moments are the Hessian ``X^T X`` of the squared error of the linear's output. GPTQ needs it as a whole. AWQ's
+clipping needs the diagonal blocks that belong to one quantization group each: they say how much a weight error within a
+group costs on the calibration tokens, exactly, for 2 % of the full Hessian's memory at 6144 inputs and groups of 128.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 MAX_BLOCK = 512
-"""Widest block kept; a per-channel grid's rows are cut into blocks of at most this many inputs."""
+"""Widest block kept for clipping; a per-channel grid's rows are cut into blocks of at most this many inputs."""
+_PANEL = 1024
+"""Columns of a wide Hessian that are computed at once; the blocks below its diagonal are copies."""
 
 
 def block_width(in_features: int, group_width: int) -> int:
@@ -31,30 +34,57 @@ class InputStatistics:
         tokens: How many tokens were seen (a weight, once shrunk toward other statistics).
         gram: float32 [blocks, width, width], the mean over tokens of ``x x^T`` within each block.
         magnitude: float32 [in_features], the mean over tokens of ``|x|``.
+        peak: The largest ``|x|``.
     """
 
     tokens: float
     gram: Tensor
     magnitude: Tensor
+    peak: float = 0.0
 
     @classmethod
     def empty(cls, in_features: int, width: int) -> InputStatistics:
-        """No tokens yet, for blocks of ``width`` inputs."""
-        return cls(0.0, torch.zeros(in_features // width, width, width), torch.zeros(in_features))
+        """No tokens yet, for blocks of ``width`` inputs; without second moments if that is 0."""
+        blocks = in_features // width if width else 0
+        return cls(0.0, torch.zeros(blocks, width, width), torch.zeros(in_features))
 
-    def update(self, inputs: Tensor) -> None:
-        """Add tokens: float32 [tokens, in_features]."""
+    @property
+    def hessian(self) -> Tensor:
+        """float32 [in_features, in_features], the second moments as a whole, where one block holds them."""
+        return self.gram.squeeze(0)
+
+    def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: float32 [tokens, in_features].
+            weights: What each counts in the second moments and magnitudes, float32 [tokens], 1 on average over all that
+                will come; None for 1 each.
+        """
         count = len(inputs)
         if count == 0:
             return
         total = self.tokens + count
         blocks, width, _ = self.gram.shape
-        grouped = inputs.view(count, blocks, width).transpose(0, 1)
+        counted = inputs if weights is None else inputs * weights.unsqueeze(-1)
         # Running means keep their scale however many tokens come.
         self.gram.mul_(self.tokens / total)
-        self.gram.baddbmm_(grouped.transpose(1, 2), grouped, alpha=1.0 / total)
-        self.magnitude.mul_(self.tokens / total).add_(inputs.abs().sum(0), alpha=1.0 / total)
+        if width > _PANEL:
+            self._add_in_panels(inputs, counted, 1.0 / total)
+        elif width:
+            grouped, other = (one.view(count, blocks, width).transpose(0, 1) for one in (inputs, counted))
+            self.gram.baddbmm_(other.transpose(1, 2), grouped, alpha=1.0 / total)
+        self.magnitude.mul_(self.tokens / total).add_(counted.abs().sum(0), alpha=1.0 / total)
+        self.peak = max(self.peak, float(inputs.abs().max()))
         self.tokens = total
+
+    def _add_in_panels(self, inputs: Tensor, counted: Tensor, factor: float) -> None:
+        """Add ``factor * counted^T inputs``, which is symmetric: only what is not below the diagonal is computed."""
+        for gram in self.gram:
+            for start in range(0, len(gram), _PANEL):
+                stop = start + _PANEL
+                gram[start:stop, start:].addmm_(counted[:, start:stop].t(), inputs[:, start:], alpha=factor)
+                gram[stop:, start:stop] = gram[start:stop, stop:].t()
 
     def shrunk(self, shared: InputStatistics, strength: float) -> InputStatistics:
         """Shrinkage toward shared statistics: ``(n own + k shared) / (n + k)`` with k = ``strength`` tokens."""
@@ -65,11 +95,12 @@ class InputStatistics:
             self.tokens + strength,
             torch.lerp(self.gram, shared.gram, share),
             torch.lerp(self.magnitude, shared.magnitude, share),
+            max(self.peak, shared.peak),
         )
 
     def rescaled(self, scale: Tensor) -> InputStatistics:
-        """Statistics of ``x / scale``, scale float32 [in_features]."""
+        """Statistics of ``x / scale``, scale float32 [in_features]; their peak is not known."""
         blocks, width, _ = self.gram.shape
         inverse = scale.reciprocal().view(blocks, width)
-        gram = self.gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-        return InputStatistics(self.tokens, gram, self.magnitude / scale)
+        gram = (self.gram * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+        return InputStatistics(self.tokens, gram, self.magnitude / scale, math.nan)

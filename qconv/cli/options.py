@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from qconv.errors import UsageError
-from qconv.recipe import Recipe, load_recipe, packaged_recipes
+from qconv.recipe import METHODS, Recipe, load_recipe, packaged_recipes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,7 +20,7 @@ model_argument = click.argument("model")
 _RECIPE_OPTIONS = (
     click.option("--fmt", metavar="NAME", help=f"A packaged recipe: {', '.join(packaged_recipes())}."),
     click.option("--recipe", metavar="FILE", help="A recipe: a YAML file or a packaged recipe's name."),
-    click.option("--method", type=click.Choice(["rtn", "awq"]), help="Quantization method."),
+    click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
     click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."),
     click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens."),
     click.option("--sequence-length", type=click.IntRange(min=1), help="Tokens of one calibration sequence."),

@@ -69,7 +69,7 @@ def plan_summary(plan: BuildPlan) -> str:
     grid, shards = plan.grid, sum(len(unit.shards) for unit in plan.units)
     group = "one scale a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     return (
-        f"{plan.recipe.method} to {plan.format.name}, {grid.bits} bits, {group}: {plan.weights:,} weights, "
+        f"{plan.recipe.method_name} to {plan.format.name}, {grid.bits} bits, {group}: {plan.weights:,} weights, "
         f"{len(plan.quantized):,} linears quantized; {size(plan.output_bytes)} in {shards} shards, "
         f"{plan.bits_per_weight:.2f} bits per weight"
     )

@@ -46,6 +46,7 @@ class AwqFormat:
 
     name = "awq"
     pack_columns = 8
+    act_order = False
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
         """4 bits, asymmetric, float16 scales.

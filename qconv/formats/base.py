@@ -51,6 +51,8 @@ class Format(Protocol):
     """Registry key."""
     pack_columns: int
     """Output features that one packed word holds; a tensor-parallel rank must own whole words."""
+    act_order: bool
+    """Whether it can say which group each input belongs to."""
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
         """The grid for a recipe's settings.

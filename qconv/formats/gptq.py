@@ -72,6 +72,7 @@ class GptqFormat:
 
     name = "gptq"
     pack_columns = 8
+    act_order = True
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
         """Symmetric unless the recipe says otherwise; float16 scales.

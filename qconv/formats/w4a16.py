@@ -50,6 +50,7 @@ class PackQuantizedFormat:
 
     name = "w4a16"
     pack_columns = 1
+    act_order = False
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
         """Symmetric unless the recipe says otherwise; scales in the weight's dtype.

@@ -12,14 +12,15 @@ factorization where the paper's needs two and an inversion, and works where H is
 
 With the ordering ``none`` a group takes its scales from the compensated weights when its first column's turn comes.
 With ``static`` all scales are fixed on the original weights; then columns are rounded in the order of falling
-``H[j, j]``, the important ones before errors pile up. Columns keep their place, so readers need no permutation.
+``H[j, j]``, the important ones before errors pile up. Columns keep their place, so readers need no permutation. With
+``desc_act`` columns are taken in that order too, and a group is a run of them: its scale fits columns of like
+importance, but readers must look up each column's group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from qconv.methods.base import (
     to_codes,
 )
 from qconv.qtensor import Grid, QTensor
-from qconv.recipe import ClipSettings
+from qconv.recipe import ClipSettings, GptqSettings
 
 DAMPING_STEP = 10.0
 """Factor on the damping after each failed factorization."""
@@ -47,27 +48,6 @@ MAX_DAMPING = 1e4
 """A damping, as a share of the mean diagonal, far above what float32 makes of any second moments' rounding errors: a
 matrix that fails with more is none."""
 _PANEL = 512
-
-
-@dataclass(frozen=True, slots=True)
-class GptqSettings:
-    """How columns are worked through.
-
-    Attributes:
-        block_size: Columns whose errors are handed on together, in one matrix product.
-        damp_percent: What is added to the Hessian's diagonal, as a share (0.01 is one percent) of its mean.
-        ordering: Of the columns: ``none`` or ``static``.
-    """
-
-    block_size: int = 128
-    damp_percent: float = 0.01
-    ordering: Literal["none", "static"] = "static"
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise UsageError(f"gptq.block_size: {self.block_size} is not positive.")
-        if not 0.0 < self.damp_percent <= 1.0:
-            raise UsageError(f"gptq.damp_percent: {self.damp_percent} is not in (0, 1].", hint="0.01 is usual.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +110,7 @@ def quantize(
 
     Args:
         weight: float32 [out_features, in_features], finite; not changed.
-        grid: The grid.
+        grid: The grid; with ``act_order`` if that is what ``settings`` ask for.
         hessian: float32 [in_features, in_features], the mean over tokens of ``x x^T``; not changed.
         settings: How columns are worked through.
         clip: Search each group's clipping range for the least error; None takes the full range.
@@ -140,16 +120,18 @@ def quantize(
         QconvError: the weight or the Hessian is not finite, or the Hessian is not positive semidefinite.
         UsageError: the group size does not divide the row.
     """
+    if grid.act_order != (settings.ordering == "desc_act"):
+        raise UsageError(f"GPTQ: ordering {settings.ordering} does not suit a grid with act_order {grid.act_order}.")
     if not bool(torch.isfinite(weight).all()):
         raise QconvError("GPTQ: the weight holds values that are not finite.")
     if factor is None:
         factor = factorize(hessian, settings)
     compensated = _Rounding(weight, grid, factor, clip).run(settings)
     errors = row_errors(compensated.dequantize().sub_(weight), hessian)
-    rtn_errors = row_errors(fake_quantize(weight, grid).sub_(weight), hessian)
+    rtn_errors = row_errors(_nearest(weight, grid, factor).sub_(weight), hessian)
     worse = rtn_errors < errors
     return GptqResult(
-        _with_rows_of_rtn(compensated, weight, worse),
+        _with_rows_of_rtn(compensated, weight, worse, factor),
         factor.damp_percent,
         factor.escalations,
         factor.dead_columns,
@@ -182,10 +164,10 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
     mean = float(diagonal.mean(dtype=torch.float64))
     if not mean > torch.finfo(torch.float32).tiny:
         mean = 1.0
-    if settings.ordering == "static":
-        order = torch.argsort(diagonal, descending=True, stable=True)
-    else:
+    if settings.ordering == "none":
         order = torch.arange(len(hessian))
+    else:
+        order = torch.argsort(diagonal, descending=True, stable=True)
     # torch gives H = L L^T with L lower; with rows and columns reversed, L turned around is upper.
     last_first = order.flip(0)
     # Rows are picked, never columns, which is several times slower; symmetry lets the transpose stand between.
@@ -223,15 +205,24 @@ def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
     return errors.clamp_(min=0.0)
 
 
-def _with_rows_of_rtn(weight: QTensor, source: Tensor, chosen: Tensor) -> QTensor:
+def _nearest(weight: Tensor, grid: Grid, factor: Factor) -> Tensor:
+    """The weight after plain rounding in the grid's groups, float32 [out_features, in_features]."""
+    if not grid.act_order:
+        return fake_quantize(weight, grid)
+    rounded = fake_quantize(weight.index_select(1, factor.order), grid)
+    return rounded.index_select(1, torch.argsort(factor.order))
+
+
+def _with_rows_of_rtn(weight: QTensor, source: Tensor, chosen: Tensor, factor: Factor) -> QTensor:
     """``weight``, changed in place: the ``chosen`` rows, bool [out_features], rounded to nearest from ``source``."""
     rows = chosen.nonzero().squeeze(1)
     if not len(rows):
         return weight
-    columns = source.shape[1]
+    columns, order = source.shape[1], factor.order if weight.grid.act_order else None
     blocks = (source[rows[start:stop]] for start, stop in row_blocks(len(rows), columns))
-    nearest = assemble([round_block(block, weight.grid) for block in blocks])
-    weight.codes[rows] = nearest.codes
+    ordered = (block if order is None else block.index_select(1, order) for block in blocks)
+    nearest = assemble([round_block(block, weight.grid) for block in ordered])
+    weight.codes[rows] = nearest.codes if order is None else nearest.codes.index_select(1, torch.argsort(order))
     weight.scales[rows] = nearest.scales
     if weight.zero_points is not None and nearest.zero_points is not None:
         weight.zero_points[rows] = nearest.zero_points
@@ -242,6 +233,7 @@ class _Rounding:
     """The state of one weight's rounding. Matrices are transposed: a column of the weight is one run of memory.
 
     Attributes:
+        members: int64 [in_features], in the order of their rounding: a column's place in the row of groups.
         original: float32 [in_features, out_features], the weight, columns in the order of their rounding.
         target: The same plus the compensation so far; rows that are done hold codes.
         scales: [groups, out_features], the grid's scale dtype.
@@ -252,6 +244,7 @@ class _Rounding:
 
     def __init__(self, weight: Tensor, grid: Grid, factor: Factor, clip: ClipSettings | None) -> None:
         self.grid, self.factor, self.clip = grid, factor, clip
+        self.members = torch.arange(len(factor.order)) if grid.act_order else factor.order
         self.columns, self.rows = weight.shape[1], weight.shape[0]
         self.width = grid.width(self.columns)
         groups = grid.groups(self.columns)
@@ -284,7 +277,8 @@ class _Rounding:
             self._compensate(start, stop, self.columns, delta)
         zero_points = None if self.zero_points is None else self.zero_points.t().contiguous()
         codes = to_codes(self.target, self.grid.bits).index_select(0, inverse)
-        return QTensor(self.grid, codes.t().contiguous(), self.scales.t().contiguous(), zero_points)
+        group_index = (inverse // self.width).to(torch.int32) if self.grid.act_order else None
+        return QTensor(self.grid, codes.t().contiguous(), self.scales.t().contiguous(), zero_points, group_index)
 
     def _blocks(self, block_size: int, fixed: bool) -> Iterator[tuple[int, int]]:
         """Ranges of columns; where groups take their scales on the way, none begins or ends inside a smaller group."""
@@ -305,8 +299,7 @@ class _Rounding:
     def _round_columns(self, start: int, stop: int, delta: Tensor) -> None:
         """Round columns one after the other; their errors go to ``delta``, float32 [stop - start, out_features]."""
         share = self.factor.upper[start:stop, start:stop].t().contiguous()
-        groups = (self.factor.order[start:stop] // self.width).tolist()
-        for index, group in enumerate(groups):
+        for index, group in enumerate((self.members[start:stop] // self.width).tolist()):
             column, step, zero = self.target[start + index], self.steps[group], self.zeros[group]
             if index:
                 column.addmv_(delta[:index].t(), share[index, :index])

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconv.errors import QconvError, UsageError
+from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.methods import rtn
 from qconv.methods.base import clip_ratios, round_block
-from qconv.methods.gptq import GptqResult, GptqSettings, factorize, quantize, row_errors
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import ClipSettings
+from qconv.methods.gptq import GptqResult, factorize, quantize, row_errors
+from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.recipe import ClipSettings, GptqSettings, parse_recipe
 
 ORDERINGS = ("none", "static")
 HESSIANS = ("full", "few tokens", "one token", "constant input", "dead columns", "no tokens")
@@ -142,7 +142,7 @@ def test_the_block_size_does_not_matter(ordering: Any, group_size: int) -> None:
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     groups=st.integers(1, 3),
     rows=st.integers(1, 9),
-    ordering=st.sampled_from(ORDERINGS),
+    ordering=st.sampled_from([*ORDERINGS, "desc_act"]),
     block_size=st.integers(1, 80),
     clip=st.sampled_from([None, ClipSettings(steps=4)]),
     kind=st.sampled_from(HESSIANS),
@@ -166,18 +166,28 @@ def test_never_worse_than_rounding_to_nearest(
     in_features = 32 * groups
     weight, hessian = random_weight(rows, in_features, seed), random_hessian(in_features, seed, kind) * scale
     before = weight.clone(), hessian.clone()
-    grid, settings = grid_of(bits, width, symmetric, dtype), GptqSettings(block_size, ordering=ordering)
+    act_order = ordering == "desc_act"
+    grid = Grid(bits, width, symmetric, dtype, act_order=act_order)
+    settings = GptqSettings(block_size=block_size, ordering=ordering)
     result = quantize(weight, grid, hessian, settings, clip)
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
     assert_sound(result, grid, weight)
-    ours, nearest = result.qtensor.dequantize(), rtn.quantize(weight, grid).dequantize()
+    ours, nearest = result.qtensor.dequantize(), nearest_in_groups(weight, result.qtensor)
     errors, rtn_errors = true_errors(ours, weight, hessian), true_errors(nearest, weight, hessian)
     noise = rounding_noise(ours - weight, hessian), rounding_noise(nearest - weight, hessian)
     assert bool((errors <= rtn_errors + noise[0] + noise[1]).all())
     assert result.error <= result.rtn_error
     assert abs(result.error - float(errors.sum())) <= float(noise[0].sum())
     assert abs(result.rtn_error - float(rtn_errors.sum())) <= float(noise[1].sum())
+
+
+def nearest_in_groups(weight: Tensor, like: QTensor) -> Tensor:
+    """Plain rounding in the groups of ``like``."""
+    if like.group_index is None:
+        return rtn.quantize(weight, like.grid).dequantize()
+    order = torch.argsort(like.group_index, stable=True)
+    return rtn.quantize(weight[:, order], like.grid).dequantize()[:, torch.argsort(order)]
 
 
 def assert_sound(result: GptqResult, grid: Grid, weight: Tensor) -> None:
@@ -193,9 +203,34 @@ def assert_sound(result: GptqResult, grid: Grid, weight: Tensor) -> None:
     if qtensor.zero_points is not None:
         assert (qtensor.zero_points.dtype, qtensor.zero_points.shape) == (torch.uint8, qtensor.scales.shape)
         assert int(qtensor.zero_points.max()) < grid.levels
+    assert (qtensor.group_index is None) is not grid.act_order
+    if qtensor.group_index is not None:
+        assert qtensor.group_index.dtype == torch.int32
+        assert torch.bincount(qtensor.group_index).tolist() == [grid.width(weight.shape[1])] * groups
     assert bool(torch.isfinite(qtensor.dequantize()).all())
     for tensor in (qtensor.codes, qtensor.scales):
         assert tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clip", [None, ClipSettings()])
+def test_act_order_is_no_order_on_columns_sorted_by_importance(symmetric: bool, clip: ClipSettings | None) -> None:
+    weight, hessian = random_weight(24, 128, seed=11), random_hessian(128, seed=11)
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    grid = Grid(4, 32, symmetric, torch.float32, act_order=True)
+    result = quantize(weight, grid, hessian, GptqSettings(ordering="desc_act"), clip)
+    plain, sorted_hessian = grid_of(symmetric=symmetric), hessian[order][:, order]
+    expected = quantize(weight[:, order].contiguous(), plain, sorted_hessian, GptqSettings(ordering="none"), clip)
+    assert result.qtensor.group_index is not None
+    assert result.qtensor.group_index[order].tolist() == [place // 32 for place in range(128)]
+    # The traces are summed in another order, so a row may be kept that the other one replaced: at most one of 24.
+    assert int((result.qtensor.codes[:, order] != expected.qtensor.codes).any(1).sum()) <= 1
+    assert int((result.qtensor.scales != expected.qtensor.scales).any(1).sum()) <= 1
+
+
+def test_the_grid_and_the_ordering_must_agree() -> None:
+    with pytest.raises(UsageError, match="ordering desc_act does not suit"):
+        quantize(torch.zeros(4, 32), grid_of(), torch.eye(32), GptqSettings(ordering="desc_act"))
 
 
 @pytest.mark.parametrize("ordering", ORDERINGS)
@@ -342,11 +377,10 @@ def test_what_is_no_hessian_is_refused() -> None:
 
 
 def test_settings_out_of_range_are_named() -> None:
-    with pytest.raises(UsageError, match="block_size"):
-        GptqSettings(block_size=0)
-    for damping in (0.0, 1.5):
-        with pytest.raises(UsageError, match="damp_percent"):
-            GptqSettings(damp_percent=damping)
+    for key, values in {"block_size": (0,), "damp_percent": (0.0, 1.5), "ordering": ("random",)}.items():
+        for value in values:
+            with pytest.raises(RecipeError, match=f"gptq.{key}: "):
+                parse_recipe({"gptq": {key: value}})
     with pytest.raises(UsageError, match="does not divide"):
         quantize(torch.zeros(4, 48), grid_of(), torch.eye(48), GptqSettings())
 
