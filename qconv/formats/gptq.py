@@ -5,13 +5,16 @@ With K = in_features, N = out_features, P = 32 / bits and groups of g: ``qweight
 W[n, k] = (q - Z) * s. The lowest bits of a word hold the first value.
 
 ``checkpoint_format: gptq`` (v1) stores Z - 1, ``gptq_v2`` stores Z. Readers of v1 disagree about Z = 0, which only an
-asymmetric grid has, so symmetric builds are written as v1, which every reader knows, and asymmetric ones as v2. 3 bits
-are packed across word boundaries and are not supported.
+asymmetric grid has, so symmetric builds are written as v1, which every reader knows, and asymmetric ones as v2.
+
+3 bits run across word boundaries: 32 values are a stream of 96 bits. ``desc_act`` says that ``g_idx`` is not in order;
+codes keep the inputs' own order all the same.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from qconv.formats.base import TensorReader, read_tensors
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 FUSED = {
     r"\.(q|k|v)_proj": ".qkv_proj",
@@ -37,9 +40,16 @@ FUSED = {
 """What engines fuse, under which names some of them look up whether the fused linear is left alone."""
 
 
+def values_per_pack(bits: int) -> int:
+    """How many values fill whole words without a remainder: a word's, or 32 of 3 bits in three words."""
+    return 32 // math.gcd(32, bits)
+
+
 def pack_words(values: Tensor, bits: int) -> Tensor:
-    """Pack values of 2, 4 or 8 bits, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
+    """Pack values of 2, 3, 4 or 8 bits, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
     rows, columns = values.shape
+    if 32 % bits:
+        return _pack_stream(values, bits)
     packed, width = values.reshape(-1), bits
     while width < 8:
         # Two neighbours are one 16-bit word, low byte first: one shift moves all of the higher one next to the lower.
@@ -52,12 +62,45 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """The inverse of :func:`pack_words`: int32 [rows, words] to uint8 [rows, words*32/bits]."""
     rows, count = words.shape
+    if 32 % bits:
+        return _unpack_stream(words, bits)
     values, width = words.reshape(-1).view(torch.uint8), 8
     while width > bits:
         width //= 2
         wide = values.to(torch.int16)
         values = (wide | (wide << (8 - width))).bitwise_and_(0x0101 * ((1 << width) - 1)).view(torch.uint8)
     return values.view(rows, count * 32 // bits)
+
+
+def _stream_parts(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Of a stream of 32 values in ``bits`` words: each value, a word that it touches, the place of its lowest bit there.
+
+    The place is negative for the upper part of a value that began in the word before.
+    """
+    for value in range(32):
+        first = value * bits
+        for word in range(first // 32, (first + bits - 1) // 32 + 1):
+            yield value, word, first - 32 * word
+
+
+def _pack_stream(values: Tensor, bits: int) -> Tensor:
+    rows, columns = values.shape
+    streams = values.view(rows, columns // 32, 32)
+    words = torch.zeros(rows, columns // 32, bits, dtype=torch.int64)
+    for value, word, place in _stream_parts(bits):
+        part = streams[..., value].to(torch.int64)
+        words[..., word] |= part << place if place >= 0 else part >> -place
+    # The upper halves of the 64-bit words hold what the next word takes up; they are cut off.
+    return words.view(torch.int32)[..., ::2].contiguous().view(rows, columns // 32 * bits)
+
+
+def _unpack_stream(words: Tensor, bits: int) -> Tensor:
+    rows, count = words.shape
+    streams = words.reshape(rows, count // bits, bits).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    values = torch.zeros(rows, count // bits, 32, dtype=torch.int64)
+    for value, word, place in _stream_parts(bits):
+        values[..., value] |= streams[..., word] >> place if place >= 0 else streams[..., word] << -place
+    return values.bitwise_and_((1 << bits) - 1).to(torch.uint8).view(rows, count // bits * 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +111,7 @@ class ForeignGrid(Grid):
 
 
 class GptqFormat:
-    """GPTQ with 2, 4 or 8 bits, without act-order."""
+    """GPTQ with 2, 3, 4 or 8 bits, with and without act-order."""
 
     name = "gptq"
     pack_columns = 8
@@ -78,29 +121,29 @@ class GptqFormat:
         """Symmetric unless the recipe says otherwise; float16 scales.
 
         Raises:
-            RecipeError: bits that the layout does not pack into whole words.
+            RecipeError: bits that no reader knows.
         """
         if settings.bits not in BITS:
-            raise RecipeError(f"grid.bits: the gptq format holds 2, 4 or 8 bits, not {settings.bits}.")
+            raise RecipeError(f"grid.bits: the gptq format holds 2, 3, 4 or 8 bits, not {settings.bits}.")
         symmetric = True if settings.symmetric is None else settings.symmetric
         return Grid(settings.bits, settings.group_size, symmetric, scale_dtype=torch.float16)
 
     def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
         """Whole groups along the input and whole words along both sides."""
-        per_word = 32 // grid.bits
+        pack = values_per_pack(grid.bits)
         if grid.group_size != CHANNEL and in_features % grid.group_size:
             return f"group size {grid.group_size} does not divide its {in_features} input features"
         for size, side in ((in_features, "input"), (out_features, "output")):
-            if size % per_word:
-                return f"its {size} {side} features are not a multiple of {per_word}"
+            if size % pack:
+                return f"its {size} {side} features are not a multiple of {pack}"
         return None
 
     def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
         """qweight, qzeros, scales, g_idx."""
-        per_word, groups = 32 // grid.bits, grid.groups(in_features)
+        bits, groups = grid.bits, grid.groups(in_features)
         return [
-            TensorSpec(f"{module}.qweight", torch.int32, (in_features // per_word, out_features)),
-            TensorSpec(f"{module}.qzeros", torch.int32, (groups, out_features // per_word)),
+            TensorSpec(f"{module}.qweight", torch.int32, (in_features * bits // 32, out_features)),
+            TensorSpec(f"{module}.qzeros", torch.int32, (groups, out_features * bits // 32)),
             TensorSpec(f"{module}.scales", torch.float16, (groups, out_features)),
             TensorSpec(f"{module}.g_idx", torch.int32, (in_features,)),
         ]
@@ -115,26 +158,22 @@ class GptqFormat:
         yield f"{module}.qweight", pack_words(weight.codes, grid.bits).t().contiguous()
         yield f"{module}.qzeros", pack_words(stored.t(), grid.bits)
         yield f"{module}.scales", weight.scales.t().contiguous()
-        yield f"{module}.g_idx", _group_index(in_features, grid)
+        yield f"{module}.g_idx", _in_order(in_features, grid) if weight.group_index is None else weight.group_index
 
     def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
         """Codes, scales and zero points of a linear of ``shape``.
 
         Raises:
-            CheckpointError: a tensor is absent or misshapen, inputs are grouped out of order (act-order), or zero
-                points are not what the config says.
+            CheckpointError: a tensor is absent or misshapen, ``g_idx`` names no group or is out of order without
+                ``desc_act``, or zero points are not what the config says.
         """
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
-        if not torch.equal(tensors["g_idx"], _group_index(shape[1], grid)):
-            raise CheckpointError(
-                f"{module}.g_idx: inputs are not grouped in their order; act-order is not supported yet.",
-                hint="Take a build made with desc_act false.",
-            )
         return QTensor(
-            Grid(grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype),
+            Grid(grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype, act_order=grid.act_order),
             unpack_words(tensors["qweight"].t(), grid.bits),
             tensors["scales"].t().contiguous(),
             _zero_points(f"{module}.qzeros", tensors["qzeros"], grid),
+            _group_index(f"{module}.g_idx", tensors["g_idx"], grid),
         )
 
     def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +186,7 @@ class GptqFormat:
             "bits": grid.bits,
             "group_size": grid.group_size,
             "sym": grid.symmetric,
-            "desc_act": False,
+            "desc_act": grid.act_order,
             "checkpoint_format": V1 if grid.symmetric else V2,
             "pack_dtype": "int32",
             "lm_head": False,
@@ -167,11 +206,14 @@ class GptqFormat:
         """
         bits, group_size, symmetric = section.get("bits"), section.get("group_size"), section.get("sym", True)
         if not isinstance(bits, int) or bits not in BITS:
-            raise CheckpointError(f"config.json: quantization_config.bits is {bits!r}; GPTQ is read with 2, 4 or 8.")
+            raise CheckpointError(f"config.json: quantization_config.bits is {bits!r}; GPTQ is read with 2, 3, 4 or 8.")
         if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
             raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
         if not isinstance(symmetric, bool):
             raise CheckpointError(f"config.json: quantization_config.sym is {symmetric!r}.")
+        act_order = section.get("desc_act", False)
+        if not isinstance(act_order, bool):
+            raise CheckpointError(f"config.json: quantization_config.desc_act is {act_order!r}.")
         layout = section.get("checkpoint_format", V1)
         if layout not in (V1, V2):
             raise CheckpointError(f"config.json: checkpoint_format {layout!r} is not known, only {V1} and {V2} are.")
@@ -179,7 +221,8 @@ class GptqFormat:
             raise CheckpointError("config.json: a quantized lm_head is not supported.")
         as_written = layout == (V1 if symmetric else V2)
         kind = Grid if as_written else ForeignGrid
-        return kind(bits, group_size, symmetric, torch.float16), ["^lm_head$", *_exclusions(section.get("dynamic"))]
+        grid = kind(bits, group_size, symmetric, torch.float16, act_order=act_order)
+        return grid, ["^lm_head$", *_exclusions(section.get("dynamic"))]
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Regular expressions, matched at the beginning of the name."""
@@ -192,9 +235,25 @@ def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(pattern) for pattern in patterns)
 
 
-def _group_index(in_features: int, grid: Grid) -> Tensor:
+def _in_order(in_features: int, grid: Grid) -> Tensor:
     """The group of each input in their natural order, int32 [in_features]."""
     return torch.arange(in_features, dtype=torch.int32) // grid.width(in_features)
+
+
+def _group_index(name: str, stored: Tensor, grid: Grid) -> Tensor | None:
+    """The group of each input, int32 [in_features], or None where they are in order."""
+    groups = grid.groups(len(stored))
+    wrong = stored[(stored < 0) | (stored >= groups)]
+    if len(wrong):
+        raise CheckpointError(f"{name}: names group {int(wrong[0])}, but there are {groups}.")
+    if grid.act_order:
+        return stored
+    if not torch.equal(stored, _in_order(len(stored), grid)):
+        raise CheckpointError(
+            f"{name}: inputs are not grouped in their order, though config.json says desc_act false.",
+            hint="If the build was made with act-order, set desc_act to true.",
+        )
+    return None
 
 
 def _zero_points(name: str, words: Tensor, grid: Grid) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qconv import __version__
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, get_format
-from qconv.formats.gptq import FORMAT, pack_words, unpack_words
+from qconv.formats.gptq import BITS, FORMAT, pack_words, unpack_words, values_per_pack
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings, load_recipe
 
@@ -32,12 +32,17 @@ def random_qtensor(grid: Grid, out_features: int, in_features: int, seed: int) -
     groups = grid.groups(in_features)
     scales = (0.01 + torch.rand(out_features, groups, generator=generator)).to(grid.scale_dtype)
     zero_points = None if grid.symmetric else codes(out_features, groups)
-    return QTensor(grid, codes(out_features, in_features), scales, zero_points)
+    group_index = None
+    if grid.act_order:
+        shuffled = torch.randperm(in_features, generator=generator)
+        group_index = (shuffled // grid.width(in_features)).to(torch.int32)
+    return QTensor(grid, codes(out_features, in_features), scales, zero_points, group_index)
 
 
-def field(word: int, position: int, bits: int) -> int:
-    """Value number ``position`` of an int32, the lowest first."""
-    return (word >> (bits * position)) & ((1 << bits) - 1)
+def field(words: list[int], position: int, bits: int) -> int:
+    """Value number ``position`` of consecutive int32 words, which are one stream of bits, the lowest first."""
+    stream = sum((word & 0xFFFFFFFF) << (32 * number) for number, word in enumerate(words))
+    return (stream >> (bits * position)) & ((1 << bits) - 1)
 
 
 def signed(word: int) -> int:
@@ -72,39 +77,38 @@ def test_the_first_value_lies_in_the_lowest_bits() -> None:
     assert pack_words(quads, 2).tolist() == [[signed(0xE4E4E4E4)]]
 
 
-@given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 5), words=st.integers(1, 5), seed=st.integers(0, 10**6))
-def test_every_value_is_where_the_definition_puts_it(bits: int, rows: int, words: int, seed: int) -> None:
-    per_word = 32 // bits
+@given(bits=st.sampled_from(BITS), rows=st.integers(1, 5), packs=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_every_value_is_where_the_definition_puts_it(bits: int, rows: int, packs: int, seed: int) -> None:
+    columns = values_per_pack(bits) * packs
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, 1 << bits, (rows, per_word * words), generator=generator).byte()
+    values = torch.randint(0, 1 << bits, (rows, columns), generator=generator).byte()
     packed = pack_words(values, bits)
-    assert (packed.dtype, packed.shape) == (torch.int32, (rows, words))
+    assert (packed.dtype, packed.shape) == (torch.int32, (rows, columns * bits // 32))
     for row in range(rows):
-        for column in range(per_word * words):
-            assert field(int(packed[row, column // per_word]), column % per_word, bits) == int(values[row, column])
+        assert [field(packed[row].tolist(), column, bits) for column in range(columns)] == values[row].tolist()
     assert torch.equal(unpack_words(packed, bits), values)
 
 
-@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=6), st.sampled_from([2, 4, 8]))
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=6), st.sampled_from(BITS))
 def test_any_word_survives_unpacking_and_packing(words: list[int], bits: int) -> None:
-    packed = torch.tensor([words], dtype=torch.int32)
+    packed = torch.tensor([words * (3 if bits == 3 else 1)], dtype=torch.int32)
     assert torch.equal(pack_words(unpack_words(packed, bits), bits), packed)
 
 
 @given(
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from(BITS),
     symmetric=st.booleans(),
     width=st.sampled_from([8, 32, CHANNEL]),
-    out_words=st.integers(1, 2),
-    in_words=st.integers(1, 2),
+    act_order=st.booleans(),
+    out_packs=st.integers(1, 2),
+    in_packs=st.integers(1, 2),
     seed=st.integers(0, 10**6),
 )
 def test_a_reader_that_follows_the_definition_gets_our_weight(
-    bits: int, symmetric: bool, width: int, out_words: int, in_words: int, seed: int
+    bits: int, symmetric: bool, width: int, act_order: bool, out_packs: int, in_packs: int, seed: int
 ) -> None:
-    per_word = 32 // bits
-    n, k = per_word * out_words, 32 * in_words
-    grid = Grid(bits, width, symmetric, torch.float16)
+    n, k = values_per_pack(bits) * out_packs, 32 * in_packs
+    grid = Grid(bits, width, symmetric, torch.float16, act_order=act_order)
     weight = random_qtensor(grid, n, k, seed)
     tensors = dict(FORMAT.pack("m", weight))
     assert [(spec.name, spec.dtype, spec.shape) for spec in FORMAT.specs("m", n, k, grid)] == [
@@ -112,13 +116,15 @@ def test_a_reader_that_follows_the_definition_gets_our_weight(
     ]
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     qweight, qzeros, scales, g_idx = (tensor.tolist() for tensor in tensors.values())
-    assert g_idx == [column // (k if width == CHANNEL else width) for column in range(k)]
+    if not act_order:
+        assert g_idx == [column // (k if width == CHANNEL else width) for column in range(k)]
     dense = weight.dequantize()
     for row in range(n):
+        down = [words[row] for words in qweight]
         for column in range(k):
             group = g_idx[column]
-            code = field(qweight[column // per_word][row], column % per_word, bits)
-            zero = field(qzeros[group][row // per_word], row % per_word, bits) + symmetric
+            code = field(down, column, bits)
+            zero = field(qzeros[group], row, bits) + symmetric
             expected = torch.tensor(float(code - zero)) * scales[group][row]
             assert float(expected) == float(dense[row, column])
     back = FORMAT.unpack("m", (n, k), tensors.__getitem__, grid)
@@ -172,13 +178,16 @@ def test_zero_points_of_the_wrong_version_are_refused(layout: str) -> None:
         FORMAT.unpack("m", (32, 64), tensors.__getitem__, grid)
 
 
-@pytest.mark.parametrize("change", ["act-order", "negative", "too large"])
-def test_inputs_grouped_out_of_order_are_named(change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("out of order", "though config.json says desc_act false"), ("negative", "group -1"), ("too large", "group 2")],
+)
+def test_inputs_of_no_group_or_out_of_order_are_named(change: str, message: str) -> None:
     tensors = dict(FORMAT.pack("m", random_qtensor(GRID, 16, 64, 0)))
     g_idx = tensors["m.g_idx"].clone()
     g_idx[[5, 40]] = g_idx[[40, 5]]
-    tensors["m.g_idx"] = {"act-order": g_idx, "negative": g_idx - 1, "too large": g_idx + 2}[change]
-    with pytest.raises(CheckpointError, match=r"m\.g_idx: .*act-order is not supported yet"):
+    tensors["m.g_idx"] = {"out of order": g_idx, "negative": g_idx - 1, "too large": g_idx + 2}[change]
+    with pytest.raises(CheckpointError, match=rf"m\.g_idx: .*{message}"):
         FORMAT.unpack("m", (16, 64), tensors.__getitem__, GRID)
 
 
@@ -200,7 +209,7 @@ def test_the_grid_is_symmetric_by_default_with_float16_scales() -> None:
     assert FORMAT.grid(settings(), torch.bfloat16) == Grid(4, 128, symmetric=True, scale_dtype=torch.float16)
     asymmetric = settings(bits=8, symmetric=False, group_size=-1)
     assert FORMAT.grid(asymmetric, torch.bfloat16) == Grid(8, CHANNEL, symmetric=False, scale_dtype=torch.float16)
-    for bits in (3, 5, 6, 7):
+    for bits in (5, 6, 7):
         with pytest.raises(RecipeError, match=r"grid\.bits"):
             FORMAT.grid(settings(bits=bits), torch.bfloat16)
 
@@ -213,6 +222,9 @@ def test_shapes_that_do_not_fit_are_explained() -> None:
         FORMAT.check(16, 36, Grid(4, CHANNEL, True, GRID.scale_dtype))
     )
     assert FORMAT.check(12, 36, Grid(8, CHANNEL, True, GRID.scale_dtype)) is None
+    three = Grid(3, CHANNEL, True, GRID.scale_dtype)
+    assert "48 input features are not a multiple of 32" in str(FORMAT.check(64, 48, three))
+    assert FORMAT.check(32, 96, three) is None
 
 
 QUANTIZED = [
@@ -231,7 +243,14 @@ SKIPPED = [
 
 
 @pytest.mark.parametrize(
-    "grid", [GRID, ASYMMETRIC, Grid(8, CHANNEL, True, torch.float16), Grid(2, 64, False, torch.float16)]
+    "grid",
+    [
+        GRID,
+        ASYMMETRIC,
+        Grid(8, CHANNEL, True, torch.float16),
+        Grid(2, 64, False, torch.float16),
+        Grid(3, 128, True, torch.float16, act_order=True),
+    ],
 )
 def test_the_config_round_trips_and_is_recognized(grid: Grid) -> None:
     written = FORMAT.config(grid, SKIPPED, QUANTIZED)
@@ -240,7 +259,7 @@ def test_the_config_round_trips_and_is_recognized(grid: Grid) -> None:
         "bits": grid.bits,
         "group_size": grid.group_size,
         "sym": grid.symmetric,
-        "desc_act": False,
+        "desc_act": grid.act_order,
         "lm_head": False,
     }
     assert written["checkpoint_format"] == ("gptq" if grid.symmetric else "gptq_v2")
@@ -287,13 +306,14 @@ def test_the_least_config_that_loaders_accept_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"bits": 3}, "bits"),
+        ({"bits": 5}, "bits"),
         ({"bits": "4"}, "bits"),
         ({"bits": 4.0}, "bits"),
         ({"group_size": None}, "group_size"),
         ({"group_size": 0}, "group_size"),
         ({"group_size": -2}, "group_size"),
         ({"sym": None}, "sym"),
+        ({"desc_act": 1}, "desc_act"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format"),
         ({"checkpoint_format": []}, "checkpoint_format"),
         ({"lm_head": True}, "lm_head"),

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.interop
 QUANTIZED_LINEARS = 4 * (4 + 16 * 3)
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_autogptq_computes_the_weights_of_a_build(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
 ) -> None:
@@ -42,12 +42,13 @@ def test_autogptq_computes_the_weights_of_a_build(
     assert not theirs
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (4, 32), (8, CHANNEL)])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 64), (4, 32), (8, CHANNEL)])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
 def test_autogptq_computes_weights_of_other_grids(
-    client: Client, tmp_path: Path, bits: int, group_size: int, symmetric: bool
+    client: Client, tmp_path: Path, bits: int, group_size: int, symmetric: bool, act_order: bool
 ) -> None:
-    weight = _random_qtensor(Grid(bits, group_size, symmetric, torch.float16), seed=bits)
+    weight = _random_qtensor(Grid(bits, group_size, symmetric, torch.float16, act_order=act_order), seed=bits)
     save_file(dict(FORMAT.pack("linear", weight)), tmp_path / "model.safetensors")
     config = {"quantization_config": FORMAT.config(weight.grid, [], ["linear"])}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -65,7 +66,9 @@ def _random_qtensor(grid: Grid, seed: int) -> QTensor:
     codes = torch.randint(0, grid.levels, (out_features, in_features), generator=generator).byte()
     scales = (0.001 + 0.1 * torch.rand(out_features, groups, generator=generator)).half()
     zero_points = torch.randint(1, grid.levels, (out_features, groups), generator=generator).byte()
-    return QTensor(grid, codes, scales, None if grid.symmetric else zero_points)
+    shuffled = torch.randperm(in_features, generator=generator)
+    group_index = (shuffled // grid.width(in_features)).to(torch.int32) if grid.act_order else None
+    return QTensor(grid, codes, scales, None if grid.symmetric else zero_points, group_index)
 
 
 def _assert_same(theirs: dict[str, Tensor], name: str, ours: QTensor) -> None:

@@ -52,8 +52,14 @@ def main(build: str, answer: str) -> None:
 
 def to_v1(qzeros: Tensor, bits: int) -> Tensor:
     """AutoGPTQ knows v1 alone, whose zero points are less by one. None may be 0: nothing is borrowed then."""
-    ones = sum(1 << shift for shift in range(0, 32, bits))
-    return (qzeros.long() - ones).to(torch.int32)
+    words = 3 if bits == 3 else 1  # 32 values of 3 bits run through three words
+    ones = sum(1 << shift for shift in range(0, 32 * words, bits))
+    rows = []
+    for row in qzeros.tolist():
+        streams = [row[start : start + words] for start in range(0, len(row), words)]
+        values = [sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(one)) - ones for one in streams]
+        rows.append([(value >> (32 * place)) & 0xFFFFFFFF for value in values for place in range(words)])
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
 
 
 def weight_of(layer: Any, dtype: torch.dtype) -> Tensor:
