@@ -90,6 +90,8 @@ def quantize(
     """
     require_apart(model, out)
     source = Source.open(model)
+    for notice in source.notices():
+        log(f"source: {notice}")
     plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)

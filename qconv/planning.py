@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.errors import CheckpointError
-from qconv.inspection import name_class
+from qconv.formats.base import skip_list
+from qconv.inspection import SKIP_KEYS, name_class
 from qconv.models import Architecture, architecture
 from qconv.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
 from qconv.recipe import Recipe
-from qconv.source import WEIGHT_DTYPES, require_unquantized
-
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+from qconv.source import fp8_scheme, weight_dtype
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Estimate:
     Attributes:
         path: The model's folder.
         plan: The plan.
-        dtype: The source's dtype by config.json, as safetensors spells it.
+        dtype: The source's dtypes by config.json, as safetensors spells them.
         notices: What does not fit together, as sentences.
         classes: Sizes by class, in file order.
         source_bytes: Bytes of the source's tensors.
@@ -94,20 +94,22 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     """Plan a build of the model in a folder; no shard needs to be there.
 
     Raises:
-        CheckpointError: config.json is missing, damaged, of unknown architecture or of a quantized model.
+        CheckpointError: config.json is missing, damaged, of unknown architecture, or quantized otherwise than to FP8.
         RecipeError: the recipe does not fit the model.
     """
     config = read_json(path / "config.json")
-    require_unquantized(path, config)
+    scheme = fp8_scheme(path, config)
     model = architecture(config)
-    dtype = _dtype(path, config)
+    dtype = weight_dtype(path, config)
+    listed = _listed(path)
+    stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
     plan = make_plan(model, recipe, lambda name: dtype)
-    classes = _classes(plan, dtype)
+    classes = _classes(plan, stored)
     return Estimate(
         path=path,
         plan=plan,
-        dtype=DTYPE_NAMES[dtype],
-        notices=tuple(_notices(path, model)),
+        dtype=stored.dtypes,
+        notices=tuple(_notices(path, model, stored, listed)),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
         output_bytes=plan.output_bytes,
@@ -115,17 +117,47 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     )
 
 
-def _dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
-    name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
-    if name not in _DTYPES:
-        raise CheckpointError(
-            f"{path / 'config.json'}: dtype {name!r} is none of {', '.join(_DTYPES)}.",
-            hint="Give the original, unquantized checkpoint.",
-        )
-    return _DTYPES[name]
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How the source stores its tensors: plain ones as ``dtype``, the weights named in ``fp8`` by ``scheme``."""
+
+    dtype: torch.dtype
+    scheme: Fp8Scheme | None
+    fp8: frozenset[str]
+
+    @property
+    def dtypes(self) -> str:
+        plain = DTYPE_NAMES[self.dtype]
+        return plain if self.scheme is None else f"{DTYPE_NAMES[torch.float8_e4m3fn]} and {plain}"
+
+    def nbytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor, with its scales, which are float32 at most."""
+        if self.scheme is None or name not in self.fp8:
+            return math.prod(shape) * self.dtype.itemsize
+        return math.prod(shape) + math.prod(self.scheme.scale_shape(shape)) * torch.float32.itemsize
+
+    def extras(self) -> set[str]:
+        """Names of the tensors that may stand beside FP8 weights: their scales, and those of activations."""
+        modules = [name.removesuffix("weight") for name in self.fp8]
+        return {f"{module}{leaf}" for module in modules for leaf in (*SCALE_LEAVES, *ACTIVATION_LEAVES)}
 
 
-def _classes(plan: BuildPlan, dtype: torch.dtype) -> tuple[PlannedClass, ...]:
+def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[str, Any] | None) -> Iterator[str]:
+    """Names of the weights that are FP8: those whose scales the index lists; without one, by the skip list."""
+    if listed is not None:
+        for name, shape in model.tensors():
+            if len(shape) == 2 and any(name.removesuffix("weight") + leaf in listed for leaf in SCALE_LEAVES):
+                yield name
+        return
+    section = config["quantization_config"]
+    skipped = {entry for key in SKIP_KEYS for entry in skip_list(section, key)}
+    for linear in (linear for layer in model.layers for linear in layer.linears()):
+        parts = linear.name.split(".")
+        if skipped.isdisjoint(".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            yield linear.weight
+
+
+def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
     grid = plan.grid
     group = "channel" if grid.group_size == -1 else f"g{grid.group_size}"
     quantized = f"{grid.bits}-bit {group}"
@@ -134,35 +166,50 @@ def _classes(plan: BuildPlan, dtype: torch.dtype) -> tuple[PlannedClass, ...]:
         name = name_class(item.module.name)
         row = rows.get((name, item.quantized))
         if row is None:
-            row = PlannedClass(name, quantized if item.quantized else DTYPE_NAMES[dtype], [])
+            row = PlannedClass(name, quantized if item.quantized else DTYPE_NAMES[stored.dtype], [])
             rows[name, item.quantized] = row
-        _add(row, item, dtype)
+        _add(row, item, stored)
     return tuple(rows.values())
 
 
-def _add(row: PlannedClass, item: Item, dtype: torch.dtype) -> None:
+def _add(row: PlannedClass, item: Item, stored: _Stored) -> None:
     row.modules += 1
-    for number, (_, dimensions) in enumerate(item.module.tensors()):
+    for number, (name, dimensions) in enumerate(item.module.tensors()):
         if number == 0 and dimensions not in row.shapes:
             row.shapes.append(dimensions)
-        elements = math.prod(dimensions)
-        row.weights += elements
-        row.source_bytes += elements * dtype.itemsize
+        row.weights += math.prod(dimensions)
+        row.source_bytes += stored.nbytes(name, dimensions)
     row.output_bytes += sum(spec.nbytes for spec in item.specs)
 
 
-def _notices(path: Path, model: Architecture) -> Iterator[str]:
-    """Whether index and config.json are of one model, as far as names tell."""
+def _listed(path: Path) -> dict[str, Any] | None:
+    """The index's shards by tensor, None without an index.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     if not (path / INDEX_NAME).exists():
-        yield f"no {INDEX_NAME}: planned from config.json alone"
-        return
+        return None
     listed = read_json(path / INDEX_NAME).get("weight_map")
     if not isinstance(listed, dict):
         raise CheckpointError(f"{path / INDEX_NAME}: no weight_map.", hint="Download the index again.")
+    return listed
+
+
+def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, Any] | None) -> Iterator[str]:
+    """Whether index and config.json are of one model, as far as names tell."""
+    if listed is None:
+        yield f"no {INDEX_NAME}: planned from config.json alone"
+        return
+    if stored.scheme is not None and not stored.fp8:
+        yield "config.json says FP8, but the index lists no scale: quantize will refuse"
     expected = {name for name, _ in model.tensors()}
     for names, fault in (
         (sorted(expected - listed.keys()), "tensors of the model are not in the index"),
-        (sorted(listed.keys() - expected - model.ignorable()), "tensors of the index are not part of the model"),
+        (
+            sorted(listed.keys() - expected - model.ignorable() - stored.extras()),
+            "tensors of the index are not part of the model",
+        ),
     ):
         if names:
             yield f"{len(names)} {fault}, the first {names[0]!r}: quantize will refuse"

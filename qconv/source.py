@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import Checkpoint, require_finite
 from qconv.errors import CheckpointError
@@ -33,7 +34,7 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checked checkpoint and its architecture."""
+    """A checked checkpoint and its architecture; an FP8 checkpoint reads as the dense one that it stands for."""
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -42,12 +43,16 @@ class Source:
     def open(cls, path: Path) -> Source:
         """Open and check a checkpoint: every tensor of the architecture once, of its shape, none unknown.
 
+        Of an FP8 checkpoint also every weight's scale, and that there is no other.
+
         Raises:
             CheckpointError: the first thing that is wrong, by file and tensor.
         """
         checkpoint = Checkpoint.open(path)
-        require_unquantized(path, checkpoint.config)
+        scheme = fp8_scheme(path, checkpoint.config)
         model = architecture(checkpoint.config)
+        if scheme is not None:
+            checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
         _check_tensors(checkpoint, model)
         require_tokenizer(path)
         return cls(checkpoint, model)
@@ -76,24 +81,60 @@ class Source:
             yield require_finite(block, entry, row)
             row += len(block) if block.dim() else 1
 
+    def notices(self) -> list[str]:
+        """What a build from this source should be known for, as sentences; empty for an unquantized source."""
+        source = self.checkpoint
+        if not isinstance(source, Dequantized):
+            return []
+        dtype = DTYPE_NAMES[source.entry(next(iter(source.scales))).dtype]
+        sentences = [
+            f"{len(source.scales):,} weights are FP8 ({source.scheme}), read as {dtype}: errors are measured against "
+            "that, and quantizing it to FP8 again need not give the same bits"
+        ]
+        if source.ignored:
+            sentences.append(
+                f"{len(source.ignored):,} scales of static activations are ignored, the first {source.ignored[0]!r}"
+            )
+        return sentences
+
     def companions(self) -> list[Path]:
         """Tokenizer, chat template and generation config, sorted by name."""
         path = self.checkpoint.path
         return sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if file.is_file()})
 
 
-def require_unquantized(path: Path, config: dict[str, Any]) -> None:
-    """Check that config.json is of an unquantized model.
+def fp8_scheme(path: Path, config: dict[str, Any]) -> Fp8Scheme | None:
+    """How a config.json says that weights are stored in FP8; None for an unquantized model.
 
     Raises:
-        CheckpointError: it has a quantization_config.
+        CheckpointError: quantized in any other way.
     """
     section = config.get("quantization_config")
-    if section is not None:
+    if section is None:
+        return None
+    scheme = Fp8Scheme.parse(section) if isinstance(section, dict) else None
+    if scheme is None:
         method = section.get("quant_method") if isinstance(section, dict) else None
         raise CheckpointError(
-            f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized checkpoint."
+            f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized or the FP8 checkpoint."
         )
+    return scheme
+
+
+def weight_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
+    """The dtype of a model's weights by config.json; bf16 where it names none.
+
+    Raises:
+        CheckpointError: it names one that is no weight's.
+    """
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+    name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
+    if not isinstance(name, str) or name not in names:
+        raise CheckpointError(
+            f"{path / 'config.json'}: dtype {name!r} is none of {', '.join(names)}.",
+            hint="Give the original, unquantized checkpoint.",
+        )
+    return names[name]
 
 
 def require_tokenizer(path: Path) -> None:

@@ -113,7 +113,7 @@ def test_unknown_architecture(moe_copy: Path, edit_json: Edit) -> None:
         ({"num_experts_per_tok": 99}, "num_experts_per_tok 99 exceeds the 6 experts"),
         ({"num_hidden_layers": 3}, "tensors of a qwen3_moe model are missing"),
         ({"num_hidden_layers": 1}, "not part of a qwen3_moe model"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "already quantized (quant_method 'fp8')"),
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized (quant_method 'awq')"),
         ({"quantization_config": 3}, "already quantized"),
     ],
     ids=lambda value: str(value),

@@ -65,15 +65,11 @@ class Tensors:
             CheckpointError: as :meth:`read`.
         """
         entry = self.entry(name)
-        if entry.nbytes <= BLOCK_BYTES or not entry.shape:
+        if not entry.shape:
             yield map_tensor(entry)
             return
-        rows, row_bytes = entry.shape[0], entry.nbytes // entry.shape[0]
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            offset, shape = entry.offset + start * row_bytes, (count, *entry.shape[1:])
-            yield map_tensor(replace(entry, offset=offset, nbytes=count * row_bytes, shape=shape))
+        for start, stop in row_ranges(entry):
+            yield map_rows(entry, start, stop)
 
     def gather(self, name: str, rows: Tensor) -> Tensor:
         """Chosen rows of a 2-D tensor, [len(rows), columns], a copy; only those rows are read.
@@ -163,6 +159,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object.", hint="Download it again.")
     return values
+
+
+def row_ranges(entry: TensorEntry) -> Iterator[tuple[int, int]]:
+    """Ranges ``start, stop`` of a tensor's rows that take at most :data:`BLOCK_BYTES` each, or are a single row."""
+    rows = entry.shape[0]
+    step = max(1, rows if entry.nbytes <= BLOCK_BYTES else BLOCK_BYTES // (entry.nbytes // rows))
+    for start in range(0, max(1, rows), step):
+        yield start, min(start + step, rows)
+
+
+def map_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
+    """Map a range of a tensor's rows copy-on-write, [stop - start, ...].
+
+    Raises:
+        CheckpointError: as :func:`map_tensor`.
+    """
+    row_bytes = entry.nbytes // max(1, entry.shape[0])
+    offset, nbytes = entry.offset + start * row_bytes, (stop - start) * row_bytes
+    return map_tensor(replace(entry, offset=offset, nbytes=nbytes, shape=(stop - start, *entry.shape[1:])))
 
 
 def map_tensor(entry: TensorEntry) -> Tensor:
