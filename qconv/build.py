@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from qconv.models import Architecture, architecture
 from qconv.models.base import Layer, Linear
 from qconv.qtensor import Grid, QTensor
 
+REPORT_NAME = "qconv-report.json"
 SCALES_FOLDER = "qconv-scales"
 """Beside the shards, where engines do not look: what was folded into each layer, for verification."""
 
@@ -85,6 +87,14 @@ class Build:
         """
         shape = (linear.out_features, linear.in_features)
         return self.format.unpack(linear.name, shape, self.checkpoint.read, self.grid)
+
+    def method(self) -> tuple[str, ...] | None:
+        """By which steps the build was made, if its report tells."""
+        try:
+            steps = json.loads((self.path / REPORT_NAME).read_text())["recipe"]["method"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (steps,) if isinstance(steps, str) else tuple(steps)
 
     def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the tensors that the build must hold, given which plain weights it lacks."""

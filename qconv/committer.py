@@ -88,7 +88,9 @@ class UnitWriter:
             self._write_scales(scales)
         with output_errors(self._out):
             files = [self._sealed(writer) for writer in self._writers]
-            snr_db = self._check(shards, Comparison(source.checkpoint, self._folds(scales)), workers)
+            compensated = "gptq" in self._plan.recipe.method
+            comparison = Comparison(source.checkpoint, self._folds(scales), compensated)
+            snr_db = self._check(shards, comparison, workers)
             for writer in self._writers[len(shards) :]:
                 writer.require_same(sha256_of(writer.temporary))
         for writer in self._writers:

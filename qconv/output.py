@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qconv.build import SCALES_FOLDER
+from qconv.build import REPORT_NAME, SCALES_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import CheckpointError, OutputError, UsageError
 from qconv.manifest import JOURNAL_NAME, WORK_FOLDER
 from qconv.plan import BuildPlan
-from qconv.report import REPORT_NAME, Report
+from qconv.report import Report
 from qconv.source import COMPANION_PATTERNS, Source
 from qconv.verify import CHECKSUMS_NAME
 

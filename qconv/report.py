@@ -16,8 +16,6 @@ import yaml
 from qconv import __version__
 from qconv.plan import BuildPlan
 
-REPORT_NAME = "qconv-report.json"
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -62,6 +60,7 @@ class Report:
                 "parameters": plan.weights,
                 "skipped": plan.skipped,
                 "coverage": _coverage(layers, plan),
+                "degenerate": _degenerate(layers),
                 "layers": layers,
             }
         )
@@ -70,6 +69,7 @@ class Report:
         """README.md for the build's folder, in the Hub's form."""
         values = self.values
         recipe = values["recipe"]
+        method = recipe["method"] if isinstance(recipe["method"], str) else "+".join(recipe["method"])
         front = yaml.safe_dump(
             {"base_model": values["source"], "library_name": "transformers", "tags": ["qconv", values["format"]]},
             sort_keys=False,
@@ -77,7 +77,7 @@ class Report:
         lines = [
             f"---\n{front}---",
             f"# {values['source']}, {values['format']}",
-            f"Quantized with qconv {values['qconv']}: method `{recipe['method']}`, format `{values['format']}`, "
+            f"Quantized with qconv {values['qconv']}: method `{method}`, format `{values['format']}`, "
             f"{recipe['grid']['bits']} bits in groups of {recipe['grid']['group_size']}; "
             f"{values['bits_per_weight']:.2f} bits per weight over all {values['parameters']:,} parameters, "
             f"{values['quantized_bits_per_weight']:.2f} over the quantized ones. "
@@ -105,33 +105,61 @@ class Report:
             f"{calibration['tokens']:,} tokens in sequences of {calibration['sequence_length']}: "
             f"{values['calibration_corpus']}.",
         ]
-        if coverage is None:
-            return lines
-        lines.append(
-            f"Each token went to the experts that the router chose. Tokens per expert: least {coverage['least']:,}, "
-            f"median {coverage['median']:,}, most {coverage['most']:,}. "
-            f"{coverage['without_tokens']} of {coverage['experts']} experts saw no token and "
-            f"{coverage['mostly_shared']} took at least half of their statistics from the layer as a whole."
-        )
-        weakest = coverage["weakest"]
-        if weakest:
-            rows = [(row["module"], f"{row['tokens']:,}", f"{100 * row['shrinkage']:.0f} %") for row in weakest]
-            lines.append(_table(("least covered expert", "tokens", "share of layer statistics"), rows))
+        if coverage is not None:
+            lines += _coverage_lines(coverage)
+        degenerate = values["degenerate"]
+        if degenerate:
+            rows = [(f"`{row['module']}`", row["what"]) for row in degenerate[:10]]
+            lines.append(f"Degenerate modules: {len(degenerate)}, the first of them in the table.")
+            lines.append(_table(("module", "what"), rows))
         searches = [search for layer in values["layers"] for search in layer["searches"].values()]
-        kept = sum(bool(search["kept_rtn"]) for search in searches)
+        if searches:
+            kept = sum(bool(search["kept_rtn"]) for search in searches)
+            lines.append(
+                f"Of {len(searches)} searches over whole layers, {kept} found nothing better than plain rounding and "
+                "kept it."
+            )
         mlps = [mlp for layer in values["layers"] for mlp in layer["experts"]]
         worse = sum(mlp["loss"] > mlp["rtn_loss"] for mlp in mlps)
         lines.append(
-            f"Of {len(searches)} searches over whole layers, {kept} found nothing better than plain rounding and kept "
-            f"it. Of {len(mlps)} MLPs, {worse} end with a larger output error than plain rounding would give them; "
+            f"Of {len(mlps)} MLPs, {worse} end with a larger output error than plain rounding would give them; "
             f"over all, the error is {_ratio(mlps):.3f} of plain rounding's."
         )
+        compensated = [one for layer in values["layers"] for one in layer["compensations"].values()]
+        if compensated:
+            lines.append(_compensation_line(compensated))
         return lines
 
 
-def _ratio(mlps: Sequence[Mapping[str, Any]]) -> float:
-    ratios = [mlp["loss"] / mlp["rtn_loss"] for mlp in mlps if mlp["rtn_loss"] > 0]
+def _coverage_lines(coverage: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"Each token went to the experts that the router chose. Tokens per expert: least {coverage['least']:,}, "
+        f"median {coverage['median']:,}, most {coverage['most']:,}. "
+        f"{coverage['without_tokens']} of {coverage['experts']} experts saw no token and "
+        f"{coverage['mostly_shared']} took at least half of their statistics from the layer as a whole."
+    ]
+    weakest = coverage["weakest"]
+    if weakest:
+        rows = [(row["module"], f"{row['tokens']:,}", f"{100 * row['shrinkage']:.0f} %") for row in weakest]
+        lines.append(_table(("least covered expert", "tokens", "share of layer statistics"), rows))
+    return lines
+
+
+def _ratio(records: Sequence[Mapping[str, Any]], name: str = "loss") -> float:
+    """The mean ratio of an error to plain rounding's."""
+    ratios = [record[name] / record[f"rtn_{name}"] for record in records if record[f"rtn_{name}"] > 0]
     return statistics.fmean(ratios) if ratios else 1.0
+
+
+def _compensation_line(linears: Sequence[Mapping[str, Any]]) -> str:
+    raised, dead, rows = (
+        sum(key in linear for linear in linears) for key in ("damp_percent", "dead_columns", "rows_kept_rtn")
+    )
+    return (
+        f"GPTQ's error `d H d^T` on the calibration tokens is {_ratio(linears, 'error'):.3f} of plain rounding's on "
+        f"average over {len(linears)} linears. The damping had to be raised for {raised} of them, {dead} have inputs "
+        f"that were zero on every token, and {rows} hold rows that were left to plain rounding, which cost them less."
+    )
 
 
 def _coverage(layers: Sequence[Mapping[str, Any]], plan: BuildPlan) -> dict[str, Any] | None:
@@ -155,6 +183,26 @@ def _coverage(layers: Sequence[Mapping[str, Any]], plan: BuildPlan) -> dict[str,
             if expert["tokens"] <= 4 * k
         ],
     }
+
+
+def _degenerate(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Modules whose weights or statistics left little to go by, and what was made of them."""
+    found = []
+    for layer in layers:
+        for expert in layer["experts"]:
+            if expert["tokens"] < 2:
+                seen = "no calibration token" if expert["tokens"] == 0 else "one calibration token"
+                share = f"{100 * expert['shrinkage']:.0f} % of its statistics are the layer's"
+                found.append((expert["module"], f"saw {seen}: {share}"))
+        for name, value in layer["snr_db"].items():
+            if value is None:
+                found.append((name, "is exact: all weights are zero or on the grid"))
+        for name, record in layer["compensations"].items():
+            if "damp_percent" in record:
+                found.append(
+                    (name, f"second moments too close to singular: damping raised to {record['damp_percent']:g}")
+                )
+    return [{"module": name, "what": what} for name, what in found]
 
 
 def _error_row(layer: Mapping[str, Any]) -> tuple[str, ...]:

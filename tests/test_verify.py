@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qconv.build import REPORT_NAME, Build
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import CheckpointError, VerificationError
 from qconv.formats.awq import unpack_words
@@ -289,8 +290,23 @@ def test_checksums_are_sha256sums_format(rtn_build: Path) -> None:
 def test_the_floor_is_below_any_sound_quantization_and_above_noise() -> None:
     for bits in (2, 3, 4, 8):
         # A uniform quantizer in groups: 6.02 dB a bit, about 4 less for a gaussian's range, a few for heavy tails.
-        assert snr_floor_db(bits) < 6.02 * bits - 4 - 5
-    assert snr_floor_db(4) > 3  # what wrong order, wrong tensor or wrong scale leave is at most about 3 dB
+        assert snr_floor_db(bits, compensated=False) < 6.02 * bits - 4 - 5
+        # Unrelated tensors of one size are at -3 dB: the difference has the energy of both.
+        assert -3 < snr_floor_db(bits, compensated=True) < 6.02 * bits - 12
+    # What wrong order, wrong tensor or wrong scale leave is at most about 3 dB.
+    assert snr_floor_db(4, compensated=False) > snr_floor_db(4, compensated=True) > 3
+
+
+def test_a_floor_is_chosen_by_how_the_build_was_made(rtn_build: Path, tmp_path: Path) -> None:
+    made = Build.open(rtn_build)
+    assert made.method() == ("rtn",)
+    shutil.copytree(rtn_build, tmp_path / "build")
+    report = tmp_path / "build" / REPORT_NAME
+    report.write_text(json.dumps({"recipe": {"method": ["awq", "gptq"]}}))
+    assert Build.open(tmp_path / "build").method() == ("awq", "gptq")
+    for damage in ("{", "{}", "[]"):
+        report.write_text(damage)
+        assert Build.open(tmp_path / "build").method() is None
 
 
 def test_problems_are_counted() -> None:

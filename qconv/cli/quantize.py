@@ -86,6 +86,7 @@ def results(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": report["format"],
         "method": report["recipe"]["method"],
+        "degenerate": len(report["degenerate"]),
         "parameters": report["parameters"],
         "bits_per_weight": report["bits_per_weight"],
         "quantized_bits_per_weight": report["quantized_bits_per_weight"],
@@ -119,5 +120,7 @@ def _print(result: dict[str, Any]) -> None:
         )
     if result["searches"]:
         say(console, f"searches     {result['searches_kept_rtn']} of {result['searches']} kept plain rounding")
+    if result["degenerate"]:
+        say(console, f"degenerate   {result['degenerate']} modules with little to go by; qconv-report.json names them")
     say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
     say(console, f"time         {duration(result['seconds'])}")
