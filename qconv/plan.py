@@ -18,6 +18,7 @@ from qconv.formats import get_format
 from qconv.formats.base import Format
 from qconv.models import Architecture
 from qconv.models.base import Layer, Linear, Moe, Norm
+from qconv.parallel import default_workers
 from qconv.qtensor import Grid
 from qconv.recipe import Recipe
 
@@ -221,6 +222,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
 
     Memory is the interpreter with torch, plus for rounding the largest linear (mapped source, codes, packed words),
     plus for calibration the float32 copies that the attention search or one expert needs and a window of activations.
+    GPTQ holds Hessians and their factors besides: attention's, then those of one expert for each processor.
     """
     interpreter = 450 * 2**20
     largest = max((linear.numel for linear in plan.quantized), default=0)
@@ -228,12 +230,19 @@ def modelled_costs(plan: BuildPlan) -> Costs:
         return Costs(interpreter + 6 * largest, 0)
     tokens = plan.recipe.calibration.tokens
     hidden = plan.architecture.hidden_size
-    attention = max(sum(one.numel for one in layer.attention.linears()) for layer in plan.architecture.layers)
-    mlp = max(sum(one.numel for one in mlp.linears()) for layer in plan.architecture.layers for mlp in layer.mlps())
+    layers = plan.architecture.layers
+    attention = max(sum(one.numel for one in layer.attention.linears()) for layer in layers)
+    mlp = max(sum(one.numel for one in mlp.linears()) for layer in layers for mlp in layer.mlps())
     widest = max((linear.in_features for linear in plan.quantized), default=0)
     window = 4 * 16384 * (hidden + 2 * widest)
     scratch = tokens * hidden * (2 + 2 + 2 + 4)
-    return Costs(interpreter + 650 * 2**20 + 4 * 4 * max(attention, mlp) + window, scratch)
+    working = 4 * 4 * max(attention, mlp)
+    if "gptq" in plan.recipe.method:
+        working = max(
+            4 * (3 * attention + hidden**2 + 3 * max(layer.attention.o.in_features for layer in layers) ** 2),
+            4 * (hidden**2 + default_workers() * (3 * mlp + 4 * hidden**2)),
+        )
+    return Costs(interpreter + 650 * 2**20 + working + window, scratch)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
