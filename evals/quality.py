@@ -1,8 +1,8 @@
 """How far quantized builds are from their bf16 source, on text that calibration has not seen.
 
-Without ``--builds``, quantizes the model by round-to-nearest and by AWQ in both formats (64 x 512 calibration tokens)
-and compares the two methods. Each build's dequantized weights run in transformers in float32 beside the source; what is
-measured is the weights' error, not a kernel's.
+Without ``--builds``, quantizes the model by round-to-nearest, AWQ and GPTQ (64 x 512 calibration tokens) and to FP8,
+and compares the methods on each grid. Each build's dequantized weights run in transformers in float32 beside the
+source; what is measured is the weights' error, not a kernel's.
 
 Documents are whole units: a file is either calibration or held-out text, and errors are over documents, since tokens of
 one file are not independent. Standard errors are those of a ratio estimator; intervals are percentile bootstraps.
@@ -37,7 +37,18 @@ from qconv.runtime.dense import write_dense
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = REPOSITORY / "evals/models/tiny-coder-moe"
-FORMATS = ("awq", "w4a16")
+CASES = {
+    "rtn awq": ("awq", "rtn"),
+    "awq awq": ("awq", "awq"),
+    "rtn w4a16": ("w4a16", "rtn"),
+    "awq w4a16": ("w4a16", "awq"),
+    "gptq w4a16": ("w4a16", "gptq"),
+    "rtn fp8": ("fp8", "rtn"),
+    "rtn fp8-dynamic": ("fp8-dynamic", "rtn"),
+}
+"""Builds by name: format and method."""
+PAIRS = (("awq awq", "rtn awq"), ("awq w4a16", "rtn w4a16"), ("gptq w4a16", "awq w4a16"))
+"""Which of them are compared on the same documents, the second being the baseline."""
 CALIBRATION = CalibrationSettings(corpus=STDLIB, tokens=64 * 512, sequence_length=512)
 WINDOW = 512  # tokens of a document at most, so that no long one decides the mean
 SHORTEST = 64  # tokens; in less than that there is hardly any context
@@ -108,7 +119,7 @@ def main(model: Path, tokens: int, builds: tuple[str, ...], work: Path, as_json:
             pairs = [(name, next(iter(named))) for name in list(named)[1:]]
         else:
             named = _quantize_all(model, work)
-            pairs = [(f"awq {fmt}", f"rtn {fmt}") for fmt in FORMATS]
+            pairs = list(PAIRS)
         # Matrices this small gain little from threads, and threads that wait for each other collapse on a busy machine.
         torch.set_num_threads(1)
         held_out = held_out_text(model, tokens)
@@ -191,17 +202,16 @@ def difference(pair: tuple[str, str], measured: dict[str, Measured]) -> Differen
 
 
 def _quantize_all(model: Path, work: Path) -> dict[str, Path]:
-    """Both methods in both formats through the command line, as a user would."""
+    """Every case through the command line, as a user would."""
     builds = {}
-    for fmt in FORMATS:
-        for method in ("rtn", "awq"):
-            out = work / f"{method}-{fmt}"
-            command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, "--method", method]
-            command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
-            finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-            if finished.returncode:
-                raise QconvError(f"{' '.join(command[1:])} failed:\n{finished.stderr.strip()}")
-            builds[f"{method} {fmt}"] = out
+    for name, (fmt, method) in CASES.items():
+        out = work / f"{method}-{fmt}"
+        command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, "--method", method]
+        command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
+        finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise QconvError(f"{' '.join(command[1:])} failed:\n{finished.stderr.strip()}")
+        builds[name] = out
     return builds
 
 

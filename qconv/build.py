@@ -76,8 +76,9 @@ class Build:
         return self.checkpoint.path
 
     def is_quantized(self, linear: Linear) -> bool:
-        """Whether the file holds no plain weight for a linear."""
-        return linear.weight not in self.checkpoint.entries
+        """Whether the file holds no plain weight for a linear: none at all, or one of E4M3 floats."""
+        entry = self.checkpoint.entries.get(linear.weight)
+        return entry is None or entry.dtype == torch.float8_e4m3fn
 
     def qtensor(self, linear: Linear) -> QTensor:
         """A quantized linear's weight.

@@ -235,12 +235,16 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _plain_values(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers, strings and booleans by dotted key; lists are skip lists, told apart, or of no interest here."""
+    """Numbers, strings, booleans and lists of numbers by dotted key; other lists are skip lists, told apart."""
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _plain_values(value, f"{prefix}{key}.")
-        elif isinstance(value, (str, int, float)):
+        elif isinstance(value, (str, int, float)) or (isinstance(value, list) and _are_numbers(value)):
             yield f"{prefix}{key}", value
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
 
 
 def _bits(section: Mapping[str, Any]) -> int:

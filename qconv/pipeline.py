@@ -24,7 +24,7 @@ from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
 from qconv.committer import UnitWriter
 from qconv.errors import OutputError
 from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, locked, require_same
-from qconv.methods import rtn
+from qconv.methods import fp8, rtn
 from qconv.models.base import Linear
 from qconv.output import (
     FolderState,
@@ -229,12 +229,13 @@ class _Run:
     def _rounded(self, unit: Unit) -> Iterator[Finished]:
         """The unit's modules without calibration."""
         clip = self.recipe.clip if self.recipe.searches_clipping else None
+        rounded = fp8.quantize if self.plan.grid.is_float else rtn.quantize
 
         def finish(item: Item) -> Finished:
             names = [name for name, _ in item.module.tensors()]
             weight = None
             if item.quantized and isinstance(item.module, Linear):
-                weight = rtn.quantize(self.source.read(names.pop(0)), self.plan.grid, clip)
+                weight = rounded(self.source.read(names.pop(0)), self.plan.grid, clip)
             return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
 
         return self.workers.map(finish, unit.items)

@@ -19,7 +19,7 @@ from qconv.formats.base import Format
 from qconv.models import Architecture
 from qconv.models.base import Layer, Linear, Moe, Norm
 from qconv.parallel import default_workers
-from qconv.qtensor import Grid
+from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
 
 Module = Linear | Norm
@@ -70,6 +70,19 @@ class BuildPlan:
     def needs_calibration(self) -> bool:
         """Whether activations are looked at: by the method, or for the stored scales of static activations."""
         return self.recipe.looks_at_activations or self.grid.activations == "static"
+
+    @property
+    def scheme(self) -> str:
+        """What quantized weights become, in words: ``4 bits in groups of 128``."""
+        grid = self.grid
+        if not grid.is_float:
+            spread = ", one scale a row" if grid.group_size == CHANNEL else f" in groups of {grid.group_size}"
+            return f"{grid.bits} bits{spread}"
+        if grid.group_size != CHANNEL:
+            spread = f" in blocks of {grid.block_rows} x {grid.group_size}"
+        else:
+            spread = f", one scale a {'weight' if grid.block_rows == CHANNEL else 'row'}"
+        return f"FP8 (E4M3){spread}, {grid.activations} activations"
 
     def items(self) -> Iterator[Item]:
         """All items in file order."""
@@ -131,6 +144,11 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
     """
     output_format = get_format(recipe.format)
     grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
+    if grid.is_float and recipe.looks_at_activations:
+        raise RecipeError(
+            f"method: {recipe.method_name} rounds to integers, and format {output_format.name} holds floats.",
+            hint="Take method rtn, or an integer format.",
+        )
     if "gptq" in recipe.method and recipe.gptq.ordering == "desc_act":
         grid = _in_act_order(grid, output_format)
     _check_fused(architecture, recipe)
@@ -181,7 +199,7 @@ def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
     """Why a tensor-parallel serving topology of that many ranks cannot hold the build; empty if it can.
 
     q, k, v, gate and up are split along their output, o and down along their input; a rank must own whole heads, whole
-    packed words and whole groups.
+    packed words, and whole groups or blocks. Where there are fewer key-value heads than ranks, each rank owns one.
     """
     model, problems = plan.architecture, []
     if model.num_attention_heads % ranks:
@@ -190,19 +208,22 @@ def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
         problems.append(f"{model.num_key_value_heads} key-value heads neither split over nor repeat on {ranks} ranks")
     quantized = {linear.name for linear in plan.quantized}
     width = plan.grid.group_size
+    height = max(plan.format.pack_columns, plan.grid.block_rows)
+    owners = min(ranks, model.num_key_value_heads)
     seen: set[str] = set()
     for layer in model.layers:
-        mlps = layer.mlps()
-        columns = [layer.attention.q, *(linear for mlp in mlps for linear in (mlp.gate, mlp.up))]
-        rows = [layer.attention.o, *(mlp.down for mlp in mlps)]
-        for linear, size, unit, what in (
-            *((one, one.out_features, plan.format.pack_columns, "output features") for one in columns),
-            *((one, one.in_features, max(width, 1), "input features") for one in rows),
+        mlps, attention = layer.mlps(), layer.attention
+        columns = [(attention.q, ranks), (attention.k, owners), (attention.v, owners)]
+        columns += [(linear, ranks) for mlp in mlps for linear in (mlp.gate, mlp.up)]
+        rows = [attention.o, *(mlp.down for mlp in mlps)]
+        for linear, parts, size, unit, what in (
+            *((one, parts, one.out_features, height, "output features") for one, parts in columns),
+            *((one, ranks, one.in_features, max(width, 1), "input features") for one in rows),
         ):
-            if size % ranks == 0 and (linear.name not in quantized or (size // ranks) % unit == 0):
+            if size % parts == 0 and (linear.name not in quantized or (size // parts) % unit == 0):
                 continue
             kind = linear.name.rpartition(".")[2]
-            problem = f"{kind}: {size} {what} over {ranks} ranks are {size / ranks:g} each, not a multiple of {unit}"
+            problem = f"{kind}: {size} {what} over {parts} ranks are {size / parts:g} each, not a multiple of {unit}"
             if problem not in seen:
                 seen.add(problem)
                 problems.append(f"{problem} (first in {linear.name})")

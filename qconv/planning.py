@@ -18,6 +18,7 @@ from qconv.formats.base import skip_list
 from qconv.inspection import SKIP_KEYS, name_class
 from qconv.models import Architecture, architecture
 from qconv.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
+from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
 from qconv.source import fp8_scheme, weight_dtype
 
@@ -158,9 +159,7 @@ def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[st
 
 
 def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
-    grid = plan.grid
-    group = "channel" if grid.group_size == -1 else f"g{grid.group_size}"
-    quantized = f"{grid.bits}-bit {group}"
+    quantized = _scheme(plan.grid)
     rows: dict[tuple[str, bool], PlannedClass] = {}
     for item in plan.items():
         name = name_class(item.module.name)
@@ -170,6 +169,15 @@ def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
             rows[name, item.quantized] = row
         _add(row, item, stored)
     return tuple(rows.values())
+
+
+def _scheme(grid: Grid) -> str:
+    """A grid in two words."""
+    if not grid.is_float:
+        return f"{grid.bits}-bit {'channel' if grid.group_size == CHANNEL else f'g{grid.group_size}'}"
+    if grid.group_size == CHANNEL:
+        return f"FP8 {'tensor' if grid.block_rows == CHANNEL else 'channel'}"
+    return f"FP8 {grid.block_rows}x{grid.group_size}"
 
 
 def _add(row: PlannedClass, item: Item, stored: _Stored) -> None:

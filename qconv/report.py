@@ -52,6 +52,7 @@ class Report:
                 "qconv": __version__,
                 "source": name,
                 "format": plan.format.name,
+                "scheme": plan.scheme,
                 "recipe": plan.recipe.model_dump(mode="json"),
                 "fingerprints": dict(fingerprints),
                 "calibration_corpus": corpus,
@@ -78,7 +79,7 @@ class Report:
             f"---\n{front}---",
             f"# {values['source']}, {values['format']}",
             f"Quantized with qconv {values['qconv']}: method `{method}`, format `{values['format']}`, "
-            f"{recipe['grid']['bits']} bits in groups of {recipe['grid']['group_size']}; "
+            f"{values['scheme']}; "
             f"{values['bits_per_weight']:.2f} bits per weight over all {values['parameters']:,} parameters, "
             f"{values['quantized_bits_per_weight']:.2f} over the quantized ones. "
             "Routers, norms, embeddings and the output head are not quantized.",

@@ -21,7 +21,7 @@ from qconv.methods.base import row_blocks
 from qconv.models.base import Layer, Linear
 from qconv.parallel import Workers
 from qconv.plan import Module
-from qconv.qtensor import QTensor, SquaredError
+from qconv.qtensor import CHANNEL, QTensor, SquaredError
 from qconv.source import Source
 
 CHECKSUMS_NAME = "SHA256SUMS"
@@ -73,6 +73,15 @@ def snr_floor_db(bits: int, compensated: bool) -> float:
     return max(6.02 * bits - 20.0, -2.0) if compensated else 6.02 * bits - 14.0
 
 
+FLOAT_SNR_FLOOR_DB = 24.0
+"""The least possible signal to noise ratio of a linear of E4M3 floats, whatever its weights.
+
+Rounding to three bits of fraction moves a number by at most 1/17 of itself (1 + 1/16 becomes 1), which is 24.6 dB; what
+lies below 2**-6 moves by at most 2**-10 where the largest of its block is 448, which 100 million weights that share a
+scale bring to 24.1 dB. Sound weights have about 31.5: errors of a gaussian are spread over each power of two.
+"""
+
+
 def verify(path: Path, against: Path | None = None, progress: Progress | None = None) -> Verification:
     """Check a build; with ``against`` also weight by weight against its source.
 
@@ -116,7 +125,7 @@ class Comparison:
         scales = self.folds.input_scale(linear), self.folds.output_scale(linear)
         snr = weight_error(self.source.read(linear.weight), weight, *scales).snr_db
         problem = _bad_parameters(weight)
-        floor = snr_floor_db(weight.grid.bits, self.compensated)
+        floor = FLOAT_SNR_FLOOR_DB if weight.grid.is_float else snr_floor_db(weight.grid.bits, self.compensated)
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
         return snr, None if problem is None else f"{linear.name}: {problem}"
@@ -135,7 +144,8 @@ class Comparison:
 def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
     """Signal and noise of a quantized weight against its source [out, in] after folding."""
     total = SquaredError()
-    for start, stop in row_blocks(*weight.shape):
+    (rows, columns), sharing = weight.shape, weight.grid.block_rows
+    for start, stop in row_blocks(rows, columns, 1 if sharing == CHANNEL else sharing):
         out = None if out_scale is None else out_scale[start:stop]
         reference = folded_weight(source[start:stop], in_scale, out)
         total += SquaredError.between_(reference, weight.rows(start, stop).dequantize())
@@ -222,14 +232,26 @@ def check_structure(build: Build, result: Verification) -> None:
     result.checked.append(f"{len(expected)} tensors present once with their shapes, skip list of {len(build.skipped)}")
 
 
+_E4M3_NAN = 0x7F
+"""With either sign."""
+
+
 def _bad_parameters(weight: QTensor) -> str | None:
     scales = weight.scales.float()
     if not bool(torch.isfinite(scales).all()):
         return "a scale is not finite"
     if not bool((scales > 0).all()):
         return "a scale is not positive"
-    if int(weight.codes.max()) >= weight.grid.levels:
+    if weight.grid.is_float:
+        if bool(((weight.codes.view(torch.uint8) & _E4M3_NAN) == _E4M3_NAN).any()):
+            return "a code is not a number"
+    elif int(weight.codes.max()) >= weight.grid.levels:
         return "a code is out of range"
+    if weight.grid.activations == "static":
+        if weight.input_scale is None:
+            return "there is no scale for its inputs"
+        if not 0.0 < float(weight.input_scale) < math.inf:
+            return "the scale of its inputs is not finite and positive"
     return None
 
 

@@ -126,6 +126,16 @@ def random_qtensor(grid: Grid, out_features: int, in_features: int, seed: int) -
     return QTensor(grid, codes(out_features, in_features), scales, zero_points)
 
 
+def random_float_qtensor(grid: Grid, out_features: int, in_features: int, seed: int) -> QTensor:
+    """The same on a float grid: every finite E4M3 number can occur."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 0x7F, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    codes |= torch.randint(0, 2, codes.shape, generator=generator, dtype=torch.uint8) << 7
+    scales = 0.01 + torch.rand(grid.scale_shape(out_features, in_features), generator=generator)
+    input_scale = torch.rand((), generator=generator) + 0.01 if grid.activations == "static" else None
+    return QTensor(grid, codes.view(torch.float8_e4m3fn), scales.to(grid.scale_dtype), None, input_scale=input_scale)
+
+
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qconv.calibration.forward import AttentionBlock
 from qconv.calibration.layer import Finished, LayerContext
-from qconv.calibration.rounding import compensate, compensation_record, statistics_width
+from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
 from qconv.calibration.statistics import InputStatistics
 from qconv.folding import folded_weight, norm_scale, spread_heads
 from qconv.methods import awq
@@ -31,7 +31,10 @@ def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
     half.collect()
     if "awq" in context.recipe.method:
         half.search_scales()
-    weights = half.compensated() if "gptq" in context.recipe.method else half.clipped()
+    if context.grid.is_float:
+        weights = half.with_static_inputs()
+    else:
+        weights = half.compensated() if "gptq" in context.recipe.method else half.clipped()
     attention = context.layer.attention
     yield context.dense(context.layer.input_norm)
     for linear in attention.linears():
@@ -160,6 +163,15 @@ class _AttentionHalf:
             if linear.name in found:
                 context.report.compensations[linear.name] = compensation_record(found[linear.name])
         return {name: result.qtensor for name, result in found.items()}
+
+    def with_static_inputs(self) -> dict[str, QTensor]:
+        """The projections as floats, by name, each with the scale of its input."""
+        context, attention = self.context, self.context.layer.attention
+        found: dict[str, QTensor] = {}
+        for statistics, linears in ((self.qkv_inputs, attention.linears()[:3]), (self.o_inputs, (attention.o,))):
+            weights = {one.name: self.weights[one.name] for one in linears if one.name in context.quantized}
+            found |= scale_activations(context, statistics.peak, weights)
+        return found
 
     def _folded(self, linear: Linear) -> Tensor:
         folds = self.context.folds

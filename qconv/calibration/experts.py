@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
-from qconv.calibration.rounding import compensate, compensation_record, statistics_width
+from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputStatistics
 from qconv.folding import norm_scale
@@ -63,7 +63,7 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """An MLP at work: its source weights, the tokens of its statistics, the sample of its losses, its output on that."""
+    """An MLP at work: source weights, the tokens of its statistics, the sample of its losses, the output on that."""
 
     mlp: Mlp
     weights: GatedWeights
@@ -209,10 +209,12 @@ class _MlpHalf:
         if "gptq" in method:
             results = self._compensated(subject, folded, scales)
             quantized = {name: result.qtensor for name, result in results.items()}
-        else:
-            assert inner is not None
+        elif inner is not None:
             quantized = self._clipped(subject, folded, scales, inner, record)
-        record |= {"loss": _loss(subject, folded, scales, quantized), "rtn_loss": self._rtn_loss(subject)}
+        else:
+            quantized = self._with_static_inputs(subject)
+        loss = _loss(subject, folded, scales, quantized)
+        record |= {"loss": loss, "rtn_loss": loss if context.grid.is_float else self._rtn_loss(subject)}
         output: Iterator[tuple[Tensor, Tensor]] | None = None
         if not context.is_last:
             propagate = context.recipe.calibration.propagate
@@ -286,6 +288,20 @@ class _MlpHalf:
             inner = self._inner_statistics(passing, subject.assignment, folded.down.shape[1])
             results |= compensate(context, inner, {mlp.down.name: folded.down})
         return results
+
+    def _with_static_inputs(self, subject: _Subject) -> dict[str, QTensor]:
+        """The weights as floats; one scale for the inputs of all gates and ups of the layer, as engines want it."""
+        context, mlp = self.context, subject.mlp
+        inner = self._inner_statistics(subject.weights, subject.assignment, 0)
+        parts = (
+            (self.layer_inputs.peak, {mlp.gate: subject.weights.gate, mlp.up: subject.weights.up}),
+            (inner.peak, {mlp.down: subject.weights.down}),
+        )
+        found: dict[str, QTensor] = {}
+        for peak, weights in parts:
+            wanted = {linear.name: weight for linear, weight in weights.items() if linear.name in context.quantized}
+            found |= scale_activations(context, peak, wanted)
+        return found
 
     def _clipped(
         self,

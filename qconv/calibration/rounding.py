@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qconv.calibration.layer import LayerContext
 from qconv.calibration.statistics import InputStatistics, block_width
-from qconv.methods import gptq
+from qconv.methods import fp8, gptq
 from qconv.methods.gptq import GptqResult
+from qconv.qtensor import QTensor
 
 
 def statistics_width(context: LayerContext, in_features: int) -> int:
@@ -55,3 +57,16 @@ def compensation_record(result: GptqResult) -> dict[str, Any]:
     if result.kept_rtn:
         record["rows_kept_rtn"] = result.kept_rtn
     return record
+
+
+def scale_activations(context: LayerContext, peak: float, weights: Mapping[str, Tensor]) -> dict[str, QTensor]:
+    """Quantize to a float grid with static activations the linears that share an input.
+
+    Args:
+        context: The layer.
+        peak: The input's largest magnitude on the calibration tokens.
+        weights: Their weights, any float dtype, [out_features, in_features], by module name.
+    """
+    clip = context.recipe.clip if context.recipe.searches_clipping else None
+    scale = fp8.activation_scale(torch.tensor(peak))
+    return {name: fp8.quantize(weight, context.grid, clip, scale) for name, weight in weights.items()}

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from qconv.inspection import Inspection, ModuleClass
 
 _SKIPPED_SHOWN = 8
-_TELLING = ("format", "bits", "num_bits", "type", "group_size", "strategy", "symmetric", "sym", "zero_point", "version")
+_TELLING = (
+    *("format", "fmt", "bits", "num_bits", "type", "group_size", "strategy", "weight_block_size", "block_structure"),
+    *("symmetric", "sym", "zero_point", "activation_scheme", "version"),
+)
 """Keys of a quantization_config that the summary shows."""
 
 
@@ -127,7 +130,7 @@ def _quantization(inspection: Inspection) -> str:
         return "none"
     method = str(values.get("quant_method", "not named"))
     ours = f"format {inspection.format}" if inspection.format else "a format that qconv does not read"
-    details = {key.rpartition(".")[2]: value for key, value in values.items()}
+    details = {key.rpartition(".")[2]: value for key, value in values.items() if "activations" not in key}
     shown = [f"{key} {details[key]}" for key in _TELLING if key in details]
     return ", ".join([f"{method} ({ours})", *shown])
 

@@ -66,10 +66,9 @@ def command(model: str, out: Path, restart: bool, threads: int | None, as_json: 
 
 def plan_summary(plan: BuildPlan) -> str:
     """What will be written, in a line."""
-    grid, shards = plan.grid, sum(len(unit.shards) for unit in plan.units)
-    group = "one scale a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    shards = sum(len(unit.shards) for unit in plan.units)
     return (
-        f"{plan.recipe.method_name} to {plan.format.name}, {grid.bits} bits, {group}: {plan.weights:,} weights, "
+        f"{plan.recipe.method_name} to {plan.format.name}, {plan.scheme}: {plan.weights:,} weights, "
         f"{len(plan.quantized):,} linears quantized; {size(plan.output_bytes)} in {shards} shards, "
         f"{plan.bits_per_weight:.2f} bits per weight"
     )

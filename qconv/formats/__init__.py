@@ -9,10 +9,13 @@ from typing import Any
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
 
+_SHARED = ("base", "float8")
+"""The modules that are no formats, but what formats have in common."""
+
 
 def formats() -> list[str]:
     """The names of all formats, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
 def get_format(name: str) -> Format:

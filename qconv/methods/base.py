@@ -17,9 +17,12 @@ from qconv.recipe import ClipSettings
 _BLOCK_ELEMENTS = 1 << 19
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges ``start, stop`` of rows that together hold about half a million elements."""
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
+def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges ``start, stop`` of rows that together hold about half a million elements.
+
+    Each begins at a multiple of ``multiple`` rows, and so holds at least as many if there are.
+    """
+    step = max(1, _BLOCK_ELEMENTS // max(columns * multiple, 1)) * multiple
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -50,7 +53,7 @@ def range_parameters(low: Tensor, span: Tensor, grid: Grid) -> tuple[Tensor, Ten
     Returns:
         scales (``grid.scale_dtype``, positive) and zero points (uint8) or None, of the ranges' shape.
     """
-    scales = _storable(span / (grid.levels - 1), grid.scale_dtype)
+    scales = storable(span / (grid.levels - 1), grid.scale_dtype)
     if grid.symmetric:
         return scales, None
     return scales, torch.round(-low / scales.float()).clamp_(0, grid.levels - 1).to(torch.uint8)
@@ -71,7 +74,8 @@ def grid_parameters(grouped: Tensor, grid: Grid, ratio: Tensor | float = 1.0) ->
     return range_parameters(low * ratio, span * ratio, grid)
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as a file holds them: in ``dtype``, kept within its normal numbers, and 1 in place of 0."""
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal
     stored = scales.clamp(min=smallest, max=limits.max).to(dtype)

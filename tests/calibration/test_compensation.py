@@ -1,4 +1,4 @@
-"""GPTQ in a calibrated build: whose Hessian rounds what, with AWQ before it, in every family, in any number of threads."""
+"""GPTQ in a calibrated build: whose Hessian rounds what, with AWQ before it, in every family, with any threads."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
+import yaml
 
 from tests.interop import environments
 
@@ -30,7 +31,8 @@ def client() -> Client:
     def run(environment: str | None, script: str, *arguments: object) -> None:
         interpreter = Path(sys.executable) if environment is None else environments.interpreter(environment)
         # The model is so small that threads wait for each other longer than they compute.
-        _run([interpreter, "-m", f"tests.interop.clients.{script}", *arguments], OMP_NUM_THREADS="1")
+        settings = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        _run([interpreter, "-m", f"tests.interop.clients.{script}", *arguments], **settings)
 
     return run
 
@@ -48,6 +50,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
             command += ["--tokens", CALIBRATION_TOKENS]
         _run(command)
         return out
+
+    return make
+
+
+@pytest.fixture
+def build_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """A build of the bundled model by a recipe's values; calibration is short."""
+
+    def make(values: dict[str, Any]) -> Path:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({**values, "calibration": {"tokens": CALIBRATION_TOKENS}}))
+        _run([sys.executable, "-m", "qconv", "quantize", MODEL, "--recipe", recipe, "-o", tmp_path / "build"])
+        return tmp_path / "build"
 
     return make
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from tests.interop.conftest import MODEL, Client
 
 pytestmark = pytest.mark.interop
 
-METHODS = ("rtn", "awq")
 NEW_TOKENS = 32
 PROMPT_TOKENS = 12
 """Every prompt is cut to this length: equal ones decode as one batch without padding."""
@@ -66,7 +66,7 @@ class Decoded:
     loading: dict[str, list[str]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rtn", "awq"])
 def test_autoawq_decodes_as_the_dequantized_model(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
 ) -> None:
@@ -84,7 +84,7 @@ def test_autoawq_decodes_as_the_dequantized_model(
     _assert_same_greedy_tokens(reference, loaded, AUTOAWQ_BOUND)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
 def test_transformers_decodes_w4a16_as_the_dequantized_model(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
 ) -> None:
@@ -93,6 +93,36 @@ def test_transformers_decodes_w4a16_as_the_dequantized_model(
     request = _request(tmp_path / "request.json", reference.tokens.tolist())
     client("compressed-tensors", "transformers_generate", made, "bfloat16", request, tmp_path / "w4a16.safetensors")
     loaded = _read(tmp_path / "w4a16.safetensors")
+
+    assert not any(loaded.loading.values()), loaded.loading
+    assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND
+    _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
+
+
+@pytest.mark.parametrize("changes", [{}, {"grid": {"symmetric": False}, "gptq": {"ordering": "desc_act"}}])
+def test_gptqmodel_decodes_as_the_dequantized_model(
+    build_recipe: Callable[[dict[str, Any]], Path], client: Client, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    made = build_recipe({"format": "gptq", "method": "gptq", **changes})
+    reference = _reference(made, torch.float16, client, tmp_path)
+    request = _request(tmp_path / "request.json", reference.tokens.tolist())
+    client("gptqmodel", "gptqmodel_generate", made, request, tmp_path / "gptqmodel.safetensors")
+    loaded = _read(tmp_path / "gptqmodel.safetensors")
+
+    assert not any(loaded.loading.values()), loaded.loading
+    assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND
+    _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
+
+
+@pytest.mark.parametrize(("fmt", "environment"), [("fp8", None), ("fp8-dynamic", "compressed-tensors")])
+def test_transformers_decodes_fp8_as_the_dequantized_model(
+    build: Callable[[str, str], Path], client: Client, tmp_path: Path, fmt: str, environment: str | None
+) -> None:
+    made = build(fmt, "rtn")
+    reference = _reference(made, torch.bfloat16, client, tmp_path)
+    request = _request(tmp_path / "request.json", reference.tokens.tolist())
+    client(environment, "transformers_generate", made, "bfloat16", request, tmp_path / "fp8.safetensors")
+    loaded = _read(tmp_path / "fp8.safetensors")
 
     assert not any(loaded.loading.values()), loaded.loading
     assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND

@@ -23,12 +23,11 @@ from tests.interop.conftest import Client
 
 pytestmark = pytest.mark.interop
 
-METHODS = ("rtn", "awq")
 # tiny-coder-moe: 4 layers of 4 attention projections and 16 experts of 3.
 QUANTIZED_LINEARS = 4 * (4 + 16 * 3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rtn", "awq"])
 def test_autoawq_unpacks_our_weights_bit_for_bit(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
 ) -> None:
@@ -45,7 +44,7 @@ def test_autoawq_unpacks_our_weights_bit_for_bit(
     assert not theirs
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
 def test_compressed_tensors_decompresses_our_weights_bit_for_bit(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
 ) -> None:

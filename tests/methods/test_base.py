@@ -207,10 +207,14 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.undo()
 
 
-@given(st.integers(1, 50), st.integers(1, 2**20))
-def test_blocks_cover_every_row_once(rows: int, columns: int) -> None:
-    covered = [row for start, stop in row_blocks(rows, columns) for row in range(start, stop)]
-    assert covered == list(range(rows))
+@given(st.integers(1, 500), st.integers(1, 2**20), st.integers(1, 200))
+def test_blocks_cover_every_row_once_and_begin_at_multiples(rows: int, columns: int, multiple: int) -> None:
+    blocks = list(row_blocks(rows, columns, multiple))
+    assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
+    assert all(start % multiple == 0 for start, _ in blocks)
+    # As large as the cache allows, but for the last one: a multiple more would be too many elements.
+    for start, stop in blocks[:-1]:
+        assert (stop - start) * columns <= 2**19 < (stop - start + multiple) * columns or stop - start == multiple
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -1,0 +1,225 @@
+"""What the FP8 formats share: E4M3 weights with their scales beside them, and compressed-tensors' words for them.
+
+``weight`` is F8_E4M3 [out, in]. Its scales multiply, whatever they are called; the one scale of a whole weight is [1],
+those of rows are [out, 1], those of blocks [blocks down, blocks across]. A static ``input_scale`` is float32 [1].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint.header import TensorSpec
+from qconv.errors import CheckpointError, RecipeError
+from qconv.formats.base import TensorReader, read_tensors, skip_list
+from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.recipe import GridSettings
+
+BLOCK = 128
+"""Side of a block: what the kernels of engines are made for."""
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""In which dtypes scales are found."""
+COMPRESSED_TENSORS_VERSION = "0.20.0"
+"""The release whose config this is; written to config.json as readers expect."""
+FLOAT_QUANTIZED = "float-quantized"
+
+
+class Float8Layout:
+    """The tensors of an FP8 linear; a format adds its own config.json."""
+
+    name: str
+    scale_leaf: str
+    """What the scales' tensor is called."""
+    pack_columns = 1
+    act_order = False
+
+    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
+        """Every shape: blocks may be ragged at the edges."""
+        return None
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """weight, its scales, input_scale (static)."""
+        specs = [
+            TensorSpec(f"{module}.weight", torch.float8_e4m3fn, (out_features, in_features)),
+            self._scale_spec(module, out_features, in_features, grid),
+        ]
+        if grid.activations == "static":
+            specs.append(_input_spec(module))
+        return specs
+
+    def _scale_spec(self, module: str, out_features: int, in_features: int, grid: Grid) -> TensorSpec:
+        whole = grid.block_rows == CHANNEL
+        shape = (1,) if whole else grid.scale_shape(out_features, in_features)
+        return TensorSpec(f"{module}.{self.scale_leaf}", grid.scale_dtype, shape)
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of :meth:`specs`."""
+        scales = self._scale_spec(module, *weight.shape, weight.grid)
+        yield f"{module}.weight", weight.codes
+        yield scales.name, weight.scales.view(scales.shape)
+        if weight.grid.activations == "static":
+            if weight.input_scale is None:
+                raise ValueError(f"{module}: static activations need an input scale")
+            yield f"{module}.input_scale", weight.input_scale.view(1)
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """Codes and scales of a linear of ``shape``; the grid's scale dtype is the one found.
+
+        Raises:
+            CheckpointError: a tensor is absent, misshapen or of another dtype.
+        """
+        weight, scale, *_ = self.specs(module, *shape, grid)
+        codes = read_tensors([weight], module, read)["weight"]
+        scales = _read_scale(scale, read).view(grid.scale_shape(*shape))
+        input_scale = None
+        if grid.activations == "static":
+            input_scale = _read_scale(_input_spec(module), read).float().view(())
+        return QTensor(replace(grid, scale_dtype=scales.dtype), codes, scales, None, input_scale=input_scale)
+
+
+class CompressedFloat8(Float8Layout):
+    """The same as compressed-tensors describes it; a format adds its grid and what it recognizes."""
+
+    scale_leaf = "weight_scale"
+
+    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """One config group that targets every Linear, and the list of exceptions."""
+        group = {
+            "targets": ["Linear"],
+            "format": FLOAT_QUANTIZED,
+            "weights": _arguments(False, **_weight_strategy(grid)),
+            "input_activations": _arguments(grid.activations == "dynamic", **_activation_strategy(grid)),
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": FLOAT_QUANTIZED,
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": list(skipped),
+            "config_groups": {"group_0": group},
+            "version": COMPRESSED_TENSORS_VERSION,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+        """Grid and skipped modules.
+
+        Raises:
+            CheckpointError: not exactly one group of E4M3 weights by tensor, row or block, with activations to match.
+        """
+        weights, activations = _group(section)
+        grid = _weight_grid(weights, weight_dtype)
+        if grid is not None:
+            grid = replace(grid, activations="static" if activations.get("dynamic") is False else "dynamic")
+            expected = _arguments(grid.activations == "dynamic", **_activation_strategy(grid))
+            if all(activations.get(key) == value for key, value in expected.items()):
+                return grid, skip_list(section, "ignore")
+        raise CheckpointError(
+            "config.json: quantization_config is of an FP8 scheme that is not known: "
+            f"weights {_shown(weights)}, input_activations {_shown(activations)}.",
+            hint="Known are one config group with weights by tensor, channel or block and activations by tensor "
+            "(static), token or group (dynamic).",
+        )
+
+    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
+        """Exact match, or a regular expression after ``re:``."""
+        return any(
+            re.match(entry.removeprefix("re:"), module) if entry.startswith("re:") else entry == module
+            for entry in skipped
+        )
+
+
+def _input_spec(module: str) -> TensorSpec:
+    return TensorSpec(f"{module}.input_scale", torch.float32, (1,))
+
+
+def _read_scale(spec: TensorSpec, read: TensorReader) -> Tensor:
+    tensor = read(spec.name)
+    if tuple(tensor.shape) != spec.shape or tensor.dtype not in SCALE_DTYPES:
+        raise CheckpointError(f"{spec.name}: {tensor.dtype} {list(tensor.shape)}, not {list(spec.shape)}.")
+    return tensor
+
+
+def require_eight_bits(settings: GridSettings, name: str) -> None:
+    """Check that a recipe's grid is one of E4M3 floats.
+
+    Raises:
+        RecipeError: other bits, or zero points.
+    """
+    if settings.bits != 8:
+        raise RecipeError(
+            f"grid.bits: the {name} format holds 8 bits, not {settings.bits}.", hint="Set grid.bits to 8."
+        )
+    if settings.symmetric is False:
+        raise RecipeError(f"grid.symmetric: the {name} format has no zero points.", hint="Leave it out.")
+
+
+def is_float_quantized(section: dict[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is compressed-tensors' of plain FP8."""
+    return section.get("quant_method") == "compressed-tensors" and section.get("format") == FLOAT_QUANTIZED
+
+
+def is_static(section: dict[str, Any]) -> bool:
+    """Whether the one config group of a ``quantization_config`` has static activations."""
+    _, activations = _group(section)
+    return activations.get("dynamic") is False
+
+
+def _group(section: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the one config group says of weights and activations; empty where it says nothing."""
+    groups = section.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    parts = [group.get(part) if isinstance(group, dict) else None for part in ("weights", "input_activations")]
+    weights, activations = (part if isinstance(part, dict) else {} for part in parts)
+    return weights, activations
+
+
+def _arguments(dynamic: bool, **strategy: Any) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": dynamic, **strategy}
+
+
+def _weight_strategy(grid: Grid) -> dict[str, Any]:
+    if grid.group_size != CHANNEL:
+        return {"strategy": "block", "group_size": None, "block_structure": [grid.block_rows, grid.group_size]}
+    return {"strategy": "tensor" if grid.block_rows == CHANNEL else "channel", "group_size": None}
+
+
+def _activation_strategy(grid: Grid) -> dict[str, Any]:
+    if grid.activations == "static":
+        return {"strategy": "tensor", "group_size": None}
+    if grid.group_size == CHANNEL:
+        return {"strategy": "token", "group_size": None}
+    return {"strategy": "group", "group_size": grid.group_size}
+
+
+def _weight_grid(weights: dict[str, Any], scale_dtype: torch.dtype) -> Grid | None:
+    if (weights.get("type"), weights.get("num_bits"), weights.get("symmetric")) != ("float", 8, True):
+        return None
+    strategy = weights.get("strategy")
+    if strategy == "block":
+        block = block_sides(weights.get("block_structure"))
+        return None if block is None else Grid(8, block[1], True, scale_dtype, "e4m3", block[0])
+    if strategy in ("channel", "tensor"):
+        return Grid(8, CHANNEL, True, scale_dtype, "e4m3", 1 if strategy == "channel" else CHANNEL)
+    return None
+
+
+def block_sides(value: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block as a config.json lists them; None for anything else."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
+        return value[0], value[1]
+    return None
+
+
+def _shown(arguments: dict[str, Any]) -> str:
+    """The telling ones of a config group's arguments."""
+    keys = ("num_bits", "type", "symmetric", "strategy", "block_structure", "group_size", "dynamic")
+    return repr({key: arguments[key] for key in keys if key in arguments})
