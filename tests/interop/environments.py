@@ -3,6 +3,8 @@
 AutoAWQ is archived and needs a transformers older than qconv's, so each environment lives beside qconv's own, in the
 checkout or in the folder that QCONV_INTEROP_HOME names. Run as a script, this makes the ones that are missing or out of
 date.
+
+Other scripts keep the pins of their environments in folders of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
-ENVIRONMENTS = ("autoawq", "compressed-tensors")
+ENVIRONMENTS = ("autoawq", "compressed-tensors", "ggml")
 
 
 def folder(name: str) -> Path:
@@ -24,29 +26,31 @@ def folder(name: str) -> Path:
 
 
 def interpreter(name: str) -> Path:
-    """The Python of the environment ``name``.
+    """The Python of the environment ``name`` of the interop tests.
 
     Raises:
         RuntimeError: the environment is missing or was made from other pins.
     """
-    if not _is_current(name):
+    if not _is_current(name, HERE):
         raise RuntimeError(f"interop environment {name!r} is missing or out of date: run `make interop`")
     return folder(name) / "bin" / "python"
 
 
-def make(name: str) -> None:
-    """Create the environment ``name`` unless it already holds exactly the pinned versions."""
-    if _is_current(name):
-        return
+def make(name: str, pins: Path = HERE) -> Path:
+    """Create the environment ``name`` unless it already holds exactly the versions pinned in ``pins``; its Python."""
+    python = folder(name) / "bin" / "python"
+    if _is_current(name, pins):
+        return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder(name)], check=True)
-    resolved, alone = _requirement_files(name)
-    torch_pin = next(line for line in resolved.read_text().splitlines() if line.startswith("torch=="))
+    resolved, alone = _requirement_files(name, pins)
     # torch alone and first: resolved together with the rest it may come with gigabytes of CUDA libraries.
-    _pip_install(name, torch_pin)
+    for torch_pin in (line for line in resolved.read_text().splitlines() if line.startswith("torch==")):
+        _pip_install(name, torch_pin)
     _pip_install(name, "-r", str(resolved))
     if alone.exists():
         _pip_install(name, "--no-deps", "-r", str(alone))
-    _stamp(name).write_text(_fingerprint(name))
+    _stamp(name).write_text(_fingerprint(name, pins))
+    return python
 
 
 def _pip_install(name: str, *arguments: str) -> None:
@@ -54,21 +58,21 @@ def _pip_install(name: str, *arguments: str) -> None:
     subprocess.run([*pip, *arguments], check=True)
 
 
-def _requirement_files(name: str) -> tuple[Path, Path]:
-    return HERE / f"requirements-{name}.txt", HERE / f"requirements-{name}.no-deps.txt"
+def _requirement_files(name: str, pins: Path) -> tuple[Path, Path]:
+    return pins / f"requirements-{name}.txt", pins / f"requirements-{name}.no-deps.txt"
 
 
-def _fingerprint(name: str) -> str:
-    pins = b"".join(path.read_bytes() for path in _requirement_files(name) if path.exists())
-    return hashlib.sha256(pins + sys.version.encode()).hexdigest()
+def _fingerprint(name: str, pins: Path) -> str:
+    pinned = b"".join(path.read_bytes() for path in _requirement_files(name, pins) if path.exists())
+    return hashlib.sha256(pinned + sys.version.encode()).hexdigest()
 
 
 def _stamp(name: str) -> Path:
     return folder(name) / ".installed"
 
 
-def _is_current(name: str) -> bool:
-    return _stamp(name).exists() and _stamp(name).read_text() == _fingerprint(name)
+def _is_current(name: str, pins: Path) -> bool:
+    return _stamp(name).exists() and _stamp(name).read_text() == _fingerprint(name, pins)
 
 
 if __name__ == "__main__":
