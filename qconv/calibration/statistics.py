@@ -74,8 +74,11 @@ class InputStatistics:
         elif width:
             grouped, other = (one.view(count, blocks, width).transpose(0, 1) for one in (inputs, counted))
             self.gram.baddbmm_(other.transpose(1, 2), grouped, alpha=1.0 / total)
-        self.magnitude.mul_(self.tokens / total).add_(counted.abs().sum(0), alpha=1.0 / total)
-        self.peak = max(self.peak, float(inputs.abs().max()))
+        sizes = inputs.abs()
+        self.peak = max(self.peak, float(sizes.max()))
+        if weights is not None:
+            sizes.mul_(weights.unsqueeze(-1))
+        self.magnitude.mul_(self.tokens / total).add_(sizes.sum(0), alpha=1.0 / total)
         self.tokens = total
 
     def _add_in_panels(self, inputs: Tensor, counted: Tensor, factor: float) -> None:

@@ -73,7 +73,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def _stream_parts(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Of a stream of 32 values in ``bits`` words: each value, a word that it touches, the place of its lowest bit there.
+    """Of a stream of 32 values in ``bits`` words: each value, a word that it touches, its lowest bit's place there.
 
     The place is negative for the upper part of a value that began in the word before.
     """

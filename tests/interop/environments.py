@@ -4,7 +4,7 @@ AutoAWQ is archived and needs a transformers older than qconv's, so each environ
 checkout or in the folder that QCONV_INTEROP_HOME names. Run as a script, this makes the ones that are missing or out of
 date.
 
-Other scripts keep the pins of their environments in folders of their own.
+The scripts under ``evals/peers`` make theirs when they need them; their pins lie here too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
-ENVIRONMENTS = ("autoawq", "compressed-tensors", "ggml")
+ENVIRONMENTS = ("autoawq", "compressed-tensors", "gptqmodel", "ggml")
 
 
 def folder(name: str) -> Path:
@@ -31,25 +31,25 @@ def interpreter(name: str) -> Path:
     Raises:
         RuntimeError: the environment is missing or was made from other pins.
     """
-    if not _is_current(name, HERE):
+    if not _is_current(name):
         raise RuntimeError(f"interop environment {name!r} is missing or out of date: run `make interop`")
     return folder(name) / "bin" / "python"
 
 
-def make(name: str, pins: Path = HERE) -> Path:
-    """Create the environment ``name`` unless it already holds exactly the versions pinned in ``pins``; its Python."""
+def make(name: str) -> Path:
+    """Create the environment ``name`` unless it already holds exactly the pinned versions; its Python."""
     python = folder(name) / "bin" / "python"
-    if _is_current(name, pins):
+    if _is_current(name):
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder(name)], check=True)
-    resolved, alone = _requirement_files(name, pins)
+    resolved, alone = _requirement_files(name)
     # torch alone and first: resolved together with the rest it may come with gigabytes of CUDA libraries.
     for torch_pin in (line for line in resolved.read_text().splitlines() if line.startswith("torch==")):
         _pip_install(name, torch_pin)
     _pip_install(name, "-r", str(resolved))
     if alone.exists():
         _pip_install(name, "--no-deps", "-r", str(alone))
-    _stamp(name).write_text(_fingerprint(name, pins))
+    _stamp(name).write_text(_fingerprint(name))
     return python
 
 
@@ -58,12 +58,12 @@ def _pip_install(name: str, *arguments: str) -> None:
     subprocess.run([*pip, *arguments], check=True)
 
 
-def _requirement_files(name: str, pins: Path) -> tuple[Path, Path]:
-    return pins / f"requirements-{name}.txt", pins / f"requirements-{name}.no-deps.txt"
+def _requirement_files(name: str) -> tuple[Path, Path]:
+    return HERE / f"requirements-{name}.txt", HERE / f"requirements-{name}.no-deps.txt"
 
 
-def _fingerprint(name: str, pins: Path) -> str:
-    pinned = b"".join(path.read_bytes() for path in _requirement_files(name, pins) if path.exists())
+def _fingerprint(name: str) -> str:
+    pinned = b"".join(path.read_bytes() for path in _requirement_files(name) if path.exists())
     return hashlib.sha256(pinned + sys.version.encode()).hexdigest()
 
 
@@ -71,8 +71,8 @@ def _stamp(name: str) -> Path:
     return folder(name) / ".installed"
 
 
-def _is_current(name: str, pins: Path) -> bool:
-    return _stamp(name).exists() and _stamp(name).read_text() == _fingerprint(name, pins)
+def _is_current(name: str) -> bool:
+    return _stamp(name).exists() and _stamp(name).read_text() == _fingerprint(name)
 
 
 if __name__ == "__main__":
