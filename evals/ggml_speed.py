@@ -35,7 +35,7 @@ from qconv.parallel import Workers
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = "lib/python*/site-packages/libggml/lib64/libggml-base.so"
 COLUMNS = 6144  # the 480B's hidden size
-ROWS_A_TASK = 64
+ROWS_A_TASK = 128
 
 Task = Callable[[int, int], object]
 """Encodes rows from one to the other."""
@@ -57,7 +57,7 @@ class Row:
     "--type", "names", multiple=True, type=click.Choice([type.name for type in GgmlType]), help="Default: all."
 )
 @click.option("--threads", multiple=True, type=click.IntRange(min=1), default=(1, 2), show_default=True)
-@click.option("--rows", type=click.IntRange(min=1), default=512, show_default=True, help=f"Of {COLUMNS} weights each.")
+@click.option("--rows", type=click.IntRange(min=1), default=1024, show_default=True, help=f"Of {COLUMNS} weights each.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--library", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="libggml-base.so.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -16,9 +16,9 @@ from qconv.ggml.numeric import HALF_MAX
 from qconv.ggml.packing import by_element
 from qconv.ggml.searched import SEARCHES
 
-_DIRECT_TILE = 1 << 18
-_SEARCH_TILE = 1 << 16
-"""Elements. A search holds about five float32 copies, which should fit the processor's second-level cache."""
+_TILE = 1 << 19
+"""Elements. One thread would be faster with a quarter of that, which fits the second-level cache, but several threads
+then spend their time waiting for Python's lock between operations."""
 
 _DEVICE_TILE = 1 << 24
 """Elements on a device other than the processor, where launching an operation costs more than its data."""
@@ -96,8 +96,7 @@ def _searched(tile: Tensor, type: GgmlType, importance: Tensor | None) -> Tensor
 def _tiles(weight: Tensor, type: GgmlType, searched: bool) -> Iterator[tuple[int, int]]:
     """Ranges of rows that are worked through together; those of a search fill lanes without padding."""
     rows, columns = weight.shape
-    on_processor = _SEARCH_TILE if searched else _DIRECT_TILE
-    elements = on_processor if weight.device.type == "cpu" else _DEVICE_TILE
+    elements = _TILE if weight.device.type == "cpu" else _DEVICE_TILE
     unit = _LANES // math.gcd(_LANES, columns // type.block_elements) if searched else 1
     step = unit * max(1, round(elements / (columns * unit))) if columns else 1
     for start in range(0, rows if columns else 0, step):

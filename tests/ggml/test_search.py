@@ -163,8 +163,7 @@ def test_a_block_is_encoded_alike_whatever_surrounds_it(type: GgmlType, monkeypa
         whole = encode(weight, type, given_importance)
         parts = [encode(row.unsqueeze(0), type, given_importance) for row in weight]
         assert torch.equal(torch.cat(parts), whole)
-        monkeypatch.setattr(encoding, "_SEARCH_TILE", 3 * 512)
-        monkeypatch.setattr(encoding, "_DIRECT_TILE", 3 * 512)
+        monkeypatch.setattr(encoding, "_TILE", 3 * 512)
         assert torch.equal(encode(weight, type, given_importance), whole)
         monkeypatch.undo()
     # Rows next to each other share nothing, nor do blocks.
