@@ -171,7 +171,12 @@ def test_what_a_recipe_skips_stays(kind: str, moe: Path, tmp_path: Path) -> None
 
 
 def nan_code(tensors: dict[str, Tensor], scale: str) -> None:
-    """One code lost; a NaN has either sign."""
+    """One code lost."""
+    tensors[f"{EXPERT}.gate_proj.weight"].view(torch.uint8)[3, 5] = 0x7F
+
+
+def negative_nan_code(tensors: dict[str, Tensor], scale: str) -> None:
+    """A NaN has either sign."""
     tensors[f"{EXPERT}.gate_proj.weight"].view(torch.uint8)[3, 5] = 0xFF
 
 
@@ -192,6 +197,7 @@ def negative_scale(tensors: dict[str, Tensor], scale: str) -> None:
     ("damage", "what"),
     [
         (nan_code, "a code is not a number"),
+        (negative_nan_code, "a code is not a number"),
         (nan_scale, "a scale is not finite"),
         (zero_scale, "a scale is not positive"),
         (negative_scale, "a scale is not positive"),

@@ -82,14 +82,15 @@ def test_bench_slice_writes_a_checkpoint(invoke: Invoke, tmp_path: Path, monkeyp
 def test_fp8_says_how_weights_share_scales_and_not_how_inputs_do(invoke: Invoke, tmp_path: Path) -> None:
     tensors = {"fc.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "fc.weight_scale": torch.ones(4, 1)}
     save_file(tensors, tmp_path / "model.safetensors")
-    for name, grid, expected in (
-        ("fp8", {"group_size": 128}, "format fp8), fmt e4m3, weight_block_size [128, 128], activation_scheme dynamic"),
-        ("fp8_dynamic", {"group_size": -1}, "num_bits 8, type float, strategy channel, symmetric True"),
-        ("fp8_dynamic", {"group_size": 128}, "strategy block, block_structure [128, 128]"),
-        ("fp8_static", {"group_size": -1}, "format fp8_static), format float-quantized, num_bits 8, type float"),
+    for name, group_size, expected in (
+        ("fp8", 128, "format fp8), fmt e4m3, weight_block_size [128, 128], activation_scheme dynamic"),
+        ("fp8_dynamic", -1, "num_bits 8, type float, strategy channel, symmetric True"),
+        ("fp8_dynamic", 128, "strategy block, block_structure [128, 128]"),
+        ("fp8_static", -1, "format fp8_static), format float-quantized, num_bits 8, type float"),
     ):
         output_format = get_format(name)
-        section = output_format.config(output_format.grid(GridSettings(bits=8, **grid), torch.bfloat16), [], [])
+        grid = output_format.grid(GridSettings(bits=8, group_size=group_size), torch.bfloat16)
+        section = output_format.config(grid, [], [])
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
         line = next(line for line in invoke("inspect", tmp_path).stdout.splitlines() if line.startswith("quantization"))
         assert expected in line
