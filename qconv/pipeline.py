@@ -93,6 +93,8 @@ def quantize(
     for notice in source.notices():
         log(f"source: {notice}")
     plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
+    for notice in plan.notices():
+        log(f"build: {notice}")
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out), Workers(threads) as workers, ThreadPoolExecutor(1, thread_name_prefix="commit") as committer:

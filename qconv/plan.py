@@ -84,6 +84,25 @@ class BuildPlan:
             spread = f", one scale a {'weight' if grid.block_rows == CHANNEL else 'row'}"
         return f"FP8 (E4M3){spread}, {grid.activations} activations"
 
+    def notices(self) -> list[str]:
+        """What a reader of the build may stumble over, as sentences."""
+        grid = self.grid
+        if not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
+            return []
+        ragged = [
+            linear
+            for linear in self.quantized
+            if linear.out_features % grid.block_rows or linear.in_features % grid.group_size
+        ]
+        if not ragged:
+            return []
+        first = ragged[0]
+        return [
+            f"{len(ragged)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
+            f"{first.name} of {first.out_features} x {first.in_features}: transformers 5 reads their scales wrongly, and "
+            "vLLM refuses them where it fuses linears"
+        ]
+
     def items(self) -> Iterator[Item]:
         """All items in file order."""
         for unit in self.units:

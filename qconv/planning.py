@@ -110,7 +110,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         path=path,
         plan=plan,
         dtype=stored.dtypes,
-        notices=tuple(_notices(path, model, stored, listed)),
+        notices=(*_notices(path, model, stored, listed), *plan.notices()),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
         output_bytes=plan.output_bytes,

@@ -77,6 +77,8 @@ def test_every_weight_is_the_methods_and_everything_else_the_sources(
         for linear in layer.linears():
             assert opened.is_quantized(linear)
             weight = opened.qtensor(linear)
+            if kind == "static":  # fused linears share a scale: tests/calibration/test_static_inputs.py
+                continue
             clip = recipe.clip if recipe.searches_clipping else None
             expected = fp8.quantize(source.read(linear.weight), opened.grid, clip)
             assert torch.equal(weight.codes.view(torch.uint8), expected.codes.view(torch.uint8))

@@ -96,3 +96,17 @@ def test_engines_that_fuse_linears_cannot_hold_ragged_blocks() -> None:
 def test_rows_and_whole_weights_split_anywhere() -> None:
     for kind in ("rows", "static"):
         assert topology_problems(plan(model(**WIDE | {"moe_intermediate_size": 40}), kind), 4) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_not_whole_blocks_are_pointed_out(kind: str) -> None:
+    whole = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_key_value_heads": 2}
+    assert plan(model(**whole), kind).notices() == []
+    notices = plan(model(**whole | {"moe_intermediate_size": 192}), kind).notices()
+    if KINDS[kind][1] == -1:
+        assert notices == []  # no blocks
+        return
+    (notice,) = notices
+    # 2 layers of 6 experts, each with gate, up and down.
+    first = "model.layers.0.mlp.experts.0.gate_proj of 192 x 256"
+    assert notice.startswith(f"36 linears are not whole blocks of 128 x 128, the first {first}")

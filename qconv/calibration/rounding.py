@@ -62,11 +62,21 @@ def compensation_record(result: GptqResult) -> dict[str, Any]:
 def scale_activations(context: LayerContext, peak: float, weights: Mapping[str, Tensor]) -> dict[str, QTensor]:
     """Quantize to a float grid with static activations the linears that share an input.
 
+    They share the weights' scale too: engines fuse them and would round all but one of them again, to the largest.
+
     Args:
         context: The layer.
         peak: The input's largest magnitude on the calibration tokens.
-        weights: Their weights, any float dtype, [out_features, in_features], by module name.
+        weights: Their weights, float32 [out_features, in_features], by module name.
     """
+    if not weights:
+        return {}
     clip = context.recipe.clip if context.recipe.searches_clipping else None
-    scale = fp8.activation_scale(torch.tensor(peak))
-    return {name: fp8.quantize(weight, context.grid, clip, scale) for name, weight in weights.items()}
+    fused = fp8.quantize(
+        torch.cat(list(weights.values())), context.grid, clip, fp8.activation_scale(torch.tensor(peak))
+    )
+    found, start = {}, 0
+    for name, weight in weights.items():
+        found[name] = fused.rows(start, start + len(weight))
+        start += len(weight)
+    return found
