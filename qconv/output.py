@@ -21,6 +21,7 @@ from qconv.verify import CHECKSUMS_NAME
 
 REMOVABLE = (
     "*.safetensors",
+    "*.gguf",
     "*.partial",
     "*.json",
     "README.md",

@@ -99,8 +99,8 @@ class BuildPlan:
         first = ragged[0]
         return [
             f"{len(ragged)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
-            f"{first.name} of {first.out_features} x {first.in_features}: transformers 5 reads their scales wrongly, and "
-            "vLLM refuses them where it fuses linears"
+            f"{first.name} of {first.out_features} x {first.in_features}: transformers 5 reads their scales wrongly, "
+            "and vLLM refuses them where it fuses linears"
         ]
 
     def items(self) -> Iterator[Item]:

@@ -89,7 +89,7 @@ def verify(path: Path, against: Path | None = None, progress: Progress | None = 
         CheckpointError: the source (not the build) is damaged.
     """
     result = Verification()
-    _check_sums(path, result, progress)
+    check_sums(path, result, progress)
     source = None if against is None else Source.open(against)
     try:
         build = Build.open(path)
@@ -180,7 +180,8 @@ def build_files(path: Path) -> list[str]:
     return sorted(str(file) for file in files if file.parts[0] != WORK_FOLDER and str(file) != CHECKSUMS_NAME)
 
 
-def _check_sums(path: Path, result: Verification, progress: Progress | None) -> None:
+def check_sums(path: Path, result: Verification, progress: Progress | None) -> None:
+    """Every file against the checksums of the build, if it has them."""
     file = path / CHECKSUMS_NAME
     if not file.exists():
         result.notices.append(f"no {CHECKSUMS_NAME}: flipped bits that leave the structure whole cannot be found")

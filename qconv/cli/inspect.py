@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.cli import gguf
 from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
 from qconv.cli.options import json_option
 
@@ -32,9 +33,15 @@ _TELLING = (
 def command(path: Path, view: str | None, as_json: bool) -> None:
     """Show what PATH consists of: format, layers, types, shapes, sizes, bits per weight.
 
-    PATH is the folder of any checkpoint or build in safetensors, or one such file. Only headers are read.
+    PATH is the folder of any checkpoint or build in safetensors or GGUF, or one such file. Only headers are read.
     """
-    from qconv.inspection import inspect
+    from qconv.gguf_verify import is_gguf
+    from qconv.inspection import inspect, require_finished
+
+    if is_gguf(path):
+        require_finished(path if path.is_dir() else path.parent)
+        gguf.inspect(path, view == "tensors", as_json)
+        return
 
     inspection = inspect(path)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from qconv.errors import UsageError
-from qconv.recipe import METHODS, Recipe, load_recipe, packaged_recipes
+from qconv.recipe import GIGABYTE, METHODS, Recipe, load_recipe, packaged_recipes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,7 +18,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 model_argument = click.argument("model")
 
 _RECIPE_OPTIONS = (
-    click.option("--fmt", metavar="NAME", help=f"A packaged recipe: {', '.join(packaged_recipes())}."),
+    click.option(
+        "--fmt",
+        metavar="NAME",
+        help=f"A packaged recipe: {', '.join(packaged_recipes())}; or gguf:TYPE for llama.cpp, such as gguf:Q4_K_M.",
+    ),
     click.option("--recipe", metavar="FILE", help="A recipe: a YAML file or a packaged recipe's name."),
     click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
     click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."),
@@ -32,6 +36,12 @@ _RECIPE_OPTIONS = (
         help="Which calibration tokens an expert sees: those that the router sends it, or all.",
     ),
     click.option("--no-propagate", is_flag=True, help="Calibrate each layer on the outputs of unquantized ones."),
+    click.option(
+        "--max-shard-size",
+        type=click.FloatRange(min=0.001),
+        metavar="GB",
+        help="Gigabytes (10^9 bytes) that one file of the build may hold.",
+    ),
     click.option(
         "--skip", metavar="PATTERN", multiple=True, help="Leave modules of that name unquantized too; repeatable."
     ),
@@ -52,6 +62,7 @@ class RecipeOptions:
     group_size: int | None
     routing: str | None
     no_propagate: bool
+    max_shard_size: float | None
     skip: Sequence[str]
 
     def load(self) -> Recipe:
@@ -71,6 +82,7 @@ class RecipeOptions:
             "calibration.routing": self.routing,
             "calibration.propagate": False if self.no_propagate else None,
             "grid.group_size": self.group_size,
+            "output.max_shard_size": None if self.max_shard_size is None else int(self.max_shard_size * GIGABYTE),
         }
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         if self.skip:

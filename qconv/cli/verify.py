@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,17 +27,21 @@ if TYPE_CHECKING:
 def command(build: str, against: str | None, as_json: bool) -> int:
     """Check BUILD: checksums, tensors, skip list, scales; with --against also its distance from the source.
 
+    BUILD is a folder, a Hub id, or a GGUF file.
+
     Exits with 5 if anything is wrong.
     """
     with reporting(quiet=as_json) as reporter:
         from qconv.checkpoint.hub import resolve_model
+        from qconv.gguf_verify import is_gguf, verify_gguf
         from qconv.inspection import require_finished
         from qconv.verify import verify
 
-        path = resolve_model(build)
-        require_finished(path)
+        path = Path(build) if build.endswith(".gguf") else resolve_model(build)
+        require_finished(path.parent if path.suffix == ".gguf" else path)
         source = None if against is None else resolve_model(against)
-        result = verify(path, source, reporter.progress)
+        check = verify_gguf if is_gguf(path) else verify
+        result = check(path, source, reporter.progress)
     kinds = by_kind(result.snr_db)
     if as_json:
         print_json(

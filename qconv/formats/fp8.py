@@ -39,7 +39,7 @@ class Fp8Format(Float8Layout):
         if settings.group_size != BLOCK:
             raise RecipeError(
                 f"grid.group_size: the fp8 format has blocks of {BLOCK} x {BLOCK}, not {settings.group_size}.",
-                hint="Take format fp8_dynamic for one scale a row.",
+                hint="Take --fmt fp8-dynamic for one scale a row.",
             )
         return _grid(BLOCK, BLOCK)
 

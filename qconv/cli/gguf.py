@@ -1,0 +1,188 @@
+"""What the commands do where the format is GGUF: ``--fmt gguf:Q4_K_M``, and files that end in ``.gguf``."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qconv.cli.console import bits, duration, print_json, print_table, say, shape, size, stdout
+from qconv.cli.progress import reporting
+from qconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qconv.gguf.reader import GgufModel
+
+PREFIX = "gguf:"
+_SHOWN_VALUES = 64
+
+
+def file_type_of(options: Mapping[str, Any]) -> str | None:
+    """The file type that ``--fmt`` asks for, None where it asks for no GGUF.
+
+    Raises:
+        UsageError: an option that has no meaning for GGUF was given with it.
+    """
+    fmt = options["fmt"]
+    if fmt is None or not (fmt == "gguf" or fmt.startswith(PREFIX)):
+        return None
+    given = [name for name, value in options.items() if name != "fmt" and value not in (None, False, ())]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')}: has no meaning with --fmt {fmt}.")
+    return str(fmt.removeprefix("gguf").removeprefix(":"))
+
+
+def quantize(
+    model: str,
+    out: Path,
+    file_type: str,
+    *,
+    imatrix: Path | None,
+    max_file_size: int,
+    restart: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """``qconv quantize MODEL --fmt gguf:TYPE``."""
+    start = time.monotonic()
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
+        reporter.log(f"{model}: reading")
+        from qconv.checkpoint.hub import resolve_model
+        from qconv.gguf_pipeline import quantize_gguf
+
+        outcome = quantize_gguf(
+            resolve_model(model),
+            out,
+            file_type,
+            imatrix=imatrix,
+            max_file_size=max_file_size,
+            restart=restart,
+            threads=threads,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
+    report = outcome.report
+    figures = {name: one["snr_db"] for name, one in report["tensors"].items() if one["snr_db"] is not None}
+    worst = min(figures, key=lambda name: figures[name], default=None)
+    result = {
+        "path": str(out),
+        "already_complete": outcome.already_complete,
+        "format": report["format"],
+        "files": report["files"],
+        "types": Counter(one["type"] for one in report["tensors"].values()),
+        "parameters": report["parameters"],
+        "bits_per_weight": report["bits_per_weight"],
+        "bytes": sum((out / name).stat().st_size for name in report["files"]),
+        "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        _print_build(result)
+
+
+def _print_build(result: Mapping[str, Any]) -> None:
+    console = stdout()
+    done = "already complete; nothing to do" if result["already_complete"] else "done, read back and checked"
+    say(console, f"{result['path']}: {done}")
+    say(console, f"files        {len(result['files'])}, the first {result['files'][0]}")
+    say(console, f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight")
+    say(console, f"types        {', '.join(f'{count} {name}' for name, count in result['types'].items())}")
+    if result["least_snr"] is not None:
+        say(console, f"least SNR    {result['least_snr']['snr_db']:.1f} dB, {result['least_snr']['tensor']}")
+    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
+    say(console, f"time         {duration(result['seconds'])}")
+
+
+def plan(model: str, file_type: str, as_json: bool) -> None:
+    """``qconv plan MODEL --fmt gguf:TYPE``: sizes by type, from config.json alone."""
+    from qconv.checkpoint.hub import resolve_model
+    from qconv.gguf_pipeline import tensor_infos
+
+    infos = tensor_infos(resolve_model(model, weights=False), file_type)
+    numel, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
+    if as_json:
+        values = {"parameters": numel, "output_bytes": nbytes, "bits_per_weight": 8.0 * nbytes / numel}
+        tensors = [
+            {"name": info.name, "type": info.type.name, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in infos
+        ]
+        print_json({**values, "tensors": tensors})
+        return
+    console = stdout()
+    _print_types(console, [(info.type.name, math.prod(info.shape), info.nbytes) for info in infos])
+    say(console, "")
+    say(
+        console,
+        f"output       {size(nbytes)} ({nbytes / 2**30:.1f} GiB) as gguf:{file_type}, "
+        f"{8 * nbytes / numel:.2f} bits per weight",
+    )
+
+
+def inspect(path: Path, tensors: bool, as_json: bool) -> None:
+    """``qconv inspect`` of a GGUF file or set."""
+    from qconv.gguf.reader import GgufModel
+
+    made = GgufModel.open(path)
+    numel = sum(entry.numel for entry in made.entries.values())
+    nbytes = sum(entry.nbytes for entry in made.entries.values())
+    if as_json:
+        print_json(_values(made, numel, nbytes, tensors))
+        return
+    console = stdout()
+    say(console, str(path))
+    say(console, f"architecture  {made.metadata.get('general.architecture')}, {made.metadata.get('general.name')}")
+    say(console, f"size          {numel:,} weights, {size(nbytes)}, {8 * nbytes / numel:.2f} bits per weight")
+    say(console, f"files         {len(made.entries)} tensors in {len(made.files)} files")
+    say(console, "")
+    if tensors:
+        rows = [(name, one.type.name, shape(one.shape), size(one.nbytes)) for name, one in made.entries.items()]
+        print_table(console, ("tensor", "type", "shape", "size"), rows)
+    else:
+        _print_types(console, [(one.type.name, one.numel, one.nbytes) for one in made.entries.values()])
+
+
+def _print_types(console: Console, tensors: Sequence[tuple[str, int, int]]) -> None:
+    """A row for each type of tensors given as type, elements and bytes."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for name, numel, nbytes in tensors:
+        groups.setdefault(name, []).append((numel, nbytes))
+    rows = []
+    for name, sizes in groups.items():
+        numel, nbytes = (sum(column) for column in zip(*sizes, strict=True))
+        rows.append((name, f"{len(sizes):,}", f"{numel:,}", size(nbytes), bits(8.0 * nbytes / numel)))
+    print_table(console, ("type", "tensors", "weights", "size", "bits"), rows)
+
+
+def _values(made: GgufModel, numel: int, nbytes: int, tensors: bool) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "files": [str(file) for file in made.files],
+        "metadata": {key: _plain(value) for key, value in made.metadata.items()},
+        "parameters": numel,
+        "bytes": nbytes,
+        "bits_per_weight": 8.0 * nbytes / numel if numel else math.nan,
+        "types": Counter(entry.type.name for entry in made.entries.values()),
+    }
+    if tensors:
+        values["tensors"] = [
+            {"name": name, "type": one.type.name, "shape": list(one.shape), "bytes": one.nbytes}
+            for name, one in made.entries.items()
+        ]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value as JSON shows it: of a long list (a vocabulary) its length alone."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+        return value
+    if len(value) > _SHOWN_VALUES:
+        return f"{len(value)} values"
+    return value.tolist() if hasattr(value, "tolist") else list(value)

@@ -1,0 +1,280 @@
+"""GGUF files written as a stream, one or a set of splits.
+
+A file is: a fixed header, key/values, the tensors' names, shapes, types and offsets, and the tensors' bytes, each
+padded to :data:`ALIGNMENT`. Everything before the tensors is known before the first of them is read, so a tensor of 160
+experts is written expert by expert and never held. The ``gguf`` package encodes the header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValue,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+)
+from gguf.gguf_writer import SHARD_NAME_FORMAT, WriterState
+from torch import Tensor
+
+from qconv.checkpoint.direct import DirectWriter
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, sync_folder
+from qconv.errors import OutputError, UsageError, VerificationError
+from qconv.gguf.metadata import Metadata
+
+ALIGNMENT = GGUF_DEFAULT_ALIGNMENT
+"""Bytes to which a tensor's data is padded."""
+
+MAX_NAME_BYTES = 63
+"""llama.cpp holds a tensor's name in 64 bytes with a closing zero."""
+MAX_SPLITS = 65535  # split.count is 16 bits wide
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor; ``shape`` is outermost first, the file states it reversed."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, padding not counted."""
+        elements, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // elements * size
+
+    @property
+    def padded(self) -> int:
+        """Size in the file."""
+        return self.nbytes + -self.nbytes % ALIGNMENT
+
+
+def encode_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
+    """Everything before the first tensor's bytes.
+
+    Raises:
+        UsageError: a name is too long for llama.cpp, or a row is no whole number of blocks.
+    """
+    writer = GGUFWriter(None, "")
+    writer.kv_data[0].update(metadata)
+    for tensor in tensors:
+        if len(tensor.name.encode()) > MAX_NAME_BYTES:
+            raise UsageError(f"{tensor.name}: llama.cpp holds names of at most {MAX_NAME_BYTES} bytes.")
+        elements = GGML_QUANT_SIZES[tensor.type][0]
+        if tensor.shape[-1] % elements:
+            raise UsageError(
+                f"{tensor.name}: {tensor.type.name} holds blocks of {elements} weights, which do not divide rows of "
+                f"{tensor.shape[-1]}."
+            )
+        # The dtype is overridden by the type; only uint8 would make the writer take the shape for bytes.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
+    header = io.BytesIO()
+    writer.fout = [cast(io.BufferedWriter, header)]
+    writer.state = WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return header.getvalue() + bytes(-header.tell() % ALIGNMENT)
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """One GGUF file before it is written: its name, key/values and tensors in file order."""
+
+    name: str
+    metadata: Metadata
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(encode_header(self.metadata, self.tensors)) + sum(tensor.padded for tensor in self.tensors)
+
+
+def lay_out(stem: str, metadata: Metadata, tensors: Sequence[TensorInfo], max_split_size: int) -> list[FileLayout]:
+    """Distribute tensors over files: ``STEM.gguf``, or ``STEM-00001-of-0000N.gguf`` and so on.
+
+    Args:
+        stem: The name without suffix.
+        metadata: The model's key/values, all of which go to the first file.
+        tensors: In file order, which splits keep.
+        max_split_size: Bytes of tensors that a file may hold; a larger tensor gets a file of its own.
+
+    Raises:
+        UsageError: more files than a set may have.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.padded > max_split_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.padded
+    if len(shards) == 1:
+        return [FileLayout(f"{stem}.gguf", metadata, tuple(tensors))]
+    if len(shards) > MAX_SPLITS:
+        raise UsageError(
+            f"files of {max_split_size} bytes: {len(shards)} of them, a set has at most {MAX_SPLITS}.",
+            hint="Allow larger files.",
+        )
+    layouts = []
+    for number, shard in enumerate(shards):
+        keys = _split_keys(number, len(shards), len(tensors))
+        layouts.append(
+            FileLayout(
+                SHARD_NAME_FORMAT.format(stem, number + 1, len(shards)),
+                metadata | keys if number == 0 else keys,
+                tuple(shard),
+            )
+        )
+    return layouts
+
+
+def _split_keys(number: int, count: int, tensors: int) -> Metadata:
+    return {
+        Keys.Split.LLM_KV_SPLIT_NO: GGUFValue(number, GGUFValueType.UINT16),
+        Keys.Split.LLM_KV_SPLIT_COUNT: GGUFValue(count, GGUFValueType.UINT16),
+        Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT: GGUFValue(tensors, GGUFValueType.INT32),
+    }
+
+
+class GgufWriter:
+    """Writes the tensors of a layout, in that order, under a temporary name until :meth:`publish`.
+
+    Use as a context manager: leaving it before :meth:`publish` removes the temporary file. The discipline, and the
+    methods, are those of :class:`qconv.checkpoint.writer.ShardWriter`.
+    """
+
+    def __init__(self, folder: Path, layout: FileLayout) -> None:
+        """Open the temporary file and write the header.
+
+        Raises:
+            OutputError: the file cannot be created or the disk is full.
+            UsageError: as :func:`encode_header`.
+        """
+        header = encode_header(layout.metadata, layout.tensors)
+        self.path = folder / layout.name
+        self.temporary = self.path.with_name(self.path.name + TEMPORARY_SUFFIX)
+        self._tensors = layout.tensors
+        self._next = 0
+        self._digest = hashlib.sha256()
+        self._published = False
+        with output_errors(self.path):
+            self._file = DirectWriter(self.temporary)
+        try:
+            self._append(header)
+        except OutputError:
+            self.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if not self._published:
+            self.temporary.unlink(missing_ok=True)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor was written."""
+        return self._next == len(self._tensors)
+
+    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor, given as the consecutive bytes of its rows.
+
+        Args:
+            name: The tensor's.
+            blocks: uint8, any shape.
+
+        Raises:
+            ValueError: not the tensor that comes next, not bytes, or too few or too many of them.
+            OutputError: the disk is full or the file cannot be written.
+        """
+        if self.complete:
+            raise ValueError(f"{name}: the file is complete")
+        tensor = self._tensors[self._next]
+        if name != tensor.name:
+            raise ValueError(f"expected {tensor.name}, got {name}")
+        nbytes = 0
+        for block in blocks:
+            if block.dtype != torch.uint8:
+                raise ValueError(f"{name}: {block.dtype}, not bytes")
+            nbytes += block.nbytes
+            if block.numel():
+                self._append(block.contiguous().reshape(-1).numpy().data)
+        if nbytes != tensor.nbytes:
+            raise ValueError(f"{name}: {nbytes} bytes, not {tensor.nbytes}")
+        self._append(bytes(tensor.padded - tensor.nbytes))
+        self._next += 1
+
+    def seal(self) -> ShardRecord:
+        """Wait until the file is on disk and close it; it keeps its temporary name.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+        """
+        if not self.complete:
+            raise ValueError(f"{self.path.name}: {len(self._tensors) - self._next} tensors were not written")
+        with output_errors(self.path):
+            self._file.finish()
+        return ShardRecord(self.path.name, self._file.size, self._digest.hexdigest())
+
+    def require_same(self, sha256: str) -> None:
+        """Check the checksum of the file as it was read back.
+
+        Raises:
+            VerificationError: it is not that of what was written.
+        """
+        if sha256 != self._digest.hexdigest():
+            raise VerificationError(
+                f"{self.temporary}: what was read back differs from what was written.",
+                hint="The disk or the memory is faulty; do not trust this machine's output.",
+            )
+
+    def publish(self) -> None:
+        """Give the finished file its final name, durably.
+
+        Raises:
+            OutputError: the rename failed.
+        """
+        with output_errors(self.path):
+            self.temporary.rename(self.path)
+            self._published = True
+            sync_folder(self.path.parent)
+
+    def commit(self) -> ShardRecord:
+        """:meth:`seal`, read the file back and compare, :meth:`publish` and close.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+            VerificationError: what was read back is not what was written.
+        """
+        with self:
+            record = self.seal()
+            with output_errors(self.path):
+                self.require_same(sha256_of(self.temporary))
+            self.publish()
+        return record
+
+    def _append(self, data: bytes | memoryview) -> None:
+        with output_errors(self.path):
+            self._file.write(data)
+        self._digest.update(data)
