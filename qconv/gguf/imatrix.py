@@ -76,9 +76,10 @@ class Entry:
             return None
         known = torch.where(seen[:, None] > 0.0, self.sums.double(), 0.0)
         layer = known.sum(dim=0) / seen.sum()
-        weights = (seen + shrinkage_tokens)[:, None]
-        # With k = 0, an expert without tokens is still its layer's.
-        return torch.where(weights > 0.0, (known + shrinkage_tokens * layer) / weights.clamp(min=1e-30), layer)
+        own = known / seen.clamp(min=1e-30)[:, None]
+        # Without tokens nothing is its own, also where k is 0.
+        share = torch.where(seen > 0.0, seen / (seen + shrinkage_tokens), 0.0)[:, None]
+        return torch.lerp(layer.expand_as(own), own, share)  # exact where both are equal
 
 
 @dataclass(frozen=True, slots=True)

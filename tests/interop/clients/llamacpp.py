@@ -61,7 +61,9 @@ class LlamaCpp:
 
     def __init__(self, model: str, n_ctx: int) -> None:
         package = importlib.metadata.distribution("xllamacpp")
-        library = next(file for file in package.files or [] if file.name.startswith("xllamacpp.") and file.suffix == ".so")
+        library = next(
+            file for file in package.files or [] if file.name.startswith("xllamacpp.") and file.suffix == ".so"
+        )
         self.c = ctypes.CDLL(str(package.locate_file(library)))
         self.log: list[str] = []
         self._callback = LOG_CALLBACK(lambda level, text, data: self.log.append(text.decode(errors="replace")))
