@@ -27,7 +27,7 @@ def file_type_of(options: Mapping[str, Any]) -> str | None:
     """The file type that ``--fmt`` asks for, None where it asks for no GGUF.
 
     Raises:
-        UsageError: an option that has no meaning for GGUF was given with it.
+        UsageError: no such file type, or an option that has no meaning for GGUF was given with it.
     """
     fmt = options["fmt"]
     if fmt is None or not (fmt == "gguf" or fmt.startswith(PREFIX)):
@@ -35,7 +35,12 @@ def file_type_of(options: Mapping[str, Any]) -> str | None:
     given = [name for name, value in options.items() if name != "fmt" and value not in (None, False, ())]
     if given:
         raise UsageError(f"--{given[0].replace('_', '-')}: has no meaning with --fmt {fmt}.")
-    return str(fmt.removeprefix("gguf").removeprefix(":"))
+    from qconv.gguf.mixture import MIXTURES
+
+    file_type = str(fmt.removeprefix("gguf").removeprefix(":"))
+    if file_type not in MIXTURES:
+        raise UsageError(f"--fmt: {fmt} names no GGUF file type.", hint=f"Write gguf: and one of {', '.join(MIXTURES)}.")
+    return file_type
 
 
 def quantize(

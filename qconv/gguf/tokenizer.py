@@ -88,15 +88,9 @@ def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metad
     writer.add_bos_token_id(ids["eos"] if ids["bos"] is None else ids["bos"])
     if ids["pad"] is not None:
         writer.add_pad_token_id(ids["pad"])
-    before, after = _added_around(path, described)
-    for kind, added in (("bos", before), ("eos", after)):
-        if added not in ([], [ids[kind]]):
-            raise UsageError(
-                f"{path}: adds tokens {added} around every text; llama.cpp can add one {kind} token.",
-                hint="This tokenizer cannot be written as GGUF.",
-            )
-    writer.add_add_bos_token(bool(before) or settings.get("add_bos_token") is True)
-    writer.add_add_eos_token(bool(after) or settings.get("add_eos_token") is True)
+    adds_bos, adds_eos = _adds(path, described, ids)
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(adds_eos)
     template = chat_template(folder, settings)
     if template:
         writer.add_chat_template(template)
@@ -258,6 +252,22 @@ def _special_id(
                 )
             return value
     return None
+
+
+def _adds(path: Path, described: dict[str, Any], ids: Mapping[str, int | None]) -> tuple[bool, bool]:
+    """Whether bos is put before and eos after a text.
+
+    The post-processor alone decides: transformers 5 loads add_bos_token and add_eos_token of tokenizer_config.json
+    without effect.
+    """
+    before, after = _added_around(path, described)
+    for kind, added in (("bos", before), ("eos", after)):
+        if added not in ([], [ids[kind]]):
+            raise UsageError(
+                f"{path}: adds tokens {added} around every text; llama.cpp can add one {kind} token.",
+                hint="This tokenizer cannot be written as GGUF.",
+            )
+    return bool(before), bool(after)
 
 
 def _added_around(path: Path, described: dict[str, Any]) -> tuple[list[int | None], list[int | None]]:

@@ -93,8 +93,8 @@ def test_the_plan_of_the_480b_is_the_size_that_its_users_know(invoke: Invoke, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--fmt", "gguf:Q9_X"), "unknown GGUF file type 'Q9_X'"),
-        (("--fmt", "gguf"), "unknown GGUF file type ''"),
+        (("--fmt", "gguf:Q9_X"), "--fmt: gguf:Q9_X names no GGUF file type"),
+        (("--fmt", "gguf"), "--fmt: gguf names no GGUF file type"),
         (("--fmt", "gguf:Q8_0", "--method", "rtn"), "--method: has no meaning with --fmt gguf:Q8_0"),
         (("--fmt", "gguf:Q8_0", "--no-propagate"), "--no-propagate: has no meaning"),
         (("--fmt", "gguf:IQ2_M"), "has no encoder in qconv"),

@@ -197,7 +197,7 @@ def test_every_row_is_whole_blocks(file_type: str, width: int, importance: bool)
 
 
 def test_a_head_that_no_block_divides_is_q8_0() -> None:
-    assert types_of(small("qwen3", hidden_size=96), "Q5_K_M")["output.weight"] == T.Q8_0
+    assert types_of(small("qwen3", hidden_size=96), "IQ2_M")["output.weight"] == T.Q8_0  # not Q5_1 for Q5_K
 
 
 def test_overrides_go_before_the_mixture_and_the_first_counts() -> None:
@@ -222,6 +222,8 @@ def test_low_bits_need_importance_in_layers() -> None:
     assert "blk.9.ffn_up_exps.weight" in lacking
     assert "blk.9.attn_v.weight" not in lacking  # Q4_K
     assert "token_embd.weight" not in lacking
+    # Of a dense model the embedding and head of such a type need none either: no imatrix has them.
+    assert not any(needs_importance("Q2_K_S", t, T.Q2_K) for t in TENSORS_480B if t.layer is None)
 
 
 @pytest.mark.parametrize("file_type", MIXTURES)

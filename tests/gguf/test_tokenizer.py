@@ -114,6 +114,7 @@ def test_special_ids_come_from_the_tokenizer_then_the_configs(folder: Path) -> N
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "pad_token_id": 1}))
     keys = keys_of(folder, config={})
     assert [keys[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos", "padding")] == [2, 2, 1]
+    assert keys_of(folder, config={"eos_token_id": 7})["tokenizer.ggml.eos_token_id"] == 7
 
 
 def test_a_special_token_may_be_described_at_length(folder: Path) -> None:
@@ -166,6 +167,12 @@ def test_a_chat_template_in_the_configuration_is_found(folder: Path) -> None:
 def test_a_model_without_chat_template_has_none(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     assert "tokenizer.chat_template" not in keys_of(folder)
+
+
+def test_settings_add_nothing_as_in_transformers(folder: Path) -> None:
+    settings = {"bos_token": "<|im_start|>", "add_bos_token": True, "add_eos_token": True}
+    keys = keys_of(changed(folder, lambda values: values.update(settings), "tokenizer_config.json"))
+    assert (keys["tokenizer.ggml.add_bos_token"], keys["tokenizer.ggml.add_eos_token"]) == (False, False)
 
 
 def model(**changes: Any) -> Change:

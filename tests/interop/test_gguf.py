@@ -294,6 +294,21 @@ def test_other_pre_tokenizers_tokenize_as_transformers(
     assert answer.special[3:] == [True, False]
 
 
+@pytest.mark.parametrize("settings", [{"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
+def test_only_the_post_processor_adds_tokens(
+    settings: dict[str, bool], llama: Llama, tmp_path: Path, edit_json: Callable[..., None]
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = save_model(random_model("llama"), tmp_path / "model")
+    trained_tokenizer("gpt-2", model)
+    edit_json(model / "tokenizer_config.json", **settings)
+    (file,) = write(model, tmp_path / "f16", "F16")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    given = ["def f(x):", "a  b"]
+    assert llama(file, texts=given).tokens == [tokenizer(text)["input_ids"] for text in given]
+
+
 def test_a_missing_split_does_not_load(llama: Llama, tmp_path: Path) -> None:
     files = write(MODEL, tmp_path / "splits", "Q8_0", max_split_size=4 * 10**6)
     shutil.move(files[1], tmp_path / "elsewhere.gguf")
