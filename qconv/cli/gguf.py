@@ -39,7 +39,8 @@ def file_type_of(options: Mapping[str, Any]) -> str | None:
 
     file_type = str(fmt.removeprefix("gguf").removeprefix(":"))
     if file_type not in MIXTURES:
-        raise UsageError(f"--fmt: {fmt} names no GGUF file type.", hint=f"Write gguf: and one of {', '.join(MIXTURES)}.")
+        known = ", ".join(MIXTURES)
+        raise UsageError(f"--fmt: {fmt} names no GGUF file type.", hint=f"Write gguf: and one of {known}.")
     return file_type
 
 
