@@ -2,7 +2,7 @@
 
 Makes a random slice of the model (``qconv bench slice``), reads it once so that it lies in the page cache where memory
 allows, and runs ``qconv quantize`` on it as a child process: round-to-nearest to w4a16, and AWQ and GPTQ with 16,384
-calibration tokens. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is quantized
+calibration tokens, and to GGUF. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is quantized
 weights over the whole run's wall time, so it pays for start-up, embeddings, head and verification too.
 
 Results are kept by case in evals/results/scale.json, so that cases can be run one at a time; scale.md is made from it.
@@ -43,6 +43,7 @@ CASES = {
     "rtn": Case(("--fmt", "w4a16", "--method", "rtn"), memory_limit=4, speed_limit=100e6),
     "awq": Case(("--fmt", "awq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
     "gptq": Case(("--fmt", "gptq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
+    "gguf": Case(("--fmt", "gguf:Q4_K_M"), memory_limit=4, speed_limit=0),
 }
 
 
@@ -129,7 +130,7 @@ def measure(case: str, source: Path, out: Path) -> Result:
     started = time.monotonic()
     peak = spawn(["quantize", str(source), *CASES[case].arguments, "-o", str(out), "--restart"])
     seconds = time.monotonic() - started
-    build_size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    build_size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in out.glob(pattern))
     shutil.rmtree(out)
     return Result(
         case=case,

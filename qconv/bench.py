@@ -41,7 +41,9 @@ _BLOCK = 1 << 22  # elements, 8 MiB
 _SMALL_FILES = 10**7  # bytes to spare for config, tokenizer and index
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-FIRST_SPECIAL = 256  # after the byte tokens
+MERGES = (("i", "n"),)
+"""One, since readers of byte-level BPE want to see some."""
+FIRST_SPECIAL = 256 + len(MERGES)  # after the byte tokens
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -227,11 +229,12 @@ def _write_shard(path: Path, specs: Sequence[TensorSpec], weights: _Weights) -> 
 
 
 def _write_tokenizer(out: Path) -> None:
-    """A byte-level BPE without merges: one token a byte, and ChatML's special tokens."""
+    """A byte-level BPE of one token a byte and hardly a merge, with ChatML's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(MERGES)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])

@@ -126,8 +126,8 @@ def test_tokenizer_has_a_token_for_every_byte_and_a_chat_template(tiny: Path) ->
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
     )
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer(chat).input_ids[0] == 257
-    assert len(tokenizer) == 259  # 256 bytes and three special tokens
+    assert tokenizer(chat).input_ids[0] == 258
+    assert len(tokenizer) == 260  # 256 bytes, a merge and three special tokens
 
 
 def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
