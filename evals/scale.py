@@ -1,9 +1,9 @@
 """Time and peak memory of quantizing layers of Qwen3-Coder-480B's true shapes.
 
 Makes a random slice of the model (``qconv bench slice``), reads it once so that it lies in the page cache where memory
-allows, and runs ``qconv quantize`` on it as a child process: round-to-nearest to w4a16, and AWQ and GPTQ with 16,384
-calibration tokens, and to GGUF. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is quantized
-weights over the whole run's wall time, so it pays for start-up, embeddings, head and verification too.
+allows, and runs ``qconv quantize`` on it as a child process: round-to-nearest to w4a16, AWQ and GPTQ with 16,384
+calibration tokens, and GGUF. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is
+quantized weights over the whole run's wall time, so it pays for start-up, embeddings, head and verification too.
 
 Results are kept by case in evals/results/scale.json, so that cases can be run one at a time; scale.md is made from it.
 Exits with 1 if a case exceeds its limit.
