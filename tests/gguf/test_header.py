@@ -128,6 +128,13 @@ def test_an_absurdly_long_header_is_refused(tmp_path: Path, monkeypatch: pytest.
         read_header(path)
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(sound: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "shrinking.gguf"
+    path.write_bytes(sound[:60])
+    with path.open("rb") as file, pytest.raises(CheckpointError, match="truncated while it was read"):
+        header._Parser(path, file, len(sound)).header()
+
+
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot read: No such file"):
         read_header(tmp_path / "missing.gguf")
