@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +88,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
-class ShardWriter:
-    """Writes the tensors of ``specs``, in that order, to ``path``.
+class StagedFile(ABC):
+    """A file that is written as a stream under a temporary name, read back, and only then given its own.
 
-    Use as a context manager: leaving it before :meth:`publish` removes the temporary file.
+    Use as a context manager: leaving it before :meth:`publish` removes the temporary file. A subclass appends the
+    tensors after the header and says in :attr:`missing` how many are yet to come.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, path: Path, header: bytes) -> None:
         """Open the temporary file and write the header.
 
         Raises:
@@ -101,15 +103,12 @@ class ShardWriter:
         """
         self.path = path
         self.temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-        self._specs = list(specs)
-        self._next = 0
         self._digest = hashlib.sha256()
         self._published = False
         with output_errors(path):
             self._file = DirectWriter(self.temporary)
         try:
-            with output_errors(path):
-                self._append(encode_header(self._specs))
+            self._append(header)
         except OutputError:
             self.__exit__(None, None, None)
             raise
@@ -125,45 +124,14 @@ class ShardWriter:
             self.temporary.unlink(missing_ok=True)
 
     @property
-    def specs(self) -> Sequence[TensorSpec]:
-        """The tensors of the file, in file order."""
-        return self._specs
+    @abstractmethod
+    def missing(self) -> int:
+        """Tensors that were not written yet."""
 
     @property
     def complete(self) -> bool:
         """Whether every tensor was written."""
-        return self._next == len(self._specs)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor.
-
-        Raises:
-            ValueError: not the tensor that comes next, or of another dtype or shape than announced.
-            OutputError: the disk is full or the file cannot be written.
-        """
-        self.write_blocks(name, [tensor])
-
-    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Append the next tensor, given as consecutive blocks of its rows.
-
-        Raises:
-            ValueError: not the tensor that comes next, or of another dtype or shape than announced.
-            OutputError: the disk is full or the file cannot be written.
-        """
-        if self.complete:
-            raise ValueError(f"{name}: the shard is complete")
-        spec = self._specs[self._next]
-        nbytes = 0
-        for block in blocks:
-            if (name, block.dtype, tuple(block.shape[1:])) != (spec.name, spec.dtype, spec.shape[1:]):
-                raise ValueError(f"expected {spec}, got {name} {block.dtype} {tuple(block.shape)}")
-            nbytes += block.nbytes
-            if block.numel():
-                with output_errors(self.path):
-                    self._append(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        if nbytes != spec.nbytes:
-            raise ValueError(f"{name}: {nbytes} bytes, not {spec.nbytes}")
-        self._next += 1
+        return self.missing == 0
 
     def seal(self) -> ShardRecord:
         """Wait until the file is on disk and close it; it keeps its temporary name.
@@ -172,7 +140,7 @@ class ShardWriter:
             OutputError: the disk is full or the file cannot be written.
         """
         if not self.complete:
-            raise ValueError(f"{self.path.name}: {len(self._specs) - self._next} tensors were not written")
+            raise ValueError(f"{self.path.name}: {self.missing} tensors were not written")
         with output_errors(self.path):
             self._file.finish()
         return ShardRecord(self.path.name, self._file.size, self._digest.hexdigest())
@@ -199,7 +167,6 @@ class ShardWriter:
         record = self.seal()
         with output_errors(self.path):
             self.require_same(sha256_of(self.temporary))
-        read_header(self.temporary)
         return record
 
     def publish(self) -> None:
@@ -221,5 +188,71 @@ class ShardWriter:
         return record
 
     def _append(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with output_errors(self.path):
+            self._file.write(data)
         self._digest.update(data)
+
+
+class ShardWriter(StagedFile):
+    """Writes the tensors of ``specs``, in that order, to ``path``."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        """Open the temporary file and write the header.
+
+        Raises:
+            OutputError: the file cannot be created or the disk is full.
+        """
+        self._specs = list(specs)
+        self._next = 0
+        super().__init__(path, encode_header(self._specs))
+
+    @property
+    def specs(self) -> Sequence[TensorSpec]:
+        """The tensors of the file, in file order."""
+        return self._specs
+
+    @property
+    def missing(self) -> int:
+        """Tensors that were not written yet."""
+        return len(self._specs) - self._next
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor.
+
+        Raises:
+            ValueError: not the tensor that comes next, or of another dtype or shape than announced.
+            OutputError: the disk is full or the file cannot be written.
+        """
+        self.write_blocks(name, [tensor])
+
+    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor, given as consecutive blocks of its rows.
+
+        Raises:
+            ValueError: not the tensor that comes next, or of another dtype or shape than announced.
+            OutputError: the disk is full or the file cannot be written.
+        """
+        if self.complete:
+            raise ValueError(f"{name}: the shard is complete")
+        spec = self._specs[self._next]
+        nbytes = 0
+        for block in blocks:
+            if (name, block.dtype, tuple(block.shape[1:])) != (spec.name, spec.dtype, spec.shape[1:]):
+                raise ValueError(f"expected {spec}, got {name} {block.dtype} {tuple(block.shape)}")
+            nbytes += block.nbytes
+            if block.numel():
+                self._append(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if nbytes != spec.nbytes:
+            raise ValueError(f"{name}: {nbytes} bytes, not {spec.nbytes}")
+        self._next += 1
+
+    def finish(self) -> ShardRecord:
+        """As :meth:`StagedFile.finish`; the header must be readable too.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+            VerificationError: what was read back is not what was written.
+        """
+        record = super().finish()
+        read_header(self.temporary)
+        return record

@@ -7,14 +7,12 @@ experts is written expert by expert and never held. The ``gguf`` package encodes
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,9 +28,8 @@ from gguf import (
 from gguf.gguf_writer import SHARD_NAME_FORMAT, WriterState
 from torch import Tensor
 
-from qconv.checkpoint.direct import DirectWriter
-from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, sync_folder
-from qconv.errors import OutputError, UsageError, VerificationError
+from qconv.checkpoint.writer import StagedFile
+from qconv.errors import UsageError
 from qconv.gguf.metadata import Metadata
 
 ALIGNMENT = GGUF_DEFAULT_ALIGNMENT
@@ -153,12 +150,8 @@ def _split_keys(number: int, count: int, tensors: int) -> Metadata:
     }
 
 
-class GgufWriter:
-    """Writes the tensors of a layout, in that order, under a temporary name until :meth:`publish`.
-
-    Use as a context manager: leaving it before :meth:`publish` removes the temporary file. The discipline, and the
-    methods, are those of :class:`qconv.checkpoint.writer.ShardWriter`.
-    """
+class GgufWriter(StagedFile):
+    """Writes the tensors of a layout, in that order."""
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:
         """Open the temporary file and write the header.
@@ -167,35 +160,14 @@ class GgufWriter:
             OutputError: the file cannot be created or the disk is full.
             UsageError: as :func:`encode_header`.
         """
-        header = encode_header(layout.metadata, layout.tensors)
-        self.path = folder / layout.name
-        self.temporary = self.path.with_name(self.path.name + TEMPORARY_SUFFIX)
         self._tensors = layout.tensors
         self._next = 0
-        self._digest = hashlib.sha256()
-        self._published = False
-        with output_errors(self.path):
-            self._file = DirectWriter(self.temporary)
-        try:
-            self._append(header)
-        except OutputError:
-            self.__exit__(None, None, None)
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if not self._published:
-            self.temporary.unlink(missing_ok=True)
+        super().__init__(folder / layout.name, encode_header(layout.metadata, layout.tensors))
 
     @property
-    def complete(self) -> bool:
-        """Whether every tensor was written."""
-        return self._next == len(self._tensors)
+    def missing(self) -> int:
+        """Tensors that were not written yet."""
+        return len(self._tensors) - self._next
 
     def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
         """Append the next tensor, given as the consecutive bytes of its rows.
@@ -224,57 +196,3 @@ class GgufWriter:
             raise ValueError(f"{name}: {nbytes} bytes, not {tensor.nbytes}")
         self._append(bytes(tensor.padded - tensor.nbytes))
         self._next += 1
-
-    def seal(self) -> ShardRecord:
-        """Wait until the file is on disk and close it; it keeps its temporary name.
-
-        Raises:
-            OutputError: the disk is full or the file cannot be written.
-        """
-        if not self.complete:
-            raise ValueError(f"{self.path.name}: {len(self._tensors) - self._next} tensors were not written")
-        with output_errors(self.path):
-            self._file.finish()
-        return ShardRecord(self.path.name, self._file.size, self._digest.hexdigest())
-
-    def require_same(self, sha256: str) -> None:
-        """Check the checksum of the file as it was read back.
-
-        Raises:
-            VerificationError: it is not that of what was written.
-        """
-        if sha256 != self._digest.hexdigest():
-            raise VerificationError(
-                f"{self.temporary}: what was read back differs from what was written.",
-                hint="The disk or the memory is faulty; do not trust this machine's output.",
-            )
-
-    def publish(self) -> None:
-        """Give the finished file its final name, durably.
-
-        Raises:
-            OutputError: the rename failed.
-        """
-        with output_errors(self.path):
-            self.temporary.rename(self.path)
-            self._published = True
-            sync_folder(self.path.parent)
-
-    def commit(self) -> ShardRecord:
-        """:meth:`seal`, read the file back and compare, :meth:`publish` and close.
-
-        Raises:
-            OutputError: the disk is full or the file cannot be written.
-            VerificationError: what was read back is not what was written.
-        """
-        with self:
-            record = self.seal()
-            with output_errors(self.path):
-                self.require_same(sha256_of(self.temporary))
-            self.publish()
-        return record
-
-    def _append(self, data: bytes | memoryview) -> None:
-        with output_errors(self.path):
-            self._file.write(data)
-        self._digest.update(data)

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValue, GGUFValueType, GGU
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qconv.checkpoint import writer
 from qconv.checkpoint.direct import DirectWriter
 from qconv.errors import OutputError, UsageError, VerificationError
 from qconv.gguf import container
@@ -112,7 +113,7 @@ def test_a_whole_file_takes_no_more(tmp_path: Path) -> None:
 
 
 def test_what_is_read_back_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "sha256_of", lambda path: "0" * 64)
+    monkeypatch.setattr(writer, "sha256_of", lambda path: "0" * 64)
     with pytest.raises(VerificationError, match="read back differs"):
         written(tmp_path, FileLayout("model.gguf", METADATA, INFOS))
     assert list(tmp_path.iterdir()) == []
