@@ -9,7 +9,7 @@ from typing import Any
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
 
-_SHARED = ("base", "float8")
+_SHARED = ("base", "compressed_tensors", "float8")
 """The modules that are no formats, but what formats have in common."""
 
 

@@ -6,7 +6,6 @@ those of rows are [out, 1], those of blocks [blocks down, blocks across]. A stat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
+from qconv.formats import compressed_tensors
 from qconv.formats.base import TensorReader, read_tensors, skip_list
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
@@ -24,8 +24,6 @@ BLOCK = 128
 """Side of a block: what the kernels of engines are made for."""
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which dtypes scales are found."""
-COMPRESSED_TENSORS_VERSION = "0.20.0"
-"""The release whose config this is; written to config.json as readers expect."""
 FLOAT_QUANTIZED = "float-quantized"
 
 
@@ -88,26 +86,10 @@ class CompressedFloat8(Float8Layout):
     scale_leaf = "weight_scale"
 
     def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """One config group that targets every Linear, and the list of exceptions."""
-        group = {
-            "targets": ["Linear"],
-            "format": FLOAT_QUANTIZED,
-            "weights": _arguments(False, **_weight_strategy(grid)),
-            "input_activations": _arguments(grid.activations == "dynamic", **_activation_strategy(grid)),
-            "output_activations": None,
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": FLOAT_QUANTIZED,
-            "quantization_status": "compressed",
-            "global_compression_ratio": None,
-            "kv_cache_scheme": None,
-            "ignore": list(skipped),
-            "config_groups": {"group_0": group},
-            "version": COMPRESSED_TENSORS_VERSION,
-            "sparsity_config": {},
-            "transform_config": {},
-        }
+        """As compressed-tensors says it."""
+        weights = _arguments(False, **_weight_strategy(grid))
+        activations = _arguments(grid.activations == "dynamic", **_activation_strategy(grid))
+        return compressed_tensors.quantization_config(FLOAT_QUANTIZED, weights, activations, skipped)
 
     def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
         """Grid and skipped modules.
@@ -130,11 +112,8 @@ class CompressedFloat8(Float8Layout):
         )
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
-        """Exact match, or a regular expression after ``re:``."""
-        return any(
-            re.match(entry.removeprefix("re:"), module) if entry.startswith("re:") else entry == module
-            for entry in skipped
-        )
+        """compressed-tensors' own matching."""
+        return compressed_tensors.is_skipped(module, skipped)
 
 
 def _input_spec(module: str) -> TensorSpec:
@@ -164,7 +143,7 @@ def require_eight_bits(settings: GridSettings, name: str) -> None:
 
 def is_float_quantized(section: dict[str, Any]) -> bool:
     """Whether a ``quantization_config`` is compressed-tensors' of plain FP8."""
-    return section.get("quant_method") == "compressed-tensors" and section.get("format") == FLOAT_QUANTIZED
+    return compressed_tensors.is_of_kind(section, FLOAT_QUANTIZED)
 
 
 def is_static(section: dict[str, Any]) -> bool:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
+from qconv.formats import compressed_tensors
 from qconv.formats.base import TensorReader, read_tensors, skip_list
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
-COMPRESSED_TENSORS_VERSION = "0.20.0"
-"""The release whose layout this is; written to config.json as readers expect."""
+PACK_QUANTIZED = "pack-quantized"
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
@@ -111,7 +110,7 @@ class PackQuantizedFormat:
         return QTensor(grid, codes, tensors["weight_scale"], zero_points)
 
     def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """One config group that targets every Linear, and the list of exceptions."""
+        """As compressed-tensors says it."""
         per_channel = grid.group_size == CHANNEL
         weights = {
             "num_bits": grid.bits,
@@ -121,29 +120,11 @@ class PackQuantizedFormat:
             "group_size": None if per_channel else grid.group_size,
             "dynamic": False,
         }
-        group = {
-            "targets": ["Linear"],
-            "format": "pack-quantized",
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "global_compression_ratio": None,
-            "kv_cache_scheme": None,
-            "ignore": list(skipped),
-            "config_groups": {"group_0": group},
-            "version": COMPRESSED_TENSORS_VERSION,
-            "sparsity_config": {},
-            "transform_config": {},
-        }
+        return compressed_tensors.quantization_config(PACK_QUANTIZED, weights, None, skipped)
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors in its pack-quantized format."""
-        return section.get("quant_method") == "compressed-tensors" and section.get("format") == "pack-quantized"
+        return compressed_tensors.is_of_kind(section, PACK_QUANTIZED)
 
     def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
         """Grid and skipped modules.
@@ -167,11 +148,8 @@ class PackQuantizedFormat:
         return Grid(bits, group_size, bool(weights.get("symmetric")), weight_dtype), skip_list(section, "ignore")
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
-        """Exact match, or a regular expression after ``re:``."""
-        return any(
-            re.match(entry.removeprefix("re:"), module) if entry.startswith("re:") else entry == module
-            for entry in skipped
-        )
+        """compressed-tensors' own matching."""
+        return compressed_tensors.is_skipped(module, skipped)
 
 
 FORMAT = PackQuantizedFormat()

@@ -120,6 +120,6 @@ def test_tensors_of_the_480b_are_read_one_expert_at_a_time() -> None:
             yield torch.zeros(2, 6144, dtype=torch.bfloat16)
 
     tensor = next(one for one in gguf_tensors(architecture(SliceShape().config(1, 160))) if "up_exps" in one.name)
-    blocks = encoded(Reading(), tensor, T.Q8_0)  # type: ignore[arg-type]
+    blocks = encoded(Reading(), tensor, T.Q8_0)  # type: ignore[arg-type]  # stands in for a Source: it only reads
     assert next(blocks).shape == (2, 6144 // 32 * 34)
     assert read == ["model.layers.0.mlp.experts.0.up_proj.weight"]

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ def main(build: str, answer: str) -> None:
     unpacked: dict[str, Tensor] = {}
     for module in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
         stored = {part: tensors[f"{module}.{part}"] for part in ("weight", "weight_scale")}
-        for dtype in (stored["weight_scale"].dtype, tensors[f"{module}.weight_scale"].float().dtype):
+        for dtype in (stored["weight_scale"].dtype, torch.float32):
             given = stored | {"weight_scale": stored["weight_scale"].to(dtype)}
             unpacked[f"{module}.{str(dtype).removeprefix('torch.')}"] = compressor.decompress(given, scheme)["weight"]
     save_file({name: tensor.contiguous() for name, tensor in unpacked.items()}, answer)

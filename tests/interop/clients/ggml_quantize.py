@@ -11,7 +11,7 @@ import importlib.metadata
 import sys
 from typing import Any
 
-import libgguf  # type: ignore[import-not-found]
+import libgguf  # type: ignore[import-not-found]  # only in the environment ggml
 import numpy as np
 
 
