@@ -25,20 +25,29 @@ from qconv import __version__
 from qconv.build import REPORT_NAME
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
-from qconv.errors import OutputError, UsageError, VerificationError
+from qconv.errors import UsageError, VerificationError
 from qconv.ggml import encode
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
 from qconv.gguf.imatrix import Imatrix, read_imatrix
 from qconv.gguf.metadata import require_expressible
 from qconv.gguf.mixture import needs_importance, tensor_types
-from qconv.gguf.names import GgufTensor, gguf_tensors
+from qconv.gguf.names import gguf_tensors
 from qconv.gguf.plan import GgufPlan, plan_gguf
 from qconv.gguf.rope import rope_of
-from qconv.gguf.tensors import encoder, parts
+from qconv.gguf.tensors import encoder, importance_of, uniform, weighted_blocks
 from qconv.gguf_verify import decoded, floor_db
-from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, locked, require_same
+from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.models import architecture
-from qconv.output import FolderState, clear, finished_report, folder_state, require_apart, require_disk
+from qconv.output import (
+    FolderState,
+    Outcome,
+    already_complete,
+    enter,
+    open_journal,
+    require_apart,
+    require_disk,
+    require_published,
+)
 from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.source import Source
@@ -52,15 +61,6 @@ SHRINKAGE_TOKENS = 64.0
 """k of ``(n own + k layer) / (n + k)`` for the importance of an expert that saw n tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class GgufOutcome:
-    """What a run came to; see :class:`qconv.pipeline.Outcome`."""
-
-    out: Path
-    report: dict[str, Any]
-    already_complete: bool
-
-
 def quantize_gguf(
     model: Path,
     out: Path,
@@ -72,7 +72,7 @@ def quantize_gguf(
     threads: int | None = None,
     progress: Progress,
     log: Log,
-) -> GgufOutcome:
+) -> Outcome:
     """Write a model as GGUF, or continue.
 
     Args:
@@ -173,6 +173,7 @@ class _Run:
         self.source = source
         self.plan = plan
         self.importance = importance
+        self.columns = uniform if importance is None else importance_of(importance, SHRINKAGE_TOKENS)
         self.weights = sum(tensor.numel for tensor in plan.tensors.values())
         self.out = out
         self.work = out / WORK_FOLDER
@@ -182,47 +183,22 @@ class _Run:
         self.log = log
         self.done = 0
 
-    def run(self, restart: bool) -> GgufOutcome:
-        if restart:
-            clear(self.out)
-        state = folder_state(self.out)
-        if state is FolderState.FOREIGN:
-            raise OutputError(
-                f"{self.out}: is not empty and not a build of qconv.",
-                hint="Choose another folder, or --restart to discard a model that lies there.",
-            )
-        if state is FolderState.COMPLETE:
-            report = finished_report(self.out)
-            require_same(self.out, report["fingerprints"], self.fingerprints)
-            shutil.rmtree(self.work, ignore_errors=True)
-            return GgufOutcome(self.out, report, already_complete=True)
-        journal = self._journal()
+    def run(self, restart: bool) -> Outcome:
+        if enter(self.out, restart) is FolderState.COMPLETE:
+            return already_complete(self.out, self.fingerprints)
+        journal, resumed = open_journal(self.out, self.fingerprints)
+        if resumed:
+            self.log(f"resuming: {len(journal.units)} of {len(self.plan.files)} files are committed")
         require_disk(self.out, sum(file.size for file in self.plan.files if file.name not in journal.units))
         for file in self.plan.files:
             self._file(file, journal)
-        return GgufOutcome(self.out, self._finish(journal), already_complete=False)
-
-    def _journal(self) -> Journal:
-        path = self.work / JOURNAL_NAME
-        with output_errors(path):
-            self.work.mkdir(exist_ok=True)
-        journal = Journal.load(path)
-        if journal is None:
-            return Journal.create(path, self.fingerprints)
-        journal.require(self.fingerprints)
-        self.log(f"resuming: {len(journal.units)} of {len(self.plan.files)} files are committed")
-        return journal
+        return Outcome(self.out, self._finish(journal), already_complete=False)
 
     def _file(self, file: FileLayout, journal: Journal) -> None:
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
         self.progress(file.name, self.done, self.weights)
         if file.name in journal.units:
-            path = self.out / file.name
-            if not path.is_file() or path.stat().st_size != journal.units[file.name]["size"]:
-                raise OutputError(
-                    f"{path}: was committed but is now missing or of another size.",
-                    hint="Put it back, or start over with --restart.",
-                )
+            require_published(self.out / file.name, journal.units[file.name]["size"])
             self.done += weights
             return
         with GgufWriter(self.out, file) as writer:
@@ -258,18 +234,9 @@ class _Run:
     def _blocks(self, file: FileLayout) -> Iterator[_Block]:
         for info in file.tensors:
             tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
-            importance = self._importance(tensor)
-            for part, blocks in enumerate(parts(self.source, tensor)):
-                columns = None if importance is None else importance[part]
-                for block in blocks:
-                    yield _Block(tensor.name, type, block.reshape(-1, tensor.columns), columns)
-
-    def _importance(self, tensor: GgufTensor) -> Tensor | None:
-        """The mean squared inputs of a tensor, [experts, columns], an expert's shrunk toward its layer's."""
-        if self.importance is None or not tensor.quantizable:
-            return None
-        entry = self.importance.entry(tensor.name, len(tensor.sources), tensor.columns)
-        return None if entry is None else entry.mean_squares(SHRINKAGE_TOKENS)
+            importance = self.columns if tensor.quantizable else uniform
+            for rows, columns in weighted_blocks(self.source, tensor, importance):
+                yield _Block(tensor.name, type, rows, columns)
 
     def _finish(self, journal: Journal) -> dict[str, Any]:
         plan = self.plan

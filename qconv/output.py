@@ -6,6 +6,8 @@ import enum
 import fnmatch
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from qconv.build import REPORT_NAME, SCALES_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import CheckpointError, OutputError, UsageError
-from qconv.manifest import JOURNAL_NAME, WORK_FOLDER
+from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, require_same
 from qconv.plan import BuildPlan
 from qconv.report import Report
 from qconv.source import COMPANION_PATTERNS, Source
@@ -40,6 +42,82 @@ class FolderState(enum.Enum):
     UNFINISHED = "unfinished"
     COMPLETE = "complete"
     FOREIGN = "foreign"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        out: The build's folder.
+        report: Its report's values.
+        already_complete: Whether there was nothing left to do.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    already_complete: bool
+
+
+def enter(out: Path, restart: bool) -> FolderState:
+    """What ``out`` holds at the start of a run, which ``restart`` discards first.
+
+    Raises:
+        OutputError: it is foreign, or cannot be read or emptied.
+    """
+    if restart:
+        clear(out)
+    state = folder_state(out)
+    if state is FolderState.FOREIGN:
+        raise OutputError(
+            f"{out}: is not empty and not a build of qconv.",
+            hint="Choose another folder, or --restart to discard a model that lies there.",
+        )
+    return state
+
+
+def already_complete(out: Path, fingerprints: Mapping[str, str]) -> Outcome:
+    """The outcome of asking for a build that is complete already.
+
+    Raises:
+        CheckpointError: its report cannot be read.
+        StaleJournalError: it was made from other inputs.
+    """
+    report = finished_report(out)
+    require_same(out, report["fingerprints"], fingerprints)
+    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    return Outcome(out, report, already_complete=True)
+
+
+def open_journal(out: Path, fingerprints: Mapping[str, str]) -> tuple[Journal, bool]:
+    """The journal of a run, and whether it goes on from an earlier one.
+
+    Raises:
+        OutputError: it cannot be written.
+        ArtifactError: it is damaged.
+        StaleJournalError: the earlier run had other inputs.
+    """
+    path = out / WORK_FOLDER / JOURNAL_NAME
+    with output_errors(path):
+        path.parent.mkdir(exist_ok=True)
+    journal = Journal.load(path)
+    if journal is None:
+        return Journal.create(path, fingerprints), False
+    journal.require(fingerprints)
+    return journal, True
+
+
+def require_published(path: Path, size: int) -> None:
+    """Check that a committed file is still there, as large as it was.
+
+    Raises:
+        OutputError: it is not.
+    """
+    if not path.is_file() or path.stat().st_size != size:
+        raise OutputError(
+            f"{path}: was committed but is now missing or of another size.",
+            hint="Put it back, or start over with --restart.",
+        )
 
 
 def folder_state(out: Path) -> FolderState:

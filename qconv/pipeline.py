@@ -8,7 +8,6 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,18 @@ from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerReport
 from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
 from qconv.committer import UnitWriter
-from qconv.errors import OutputError
-from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, locked, require_same
+from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.methods import fp8, rtn
 from qconv.models.base import Linear
 from qconv.output import (
     FolderState,
-    clear,
-    finished_report,
-    folder_state,
+    Outcome,
+    already_complete,
+    enter,
+    open_journal,
     require_apart,
     require_disk,
+    require_published,
     write_companions,
 )
 from qconv.parallel import Workers
@@ -43,21 +43,6 @@ from qconv.source import Source
 from qconv.verify import CHECKSUMS_NAME, Progress, Verification, build_files, check_structure, render_checksums
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        out: The build's folder.
-        report: Its report's values.
-        already_complete: Whether there was nothing left to do.
-    """
-
-    out: Path
-    report: dict[str, Any]
-    already_complete: bool
 
 
 def quantize(
@@ -127,24 +112,16 @@ class _Run:
         """Weights of the units that are behind."""
 
     def run(self, restart: bool) -> Outcome:
-        if restart:
-            clear(self.out)
-        state = folder_state(self.out)
-        if state is FolderState.FOREIGN:
-            raise OutputError(
-                f"{self.out}: is not empty and not a build of qconv.",
-                hint="Choose another folder, or --restart to discard a model that lies there.",
-            )
+        state = enter(self.out, restart)
         if self.plan.needs_calibration:
             self.tokens = build_tokens(self.recipe.calibration, self.source.checkpoint.path)
             self.log(f"calibration: {self.tokens.ids.numel():,} tokens of {self.tokens.source}")
         fingerprints = self._fingerprints()
         if state is FolderState.COMPLETE:
-            report = finished_report(self.out)
-            require_same(self.out, report["fingerprints"], fingerprints)
-            shutil.rmtree(self.work, ignore_errors=True)
-            return Outcome(self.out, report, already_complete=True)
-        journal = self._journal(fingerprints)
+            return already_complete(self.out, fingerprints)
+        journal, resumed = open_journal(self.out, fingerprints)
+        if resumed:
+            self.log(f"resuming: {len(journal.units)} of {len(self.plan.units)} units are committed")
         self._require_disk(journal)
         self._units(journal)
         return Outcome(self.out, self._finish(journal), already_complete=False)
@@ -159,17 +136,6 @@ class _Run:
             "calibration data": "none" if self.tokens is None else self.tokens.digest,
             "versions": " ".join(f"{name}={number}" for name, number in sorted(versions.items())),
         }
-
-    def _journal(self, fingerprints: Mapping[str, str]) -> Journal:
-        path = self.work / JOURNAL_NAME
-        with output_errors(path):
-            self.work.mkdir(exist_ok=True)
-        journal = Journal.load(path)
-        if journal is None:
-            return Journal.create(path, fingerprints)
-        journal.require(fingerprints)
-        self.log(f"resuming: {len(journal.units)} of {len(self.plan.units)} units are committed")
-        return journal
 
     def _require_disk(self, journal: Journal) -> None:
         pending = sum(unit.nbytes for unit in self.plan.units if unit.key not in journal.units)
@@ -290,12 +256,7 @@ class _Run:
 
     def _require_published(self, unit: Unit, journal: Journal) -> None:
         for file in journal.units[unit.key]["files"]:
-            path = self.out / file["name"]
-            if not path.is_file() or path.stat().st_size != file["size"]:
-                raise OutputError(
-                    f"{path}: was committed but is now missing or of another size.",
-                    hint="Put it back, or start over with --restart.",
-                )
+            require_published(self.out / file["name"], file["size"])
 
     def _finish(self, journal: Journal) -> dict[str, Any]:
         """Complete the folder, check it as a whole, and only then write the checksums that call it complete."""

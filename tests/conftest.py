@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconv.pipeline import Outcome, quantize
+from qconv.output import Outcome
+from qconv.pipeline import quantize
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import Recipe, parse_recipe
 

@@ -15,8 +15,9 @@ from qconv.build import REPORT_NAME
 from qconv.errors import CheckpointError, OutputError, StaleJournalError, UsageError
 from qconv.gguf.imatrix import Entry, Imatrix, write_imatrix
 from qconv.gguf.reader import GgufModel
-from qconv.gguf_pipeline import GgufOutcome, quantize_gguf
+from qconv.gguf_pipeline import quantize_gguf
 from qconv.gguf_verify import verify_gguf
+from qconv.output import Outcome
 from qconv.verify import CHECKSUMS_NAME
 from tests.conftest import BUNDLED, folder_bytes, random_model, save_model
 
@@ -28,7 +29,7 @@ class Stop(Exception):
     """The plug is pulled."""
 
 
-def convert(model: Path, out: Path, file_type: str = "Q4_0", **options: Any) -> GgufOutcome:
+def convert(model: Path, out: Path, file_type: str = "Q4_0", **options: Any) -> Outcome:
     """Write GGUF without progress and log."""
     values: dict[str, Any] = {"max_file_size": SPLIT, "threads": 2, "progress": lambda *_: None, "log": lambda _: None}
     return quantize_gguf(model, out, file_type, **values | options)

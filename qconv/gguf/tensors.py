@@ -72,10 +72,23 @@ def encoded(
         UsageError: there is no encoder of that type, or a weight is beyond its range.
     """
     target = encoder(type)
+    for block, weights in weighted_blocks(source, tensor, importance):
+        yield encode(block, target, weights)
+
+
+def weighted_blocks(
+    source: Source, tensor: GgufTensor, importance: Importance
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A tensor's rows in file order, [rows, columns], with the importance of their columns.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is not finite.
+        UsageError: the importance is of another model.
+    """
     for part, rows in enumerate(parts(source, tensor)):
         weights = importance(tensor, part)
         for block in rows:
-            yield encode(block.reshape(-1, tensor.columns), target, weights)
+            yield block.reshape(-1, tensor.columns), weights
 
 
 def parts(source: Source, tensor: GgufTensor) -> Iterator[Iterator[Tensor] | Sequence[Tensor]]:
