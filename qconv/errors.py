@@ -57,6 +57,10 @@ class ResourceError(QconvError):
     """The machine lacks memory or disk for the planned work."""
 
 
+class EngineError(QconvError):
+    """An engine could not load or compute a model: an endpoint that is down, a worker that died, a shape it refuses."""
+
+
 class Interrupted(QconvError):
     """SIGINT or SIGTERM arrived; what was committed stays and the same command resumes."""
 

@@ -1,0 +1,291 @@
+"""The record of a run: what was evaluated, with what, what came out, and the verdict. ``run.json`` in the run's folder.
+
+Per-token arrays and completions lie beside it, named by their sha256, so that runs with equal content share it and a
+record that was edited is found out. Nothing else that reads runs (gates, comparison, history, report) knows engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from qconv.checkpoint.writer import write_atomically
+from qconv.errors import ArtifactError, OutputError
+from qconv.manifest import WORK_FOLDER
+
+RUN_NAME = "run.json"
+FILES_FOLDER = "files"
+
+Sha256: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Status: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured"]
+Outcome: TypeAlias = Literal["pass", "regression", "inconclusive", "corrupt", "not gated"]
+
+EXIT_CODES: Mapping[Outcome, int] = {"pass": 0, "not gated": 0, "regression": 3, "inconclusive": 4, "corrupt": 5}
+
+
+class _Values(BaseModel):
+    # Infinity and NaN have no place in JSON: they are written as null and read back as NaN.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+
+
+class Artifact(_Values):
+    """What was evaluated, or what it was compared with."""
+
+    name: str
+    path: str
+    kind: Literal["model", "build", "gguf", "endpoint"]
+    sha256: Sha256
+    """Of what decides its numbers: weights and config.json; of an endpoint of its address and model name."""
+    tokenizer_sha256: Sha256 | None = None
+    format: str | None = None
+    method: str | None = None
+    recipe_sha256: Sha256 | None = None
+    bits_per_weight: float | None = None
+    """Over all weights."""
+    quantized_bits_per_weight: float | None = None
+    """Over the quantized ones."""
+    size: int | None = None
+    """Bytes of the weights' files."""
+    report: dict[str, JsonValue] = {}
+    """From the build's own report: coverage of the experts, modules left to plain rounding."""
+
+
+class Metric(_Values):
+    """One number with its interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    """Ends of the interval of ``confidence``; null where there is none."""
+    confidence: float = 0.95
+    unit: str = ""
+    better: Literal["lower", "higher", "neither"] = "neither"
+    units: int | None = None
+    """Documents, windows or problems that it is taken over."""
+    note: str | None = None
+
+
+class Item(_Values):
+    """What is drawn in resampling, and paired between runs: a document, a window of text, or a problem."""
+
+    name: str
+    values: dict[str, float]
+    """Sums over the item: ``tokens``, ``bytes``, ``nll``, ``kl`` ... or ``samples`` and ``passed``."""
+
+
+class FileRef(_Values):
+    """A file of the run, under ``files/``."""
+
+    name: str
+    sha256: Sha256
+    size: int
+
+
+class Task(_Values):
+    """One task of the suite, measured."""
+
+    name: str
+    kind: str
+    """``text`` or ``humaneval``."""
+    inputs_sha256: Sha256
+    """Of the exact inputs: token ids and windows, or prompts as rendered."""
+    source: str
+    """The inputs, for people."""
+    unit: Literal["document", "window", "problem"]
+    settings: dict[str, JsonValue]
+    metrics: dict[str, Metric]
+    items: tuple[Item, ...]
+    reference_items: tuple[Item, ...] = ()
+    """The same of the reference, where it is measured apart from the build (problems, not documents)."""
+    files: dict[str, FileRef] = {}
+    details: dict[str, JsonValue] = {}
+    engine: dict[str, str] = {}
+    seconds: float = 0.0
+
+
+class Gate(_Values):
+    """One gate's outcome."""
+
+    name: str
+    against: Literal["limit", "reference", "baseline", "integrity"]
+    task: str | None
+    metric: str
+    status: Status
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    baseline: float | None = None
+    noise: float | None = None
+    p_value: float | None = None
+    adjusted_p_value: float | None = None
+    """By Holm's method over all statistical gates of the run."""
+    detectable: float | None = None
+    """The least true change beyond the limit that this gate would probably have caught."""
+    sentence: str
+    reruns: int = 0
+
+
+class Verdict(_Values):
+    """What the gates come to."""
+
+    outcome: Outcome
+    sentence: str
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process, as documented."""
+        return EXIT_CODES[self.outcome]
+
+
+class Run(_Values):
+    """Everything that is known of one evaluation."""
+
+    schema_version: Literal[1] = 1
+    qconv: str
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float
+    command: tuple[str, ...]
+    """What reproduces the run."""
+    build: Artifact
+    reference: Artifact | None
+    suite: str
+    suite_sha256: Sha256
+    engine: dict[str, str]
+    reference_engine: dict[str, str] = {}
+    versions: dict[str, str]
+    device: dict[str, str]
+    seed: int
+    tasks: tuple[Task, ...]
+    gates: tuple[Gate, ...] = ()
+    gates_name: str | None = None
+    build_class: str | None = None
+    baseline: str | None = None
+    """The baseline's :attr:`digest`."""
+    verdict: Verdict
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what was measured, without time, duration, gates and verdict: equal for equal results."""
+        told = {"started", "seconds", "command", "gates", "gates_name", "build_class", "baseline", "verdict"}
+        values = self.model_dump(mode="json", exclude=told)
+        for task in values["tasks"]:
+            del task["seconds"]
+        for artifact in (values["build"], values["reference"]):
+            if artifact is not None:
+                del artifact["path"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def task(self, name: str) -> Task | None:
+        """A task by name."""
+        return next((task for task in self.tasks if task.name == name), None)
+
+
+def write_run(folder: Path, run: Run) -> None:
+    """Write ``run.json``, atomically.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    write_atomically(folder / RUN_NAME, (run.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its folder (or from the path of its ``run.json``).
+
+    Raises:
+        ArtifactError: no run there, not finished, or a record that qconv did not write.
+    """
+    path = folder if folder.name == RUN_NAME else folder / RUN_NAME
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        unfinished = (path.parent / WORK_FOLDER).exists()
+        hint = "The run is not finished: run its command again." if unfinished else "Give the folder of a run."
+        raise ArtifactError(f"{path}: {error.strerror}.", hint=hint) from error
+    try:
+        return Run.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"{path}: is no run of this version of qconv: {where}: {first['msg']}.", hint="Run the evaluation again."
+        ) from error
+
+
+def store(folder: Path, data: bytes, suffix: str) -> FileRef:
+    """Put bytes under ``files/`` by their sha256; equal bytes are kept once.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    path = folder / FILES_FOLDER / f"{digest}{suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: {error.strerror}.") from error
+    if not path.exists():
+        write_atomically(path, data)
+    return FileRef(name=path.name, sha256=digest, size=len(data))
+
+
+def load(folder: Path, file: FileRef) -> bytes:
+    """The bytes of a run's file.
+
+    Raises:
+        ArtifactError: absent, or not of that sha256.
+    """
+    path = folder / FILES_FOLDER / file.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}.", hint="Run the evaluation again.") from error
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise ArtifactError(f"{path}: is damaged: its sha256 is not {file.sha256}.", hint="Run the evaluation again.")
+    return data
+
+
+def store_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> FileRef:
+    """Put named arrays under ``files/`` as one safetensors file."""
+    from safetensors.numpy import save
+
+    return store(folder, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}), ".safetensors")
+
+
+def load_arrays(folder: Path, file: FileRef) -> dict[str, NDArray[Any]]:
+    """What :func:`store_arrays` kept.
+
+    Raises:
+        ArtifactError: absent or damaged.
+    """
+    from safetensors.numpy import load as parse
+
+    arrays: dict[str, NDArray[Any]] = parse(load(folder, file))
+    return arrays
+
+
+def store_json(folder: Path, value: JsonValue) -> FileRef:
+    """Put a JSON value under ``files/``."""
+    buffer = io.StringIO()
+    json.dump(value, buffer, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return store(folder, buffer.getvalue().encode(), ".json")
+
+
+def load_json(folder: Path, file: FileRef) -> JsonValue:
+    """What :func:`store_json` kept.
+
+    Raises:
+        ArtifactError: absent or damaged.
+    """
+    value: JsonValue = json.loads(load(folder, file))
+    return value
