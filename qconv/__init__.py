@@ -1,3 +1,21 @@
 """Quantize very large mixture-of-experts language models layer by layer, in bounded memory."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qconv.runtime.loading import load
+
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """``qconv.load`` is imported when it is asked for: ``import qconv`` alone needs no torch."""
+    if name == "load":
+        from qconv.runtime.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

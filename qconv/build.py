@@ -50,8 +50,16 @@ class Build:
         Raises:
             CheckpointError: damaged, of unknown architecture, or not of a format that qconv reads.
         """
-        checkpoint = Checkpoint.open(path)
-        found = detect(checkpoint.config)
+        return cls.of(Checkpoint.open(path))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Build:
+        """The build that a checkpoint is.
+
+        Raises:
+            CheckpointError: as :meth:`open`.
+        """
+        path, found = checkpoint.path, detect(checkpoint.config)
         if found is None:
             raise CheckpointError(
                 f"{path}: config.json has no quantization_config that qconv reads.",

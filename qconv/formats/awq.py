@@ -34,7 +34,7 @@ def unpack_words(words: Tensor) -> Tensor:
     """The inverse of :func:`pack_words`: int32 [rows, words] to uint8 [rows, 8 words]."""
     rows, count = words.shape
     packed = words.contiguous().view(torch.uint8).view(rows, count, 4)
-    values = torch.empty(rows, count, 8, dtype=torch.uint8)
+    values = torch.empty(rows, count, 8, dtype=torch.uint8, device=words.device)
     for byte in range(4):
         values[..., ORDER[2 * byte]] = packed[..., byte] & 15
         values[..., ORDER[2 * byte + 1]] = packed[..., byte] >> 4
@@ -76,7 +76,7 @@ class AwqFormat:
         return [
             TensorSpec(f"{module}.qweight", torch.int32, (in_features, out_features // 8)),
             TensorSpec(f"{module}.qzeros", torch.int32, (groups, out_features // 8)),
-            TensorSpec(f"{module}.scales", torch.float16, (groups, out_features)),
+            TensorSpec(f"{module}.scales", grid.scale_dtype, (groups, out_features)),
         ]
 
     def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:

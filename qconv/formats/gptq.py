@@ -97,7 +97,7 @@ def _pack_stream(values: Tensor, bits: int) -> Tensor:
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     rows, count = words.shape
     streams = words.reshape(rows, count // bits, bits).to(torch.int64).bitwise_and_(0xFFFFFFFF)
-    values = torch.zeros(rows, count // bits, 32, dtype=torch.int64)
+    values = torch.zeros(rows, count // bits, 32, dtype=torch.int64, device=words.device)
     for value, word, place in _stream_parts(bits):
         values[..., value] |= streams[..., word] >> place if place >= 0 else streams[..., word] << -place
     return values.bitwise_and_((1 << bits) - 1).to(torch.uint8).view(rows, count // bits * 32)
@@ -144,7 +144,7 @@ class GptqFormat:
         return [
             TensorSpec(f"{module}.qweight", torch.int32, (in_features * bits // 32, out_features)),
             TensorSpec(f"{module}.qzeros", torch.int32, (groups, out_features * bits // 32)),
-            TensorSpec(f"{module}.scales", torch.float16, (groups, out_features)),
+            TensorSpec(f"{module}.scales", grid.scale_dtype, (groups, out_features)),
             TensorSpec(f"{module}.g_idx", torch.int32, (in_features,)),
         ]
 
@@ -248,7 +248,7 @@ def _group_index(name: str, stored: Tensor, grid: Grid) -> Tensor | None:
         raise CheckpointError(f"{name}: names group {int(wrong[0])}, but there are {groups}.")
     if grid.act_order:
         return stored
-    if not torch.equal(stored, _in_order(len(stored), grid)):
+    if not torch.equal(stored, _in_order(len(stored), grid).to(stored.device)):
         raise CheckpointError(
             f"{name}: inputs are not grouped in their order, though config.json says desc_act false.",
             hint="If the build was made with act-order, set desc_act to true.",

@@ -1,1 +1,12 @@
-"""Running builds. For now: writing the dense model that a build stands for."""
+"""Running builds: any model on disk as a working transformers model that computes from its packed weights.
+
+    model = qconv.load(PATH)                      # or qconv.runtime.loading.load
+    model(ids).logits, model.generate(ids)        # what transformers' own model can do
+
+``PATH`` is a build of any format that qconv writes, whoever wrote it, an unquantized checkpoint, or a GGUF file.
+Linears and experts stay packed in memory; experts are computed for the tokens that chose them.
+
+How it is made: ``files`` opens what is on disk as the linears of an architecture, ``packed`` holds weights as their
+files do, ``backends`` multiply with them, ``skeleton`` puts ``modules`` that do so into transformers' model.
+``dense`` writes the dequantized model that a build stands for.
+"""

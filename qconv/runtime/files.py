@@ -1,0 +1,227 @@
+"""A model on disk, of whatever format, as its architecture's linears and norms: what the loader reads from.
+
+Names are always those of the checkpoint that transformers reads, whatever the files call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qconv.build import Build, strip_quantization
+from qconv.checkpoint.fp8 import WHOLE, Dequantized, Fp8Scheme
+from qconv.checkpoint.header import TensorEntry
+from qconv.checkpoint.reader import Checkpoint, map_tensor, read_json
+from qconv.errors import CheckpointError
+from qconv.formats import detect, formats
+from qconv.formats.base import read_tensors
+from qconv.models import Architecture, architecture
+from qconv.models.base import Linear
+from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
+from qconv.source import WEIGHT_DTYPES, weight_dtype
+
+GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
+"""Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
+
+_SCALES = {"awq": "scales", "gptq": "scales", "w4a16": "weight_scale"}
+
+
+class ModelFiles(Protocol):
+    """A model on disk."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A config.json of the dense model, without ``quantization_config``."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its linears and norms."""
+
+    def weight(self, linear: Linear) -> PackedWeight:
+        """A linear's weight as the files hold it.
+
+        Raises:
+            CheckpointError: it is absent, misshapen or of a dtype that no weight has.
+        """
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A norm, a router, a bias: a tensor that is never packed.
+
+        Raises:
+            CheckpointError: as :meth:`weight`.
+        """
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        """A linear's bias, [out_features]. Also one that the architecture does not ask for: AutoGPTQ stored them all.
+
+        Raises:
+            CheckpointError: the architecture asks for it, and it is absent or misshapen.
+        """
+
+    def inverse_frequency_divisors(self) -> Tensor | None:
+        """What rotary frequencies are divided by besides what ``config`` says, float32 [head_dim / 2], or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFiles:
+    """An unquantized safetensors checkpoint, and what every other one has in common with it."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    architecture: Architecture
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.checkpoint.path
+
+    def weight(self, linear: Linear) -> PackedWeight:
+        """The dense weight."""
+        return DenseWeight(linear.name, self.tensor(linear.weight, (linear.out_features, linear.in_features)))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A dense tensor, mapped."""
+        entry = self.checkpoint.entries.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is missing.",
+                hint="The checkpoint is incomplete, or config.json belongs to another model.",
+            )
+        if entry.shape != shape or entry.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, config.json implies a float "
+                f"tensor {list(shape)}.",
+                hint="config.json belongs to another model, or the shard is wrong.",
+            )
+        return map_tensor(entry)
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        """The bias, wherever there is one."""
+        name = f"{linear.name}.bias"
+        if linear.bias or name in self.checkpoint.entries:
+            return self.tensor(name, (linear.out_features,))
+        return None
+
+    def inverse_frequency_divisors(self) -> Tensor | None:
+        """None: config.json says everything."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerFiles(DenseFiles):
+    """A safetensors build of integer codes."""
+
+    build: Build
+
+    def weight(self, linear: Linear) -> PackedWeight:
+        """The packed weight, or the dense one of a linear that the build leaves alone."""
+        if not self.build.is_quantized(linear):
+            return DenseFiles.weight(self, linear)
+        shape, grid = (linear.out_features, linear.in_features), self.build.grid
+        scales = self.checkpoint.entries.get(f"{linear.name}.{_SCALES[self.build.format.name]}")
+        if scales is not None and scales.dtype in WEIGHT_DTYPES:
+            grid = replace(grid, scale_dtype=scales.dtype)  # other tools store them in the model's dtype
+        specs = self.build.format.specs(linear.name, *shape, grid)
+        read = partial(self._part, linear, grid)
+        return IntegerWeight(linear.name, shape, self.build.format.name, grid, read_tensors(specs, linear.name, read))
+
+    def _part(self, linear: Linear, grid: Grid, name: str) -> Tensor:
+        """One of a weight's tensors. ``g_idx`` may be absent where inputs are grouped in their order."""
+        if name in self.checkpoint.entries:
+            return map_tensor(self.checkpoint.entries[name])
+        if name.endswith(".g_idx") and not grid.act_order:
+            return torch.arange(linear.in_features, dtype=torch.int32) // grid.width(linear.in_features)
+        raise CheckpointError(
+            f"{self.path}: tensor {name!r} is missing.",
+            hint="The build is incomplete, or config.json belongs to another one.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFiles(DenseFiles):
+    """A safetensors build of E4M3 codes."""
+
+    codes: Dequantized
+
+    def weight(self, linear: Linear) -> PackedWeight:
+        """The packed weight, or the dense one of a linear that the build leaves alone."""
+        scale = self.codes.scales.get(linear.weight)
+        if scale is None:
+            return DenseFiles.weight(self, linear)
+        entry, shape = self.codes.stored.entry(linear.weight), (linear.out_features, linear.in_features)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name!r} is {list(entry.shape)}, config.json implies {list(shape)}.",
+                hint="config.json belongs to another model, or the shard is wrong.",
+            )
+        grid = _float_grid(self.codes.scheme, scale)
+        scales = map_tensor(scale).view(grid.scale_shape(*shape))
+        return FloatWeight(linear.name, QTensor(grid, map_tensor(entry), scales, None))
+
+
+def open_files(path: Path) -> ModelFiles:
+    """Open whatever lies at a path.
+
+    Args:
+        path: A folder with safetensors and config.json, a GGUF file (of a set, any one), or a folder that holds one.
+
+    Raises:
+        CheckpointError: damaged, incomplete, of an unknown architecture, or quantized in a way that qconv does not
+            read.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder.", hint="Give the folder of a model, or a GGUF file.")
+    checkpoint = Checkpoint.open(path)
+    section = _quantization(path, checkpoint.config)
+    config = strip_quantization(checkpoint.config)
+    model = architecture(config)
+    if section is None:
+        return DenseFiles(checkpoint, config, model)
+    checkpoint = replace(checkpoint, config=config | {"quantization_config": section})
+    scheme = Fp8Scheme.parse(section)
+    if scheme is not None:
+        codes = Dequantized.of(checkpoint, scheme, weight_dtype(path, config))
+        return FloatFiles(checkpoint, config, model, codes)
+    if detect(checkpoint.config) is None:
+        raise CheckpointError(
+            f"{path / 'config.json'}: quantization_config is of a kind that qconv does not run: {_described(section)}.",
+            hint=f"It runs {', '.join(formats())} and GGUF.",
+        )
+    return IntegerFiles(checkpoint, config, model, Build.of(checkpoint))
+
+
+def _quantization(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ``quantization_config``, or what older tools wrote beside config.json in its words; None if there is none.
+
+    Raises:
+        CheckpointError: it is not an object.
+    """
+    section = config.get("quantization_config", config.get("compression_config"))
+    if section is None and (path / GPTQ_CONFIG).is_file():
+        section = {"quant_method": "gptq"} | read_json(path / GPTQ_CONFIG)
+    if section is None and (path / AWQ_CONFIG).is_file():
+        section = {"quant_method": "awq"} | read_json(path / AWQ_CONFIG)
+    if section is not None and not isinstance(section, dict):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config is no object.", hint="Repair config.json.")
+    return section
+
+
+def _described(section: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {section[key]!r}" for key in ("quant_method", "format", "version") if key in section)
+
+
+def _float_grid(scheme: Fp8Scheme, scale: TensorEntry) -> Grid:
+    rows = CHANNEL if scheme.rows == WHOLE else scheme.rows
+    columns = CHANNEL if scheme.columns == WHOLE else scheme.columns
+    return Grid(8, columns, True, scale.dtype, "e4m3", rows)

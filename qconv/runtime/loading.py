@@ -1,0 +1,86 @@
+"""A model on disk as a working transformers model that computes from the packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconv.errors import UsageError
+from qconv.runtime.backends import get_backend
+from qconv.runtime.files import ModelFiles, open_files
+from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
+from qconv.runtime.skeleton import Installer, empty_model
+from qconv.source import WEIGHT_DTYPES, weight_dtype
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """Load a model.
+
+    Weights stay packed, mapped from the file where the backend takes them as they are; so do not overwrite the files
+    while the model is in use.
+
+    Args:
+        path: A build, an unquantized checkpoint, a GGUF file, or a folder that holds one.
+        backend: ``cpu``, ``cuda``, ``reference``, or ``auto`` for what suits the device.
+        dtype: The dtype of activations and of what is not packed; by default config.json's.
+        device: By default a GPU where there is one.
+
+    Returns:
+        transformers' model of the architecture for causal language modelling, in evaluation mode.
+
+    Raises:
+        CheckpointError: the files are damaged, incomplete or of a kind that qconv does not run.
+        UsageError: no such backend, device or dtype.
+    """
+    files = open_files(Path(path))
+    placed = get_backend(backend, device)
+    chosen = _dtype(files, dtype)
+    model = empty_model(files, chosen)
+    Installer(model, files, placed, chosen).everything()
+    left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
+    if left:
+        raise UsageError(f"{path}: nothing was loaded for {left[0]!r} and {len(left) - 1} others.")
+    if (files.path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(files.path)
+    model.config.name_or_path = str(path)
+    return model
+
+
+def memory(model: nn.Module) -> int:
+    """Bytes of memory that a loaded model's tensors take, mapped ones included; shared ones count once."""
+    tensors = [tensor for _, tensor in _named_tensors(model)]
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, PackedExperts)):
+            tensors.extend(module.operator.tensors())
+        elif isinstance(module, PackedEmbedding):
+            tensors.extend(module.packed.tensors())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _dtype(files: ModelFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        return weight_dtype(files.path, files.config)
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in WEIGHT_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
+        raise UsageError(f"dtype: {dtype!r} is none of {names}.", hint="Leave it out to take config.json's.")
+    assert isinstance(chosen, torch.dtype)
+    return chosen

@@ -1,0 +1,61 @@
+"""The modules that stand in transformers' models where weights are packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qconv.runtime.backends.base import ExpertsOperator, LinearOperator
+from qconv.runtime.packed import BlockWeight, dequantized_rows
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight stays packed; its bias, if any, is an ordinary parameter."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, operator: LinearOperator, shape: tuple[int, int], bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.operator = operator
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        output = self.operator(inputs)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {type(self.operator).__name__}"
+
+
+class PackedExperts(nn.Module):
+    """The experts of a sparse block, in place of transformers' fused ones; called as those are."""
+
+    def __init__(self, operator: ExpertsOperator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, hidden], [tokens, top_k], [tokens, top_k] to [tokens, hidden]."""
+        return self.operator(hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        return type(self.operator).__name__
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding of ggml's blocks: only the rows asked for are dequantized."""
+
+    def __init__(self, weight: BlockWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] to [..., hidden]."""
+        rows = functional.embedding(ids, self.packed.rows)
+        values = dequantized_rows(rows.reshape(-1, rows.shape[-1]), self.packed.type)
+        return values.view(*ids.shape, self.embedding_dim).to(self.dtype)

@@ -1,0 +1,171 @@
+"""Weights as their files hold them: what a backend is given.
+
+None of these classes computes fast. Each can say what it stands for (``dequantize``), which is the reference that every
+backend is held against; a backend looks at the class and its fields and takes the tensors as they are, mapped from the
+file where the file allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from qconv.formats import get_format
+from qconv.qtensor import Grid, QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeight:
+    """A weight that is not quantized.
+
+    Attributes:
+        name: The linear's name in the checkpoint.
+        weight: [out_features, in_features], any float dtype.
+    """
+
+    name: str
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in memory."""
+        yield self.weight
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, [out_features, in_features]."""
+        return self.weight.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerWeight:
+    """Integer codes packed into words: AWQ, GPTQ or compressed-tensors.
+
+    Attributes:
+        name: The linear's name in the checkpoint.
+        shape: (out_features, in_features).
+        format: ``awq``, ``gptq`` or ``w4a16``: the module of qconv.formats that describes the layout.
+        grid: Bits, groups, symmetry, act-order. A ``gptq`` grid is a ``ForeignGrid`` where zero points are stored the
+            other way than qconv writes them.
+        parts: The file's tensors by the last part of their names: ``qweight``, ``qzeros``, ``scales`` ...; of the
+            shapes and dtypes that the format states.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    format: str
+    grid: Grid
+    parts: Mapping[str, Tensor]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in memory."""
+        yield from self.parts.values()
+
+    def unpack(self) -> QTensor:
+        """Codes, scales and zero points one by one.
+
+        Raises:
+            CheckpointError: the tensors contradict the grid.
+        """
+        prefix = f"{self.name}."
+        return get_format(self.format).unpack(
+            self.name, self.shape, lambda name: self.parts[name.removeprefix(prefix)], self.grid
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the codes stand for, computed in float32, [out_features, in_features]."""
+        return self.unpack().dequantize(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatWeight:
+    """E4M3 codes with scales by block, row or tensor.
+
+    Attributes:
+        name: The linear's name in the checkpoint.
+        weight: The codes are float8_e4m3fn [out_features, in_features], as in the file; scales [blocks down, blocks
+            across] in their stored dtype, for blocks of ``grid.block_rows`` times ``grid.group_size``.
+    """
+
+    name: str
+    weight: QTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.weight.shape
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in memory."""
+        yield self.weight.codes
+        yield self.weight.scales
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the codes stand for, computed in float32, [out_features, in_features]."""
+        return self.weight.dequantize(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeight:
+    """Rows of ggml's blocks, from a GGUF file.
+
+    Attributes:
+        name: The linear's name in the checkpoint that the file was made from.
+        shape: (out_features, in_features).
+        type: ggml's type of the blocks.
+        rows: uint8 [out_features, bytes of a row], in transformers' order of rows.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    type: GGMLQuantizationType
+    rows: Tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors in memory."""
+        yield self.rows
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the blocks stand for, computed in float32, [out_features, in_features]."""
+        return dequantized_rows(self.rows, self.type).to(dtype)
+
+
+PackedWeight: TypeAlias = DenseWeight | IntegerWeight | FloatWeight | BlockWeight
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMlp:
+    """One expert, ``down(act(gate(x)) * up(x))``."""
+
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+
+    def weights(self) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
+        """gate, up, down."""
+        return self.gate, self.up, self.down
+
+
+def nbytes(weight: PackedWeight) -> int:
+    """Bytes of a weight's tensors."""
+    return sum(tensor.nbytes for tensor in weight.tensors())
+
+
+def row_bytes(type: GGMLQuantizationType, columns: int) -> int:
+    """Bytes of a row of ggml's blocks."""
+    elements, size = GGML_QUANT_SIZES[type]
+    return columns // elements * size
+
+
+def dequantized_rows(rows: Tensor, type: GGMLQuantizationType) -> Tensor:
+    """Rows of ggml's blocks, uint8 [rows, bytes], as float32 [rows, columns], by the ``gguf`` package's own code."""
+    return torch.from_numpy(dequantize(rows.numpy(force=True), type).copy()).to(rows.device)

@@ -1,0 +1,163 @@
+"""transformers' model without weights, and how a part of it is given those that it computes with.
+
+The model is built on the meta device, where it costs nothing. Linears with packed weights and all experts are replaced
+by modules of ours; norms, routers, embeddings and unquantized linears stay transformers' own, with the file's tensors
+as their parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconv.errors import CheckpointError
+from qconv.models.base import Layer, Linear, Moe, Norm
+from qconv.runtime.backends.base import Activation, Backend
+from qconv.runtime.files import ModelFiles
+from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
+from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
+
+_SPARSE_BLOCK = re.compile(r"(?<=\.)block_sparse_moe(?=\.|$)")
+
+
+def empty_model(files: ModelFiles, dtype: torch.dtype) -> Any:
+    """transformers' model for causal language modelling with everything on the meta device but rotary frequencies.
+
+    Raises:
+        CheckpointError: transformers does not accept the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        values = {key: value for key, value in files.config.items() if key != "model_type"}
+        config = AutoConfig.for_model(files.config["model_type"], **values)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{files.path}: transformers does not accept its config: {error}.", hint="Repair config.json."
+        ) from error
+    # Frequencies are computed, not loaded, so that module is built again off the meta device.
+    rotary = type(model.model.rotary_emb)(config)
+    divisors = files.inverse_frequency_divisors()
+    if divisors is not None:
+        rotary.inv_freq /= divisors
+        rotary.original_inv_freq /= divisors
+    model.model.rotary_emb = rotary
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Installer:
+    """Gives parts of a model their weights.
+
+    Attributes:
+        model: What :func:`empty_model` made.
+        files: Where weights come from.
+        backend: What multiplies with them.
+        dtype: The dtype of everything that is not packed.
+    """
+
+    model: nn.Module
+    files: ModelFiles
+    backend: Backend
+    dtype: torch.dtype
+
+    def everything(self) -> None:
+        """The whole model.
+
+        Raises:
+            CheckpointError: a tensor is absent or misshapen.
+        """
+        self.embedding()
+        for layer in self.files.architecture.layers:
+            self.layer(layer)
+        self.norm(self.files.architecture.final_norm)
+        self.head()
+        self.model.get_submodule("model.rotary_emb").to(self.backend.device)
+
+    def embedding(self) -> None:
+        """The embedding."""
+        linear = self.files.architecture.embedding
+        weight = self.files.weight(linear)
+        if isinstance(weight, BlockWeight) and self.backend.device.type == "cpu":
+            self._replace(linear.name, PackedEmbedding(weight, self.dtype))
+        else:
+            self._assign(linear.name, weight=weight.dequantize(self.dtype))
+
+    def head(self) -> None:
+        """The head, which may be the embedding again."""
+        architecture = self.files.architecture
+        if architecture.lm_head is not None:
+            self.linear(architecture.lm_head)
+            return
+        weight = self.files.weight(architecture.embedding)
+        if isinstance(weight, DenseWeight):
+            embedding = self.model.get_submodule(architecture.embedding.name)
+            self.model.get_submodule("lm_head").register_parameter("weight", embedding.get_parameter("weight"))
+        else:
+            self._packed("lm_head", weight, None)
+
+    def layer(self, layer: Layer) -> None:
+        """One decoder layer."""
+        for norm in layer.norms():
+            self.norm(norm)
+        for linear in layer.attention.linears():
+            self.linear(linear)
+        if not isinstance(layer.mlp, Moe):
+            for linear in layer.mlp.linears():
+                self.linear(linear)
+            return
+        for router in layer.mlp.routers():
+            shape = (router.out_features, router.in_features)
+            self._assign(router.name, weight=self.files.tensor(router.weight, shape))
+        if layer.mlp.shared_expert is not None:
+            for linear in layer.mlp.shared_expert.linears():
+                self.linear(linear)
+        self.experts(f"{layer.mlp.router.name.rpartition('.')[0]}.experts", layer.mlp)
+
+    def experts(self, name: str, moe: Moe) -> None:
+        """The experts of a sparse block, a module of that name."""
+        act: Activation = self.model.get_submodule(module_path(name)).act_fn  # type: ignore[assignment]
+        mlps = [PackedMlp(*(self._cast(self.files.weight(linear)) for linear in mlp.linears())) for mlp in moe.experts]
+        self._replace(name, PackedExperts(self.backend.experts(mlps, act)))
+
+    def linear(self, linear: Linear) -> None:
+        """A linear: packed, or transformers' own with the dense weight."""
+        weight, bias = self.files.weight(linear), self.files.bias(linear)
+        if isinstance(weight, DenseWeight):
+            self._assign(linear.name, weight=weight.weight, **({} if bias is None else {"bias": bias}))
+        else:
+            self._packed(linear.name, weight, bias)
+
+    def norm(self, norm: Norm) -> None:
+        """A norm."""
+        self._assign(norm.name, weight=self.files.tensor(norm.weight, (norm.size,)))
+
+    def _packed(self, name: str, weight: PackedWeight, bias: Tensor | None) -> None:
+        if bias is not None:
+            bias = bias.to(self.backend.device, self.dtype)
+        self._replace(name, PackedLinear(self.backend.linear(weight), weight.shape, bias))
+
+    def _cast(self, weight: PackedWeight) -> PackedWeight:
+        """A dense weight in the model's dtype, mapped where that is the file's."""
+        return DenseWeight(weight.name, weight.weight.to(self.dtype)) if isinstance(weight, DenseWeight) else weight
+
+    def _assign(self, name: str, **tensors: Tensor) -> None:
+        module = self.model.get_submodule(module_path(name))
+        for leaf, tensor in tensors.items():
+            placed = tensor.to(self.backend.device, self.dtype)
+            module.register_parameter(leaf, nn.Parameter(placed, requires_grad=False))
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = module_path(name).rpartition(".")
+        self.model.get_submodule(parent).register_module(leaf, module.eval())
+
+
+def module_path(name: str) -> str:
+    """Where transformers has a module that the checkpoint calls so: every sparse block is ``mlp`` there."""
+    return _SPARSE_BLOCK.sub("mlp", name)
