@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 
-from qconv.build import Build, strip_quantization
 from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
 from qconv.errors import OutputError
 from qconv.models.base import Linear, Norm
+from qconv.runtime.files import is_gguf, open_files
+from qconv.runtime.tokenizer import load_tokenizer
 from qconv.source import COMPANION_PATTERNS
 
 
-def write_dense(build_path: Path, out: Path, dtype: torch.dtype) -> None:
+def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
     """Dequantize a build, one tensor at a time, into a new folder.
 
     Args:
-        build_path: The build.
+        path: The build: a folder or a GGUF file.
         out: The folder to make; it must not exist or be empty.
         dtype: The dtype of every tensor written.
 
@@ -28,12 +29,12 @@ def write_dense(build_path: Path, out: Path, dtype: torch.dtype) -> None:
         CheckpointError: the build is damaged.
         OutputError: the folder cannot be written.
     """
-    build = Build.open(build_path)
+    files = open_files(path)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise OutputError(f"{out}: is not empty.", hint="Choose another folder.")
-    model = build.architecture
+    model = files.architecture
     groups: list[list[Linear | Norm]] = [[model.embedding]]
     groups += [[*layer.norms(), *layer.routers(), *layer.linears()] for layer in model.layers]
     groups.append([model.final_norm, *([model.lm_head] if model.lm_head is not None else [])])
@@ -45,20 +46,22 @@ def write_dense(build_path: Path, out: Path, dtype: torch.dtype) -> None:
         weight_map |= dict.fromkeys((spec.name for spec in specs), shard)
         with ShardWriter(out / shard, specs) as writer:
             for module in modules:
-                for name, _ in module.tensors():
-                    if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
-                        writer.write(name, build.qtensor(module).dequantize(dtype))
+                for name, shape in module.tensors():
+                    if isinstance(module, Linear) and name == module.weight:
+                        writer.write(name, files.weight(module).dequantize(dtype).contiguous())
                     else:
-                        writer.write(name, build.checkpoint.read(name).to(dtype))
+                        writer.write(name, files.tensor(name, shape).to(dtype))
             writer.finish()
             writer.publish()
 
-    config = strip_quantization(build.checkpoint.config)
+    config = dict(files.config)
     config.pop("torch_dtype", None)
     config["dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[DTYPE_NAMES[dtype]]
     write_atomically(out / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     index = {"metadata": {}, "weight_map": weight_map}
     write_atomically(out / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
-    for pattern in COMPANION_PATTERNS:
-        for file in build_path.glob(pattern):
+    if is_gguf(path):
+        load_tokenizer(path).save_pretrained(out)
+    for pattern in COMPANION_PATTERNS if path.is_dir() else ():
+        for file in path.glob(pattern):
             write_atomically(out / file.name, file.read_bytes())

@@ -180,6 +180,10 @@ def open_files(path: Path) -> ModelFiles:
         CheckpointError: damaged, incomplete, of an unknown architecture, or quantized in a way that qconv does not
             read.
     """
+    if is_gguf(path):
+        from qconv.runtime.gguf_files import GgufFiles
+
+        return GgufFiles.open(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder.", hint="Give the folder of a model, or a GGUF file.")
     checkpoint = Checkpoint.open(path)
@@ -199,6 +203,13 @@ def open_files(path: Path) -> ModelFiles:
             hint=f"It runs {', '.join(formats())} and GGUF.",
         )
     return IntegerFiles(checkpoint, config, model, Build.of(checkpoint))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder that holds such a model and no other."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    return path.suffix == ".gguf"
 
 
 def _quantization(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
