@@ -61,6 +61,12 @@ class EngineError(QconvError):
     """An engine could not load or compute a model: an endpoint that is down, a worker that died, a shape it refuses."""
 
 
+class SandboxError(QconvError):
+    """Model-written code cannot be run safely here: no sandbox, or one that failed its own proof."""
+
+    exit_code = 6
+
+
 class Interrupted(QconvError):
     """SIGINT or SIGTERM arrived; what was committed stays and the same command resumes."""
 

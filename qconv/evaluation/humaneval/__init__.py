@@ -1,0 +1,1 @@
+"""HumanEval: prompts, completions, verdicts and pass@k."""

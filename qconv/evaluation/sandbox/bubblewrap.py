@@ -1,0 +1,69 @@
+"""bubblewrap: new namespaces of every kind, a read-only interpreter, and nothing else of the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from qconv.evaluation.sandbox.inside import COMMAND, ENVIRONMENT, hidden_folders, mounts
+from qconv.evaluation.sandbox.limits import Limits
+from qconv.evaluation.sandbox.seccomp import seccomp_filter
+
+
+@dataclass(frozen=True, slots=True)
+class Bubblewrap:
+    """Starts guests with ``bwrap``."""
+
+    executable: str
+    name: str = "bubblewrap"
+
+    @classmethod
+    def find(cls) -> Bubblewrap | None:
+        """The installed one, or None. Whether it works is only known once it started something."""
+        executable = shutil.which("bwrap")
+        return cls(executable) if executable else None
+
+    def start(self, limits: Limits) -> subprocess.Popen[bytes]:
+        """A guest that waits for its setup; stdin and stdout are its pipes, stderr says why it did not start.
+
+        It dies with the thread that called this (prctl(2), PR_SET_PDEATHSIG), hence also with this process however that
+        ends: use it up in the same thread.
+
+        Raises:
+            OSError: bwrap cannot be executed.
+        """
+        descriptor = os.memfd_create("seccomp")
+        try:
+            os.write(descriptor, seccomp_filter())
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return subprocess.Popen(
+                [self.executable, *self._options(limits, descriptor), *COMMAND],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env={},
+                cwd="/",
+                pass_fds=(descriptor,),
+                start_new_session=True,  # Ctrl-C is for qconv to handle
+            )
+        finally:
+            os.close(descriptor)
+
+    def _options(self, limits: Limits, seccomp: int) -> list[str]:
+        options = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--clearenv"]
+        options += ["--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+        options += ["--seccomp", str(seccomp)]
+        for source, target in mounts():
+            # A system folder that is a link (/lib to usr/lib) stays one.
+            link = os.readlink(source) if source.is_symlink() and str(source) == target else None
+            options += ["--symlink", link, target] if link else ["--ro-bind", str(source), target]
+        for folder in hidden_folders():
+            options += ["--size", "4096", "--tmpfs", folder, "--remount-ro", folder]
+        options += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
+        options += ["--size", str(limits.disk), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+        for key, value in ENVIRONMENT.items():
+            options += ["--setenv", key, value]
+        return options

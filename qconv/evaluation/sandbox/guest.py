@@ -1,0 +1,107 @@
+"""The program inside the sandbox: loads a candidate's source and calls its function on request.
+
+It runs beside the candidate in one process, so nothing it says is believed: it only carries values. It never holds a
+check or an expected result. Only the standard library and ``literals`` exist where it runs.
+
+Messages, one line of JSON each: in ``{limits, nonce}``, out ``{nonce}``; in ``{program, entry_point, nonce}``, out an
+answer; then for each call in ``{arguments, keywords, nonce}``, out an answer. An answer has the request's nonce and
+either ``value`` or ``error`` (one of ``raised``, ``memory``, ``value``) with ``detail``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+from collections.abc import Callable
+
+from qconv.evaluation.sandbox.literals import LARGEST_MESSAGE, NotLiteral, decode, encode, read_message, write_message
+
+_DETAIL = 300
+
+
+class _Channel:
+    """The two pipes, away from descriptors 0 and 1."""
+
+    def __init__(self) -> None:
+        self._input, self._output = os.dup(0), os.dup(1)
+        self._buffer = b""
+
+    def receive(self) -> dict[str, object]:
+        while b"\n" not in self._buffer:
+            block = os.read(self._input, LARGEST_MESSAGE)
+            if not block:
+                os._exit(0)
+            self._buffer += block
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return read_message(line)
+
+    def send(self, line: bytes) -> None:
+        while line:
+            line = line[os.write(self._output, line) :]
+
+
+def main() -> None:
+    """Serve until the other side closes its pipe."""
+    channel = _Channel()
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    setup = channel.receive()
+    limits = setup["limits"]
+    assert isinstance(limits, dict)
+    for name, (soft, hard) in limits.items():
+        resource.setrlimit(getattr(resource, name), (soft, hard))
+    channel.send(write_message({"nonce": str(setup["nonce"])}))
+    os.dup2(null, 2)
+
+    request = channel.receive()
+    functions: list[Callable[..., object]] = []
+    channel.send(_answer(request, lambda: functions.append(_load(request))))
+    while True:
+        call = channel.receive()
+        channel.send(_answer(call, functools.partial(_call, functions[0], call)))
+
+
+def _load(request: dict[str, object]) -> Callable[..., object]:
+    program, name = str(request["program"]), str(request["entry_point"])
+    namespace: dict[str, object] = {"__name__": "candidate"}  # not __main__: a model's own tests are not to run
+    exec(compile(program, "candidate.py", "exec", dont_inherit=True), namespace)
+    function = namespace.get(name)
+    if not callable(function):
+        raise NameError(f"no function {name}")
+    return function
+
+
+def _call(function: Callable[..., object], request: dict[str, object]) -> object:
+    arguments, keywords = decode(request["arguments"]), decode(request["keywords"])
+    assert isinstance(arguments, list)
+    assert isinstance(keywords, dict)
+    return function(*arguments, **{str(name): value for name, value in keywords.items()})
+
+
+def _answer(request: dict[str, object], work: Callable[[], object]) -> bytes:
+    nonce = str(request["nonce"])
+    exhausted = write_message({"nonce": nonce, "error": "memory", "detail": "MemoryError"})
+    try:
+        value = work()
+    except MemoryError:
+        return exhausted
+    except BaseException as error:
+        return _failure(nonce, "raised", error)
+    try:
+        return write_message({"nonce": nonce, "value": encode(value)})
+    except MemoryError:
+        return exhausted
+    except NotLiteral as error:
+        return _failure(nonce, "value", error)
+    except BaseException as error:
+        return _failure(nonce, "raised", error)
+
+
+def _failure(nonce: str, kind: str, error: BaseException) -> bytes:
+    try:
+        detail = f"{type(error).__name__}: {error}"[:_DETAIL]
+        return write_message({"nonce": nonce, "error": kind, "detail": detail})
+    except BaseException:
+        return write_message({"nonce": nonce, "error": kind, "detail": "an exception that cannot be shown"})
