@@ -21,12 +21,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from qconv import __version__
+from qconv import __version__, native
 from qconv.build import REPORT_NAME
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
 from qconv.errors import UsageError, VerificationError
-from qconv.ggml import encode
+from qconv.ggml import compiled, encode
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
 from qconv.gguf.imatrix import Imatrix, read_imatrix
 from qconv.gguf.metadata import require_expressible
@@ -110,6 +110,7 @@ def quantize_gguf(
         "calibration data": "none" if imatrix is None else sha256_of(imatrix),
         "versions": f"qconv={__version__} torch={torch.__version__}",
     }
+    native.load(compiled.LIBRARY)  # its warning, if there is one, comes before the progress bar
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out), Workers(threads) as workers:

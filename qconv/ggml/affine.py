@@ -41,6 +41,11 @@ class AffineGrid:
     top: int | None
     spans: tuple[float, ...]
 
+    def starts(self, weighted: bool) -> list[tuple[float, float]]:
+        """What a sub-block's range is divided by for each trial's scale, and at how many of those its base stands."""
+        spans = self.spans if weighted else self.spans[: len(self.spans) // 2]
+        return [(self.levels + span, span * anchor) for span in spans for anchor in _ANCHORS]
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -148,12 +153,9 @@ def encode(weights: Tensor, importance: Tensor | None, grid: AffineGrid) -> Enco
 
 def best_of_ranges(source: Source) -> tuple[Tensor, Tensor, Moments]:
     """Of each sub-block the best real scale and base that the trials find, and the moments of their codes."""
-    levels, spans = source.grid.levels, source.grid.spans
-    if source.importance is None:
-        spans = spans[: len(spans) // 2]
-    starts = [(source.range / (levels + span), span * anchor) for span in spans for anchor in _ANCHORS]
-    scale = torch.stack([step for step, _ in starts])
-    base = torch.stack([step * steps for step, steps in starts])
+    starts = source.grid.starts(weighted=source.importance is not None)
+    scale = torch.stack([source.range / divisor for divisor, _ in starts])
+    base = scale * torch.tensor([steps for _, steps in starts], device=scale.device).view(-1, 1, 1)
     moments = source.moments(scale, base)
     scale, base = source.fit(moments)
     scale, base = survivors(source.gain(moments, scale, base), len(_ANCHORS), scale, base)

@@ -94,19 +94,23 @@ def _mxfp4_codes(device: torch.device) -> Tensor:
 
 
 def _signed_maximum(blocks: Tensor) -> Tensor:
-    """The element of the largest magnitude, with its sign, the first of equals: float32 [blocks, 1]."""
+    """The element of the largest magnitude, with its sign, the first of equals; 0 is positive: float32 [blocks, 1]."""
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)  # aminmax takes five times as long
     largest = torch.where(high >= -low, high, low)
     tied = (high == -low).squeeze(1).nonzero().squeeze(1)
     if len(tied):
         rows = blocks[tied]
         largest[tied] = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    return largest
+    return largest.add_(0.0)
 
 
 def _affine(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
-    scale = (high - low) / levels
+    scale = (high - low).add_(0.0) / levels
+    signless = (low == 0.0).squeeze(1).nonzero().squeeze(1)
+    if len(signless):  # its sign is stored: that of the first zero
+        rows = blocks[signless]
+        low[signless] = rows.gather(1, (rows == 0.0).int().argmax(dim=1, keepdim=True))
     codes = (blocks - low).mul_(reciprocal(scale)).add_(0.5).clamp_(max=levels)
     return scale, low, _truncated(codes)
 

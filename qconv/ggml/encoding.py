@@ -1,4 +1,8 @@
-"""Weights to the bytes of a GGUF tensor."""
+"""Weights to the bytes of a GGUF tensor.
+
+The encoders in torch operations are the reference and run on any device. On the processor C++ does the same, to the
+byte, where it can be compiled (:mod:`qconv.ggml.compiled`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconv.errors import UsageError
-from qconv.ggml import direct
+from qconv.ggml import compiled, direct
 from qconv.ggml.block_types import GgmlType
 from qconv.ggml.numeric import HALF_MAX
 from qconv.ggml.packing import by_element
@@ -41,6 +45,7 @@ _DIRECT: dict[GgmlType, Callable[[Tensor], Tensor]] = {
     GgmlType.Q5_1: direct.q5_1,
     GgmlType.MXFP4: direct.mxfp4,
 }
+_FLOAT_MAX = torch.finfo(torch.float32).max
 _WITHOUT_HALVES = (GgmlType.F32, GgmlType.BF16, GgmlType.MXFP4)
 
 
@@ -64,10 +69,17 @@ def encode(weight: Tensor, type: GgmlType, importance: Tensor | None = None) -> 
         UsageError: the block does not divide the row, a weight is not finite or too large for float16 scales, or the
             importance does not fit.
     """
-    rows, columns = weight.shape
-    encoded = torch.empty(rows, type.row_bytes(columns), dtype=torch.uint8, device=weight.device)
+    columns = weight.shape[1]
+    encoded = torch.empty(len(weight), type.row_bytes(columns), dtype=torch.uint8, device=weight.device)
     importance = None if importance is None else _normalized(importance.to(weight.device), columns)
     searched = type in SEARCHES and (importance is not None or type not in _DIRECT)
+    if weight.device.type == "cpu":
+        limit = _FLOAT_MAX if type in _WITHOUT_HALVES else HALF_MAX
+        grid = SEARCHES[type].grid if searched else None
+        largest = compiled.encode_into(encoded, weight, type, grid, importance, limit)
+        if largest is not None:
+            _require_range(largest, type)
+            return encoded
     for start, stop in _tiles(weight, type, searched):
         tile = weight[start:stop]
         encoded[start:stop] = _searched(tile, type, importance) if searched else _directly(tile, type)
@@ -76,7 +88,7 @@ def encode(weight: Tensor, type: GgmlType, importance: Tensor | None = None) -> 
 
 def _directly(tile: Tensor, type: GgmlType) -> Tensor:
     blocks = tile.reshape(-1, type.block_elements).float()
-    _check_range(blocks, type)
+    _require_range(_largest(blocks), type)
     return _DIRECT[type](blocks).view(len(tile), -1)
 
 
@@ -85,7 +97,7 @@ def _searched(tile: Tensor, type: GgmlType, importance: Tensor | None) -> Tensor
     blocks = tile.reshape(-1, type.block_elements)
     padding = -len(blocks) % _LANES
     weights = by_element(blocks, search.subblocks, padding)
-    _check_range(weights, type)
+    _require_range(_largest(weights), type)
     spread = None
     if importance is not None:  # the same for every row
         row = by_element(importance.view(-1, type.block_elements), search.subblocks)
@@ -103,8 +115,12 @@ def _tiles(weight: Tensor, type: GgmlType, searched: bool) -> Iterator[tuple[int
         yield start, min(start + step, rows)
 
 
-def _check_range(weights: Tensor, type: GgmlType) -> None:
-    largest = float(weights.abs().amax())  # NaN if one of them is
+def _largest(weights: Tensor) -> float:
+    """The largest magnitude; NaN if one of them is."""
+    return float(weights.abs().amax())
+
+
+def _require_range(largest: float, type: GgmlType) -> None:
     if not largest < float("inf"):
         raise UsageError(
             "the weight holds NaN or infinite values",

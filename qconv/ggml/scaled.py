@@ -40,6 +40,10 @@ class ScaledGrid:
     top: int | None
     reaches: tuple[float, ...]
 
+    def starts(self, weighted: bool) -> tuple[float, ...]:
+        """The reaches that are tried."""
+        return self.reaches if weighted else self.reaches[: len(self.reaches) // 2]
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -121,9 +125,7 @@ def best_of_reaches(source: Source) -> tuple[Tensor, Moments]:
     """Of each sub-block the best real scale that the trials find."""
     low, high = source.weights.amin(0), source.weights.amax(0)
     largest = torch.where(high >= -low, high, low)
-    reaches = source.grid.reaches
-    if source.importance is None:
-        reaches = reaches[: len(reaches) // 2]
+    reaches = source.grid.starts(weighted=source.importance is not None)
     scale = torch.stack([largest / reach for reach in reaches])
     moments = source.moments(scale)
     scale = moments.optimum()

@@ -29,9 +29,10 @@ from qconv.ggml.scaled import ScaledGrid
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How a type is searched: its sub-blocks in a block, and the function that gives the bytes."""
+    """How a type is searched: its sub-blocks in a block, what it can hold, and the function that gives the bytes."""
 
     subblocks: int
+    grid: AffineGrid | ScaledGrid
     encode: Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -182,15 +183,15 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 
 SEARCHES = {
-    GgmlType.Q4_0: Search(1, q4_0),
-    GgmlType.Q4_1: Search(1, q4_1),
-    GgmlType.Q5_0: Search(1, q5_0),
-    GgmlType.Q5_1: Search(1, q5_1),
-    GgmlType.IQ4_NL: Search(1, iq4_nl),
-    GgmlType.IQ4_XS: Search(8, iq4_xs),
-    GgmlType.Q2_K: Search(16, q2_k),
-    GgmlType.Q3_K: Search(16, q3_k),
-    GgmlType.Q4_K: Search(8, q4_k),
-    GgmlType.Q5_K: Search(8, q5_k),
-    GgmlType.Q6_K: Search(16, q6_k),
+    GgmlType.Q4_0: Search(1, Q4_0, q4_0),
+    GgmlType.Q4_1: Search(1, Q4_1, q4_1),
+    GgmlType.Q5_0: Search(1, Q5_0, q5_0),
+    GgmlType.Q5_1: Search(1, Q5_1, q5_1),
+    GgmlType.IQ4_NL: Search(1, IQ4_NL, iq4_nl),
+    GgmlType.IQ4_XS: Search(8, IQ4_XS, iq4_xs),
+    GgmlType.Q2_K: Search(16, Q2_K, q2_k),
+    GgmlType.Q3_K: Search(16, Q3_K, q3_k),
+    GgmlType.Q4_K: Search(8, Q4_K, q4_k),
+    GgmlType.Q5_K: Search(8, Q5_K, q5_k),
+    GgmlType.Q6_K: Search(16, Q6_K, q6_k),
 }

@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gguf.quants import IQ4_NL, dequantize
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconv import native
 from qconv.ggml import GgmlType
 
 AFFINE_SUPER = {GgmlType.Q2_K: (3, 15, 16), GgmlType.Q4_K: (15, 63, 32), GgmlType.Q5_K: (31, 63, 32)}
 SCALED_SUPER = {GgmlType.Q3_K: (4, 32, 16), GgmlType.Q6_K: (32, 128, 16), GgmlType.IQ4_XS: (127, 32, 32)}
 SEARCHED = [*AFFINE_SUPER, *SCALED_SUPER, GgmlType.IQ4_NL]
 WITH_IMPORTANCE = [*SEARCHED, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def both_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with the encoders in C++ and with those in torch, the same where there is no compiler."""
+    if request.param == "torch":
+        monkeypatch.setenv(native.SWITCH, "0")
 
 
 def decode(encoded: Tensor, type: GgmlType) -> Tensor:

@@ -45,6 +45,7 @@ LEAST_SNR_DB = {
 
 @every_type
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.usefixtures("both_encoders")
 def test_the_gguf_package_reads_the_weights_back(type: GgmlType, weighted: bool) -> None:
     weight = bell_weights(rows=6, columns=768)
     encoded = encode(weight, type, column_importance(768, spread=0.3) if weighted else None)
@@ -84,6 +85,7 @@ def test_bits_per_weight(type: str, bits: float) -> None:
         ("MXFP4", 1, "F16"),
     ],
 )
+@pytest.mark.usefixtures("both_encoders")
 def test_rows_that_are_no_whole_blocks_are_refused_with_a_remedy(type: str, columns: int, instead: str) -> None:
     with pytest.raises(UsageError, match=f"{type} holds blocks of .*rows of {columns}.*as {instead}"):
         encode(torch.ones(2, columns), GgmlType[type])
@@ -91,6 +93,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_with_a_remedy(type: str, colu
 
 @every_type
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("both_encoders")
 def test_what_is_not_a_number_is_refused(type: GgmlType, value: float) -> None:
     weight = bell_weights(4, 256)
     weight[3, 77] = value
@@ -99,6 +102,7 @@ def test_what_is_not_a_number_is_refused(type: GgmlType, value: float) -> None:
 
 
 @every_type
+@pytest.mark.usefixtures("both_encoders")
 def test_what_float16_scales_cannot_hold_is_refused(type: GgmlType) -> None:
     weight = bell_weights(4, 256)
     weight[2, 5] = 65504.0
@@ -112,6 +116,7 @@ def test_what_float16_scales_cannot_hold_is_refused(type: GgmlType) -> None:
 
 
 @every_type
+@pytest.mark.usefixtures("both_encoders")
 def test_dtype_layout_and_ownership_of_the_weight(type: GgmlType) -> None:
     weight = bell_weights(6, 256).bfloat16()
     expected = encode(weight.float(), type)
@@ -128,12 +133,14 @@ def test_dtype_layout_and_ownership_of_the_weight(type: GgmlType) -> None:
 
 
 @every_type
+@pytest.mark.usefixtures("both_encoders")
 def test_nothing_encodes_to_nothing(type: GgmlType) -> None:
     assert encode(torch.empty(0, 512), type).shape == (0, type.row_bytes(512))
     assert encode(torch.empty(3, 0), type).shape == (3, 0)
 
 
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "MXFP4"])
+@pytest.mark.usefixtures("both_encoders")
 def test_importance_changes_nothing_where_nothing_is_searched(type: str) -> None:
     weight = bell_weights(4, 256)
     assert torch.equal(encode(weight, GgmlType[type], column_importance(256)), encode(weight, GgmlType[type]))

@@ -157,6 +157,7 @@ def test_scales_that_float16_hardly_holds_are_used_as_well_as_they_can(type: Ggm
 
 
 @every_importance
+@pytest.mark.usefixtures("both_encoders")
 def test_a_block_is_encoded_alike_whatever_surrounds_it(type: GgmlType, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = bell_weights(14, 512), column_importance(512)
     for given_importance in (None, importance):

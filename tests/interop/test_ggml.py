@@ -79,6 +79,7 @@ def test_types_without_a_choice_have_ggmls_bytes(client: Client, tmp_path: Path,
         "integers": torch.randint(-8, 9, (256, 256), generator=generator).float(),
         "zero": torch.zeros(2, 256),
         "constant": torch.full((2, 256), -0.7),
+        "signed_zeros": torch.randint(-1, 2, (64, 256), generator=generator) * 0.0,
     }
     answers = ask(client, tmp_path, request, *DIRECT)
     assert len(answers) == len(request) * len(DIRECT)

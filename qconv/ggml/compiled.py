@@ -1,0 +1,65 @@
+"""The encoders in C++ (``kernels/cpu/ggml.cpp``) on matrices in memory: the bytes of the torch operations, sooner."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from qconv import native
+from qconv.ggml.affine import AffineGrid
+from qconv.ggml.block_types import GgmlType
+from qconv.ggml.scaled import ScaledGrid
+
+LIBRARY = "ggml"
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""As ``enum class Dtype`` numbers them."""
+_NO_ENCODER = -1.0
+
+_pointer, _int, _count, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_MATRIX = (_int, _pointer, _int, _count, _count, _float)  # type, weights, dtype, rows, columns, limit
+_DIRECTLY = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer)
+_BY_SEARCH = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer, _int, _pointer, _pointer)
+
+
+def encode_into(
+    encoded: Tensor,
+    weight: Tensor,
+    type: GgmlType,
+    grid: AffineGrid | ScaledGrid | None,
+    importance: Tensor | None,
+    limit: float,
+) -> float | None:
+    """Encode a weight, unless no C++ is there for it.
+
+    Args:
+        encoded: uint8 [rows, bytes of a row], contiguous; filled.
+        weight: [rows, columns], any float dtype and strides.
+        type: The block type.
+        grid: What a search looks for; None where the type's formula is followed.
+        importance: float32 [columns], positive, or None.
+        limit: No weight may be larger in magnitude.
+
+    Returns:
+        None if there is no such encoder; else 0, or the magnitude of a weight that is NaN, infinite or beyond the
+        limit: then the bytes are not complete.
+    """
+    library = native.load(LIBRARY)
+    if library is None:
+        return None
+    if weight.dtype not in _DTYPES:
+        weight = weight.float()
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    matrix = (type.id, weight.data_ptr(), _DTYPES[weight.dtype], rows, columns, limit)
+    if grid is None:
+        found = _DIRECTLY(("qconv_encode_directly", library))(*matrix, encoded.data_ptr())
+    else:
+        starts = torch.tensor(grid.starts(weighted=importance is not None), dtype=torch.float32)
+        columns_importance = None if importance is None else importance.data_ptr()
+        found = _BY_SEARCH(("qconv_encode_by_search", library))(
+            *matrix, columns_importance, len(starts), starts.data_ptr(), encoded.data_ptr()
+        )
+    return None if found == _NO_ENCODER else float(found)
