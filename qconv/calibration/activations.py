@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -86,3 +88,38 @@ class ActivationFile:
             view = mmap.mmap(file.fileno(), end - page, offset=page)
         flat = torch.frombuffer(view, dtype=self.dtype, count=(stop - start) * self.width, offset=begin - page)
         return flat.view(stop - start, self.width)
+
+
+class SetAside:
+    """Rows of a matrix with the tokens they belong to, in a file without a name until their turn comes.
+
+    An expert that sees 16,384 tokens at hidden size 6144 has 400 MB of outputs; several wait at a time for the experts
+    before them.
+    """
+
+    def __init__(self, folder: Path, width: int, windows: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Write windows of tokens, int64 [n], and their rows, float32 [n, width].
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written.
+        """
+        self._folder = folder
+        self._width = width
+        self._tokens: list[Tensor] = []
+        with output_errors(folder):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - read later
+        weakref.finalize(self, self._file.close)
+        with output_errors(folder):
+            for tokens, rows in windows:
+                self._file.write(rows.contiguous().numpy().data)
+                self._tokens.append(tokens)
+            self._file.flush()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The windows as they came."""
+        self._file.seek(0)
+        for tokens in self._tokens:
+            rows = torch.empty(len(tokens), self._width)
+            with output_errors(self._folder):
+                self._file.readinto(rows.numpy().data)
+            yield tokens, rows

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.calibration.activations import SetAside
 from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
 from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
@@ -28,8 +29,6 @@ from qconv.models.base import Mlp, Moe
 from qconv.qtensor import QTensor
 
 WINDOW_TOKENS = 2048
-DEFERRED_TOKENS = 16384
-"""An expert with more tokens hands its outputs on window by window instead of all at once."""
 POOL_TOKENS = 256
 """Tokens of the layer as a whole that stand in for an expert's missing ones."""
 SHARED_SEARCH_TOKENS = 4096
@@ -81,14 +80,14 @@ class _Result:
         inner_scale: What was folded into up.
         record: For the report.
         compensations: The same by linear, where GPTQ rounded it.
-        routed: Its weighted outputs for windows of the tokens that the router sends it; None where nobody needs them.
+        passing: What computes the outputs that the next layer sees, from the unfolded norm's output; None without one.
     """
 
     weights: dict[str, QTensor]
     inner_scale: Tensor | None
     record: dict[str, Any]
     compensations: dict[str, dict[str, Any]]
-    routed: Iterator[tuple[Tensor, Tensor]] | None
+    passing: GatedWeights | None
 
 
 class _MlpHalf:
@@ -175,18 +174,28 @@ class _MlpHalf:
     def quantize_all(self) -> Iterator[Finished]:
         """Calibrate and quantize every MLP, and add its output for the tokens that it sees."""
         context, mlps = self.context, self.context.layer.mlps()
-        for index, result in enumerate(context.workers.map(self._quantize, range(len(mlps)))):
-            mlp = mlps[index]
+        for mlp, (result, outputs) in zip(mlps, context.workers.map(self._make, range(len(mlps))), strict=True):
             if result.inner_scale is not None:
                 context.scales[mlp.up.name] = result.inner_scale
             context.report.experts.append(result.record)
             context.report.compensations |= result.compensations
             for linear in mlp.linears():
                 yield context.finished(linear, result.weights.get(linear.name))
-            if result.routed is not None:
-                # In the order of the experts, so that sums come out the same however the threads ran.
-                for tokens, output in result.routed:
-                    context.work.total.add(tokens, output)
+            # In the order of the experts, so that sums come out the same however the threads ran.
+            for tokens, output in outputs or ():
+                context.work.total.add(tokens, output)
+
+    def _make(self, index: int) -> tuple[_Result, SetAside | None]:
+        """A quantized MLP, and its weighted outputs for the tokens that the router sends it where a layer follows.
+
+        The outputs are computed when all that quantizing needed is released, so that both peak alike.
+        """
+        result = self._quantize(index)
+        if result.passing is None:
+            return result, None
+        work = self.context.work.total
+        outputs = self._outputs(self.routing.assignment(index), result.passing)
+        return replace(result, passing=None), SetAside(work.path.parent, work.width, outputs)
 
     def _quantize(self, index: int) -> _Result:
         context, mlp, method = self.context, self.context.layer.mlps()[index], self.context.recipe.method
@@ -215,15 +224,12 @@ class _MlpHalf:
             quantized = self._with_static_inputs(subject)
         loss = _loss(subject, folded, scales, quantized)
         record |= {"loss": loss, "rtn_loss": loss if context.grid.is_float else self._rtn_loss(subject)}
-        output: Iterator[tuple[Tensor, Tensor]] | None = None
+        passing: GatedWeights | None = None
         if not context.is_last:
             propagate = context.recipe.calibration.propagate
             passing = scales.unfold_input(dequantized(mlp, folded, quantized)) if propagate else weights
-            output = self._outputs(routed, passing)
-            if len(routed.tokens) <= DEFERRED_TOKENS:
-                output = iter(list(output))
         compensations = {name: compensation_record(result) for name, result in results.items()}
-        return _Result(quantized, scales.inner, record, compensations, output)
+        return _Result(quantized, scales.inner, record, compensations, passing)
 
     def _clip_width(self, mlp: Mlp) -> int:
         """The width of the second moments that clipping down needs; 0 where GPTQ follows, which collects its own."""

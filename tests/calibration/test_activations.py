@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.calibration.activations import ActivationFile
+from qconv.calibration.activations import ActivationFile, SetAside
 from qconv.errors import OutputError
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -89,3 +89,21 @@ def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
         file.read(0, 1)
     with pytest.raises(OutputError, match=r"a\.bin"):
         file.seal()
+
+
+def test_rows_set_aside_come_back_in_their_windows_and_leave_no_file(tmp_path: Path) -> None:
+    windows = [(torch.arange(3) + 10 * i, torch.randn(3 + i, 1500)[:3]) for i in range(4)]
+    windows.append((torch.tensor([], dtype=torch.int64), torch.empty(0, 1500)))
+    aside = SetAside(tmp_path, 1500, iter(windows))
+    assert list(tmp_path.iterdir()) == [], "the file has no name, so that no kill can leave it behind"
+    for _ in range(2):
+        found = list(aside)
+        assert len(found) == len(windows)
+        for (tokens, rows), (expected_tokens, expected_rows) in zip(found, windows, strict=True):
+            assert torch.equal(tokens, expected_tokens)
+            assert torch.equal(rows, expected_rows)
+
+
+def test_setting_aside_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="gone"):
+        SetAside(tmp_path / "gone", 4, [(torch.arange(1), torch.zeros(1, 4))])

@@ -48,15 +48,11 @@ def test_every_family_verifies_and_no_linear_is_worse_than_rounding(
 
 
 @pytest.mark.parametrize(("method", "ordering"), [("gptq", "desc_act"), ("awq+gptq", "static")])
-def test_bytes_do_not_depend_on_threads(
-    method: str, ordering: str, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_do_not_depend_on_threads(method: str, ordering: str, moe: Path, tmp_path: Path) -> None:
     chosen = recipe(method, gptq={"ordering": ordering})
     one = folder_bytes(build(moe, tmp_path / "1", chosen, threads=1).out)
     for threads in (2, 3):
         assert folder_bytes(build(moe, tmp_path / str(threads), chosen, threads=threads).out) == one
-    monkeypatch.setattr(experts, "DEFERRED_TOKENS", 0)
-    assert folder_bytes(build(moe, tmp_path / "deferred", chosen).out) == one
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], InputStatistics]]:

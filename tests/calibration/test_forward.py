@@ -133,7 +133,6 @@ def test_windows_of_any_size_give_the_same_pass(tmp_path: Path, monkeypatch: pyt
     model = three_layers(tmp_path, "qwen2_moe", {})
     settings = recipe(propagate=False)
     monkeypatch.setattr(experts, "WINDOW_TOKENS", 7)
-    monkeypatch.setattr(experts, "DEFERRED_TOKENS", 5)
     assert_same(layer_inputs(model, tmp_path / "out", settings), hidden_states(model, settings), 2e-5)
 
 
