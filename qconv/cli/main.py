@@ -17,6 +17,7 @@ import click
 
 from qconv import __version__
 from qconv.cli.console import ReaderGone, print_error
+from qconv.cli.heap import share_one_heap
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 
@@ -110,4 +111,5 @@ def qconv() -> None:
 
 def main() -> NoReturn:
     """The console script ``qconv``."""
+    share_one_heap()
     qconv.main(prog_name="qconv")
