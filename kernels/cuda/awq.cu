@@ -1,0 +1,2 @@
+#include "int4.cuh"
+QC_GEMMS(Awq, awq)

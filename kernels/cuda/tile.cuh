@@ -1,0 +1,99 @@
+// What a block of threads works on: the argument block, the tile's sizes, and how its parts lie in shared memory.
+//
+// A tile is 64 inputs (k) by 128 outputs (n) of the weights. Four warps share it: warp w takes the 64 outputs of half
+// w % 2 and the slab of 32 inputs w / 2. Within a slab, lane (g = lane / 4, t = lane % 4) owns the square of outputs
+// 8g..8g+7 by the octet of inputs 8t..8t+7. Products do not care in which order k is summed, so any assignment of
+// inputs to the tensor cores' k slots will do as long as weights and activations share it.
+#pragma once
+#include "intrinsics.cuh"
+
+struct GemmArgs {
+  const unsigned char* activations;  // [input rows, depth], float16 or bfloat16
+  const unsigned char* weights;      // codes; with experts, one after the other, as all that follows
+  const unsigned char* weights_high; // Q6_K: the upper two bits
+  const unsigned char* scales;       // the scales of runs of inputs
+  const unsigned char* offsets;      // int4: zero points; Q4_K, Q6_K: factors of super-blocks
+  unsigned char* output;             // [rows, columns] of the activations' type; gridDim.z > 1: float32 [gridDim.z, rows, columns]
+  const int* row_ids;                // experts: rows sorted by expert, each expert's padded to whole row tiles by ids >= rows
+  const int* tile_experts;           // experts: the expert of each row tile, -1 for none; null: a dense linear
+  int rows;                          // rows of the output
+  int columns;                       // N, a multiple of 32
+  int depth;                         // K, a multiple of 32
+  int rows_per_input;                // row r of the output is computed from row r / rows_per_input of the activations
+  int group_shift;                   // log2 of the inputs that share a scale, 5 to 31
+  int zero_offset;                   // int4: added to every stored zero point
+  int scales_bf16;                   // 16-bit scales are bfloat16, not float16
+};
+
+constexpr int TILE_N = 128;
+constexpr int TILE_K = 64;
+constexpr int SLAB = 32;
+constexpr int THREADS = 128;
+constexpr int STAGES = 4;
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Shared memory of a block that computes 8 * ROW_OCTETS rows: STAGES tiles of activations, weights and parameters, and
+// in the same place, at the end, the sums that two warps exchange.
+template <class Format, int ROW_OCTETS>
+struct SharedLayout {
+  static constexpr int WEIGHTS_AT = ROW_OCTETS * 8 * TILE_K * 2;
+  static constexpr int PARAMETERS_AT = WEIGHTS_AT + Format::WEIGHT_BYTES;
+  static constexpr int STAGE = round_up(PARAMETERS_AT + Format::PARAMETER_BYTES, 128);
+  static constexpr int EXCHANGE = ROW_OCTETS * 4096;
+  static constexpr int BYTES = STAGE * STAGES > EXCHANGE ? STAGE * STAGES : EXCHANGE;
+};
+
+// Where a thread stands in the tile.
+struct Place {
+  u32 thread, lane, g, t;
+  u32 half;  // which 64 outputs
+  u32 slab;  // which 32 inputs
+  int n0;    // first output of the tile
+};
+
+// The 16-byte chunks of a row of 64 activations are permuted so that the lanes of a quarter warp, which read the same
+// chunks of neighbouring rows, touch all banks; rows 0..3 also spread over the four quarters of the line for 8-byte reads.
+QC_DEVICE u32 activation_offset(u32 row, u32 chunk) {
+  if (QC_PLANTED(ACTIVATIONS_UNSWIZZLED)) return row * 128 + chunk * 16;
+  return row * 128 + ((chunk ^ ((row & 1) << 2 | (row & 2))) << 4);
+}
+
+// Octet-major weights: [K/8][N] units of UNIT bytes, each the codes of 8 inputs of one output. In shared memory the
+// chunks of octet row t are permuted so that a quarter warp (t = 0..3, two values of g) touches all banks.
+template <int UNIT>
+QC_DEVICE u32 octet_offset(u32 row, u32 chunk) {
+  const u32 t = row & 3;
+  u32 flip = UNIT == 2 ? t << 1 : UNIT == 4 ? (t & 1) | (t & 2) << 1 : t;
+  if (QC_PLANTED(WEIGHTS_UNSWIZZLED)) flip = 0;
+  return row * (TILE_N * UNIT) + ((chunk ^ flip) << 4);
+}
+
+// Starts the copy of one tile of octet-major weights from inputs k0 and outputs n0 onward.
+template <int UNIT>
+QC_DEVICE void copy_octets(const GemmArgs& args, const unsigned char* weights, u32 shared, int k0, const Place& at) {
+  constexpr int CHUNKS = TILE_N * UNIT / 16, ALL = TILE_K / 8 * CHUNKS;
+  const size_t stride = (size_t)args.columns * UNIT;
+#pragma unroll
+  for (int i = 0; i < ALL / THREADS; i++) {
+    const u32 index = at.thread + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
+    bool valid = at.n0 + (int)(chunk * (16 / UNIT)) < args.columns && k0 + (int)row * 8 < args.depth;
+    if (QC_PLANTED(WEIGHTS_OVERRUN)) valid = true;
+    const unsigned char* from = weights + (valid ? (k0 / 8 + row) * stride + (size_t)at.n0 * UNIT + chunk * 16 : 0);
+    copy_async_16(shared + octet_offset<UNIT>(row, chunk), from, valid);
+  }
+}
+
+// Starts the copy of ROWS rows of parameters, BYTES for every output, from row `first` of `rows` onward; only threads
+// from `FIRST_THREAD` upward take part. Rows and outputs past the end become zeros.
+template <int BYTES, int ROWS, int FIRST_THREAD>
+QC_DEVICE void copy_parameters(const GemmArgs& args, const unsigned char* parameters, u32 shared, int first, int rows, const Place& at) {
+  constexpr int CHUNKS = TILE_N * BYTES / 16, ALL = ROWS * CHUNKS;
+  static_assert(FIRST_THREAD + ALL <= THREADS, "one chunk a thread");
+  const u32 index = at.thread - FIRST_THREAD;
+  if (index >= ALL) return;
+  const u32 row = index / CHUNKS, chunk = index % CHUNKS;
+  const bool valid = at.n0 + (int)chunk * 16 / BYTES < args.columns && first + (int)row < rows;
+  const unsigned char* from = parameters + (valid ? ((size_t)(first + row) * args.columns + at.n0) * BYTES + chunk * 16 : 0);
+  copy_async_16(shared + index * 16, from, valid);
+}

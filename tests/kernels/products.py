@@ -1,0 +1,220 @@
+"""Products to run on the emulator, with their float64 references."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from qconv.formats.awq import pack_words
+from qconv.qtensor import Grid, QTensor
+from qconv.runtime import repack
+from qconv.runtime.kernel_interface import KernelWeight, entry_name, gemm_args, grid
+from tests.kernels.emulator import SCHEDULES, Report, Schedule, emulator
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A packed weight, or a stack of experts', and the weights that it stands for: float64 [experts, N, K]."""
+
+    packed: KernelWeight
+    exact: Tensor
+
+
+def random_codes(seed: int, levels: int, *shape: int) -> Tensor:
+    """uint8 below ``levels``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, levels, shape, generator=generator, dtype=torch.uint8)
+
+
+def integer_weight(columns: int, depth: int, group_size: int, seed: int = 0, *, act_order: bool = False) -> QTensor:
+    """Four bits with zero points, float16 scales over two orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    groups = depth // group_size
+    index = None
+    if act_order:
+        index = torch.arange(depth).div(group_size, rounding_mode="floor")[torch.randperm(depth, generator=generator)]
+        index = index.to(torch.int32)
+    return QTensor(
+        Grid(4, group_size, False, torch.float16, act_order=act_order),
+        random_codes(seed, 16, columns, depth),
+        (10 ** -(1 + 2 * torch.rand(columns, groups, generator=generator))).half(),
+        random_codes(seed + 1, 16, columns, groups),
+        index,
+    )
+
+
+def stack(weights: list[KernelWeight]) -> KernelWeight:
+    """Experts' weights one after the other."""
+    values = {field.name: getattr(weights[0], field.name) for field in fields(KernelWeight)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = torch.stack([getattr(weight, name) for weight in weights])
+    return KernelWeight(**values)
+
+
+def awq(columns: int, depth: int, group_size: int = 128, experts: int = 1) -> Case:
+    """AWQ's checkpoint tensors."""
+    weights = [integer_weight(columns, depth, group_size, seed) for seed in range(experts)]
+    packed = []
+    for weight in weights:
+        assert weight.zero_points is not None
+        words = [pack_words(codes.t().contiguous()) for codes in (weight.codes, weight.zero_points)]
+        packed.append(repack.awq_weight(*words, weight.scales.t().contiguous()))
+    return Case(stack(packed), exact(weights))
+
+
+def int4(columns: int, depth: int, group_size: int = 128, experts: int = 1, *, act_order: bool = False) -> Case:
+    """GPTQ and compressed-tensors, octet-major. The reference has its inputs in the kernel's order."""
+    weights = [integer_weight(columns, depth, group_size, seed, act_order=act_order) for seed in range(experts)]
+    packed = [repack.int4_weight(weight) for weight in weights]
+    reference = exact(weights)
+    for expert, weight in enumerate(packed):
+        if weight.gather is not None:
+            reference[expert] = reference[expert][:, weight.gather]
+    return Case(stack(packed), reference)
+
+
+def exact(weights: list[QTensor]) -> Tensor:
+    """float64 [experts, N, K]; the float32 weights are exact for integer codes and 16-bit scales."""
+    return torch.stack([weight.dequantize().double() for weight in weights])
+
+
+CASES = {"awq": awq, "int4": int4}
+
+
+@functools.cache
+def case(layout: str, columns: int, depth: int, group_size: int = 128, experts: int = 1) -> Case:
+    """A case by its layout; made once, not to be written to."""
+    return CASES[layout](columns, depth, group_size, experts)
+
+
+def activations(rows: int, depth: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(rows, depth, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a launch wrote, what float64 arithmetic gives, what the emulator saw."""
+
+    output: Tensor
+    reference: Tensor
+    report: Report
+
+    @property
+    def relative_error(self) -> float:
+        """Of the whole output, in the Frobenius norm; NaN if an element was not written."""
+        return float((self.output.double() - self.reference).norm() / self.reference.norm())
+
+
+def run_dense(
+    case: Case,
+    tokens: Tensor,
+    row_tile: int,
+    slices: int = 1,
+    *,
+    schedule: Schedule = SCHEDULES[0],
+    traffic: bool = False,
+    check: bool = True,
+    bug: str = "",
+) -> Result:
+    """tokens [rows, K] times one weight. With several slices of k the output is their sum, in float32."""
+    weight, rows = case.packed, len(tokens)
+    shape, dtype = ((slices, rows, weight.columns), torch.float32) if slices > 1 else ((rows, weight.columns), tokens.dtype)
+    output = torch.full(shape, float("nan"), dtype=dtype)
+    report = emulator(weight.layout).launch(
+        entry_name(weight.layout, row_tile, tokens.dtype),
+        grid(weight.columns, -(-rows // row_tile), slices),
+        gemm_args(weight, tokens, output, rows),
+        {"activations": tokens, **_tensors(weight)},
+        {"output": output},
+        schedule=schedule,
+        traffic=traffic,
+        check=check,
+        bug=bug,
+    )
+    reference = tokens.double() @ case.exact[0].t()
+    return Result(output.sum(0) if slices > 1 else output, reference, report)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Rows sorted by expert for the grouped kernels.
+
+    Attributes:
+        experts: [rows] the expert of each row of the output.
+        row_ids: int32, each expert's rows, padded with the number of rows to whole tiles.
+        tile_experts: int32, the expert of each tile, -1 for tiles of padding only.
+    """
+
+    experts: Tensor
+    row_ids: Tensor
+    tile_experts: Tensor
+
+
+def route(experts: Tensor, row_tile: int, spare_tiles: int = 1) -> Routing:
+    """Group rows by expert, with tiles of padding at the end as a host that cannot know the count leaves them."""
+    rows, ids, tiles = len(experts), [], []
+    for expert in experts.unique().tolist():
+        mine = (experts == expert).nonzero().flatten().tolist()
+        mine += [rows] * (-len(mine) % row_tile)
+        ids += mine
+        tiles += [expert] * (len(mine) // row_tile)
+    ids += [rows] * (spare_tiles * row_tile)
+    tiles += [-1] * spare_tiles
+    return Routing(experts, torch.tensor(ids, dtype=torch.int32), torch.tensor(tiles, dtype=torch.int32))
+
+
+def run_experts(
+    case: Case,
+    tokens: Tensor,
+    routing: Routing,
+    row_tile: int,
+    rows_per_input: int,
+    slices: int = 1,
+    *,
+    schedule: Schedule = SCHEDULES[0],
+    traffic: bool = False,
+    check: bool = True,
+    bug: str = "",
+) -> Result:
+    """Row r of the output is tokens[r / rows_per_input] times the weight of its expert."""
+    weight, rows = case.packed, len(routing.experts)
+    shape, dtype = ((slices, rows, weight.columns), torch.float32) if slices > 1 else ((rows, weight.columns), tokens.dtype)
+    output = torch.full(shape, float("nan"), dtype=dtype)
+    args = gemm_args(
+        weight,
+        tokens,
+        output,
+        rows,
+        row_ids=routing.row_ids,
+        tile_experts=routing.tile_experts,
+        rows_per_input=rows_per_input,
+    )
+    report = emulator(weight.layout).launch(
+        entry_name(weight.layout, row_tile, tokens.dtype),
+        grid(weight.columns, len(routing.tile_experts), slices),
+        args,
+        {
+            "activations": tokens,
+            "row_ids": routing.row_ids,
+            "tile_experts": routing.tile_experts,
+            **_tensors(weight),
+        },
+        {"output": output},
+        schedule=schedule,
+        traffic=traffic,
+        check=check,
+        bug=bug,
+    )
+    inputs = tokens.double()[torch.arange(rows) // rows_per_input]
+    reference = torch.einsum("rk,rnk->rn", inputs, case.exact[routing.experts])
+    return Result(output.sum(0) if slices > 1 else output, reference, report)
+
+
+def _tensors(weight: KernelWeight) -> dict[str, Tensor | None]:
+    names = ("weights", "weights_high", "scales", "offsets")
+    return {name: getattr(weight, name) for name in names}
