@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint interop kill-resume scale clean
+.PHONY: help demo test lint kernels kernels-nightly interop kill-resume scale clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,13 +33,19 @@ demo: $(STAMP)  ## quantize the bundled model to AWQ, verify the build, print th
 	$(BIN)/python evals/quality.py
 
 test: lint  ## lint, then every test that needs nothing but .venv
-	$(BIN)/python -m pytest -m 'not interop and not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not interop and not slow and not kernels' $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+kernels: $(STAMP)  ## prove the CUDA kernels on the CPU (needs g++ and nvcc)
+	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow' $(PYTEST_ARGS) tests/kernels
+
+kernels-nightly: $(STAMP)  ## the same with the larger sweeps
+	$(BIN)/python -m pytest -n 2 -m kernels $(PYTEST_ARGS) tests/kernels
 
 interop: $(STAMP)  ## other people's readers and loaders on our builds, each in its own environment
 	$(BIN)/python tests/interop/environments.py

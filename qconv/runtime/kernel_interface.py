@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ TILE_BYTES = {
 class GemmArgs(ctypes.Structure):
     """The one argument of every ``qconv_LAYOUT_mROWS_ACTIVATIONS``, as ``kernels/cuda/tile.cuh`` declares it."""
 
-    _fields_: Sequence[tuple[str, type]] = [  # noqa: RUF012 -- ctypes wants a plain attribute
+    _fields_: ClassVar[list[tuple[str, type]]] = [
         ("activations", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("weights_high", ctypes.c_void_p),

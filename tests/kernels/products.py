@@ -61,8 +61,8 @@ def awq(columns: int, depth: int, group_size: int = 128, experts: int = 1) -> Ca
     packed = []
     for weight in weights:
         assert weight.zero_points is not None
-        words = [pack_words(codes.t().contiguous()) for codes in (weight.codes, weight.zero_points)]
-        packed.append(repack.awq_weight(*words, weight.scales.t().contiguous()))
+        words, zeros = (pack_words(codes.t().contiguous()) for codes in (weight.codes, weight.zero_points))
+        packed.append(repack.awq_weight(words, zeros, weight.scales.t().contiguous()))
     return Case(stack(packed), exact(weights))
 
 
@@ -85,8 +85,13 @@ def exact(weights: list[QTensor]) -> Tensor:
 CASES = {"awq": awq, "int4": int4}
 
 
+def depth_of(layout: str) -> int:
+    """What the inputs of a weight must be a multiple of."""
+    return 256 if layout in ("q4_k", "q6_k") else 32
+
+
 @functools.cache
-def case(layout: str, columns: int, depth: int, group_size: int = 128, experts: int = 1) -> Case:
+def case(layout: str, columns: int, depth: int, group_size: int = 64, experts: int = 1) -> Case:
     """A case by its layout; made once, not to be written to."""
     return CASES[layout](columns, depth, group_size, experts)
 
@@ -123,8 +128,7 @@ def run_dense(
 ) -> Result:
     """tokens [rows, K] times one weight. With several slices of k the output is their sum, in float32."""
     weight, rows = case.packed, len(tokens)
-    shape, dtype = ((slices, rows, weight.columns), torch.float32) if slices > 1 else ((rows, weight.columns), tokens.dtype)
-    output = torch.full(shape, float("nan"), dtype=dtype)
+    output = _unwritten(weight, rows, slices, tokens.dtype)
     report = emulator(weight.layout).launch(
         entry_name(weight.layout, row_tile, tokens.dtype),
         grid(weight.columns, -(-rows // row_tile), slices),
@@ -158,7 +162,7 @@ class Routing:
 def route(experts: Tensor, row_tile: int, spare_tiles: int = 1) -> Routing:
     """Group rows by expert, with tiles of padding at the end as a host that cannot know the count leaves them."""
     rows, ids, tiles = len(experts), [], []
-    for expert in experts.unique().tolist():
+    for expert in sorted(set(experts.tolist())):
         mine = (experts == expert).nonzero().flatten().tolist()
         mine += [rows] * (-len(mine) % row_tile)
         ids += mine
@@ -183,8 +187,7 @@ def run_experts(
 ) -> Result:
     """Row r of the output is tokens[r / rows_per_input] times the weight of its expert."""
     weight, rows = case.packed, len(routing.experts)
-    shape, dtype = ((slices, rows, weight.columns), torch.float32) if slices > 1 else ((rows, weight.columns), tokens.dtype)
-    output = torch.full(shape, float("nan"), dtype=dtype)
+    output = _unwritten(weight, rows, slices, tokens.dtype)
     args = gemm_args(
         weight,
         tokens,
@@ -213,6 +216,13 @@ def run_experts(
     inputs = tokens.double()[torch.arange(rows) // rows_per_input]
     reference = torch.einsum("rk,rnk->rn", inputs, case.exact[routing.experts])
     return Result(output.sum(0) if slices > 1 else output, reference, report)
+
+
+def _unwritten(weight: KernelWeight, rows: int, slices: int, dtype: torch.dtype) -> Tensor:
+    """An output full of NaN, so that an element that is left out shows."""
+    if slices == 1:
+        return torch.full((rows, weight.columns), float("nan"), dtype=dtype)
+    return torch.full((slices, rows, weight.columns), float("nan"))
 
 
 def _tensors(weight: KernelWeight) -> dict[str, Tensor | None]:
