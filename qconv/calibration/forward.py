@@ -67,7 +67,9 @@ class Decoder:
         """
         prefix = layer.attention.q.name.removesuffix("q_proj")
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        return AttentionBlock.of(self._real(layer, "self_attn", state), self._rotary, self._window(layer))
+        return AttentionBlock.of(
+            self._real(layer, "self_attn", state), self._rotary, attention_window(self.config, layer.index)
+        )
 
     def _real(self, layer: Layer, name: str, state: Mapping[str, Tensor]) -> nn.Module:
         module: nn.Module = copy.deepcopy(self._skeleton.layers[layer.index].get_submodule(name))
@@ -76,13 +78,14 @@ class Decoder:
             parameter.requires_grad_(False)
         return module
 
-    def _window(self, layer: Layer) -> int | None:
-        """The layer's sliding attention window in tokens, or None for full attention."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None)
-        if window is None or (kinds is not None and kinds[layer.index] == "full_attention"):
-            return None
-        return int(window)
+
+def attention_window(config: Any, layer: int) -> int | None:
+    """A layer's sliding attention window in tokens by transformers' config, or None for full attention."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and kinds[layer] == "full_attention"):
+        return None
+    return int(window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +127,17 @@ class AttentionBlock:
 
     def _run(self, hidden: Tensor) -> Tensor:
         length = hidden.shape[1]
-        positions = torch.arange(length).unsqueeze(0)
+        positions = torch.arange(length, device=hidden.device).unsqueeze(0)
         output: Any = self.module(
             hidden_states=hidden,
             position_embeddings=self.rotary(hidden, positions),
-            attention_mask=self._mask(length),
+            attention_mask=self._mask(positions[0]),
         )
         attended: Tensor = output[0]
         return attended
 
-    def _mask(self, length: int) -> Tensor | None:
-        if self.window is None or length <= self.window:
+    def _mask(self, positions: Tensor) -> Tensor | None:
+        if self.window is None or len(positions) <= self.window:
             return None  # sdpa's own causal path
-        distance = torch.arange(length).unsqueeze(-1) - torch.arange(length)
-        return ((distance >= 0) & (distance < self.window)).view(1, 1, length, length)
+        distance = positions.unsqueeze(-1) - positions
+        return ((distance >= 0) & (distance < self.window)).unsqueeze(0).unsqueeze(0)

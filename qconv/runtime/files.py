@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qconv.build import Build, strip_quantization
-from qconv.checkpoint.fp8 import WHOLE, Dequantized, Fp8Scheme
+from qconv.checkpoint.fp8 import WHOLE, Fp8Scheme
+from qconv.checkpoint.fp8 import Dequantized as Fp8Checkpoint
 from qconv.checkpoint.header import TensorEntry
-from qconv.checkpoint.reader import Checkpoint, map_tensor, read_json
+from qconv.checkpoint.reader import Checkpoint, map_rows, map_tensor, read_json
 from qconv.errors import CheckpointError
 from qconv.formats import detect, formats
 from qconv.formats.base import read_tensors
@@ -69,6 +70,20 @@ class ModelFiles(Protocol):
             CheckpointError: the architecture asks for it, and it is absent or misshapen.
         """
 
+    def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
+        """Some rows of the embedding or the head, which are large: only those are read.
+
+        Raises:
+            CheckpointError: as :meth:`weight`.
+        """
+
+    def gather(self, linear: Linear, ids: Tensor) -> Tensor:
+        """Rows of the embedding, [ids, hidden], in a float dtype; only those are read.
+
+        Raises:
+            CheckpointError: as :meth:`weight`.
+        """
+
     def inverse_frequency_divisors(self) -> Tensor | None:
         """What rotary frequencies are divided by besides what ``config`` says, float32 [head_dim / 2], or None."""
 
@@ -92,6 +107,19 @@ class DenseFiles:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A dense tensor, mapped."""
+        return map_tensor(self._entry(name, shape))
+
+    def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
+        """Dense rows, mapped."""
+        entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
+        return DenseWeight(linear.name, map_rows(entry, start, stop))
+
+    def gather(self, linear: Linear, ids: Tensor) -> Tensor:
+        """Dense rows, read."""
+        self._entry(linear.weight, (linear.out_features, linear.in_features))
+        return self.checkpoint.gather(linear.weight, ids)
+
+    def _entry(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         entry = self.checkpoint.entries.get(name)
         if entry is None:
             raise CheckpointError(
@@ -104,7 +132,7 @@ class DenseFiles:
                 f"tensor {list(shape)}.",
                 hint="config.json belongs to another model, or the shard is wrong.",
             )
-        return map_tensor(entry)
+        return entry
 
     def bias(self, linear: Linear) -> Tensor | None:
         """The bias, wherever there is one."""
@@ -152,7 +180,7 @@ class IntegerFiles(DenseFiles):
 class FloatFiles(DenseFiles):
     """A safetensors build of E4M3 codes."""
 
-    codes: Dequantized
+    codes: Fp8Checkpoint
 
     def weight(self, linear: Linear) -> PackedWeight:
         """The packed weight, or the dense one of a linear that the build leaves alone."""
@@ -168,6 +196,58 @@ class FloatFiles(DenseFiles):
         grid = _float_grid(self.codes.scheme, scale)
         scales = map_tensor(scale).view(grid.scale_shape(*shape))
         return FloatWeight(linear.name, QTensor(grid, map_tensor(entry), scales, None))
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """The dense model that packed files stand for, dequantized tensor by tensor when it is asked for.
+
+    Attributes:
+        files: The packed ones.
+        dtype: What weights are rounded to.
+    """
+
+    files: ModelFiles
+    dtype: torch.dtype
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file."""
+        return self.files.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the dense model."""
+        return self.files.config
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its linears and norms."""
+        return self.files.architecture
+
+    def weight(self, linear: Linear) -> PackedWeight:
+        """The dense weight."""
+        return DenseWeight(linear.name, self.files.weight(linear).dequantize(self.dtype))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The same tensor."""
+        return self.files.tensor(name, shape)
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        """The same bias."""
+        return self.files.bias(linear)
+
+    def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
+        """Dense rows."""
+        return DenseWeight(linear.name, self.files.rows(linear, start, stop).dequantize(self.dtype))
+
+    def gather(self, linear: Linear, ids: Tensor) -> Tensor:
+        """The same rows."""
+        return self.files.gather(linear, ids)
+
+    def inverse_frequency_divisors(self) -> Tensor | None:
+        """The same divisors."""
+        return self.files.inverse_frequency_divisors()
 
 
 def open_files(path: Path) -> ModelFiles:
@@ -195,7 +275,7 @@ def open_files(path: Path) -> ModelFiles:
     checkpoint = replace(checkpoint, config=config | {"quantization_config": section})
     scheme = Fp8Scheme.parse(section)
     if scheme is not None:
-        codes = Dequantized.of(checkpoint, scheme, weight_dtype(path, config))
+        codes = Fp8Checkpoint.of(checkpoint, scheme, weight_dtype(path, config))
         return FloatFiles(checkpoint, config, model, codes)
     if detect(checkpoint.config) is None:
         raise CheckpointError(

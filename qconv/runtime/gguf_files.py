@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
-from qconv.checkpoint.reader import map_tensor
+from qconv.checkpoint.reader import Tensors, map_tensor
 from qconv.errors import CheckpointError
 from qconv.gguf.config import config_of
 from qconv.gguf.header import GgufEntry
@@ -83,6 +83,22 @@ class GgufFiles:
         """The bias, where the architecture has one."""
         return self.tensor(f"{linear.name}.bias", (linear.out_features,)) if linear.bias else None
 
+    def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
+        """Rows of the embedding or the head, which are never permuted."""
+        entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
+        size = row_bytes(entry.type, linear.in_features)
+        rows = map_tensor(_bytes(entry, start, stop - start, size))
+        if entry.type in _DENSE:
+            return DenseWeight(linear.name, rows.view(_DENSE[entry.type]))
+        return BlockWeight(linear.name, (stop - start, linear.in_features), entry.type, rows)
+
+    def gather(self, linear: Linear, ids: Tensor) -> Tensor:
+        """Rows of the embedding."""
+        entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
+        whole = _bytes(entry, 0, linear.out_features, row_bytes(entry.type, linear.in_features))
+        rows = Tensors({entry.name: whole}).gather(entry.name, ids)
+        return rows.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(rows, entry.type)
+
     def inverse_frequency_divisors(self) -> Tensor | None:
         """``rope_freqs.weight``, in which Llama 3.1's scaling is stated."""
         if _ROPE_FACTORS not in self.model.entries:
@@ -95,19 +111,23 @@ class GgufFiles:
 
     def _rows(self, name: str, shape: tuple[int, int], *, vector: bool = False) -> tuple[Tensor, GGMLQuantizationType]:
         """A tensor of the checkpoint as rows of bytes, uint8 [rows, bytes], with their type."""
-        if name not in self.places:
-            raise CheckpointError(f"{self.path}: the architecture has no tensor {name!r}.")
         tensor, part = self.places[name]
-        entry = self.model.entry(tensor.name)
-        rows, columns = shape
-        if entry.shape[-1] != columns or entry.numel != rows * columns * len(tensor.sources):
-            raise _misshapen(entry, tensor.shape)
+        entry, (rows, columns) = self._entry(name, shape), shape
         size = row_bytes(entry.type, columns)
         found = map_tensor(_bytes(entry, part * rows, rows, size))
         if tensor.heads:
             # A vector's elements are what a matrix's rows are.
             found = original_heads(found.view(-1, 4) if vector else found, tensor.heads).view(found.shape)
         return found, entry.type
+
+    def _entry(self, name: str, shape: tuple[int, int]) -> GgufEntry:
+        """The tensor of the file that holds one of the checkpoint's."""
+        tensor, _ = self.places[name]
+        entry = self.model.entry(tensor.name)
+        rows, columns = shape
+        if entry.shape[-1] != columns or entry.numel != rows * columns * len(tensor.sources):
+            raise _misshapen(entry, tensor.shape)
+        return entry
 
 
 def original_heads(rows: Tensor, heads: int) -> Tensor:

@@ -44,7 +44,7 @@ def load(
     """
     files = open_files(Path(path))
     placed = get_backend(backend, device)
-    chosen = _dtype(files, dtype)
+    chosen = chosen_dtype(files, dtype)
     model = empty_model(files, chosen)
     Installer(model, files, placed, chosen).everything()
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
@@ -75,7 +75,12 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _dtype(files: ModelFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+def chosen_dtype(files: ModelFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype asked for, or config.json's.
+
+    Raises:
+        UsageError: it is no weight's.
+    """
     if dtype is None or dtype == "auto":
         return weight_dtype(files.path, files.config)
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

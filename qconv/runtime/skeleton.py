@@ -85,7 +85,7 @@ class Installer:
         linear = self.files.architecture.embedding
         weight = self.files.weight(linear)
         if isinstance(weight, BlockWeight) and self.backend.device.type == "cpu":
-            self._replace(linear.name, PackedEmbedding(weight, self.dtype))
+            self.replace(linear.name, PackedEmbedding(weight, self.dtype))
         else:
             self._assign(linear.name, weight=weight.dequantize(self.dtype))
 
@@ -104,27 +104,29 @@ class Installer:
 
     def layer(self, layer: Layer) -> None:
         """One decoder layer."""
+        self.around_experts(layer)
+        if isinstance(layer.mlp, Moe):
+            name = experts_name(layer.mlp)
+            mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in layer.mlp.experts]
+            self.replace(name, PackedExperts(self.backend.experts(mlps, self.activation(name))))
+
+    def around_experts(self, layer: Layer) -> None:
+        """All of a decoder layer but its routed experts."""
         for norm in layer.norms():
             self.norm(norm)
         for linear in layer.attention.linears():
             self.linear(linear)
-        if not isinstance(layer.mlp, Moe):
-            for linear in layer.mlp.linears():
-                self.linear(linear)
-            return
-        for router in layer.mlp.routers():
+        for router in layer.routers():
             shape = (router.out_features, router.in_features)
             self._assign(router.name, weight=self.files.tensor(router.weight, shape))
-        if layer.mlp.shared_expert is not None:
-            for linear in layer.mlp.shared_expert.linears():
-                self.linear(linear)
-        self.experts(f"{layer.mlp.router.name.rpartition('.')[0]}.experts", layer.mlp)
+        mlp = layer.mlp.shared_expert if isinstance(layer.mlp, Moe) else layer.mlp
+        for linear in () if mlp is None else mlp.linears():
+            self.linear(linear)
 
-    def experts(self, name: str, moe: Moe) -> None:
-        """The experts of a sparse block, a module of that name."""
+    def activation(self, name: str) -> Activation:
+        """The activation of transformers' experts of that name, which :meth:`replace` then replaces."""
         act: Activation = self.model.get_submodule(module_path(name)).act_fn  # type: ignore[assignment]
-        mlps = [PackedMlp(*(self._cast(self.files.weight(linear)) for linear in mlp.linears())) for mlp in moe.experts]
-        self._replace(name, PackedExperts(self.backend.experts(mlps, act)))
+        return act
 
     def linear(self, linear: Linear) -> None:
         """A linear: packed, or transformers' own with the dense weight."""
@@ -141,10 +143,11 @@ class Installer:
     def _packed(self, name: str, weight: PackedWeight, bias: Tensor | None) -> None:
         if bias is not None:
             bias = bias.to(self.backend.device, self.dtype)
-        self._replace(name, PackedLinear(self.backend.linear(weight), weight.shape, bias))
+        self.replace(name, PackedLinear(self.backend.linear(weight), weight.shape, bias))
 
-    def _cast(self, weight: PackedWeight) -> PackedWeight:
-        """A dense weight in the model's dtype, mapped where that is the file's."""
+    def _weight(self, linear: Linear) -> PackedWeight:
+        """An expert's weight; a dense one in the model's dtype, mapped where that is the file's."""
+        weight = self.files.weight(linear)
         return DenseWeight(weight.name, weight.weight.to(self.dtype)) if isinstance(weight, DenseWeight) else weight
 
     def _assign(self, name: str, **tensors: Tensor) -> None:
@@ -153,7 +156,8 @@ class Installer:
             placed = tensor.to(self.backend.device, self.dtype)
             module.register_parameter(leaf, nn.Parameter(placed, requires_grad=False))
 
-    def _replace(self, name: str, module: nn.Module) -> None:
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of the one that the checkpoint calls so."""
         parent, _, leaf = module_path(name).rpartition(".")
         self.model.get_submodule(parent).register_module(leaf, module.eval())
 
@@ -161,3 +165,8 @@ class Installer:
 def module_path(name: str) -> str:
     """Where transformers has a module that the checkpoint calls so: every sparse block is ``mlp`` there."""
     return _SPARSE_BLOCK.sub("mlp", name)
+
+
+def experts_name(moe: Moe) -> str:
+    """What the module of a sparse block's experts is called in the checkpoint."""
+    return f"{moe.router.name.rpartition('.')[0]}.experts"
