@@ -8,9 +8,9 @@ Linears and experts stay packed in memory; experts are computed for the tokens t
 
     for logits in qconv.runtime.stream.stream_logits(PATH, sequences): ...
 
-scores models that are larger than memory: all sequences (int64 [length] each) pass one layer before the next is read, and
-the logits (float32 [length, vocabulary], or windows of them from ``stream_windows``) come out one sequence at a time.
-``tokenizer.load_tokenizer(PATH)`` gives the tokenizer, of GGUF files too.
+scores models that are larger than memory: all sequences (int64 [length] each) pass one layer before the next is read,
+and the logits (float32 [length, vocabulary], or windows of them from ``stream_windows``) come out one sequence at a
+time. ``tokenizer.load_tokenizer(PATH)`` gives the tokenizer, of GGUF files too.
 
 How it is made: ``files`` opens what is on disk as the linears of an architecture, ``packed`` holds weights as their
 files do, ``backends`` multiply with them, ``skeleton`` puts ``modules`` that do so into transformers' model.
