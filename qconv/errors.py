@@ -67,6 +67,10 @@ class SandboxError(QconvError):
     exit_code = 6
 
 
+class BackendError(QconvError):
+    """A kernel cannot be compiled, loaded or launched on this machine."""
+
+
 class Interrupted(QconvError):
     """SIGINT or SIGTERM arrived; what was committed stays and the same command resumes."""
 
