@@ -7,12 +7,11 @@ does not stand for its weights is found before its file is published; ``verify``
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,22 @@ from torch import Tensor
 
 from qconv import __version__, native
 from qconv.build import REPORT_NAME
+from qconv.calibration.corpus import TokenSet, build_tokens
+from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, scratch_bytes, versions
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
 from qconv.errors import UsageError, VerificationError
 from qconv.ggml import compiled, encode
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
-from qconv.gguf.imatrix import Imatrix, read_imatrix
+from qconv.gguf.imatrix import Imatrix, merge, read_imatrix
 from qconv.gguf.metadata import require_expressible
 from qconv.gguf.mixture import needs_importance, tensor_types
-from qconv.gguf.names import gguf_tensors
+from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.gguf.plan import GgufPlan, plan_gguf
+from qconv.gguf.recipe import GgufRecipe, require_matches
 from qconv.gguf.rope import rope_of
-from qconv.gguf.tensors import encoder, importance_of, uniform, weighted_blocks
+from qconv.gguf.tensors import Importance, encoder, importance_of, uniform, weighted_blocks
+from qconv.gguf_report import Coverage, model_card
 from qconv.gguf_verify import decoded, floor_db
 from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.models import architecture
@@ -50,6 +53,7 @@ from qconv.output import (
 )
 from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
+from qconv.recipe import TextSettings
 from qconv.source import Source
 from qconv.verify import CHECKSUMS_NAME, Progress, build_files, render_checksums
 
@@ -57,17 +61,13 @@ Log = Callable[[str], None]
 
 SAMPLED_ROWS = 4
 """Of each block of rows, decoded again at once."""
-SHRINKAGE_TOKENS = 64.0
-"""k of ``(n own + k layer) / (n + k)`` for the importance of an expert that saw n tokens."""
 
 
 def quantize_gguf(
     model: Path,
     out: Path,
-    file_type: str,
+    recipe: GgufRecipe,
     *,
-    imatrix: Path | None = None,
-    max_file_size: int,
     restart: bool = False,
     threads: int | None = None,
     progress: Progress,
@@ -78,17 +78,15 @@ def quantize_gguf(
     Args:
         model: The source checkpoint's folder.
         out: The folder of the files; made if absent.
-        file_type: As llama.cpp calls it: ``Q4_K_M``.
-        imatrix: An importance matrix in llama.cpp's GGUF or legacy form.
-        max_file_size: Bytes of tensors in a file; larger models become a set of splits.
+        recipe: What to build.
         restart: Discard what ``out`` holds, if that is a model or build.
-        threads: Blocks of rows worked on at once; the bytes do not depend on it.
-        progress: Told the file at work, the weights done and the weights in all.
+        threads: Experts, and blocks of rows, worked on at once; the bytes do not depend on it.
+        progress: Told what is at work, the weights done and the weights in all, of collecting and then of encoding.
         log: Told about decisions, one sentence each.
 
     Raises:
-        UsageError: the request cannot work.
-        CheckpointError: the source or the imatrix is damaged.
+        UsageError, RecipeError: the request cannot work.
+        CheckpointError: the source or an imatrix is damaged.
         StaleJournalError: ``out`` belongs to a run with other inputs.
         OutputError: ``out`` is foreign, in use, or cannot be written.
         VerificationError: what was written does not stand for the source.
@@ -97,66 +95,84 @@ def quantize_gguf(
     source = Source.open(model)
     for notice in source.notices():
         log(f"source: {notice}")
-    matrix = None if imatrix is None else read_imatrix(imatrix)
-    name = f"{model.resolve().name}-{file_type}"
-    plan = plan_gguf(source, file_type, name, importance=matrix is not None, max_split_size=max_file_size)
-    if matrix is None:
-        _require_no_importance(plan)
-    else:
-        log(f"imatrix: {_coverage(plan, matrix)}")
-    fingerprints = {
-        "weights": source.checkpoint.fingerprint(),
-        "recipe": hashlib.sha256(json.dumps([file_type, max_file_size, SHRINKAGE_TOKENS]).encode()).hexdigest(),
-        "calibration data": "none" if imatrix is None else sha256_of(imatrix),
-        "versions": f"qconv={__version__} torch={torch.__version__}",
-    }
+    given = [read_imatrix(Path(file)) for file in recipe.imatrix.files]
+    plan, text = _decide(source, recipe, f"{model.resolve().name}-{recipe.type}")
+    if given:
+        _require_coverage(plan, recipe, merge(given), complete=text is None)
+    if text is not None and recipe.calibration is None:
+        log(f"gguf:{recipe.type} needs an imatrix: one is collected")
     native.load(compiled.LIBRARY)  # its warning, if there is one, comes before the progress bar
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out), Workers(threads) as workers:
-        return _Run(source, plan, matrix, out, fingerprints, workers, progress, log).run(restart)
+        return _Run(source, plan, recipe, text, given, out, workers, progress, log).run(restart)
 
 
-def tensor_infos(model: Path, file_type: str) -> list[TensorInfo]:
+def tensor_infos(model: Path, recipe: GgufRecipe) -> list[TensorInfo]:
     """What a build would hold, from config.json alone.
 
     Raises:
         CheckpointError: config.json is missing, damaged or of unknown architecture.
-        UsageError: no such file type, or a model that llama.cpp cannot express.
+        UsageError: a model that llama.cpp cannot express.
+        RecipeError: a rule that fits no tensor.
     """
     config = read_json(model / "config.json")
     described = architecture(config)
     require_expressible(config, described)
     tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
-    types = tensor_types(file_type, described, tensors, importance=False)
+    require_matches(recipe, tensors)
+    importance = bool(recipe.imatrix.files) or recipe.calibration is not None
+    types = tensor_types(recipe.type, described, tensors, importance=importance, overrides=recipe.overrides)
+    if not importance and any(needs_importance(recipe.type, one, types[one.name]) for one in tensors):
+        types = tensor_types(recipe.type, described, tensors, importance=True, overrides=recipe.overrides)
     return [TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors]
 
 
-def _require_no_importance(plan: GgufPlan) -> None:
+def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, TextSettings | None]:
+    """The plan, and the text that an imatrix is collected on: the recipe's, or any where a type needs one."""
+
+    def planned(importance: bool) -> GgufPlan:
+        return plan_gguf(
+            source,
+            recipe.type,
+            name,
+            importance=importance,
+            overrides=recipe.overrides,
+            max_split_size=recipe.output.max_shard_size,
+        )
+
+    text = recipe.calibration
+    plan = planned(text is not None or bool(recipe.imatrix.files))
+    require_matches(recipe, plan.tensors.values())
+    if text is None and not recipe.imatrix.files and any(_needing(plan)):
+        text = TextSettings()
+        plan = planned(True)
+    return plan, text
+
+
+def _needing(plan: GgufPlan) -> Iterator[GgufTensor]:
+    """The tensors that are useless without an importance."""
     for tensor in plan.tensors.values():
         if needs_importance(plan.file_type, tensor, plan.types[tensor.name]):
-            type = plan.types[tensor.name].name
-            raise UsageError(
-                f"gguf:{plan.file_type}: {tensor.name} becomes {type}, which is useless without an imatrix.",
-                hint="Give --imatrix FILE.",
-            )
+            yield tensor
 
 
-def _coverage(plan: GgufPlan, matrix: Imatrix) -> str:
-    """How much of the model an importance matrix speaks of, as a sentence."""
-    tensors = [tensor for tensor in plan.tensors.values() if tensor.quantizable and tensor.layer is not None]
-    missing, experts, unseen = 0, 0, 0
-    for tensor in tensors:
+def _require_coverage(plan: GgufPlan, recipe: GgufRecipe, matrix: Imatrix, *, complete: bool) -> Coverage:
+    """How far a matrix covers the model; if ``complete``, it must cover all that needs it.
+
+    Raises:
+        UsageError: it is of another model, or lacks what a type needs.
+    """
+    coverage = Coverage.of(matrix, plan.tensors.values(), recipe.imatrix.shrinkage_tokens)
+    for tensor in _needing(plan) if complete else ():
         entry = matrix.entry(tensor.name, len(tensor.sources), tensor.columns)
-        if entry is None:
-            missing += 1
-        elif len(tensor.sources) > 1:
-            experts += len(entry.seen)
-            unseen += int((entry.seen == 0).sum())
-    said = f"{len(tensors) - missing} of {len(tensors)} weights in layers have an importance"
-    if experts:
-        said += f"; {unseen} of {experts} experts' saw no token and take their layer's"
-    return said
+        if entry is None or not bool(entry.seen.any()):
+            raise UsageError(
+                f"gguf:{plan.file_type}: {tensor.name} becomes {plan.types[tensor.name].name}, which is useless "
+                "without an importance, and the imatrix has none for it.",
+                hint="Give --calib to collect one, or another type for this tensor.",
+            )
+    return coverage
 
 
 class _Run:
@@ -164,36 +180,77 @@ class _Run:
         self,
         source: Source,
         plan: GgufPlan,
-        importance: Imatrix | None,
+        recipe: GgufRecipe,
+        text: TextSettings | None,
+        given: Sequence[Imatrix],
         out: Path,
-        fingerprints: dict[str, str],
         workers: Workers,
         progress: Progress,
         log: Log,
     ) -> None:
         self.source = source
         self.plan = plan
-        self.importance = importance
-        self.columns = uniform if importance is None else importance_of(importance, SHRINKAGE_TOKENS)
+        self.recipe = recipe
+        self.text = text
+        self.given = given
+        self.importance: Imatrix | None = None
+        self.coverage: Coverage | None = None
+        self.columns: Importance = uniform
         self.weights = sum(tensor.numel for tensor in plan.tensors.values())
         self.out = out
         self.work = out / WORK_FOLDER
-        self.fingerprints = fingerprints
         self.workers = workers
         self.progress = progress
         self.log = log
         self.done = 0
 
     def run(self, restart: bool) -> Outcome:
-        if enter(self.out, restart) is FolderState.COMPLETE:
-            return already_complete(self.out, self.fingerprints)
-        journal, resumed = open_journal(self.out, self.fingerprints)
+        state = enter(self.out, restart)
+        tokens = None if self.text is None else build_tokens(self.text, self.source.checkpoint.path)
+        fingerprints = self._fingerprints(tokens)
+        if state is FolderState.COMPLETE:
+            return already_complete(self.out, fingerprints)
+        journal, resumed = open_journal(self.out, fingerprints)
         if resumed:
-            self.log(f"resuming: {len(journal.units)} of {len(self.plan.files)} files are committed")
-        require_disk(self.out, sum(file.size for file in self.plan.files if file.name not in journal.units))
+            committed = sum(file.name in journal.units for file in self.plan.files)
+            self.log(f"resuming: {committed} of {len(self.plan.files)} files are committed")
+        self._require_disk(tokens, journal)
+        self._get_importance(tokens, journal)
         for file in self.plan.files:
             self._file(file, journal)
         return Outcome(self.out, self._finish(journal), already_complete=False)
+
+    def _fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
+        data = [sha256_of(Path(file)) for file in self.recipe.imatrix.files]
+        if tokens is not None:
+            data.append(tokens.digest)
+        return {
+            "weights": self.source.checkpoint.fingerprint(),
+            "recipe": self.recipe.digest(),
+            "calibration data": "+".join(data) or "none",
+            "versions": f"qconv={__version__} torch={torch.__version__}" if tokens is None else versions(),
+        }
+
+    def _require_disk(self, tokens: TokenSet | None, journal: Journal) -> None:
+        needed = sum(file.size for file in self.plan.files if file.name not in journal.units)
+        if tokens is not None and IMATRIX_NAME not in journal.units:
+            needed += scratch_bytes(self.source.architecture, tokens, self.work)
+        require_disk(self.out, needed)
+
+    def _get_importance(self, tokens: TokenSet | None, journal: Journal) -> None:
+        """Collect an importance matrix where one is asked for, and put it together with those that were given."""
+        matrices = list(self.given)
+        if tokens is not None:
+            self.log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
+            path = collect_imatrix(self.source, tokens, self.out, self.work, journal, self.workers, self.progress)
+            require_published(path, journal.units[IMATRIX_NAME]["size"])
+            matrices.append(read_imatrix(path))
+        if not matrices:
+            return
+        self.importance = matrices[0] if len(matrices) == 1 else merge(matrices)
+        self.columns = importance_of(self.importance, float(self.recipe.imatrix.shrinkage_tokens))
+        self.coverage = _require_coverage(self.plan, self.recipe, self.importance, complete=True)
+        self.log(f"imatrix: {self.coverage.sentence()}")
 
     def _file(self, file: FileLayout, journal: Journal) -> None:
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
@@ -246,27 +303,39 @@ class _Run:
             "source": self.source.checkpoint.path.resolve().name,
             "format": f"gguf:{plan.file_type}",
             "fingerprints": journal.fingerprints,
-            "imatrix": None if self.importance is None else list(self.importance.datasets),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "imatrix": self._imatrix_values(),
             "parameters": self.weights,
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "files": [file.name for file in plan.files],
             "tensors": {
                 name: {"type": plan.types[name].name, "snr_db": snr}
-                for record in journal.units.values()
-                for name, snr in record["snr_db"].items()
+                for file in plan.files
+                for name, snr in journal.units[file.name]["snr_db"].items()
             },
         }
         write_atomically(self.out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+        write_atomically(self.out / "README.md", model_card(report).encode())
         names = build_files(self.out)
         sums = dict(zip(names, self.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
-        for file in plan.files:
-            if sums.get(file.name) != journal.units[file.name]["sha256"]:
+        for name in (*([] if self.text is None else [IMATRIX_NAME]), *(file.name for file in plan.files)):
+            if sums.get(name) != journal.units[name]["sha256"]:
                 raise VerificationError(
-                    f"{self.out / file.name}: changed since it was committed.", hint="Start over with --restart."
+                    f"{self.out / name}: changed since it was committed.", hint="Start over with --restart."
                 )
         write_atomically(self.out / CHECKSUMS_NAME, render_checksums(sums).encode())
         shutil.rmtree(self.work)
         return report
+
+    def _imatrix_values(self) -> dict[str, Any] | None:
+        """What the report says of the importance matrix."""
+        if self.importance is None or self.coverage is None:
+            return None
+        return {
+            "datasets": list(self.importance.datasets),
+            "file": None if self.text is None else IMATRIX_NAME,
+            "coverage": self.coverage.values(),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -25,11 +27,16 @@ from qconv.errors import RecipeError
 GIGABYTE = 10**9
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values are not coerced."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class GridSettings(_Section):
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class GridSettings(Section):
     """The quantization grid. ``symmetric: null`` takes the format's own default."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
@@ -44,7 +51,7 @@ class GridSettings(_Section):
         return value
 
 
-class ClipSettings(_Section):
+class ClipSettings(Section):
     """The search of the clipping range: ``steps`` ratios from 1 downward, the last one above ``1 - max_shrink``.
 
     ``enabled: null`` means on for methods that look at activations and off for plain rounding.
@@ -55,7 +62,7 @@ class ClipSettings(_Section):
     max_shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
 
 
-class AwqSettings(_Section):
+class AwqSettings(Section):
     """The search of AWQ's scales (Lin et al. 2023, section 3.2): alpha on ``alpha_points`` points of [0, 1]."""
 
     alpha_points: Annotated[int, Field(ge=20, le=200)] = 20
@@ -63,7 +70,7 @@ class AwqSettings(_Section):
     """Tokens of one expert (or attention block) on which the loss is measured."""
 
 
-class GptqSettings(_Section):
+class GptqSettings(Section):
     """How GPTQ works through the columns (Frantar et al. 2022).
 
     ``ordering``: ``none`` takes columns as they are, ``static`` the important ones first with groups of neighbours,
@@ -76,13 +83,24 @@ class GptqSettings(_Section):
     ordering: Literal["none", "static", "desc_act"] = "static"
 
 
-class CalibrationSettings(_Section):
-    """Which text, how much of it, and how the experts see it."""
+class TextSettings(Section):
+    """Which calibration text, and how much of it."""
 
     corpus: str = "python-stdlib"
     tokens: Annotated[int, Field(ge=1)] = 32768
     sequence_length: Annotated[int, Field(ge=16)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> Self:
+        if self.tokens % self.sequence_length:
+            raise ValueError(f"tokens {self.tokens} is not a multiple of sequence_length {self.sequence_length}")
+        return self
+
+
+class CalibrationSettings(TextSettings):
+    """The text, and how the experts see it."""
+
     routing: Literal["routed", "all-experts"] = "routed"
     propagate: bool = True
     """Whether the next layer sees the quantized layer's outputs."""
@@ -92,14 +110,8 @@ class CalibrationSettings(_Section):
     shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
     """k of ``H = (n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
 
-    @model_validator(mode="after")
-    def _whole_sequences(self) -> CalibrationSettings:
-        if self.tokens % self.sequence_length:
-            raise ValueError(f"tokens {self.tokens} is not a multiple of sequence_length {self.sequence_length}")
-        return self
 
-
-class OutputSettings(_Section):
+class OutputSettings(Section):
     """The files of the build."""
 
     max_shard_size: Annotated[int, Field(ge=10**6)] = 5 * GIGABYTE
@@ -122,7 +134,7 @@ def _shown_steps(value: tuple[str, ...]) -> str | list[str]:
     return value[0] if len(value) == 1 else list(value)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides what a build contains, apart from the source weights."""
 
     format: str = "awq"
@@ -185,7 +197,7 @@ def packaged_recipes() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by packaged name or file path, with single keys replaced.
 
     Args:
@@ -194,6 +206,19 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, a value out of range; the message names file and key.
+    """
+    values, where = read_values(source)
+    return parse_recipe(replaced(values, overrides or {}), where)
+
+
+def read_values(source: str) -> tuple[dict[str, Any], str]:
+    """A recipe's values as they are written, and the file's name.
+
+    Args:
+        source: Name of a packaged recipe or path of a YAML file.
+
+    Raises:
+        RecipeError: no such recipe, or it is no mapping in YAML.
     """
     path = recipes_folder() / f"{source}.yaml" if source in packaged_recipes() else Path(source)
     try:
@@ -211,19 +236,45 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
         values = {}
     if not isinstance(values, dict):
         raise RecipeError(f"{path.name}: a recipe is a mapping of keys, not a {type(values).__name__}.")
-    for key, value in (overrides or {}).items():
-        _set(values, key.split("."), value)
-    return parse_recipe(values, where=path.name)
+    return values, path.name
 
 
-def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+def replaced(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with some replaced, given by dotted key; a section that is null or absent is begun.
+
+    Raises:
+        RecipeError: a dotted key leads through what is no section.
+    """
+    found = copy.deepcopy(dict(values))
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        section = found
+        for name in sections:
+            section[name] = {} if section.get(name) is None else section[name]
+            section = section[name]
+            if not isinstance(section, dict):
+                raise RecipeError(f"{name}: not a section.")
+        section[last] = value
+    return found
+
+
+def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Validate a mapping.
 
     Raises:
         RecipeError: an unknown key or a bad value; names each by its dotted path.
     """
+    return parse_as(Recipe, values, where)
+
+
+def parse_as(kind: type[SectionT], values: Mapping[str, Any], where: str) -> SectionT:
+    """Validate a mapping as any kind of recipe.
+
+    Raises:
+        RecipeError: as :func:`parse_recipe`.
+    """
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {_explain(problem['type'], problem['msg'])}"
@@ -234,12 +285,3 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def _explain(kind: str, message: str) -> str:
     return "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
-
-
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        section = values.setdefault(part, {})
-        if not isinstance(section, dict):
-            raise RecipeError(f"{part}: not a section.")
-        values = section
-    values[path[-1]] = value

@@ -30,7 +30,7 @@ from qconv.calibration.documents import Document, documents
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
 from qconv.models.base import Config
-from qconv.recipe import CalibrationSettings
+from qconv.recipe import TextSettings
 from qconv.source import require_tokenizer
 
 DOCUMENT_SEQUENCES = 1
@@ -56,7 +56,7 @@ class TokenSet:
     documents: tuple[str, ...]
 
 
-def build_tokens(settings: CalibrationSettings, model_dir: Path) -> TokenSet:
+def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
     """Exactly ``settings.tokens`` tokens of the corpus, the same for the same settings, corpus and tokenizer.
 
     Args:
@@ -178,7 +178,7 @@ def _leading_bos(tokenizer: Any) -> list[int]:
     return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def _too_short(settings: CalibrationSettings, found: int, sequences: int, used: int) -> UsageError:
+def _too_short(settings: TextSettings, found: int, sequences: int, used: int) -> UsageError:
     fits = sequences * settings.sequence_length
     lower = f"Ask for at most {fits:,} tokens, or give" if fits else "Give"
     return UsageError(

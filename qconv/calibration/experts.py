@@ -96,7 +96,7 @@ class _MlpHalf:
         norm = context.layer.post_attention_norm
         self.norm_weight = context.source.read(norm.weight)
         self.norm = context.decoder.norm(context.layer, norm, self.norm_weight)
-        self.routing = Routing(context, self.norm)
+        self.routing = Routing(context.source, context.decoder, context.layer, context.work, self.norm)
         self.shrinkage = context.recipe.calibration.shrinkage_tokens
         hidden = context.model.hidden_size
         self.layer_inputs = InputStatistics.empty(hidden, statistics_width(context, hidden))

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qconv.calibration.layer import LayerContext
-from qconv.models.base import Moe
+from qconv.calibration.forward import Decoder
+from qconv.calibration.layer import Workspace
+from qconv.models.base import Layer, Moe
+from qconv.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +24,21 @@ class Assignment:
 class Routing:
     """The router's decisions for all calibration tokens."""
 
-    def __init__(self, context: LayerContext, norm: nn.Module) -> None:
-        """Run the router (and the shared expert's gate) over the layer's middle activations."""
-        self._tokens = context.work.tokens
+    def __init__(self, source: Source, decoder: Decoder, layer: Layer, work: Workspace, norm: nn.Module) -> None:
+        """Run the router (and the shared expert's gate) over the layer's middle activations, normalized by ``norm``."""
+        self._tokens = work.tokens
         self._experts = 0
         self._shared: Tensor | None = None
-        mlp = context.layer.mlp
+        mlp = layer.mlp
         if not isinstance(mlp, Moe):
             return
         self._experts = len(mlp.experts)
-        router = context.decoder.router(context.layer, context.source.read(mlp.router.weight))
+        router = decoder.router(layer, source.read(mlp.router.weight))
         gate = mlp.shared_expert_gate
-        gate_weight = None if gate is None else context.source.read(gate.weight).float()
+        gate_weight = None if gate is None else source.read(gate.weight).float()
         chosen, factors, shared = [], [], []
-        for start, stop in context.work.middle.windows():
-            normed: Tensor = norm(context.work.middle.read(start, stop))
+        for start, stop in work.middle.windows():
+            normed: Tensor = norm(work.middle.read(start, stop))
             _, scores, indices = router(normed)
             chosen.append(indices.to(torch.int32))
             factors.append(scores.float())

@@ -12,50 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from qconv.cli.console import bits, duration, print_json, print_table, say, shape, size, stdout
 from qconv.cli.progress import reporting
-from qconv.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qconv.gguf.reader import GgufModel
+    from qconv.gguf.recipe import GgufRecipe
 
-PREFIX = "gguf:"
 _SHOWN_VALUES = 64
-
-
-def file_type_of(options: Mapping[str, Any]) -> str | None:
-    """The file type that ``--fmt`` asks for, None where it asks for no GGUF.
-
-    Raises:
-        UsageError: no such file type, or an option that has no meaning for GGUF was given with it.
-    """
-    fmt = options["fmt"]
-    if fmt is None or not (fmt == "gguf" or fmt.startswith(PREFIX)):
-        return None
-    given = [name for name, value in options.items() if name != "fmt" and value not in (None, False, ())]
-    if given:
-        raise UsageError(f"--{given[0].replace('_', '-')}: has no meaning with --fmt {fmt}.")
-    from qconv.gguf.mixture import MIXTURES
-
-    file_type = str(fmt.removeprefix("gguf").removeprefix(":"))
-    if file_type not in MIXTURES:
-        known = ", ".join(MIXTURES)
-        raise UsageError(f"--fmt: {fmt} names no GGUF file type.", hint=f"Write gguf: and one of {known}.")
-    return file_type
 
 
 def quantize(
     model: str,
     out: Path,
-    file_type: str,
+    recipe: GgufRecipe,
     *,
-    imatrix: Path | None,
-    max_file_size: int,
     restart: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """``qconv quantize MODEL --fmt gguf:TYPE``."""
+    """``qconv quantize`` of a GGUF recipe."""
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
@@ -65,9 +41,7 @@ def quantize(
         outcome = quantize_gguf(
             resolve_model(model),
             out,
-            file_type,
-            imatrix=imatrix,
-            max_file_size=max_file_size,
+            recipe,
             restart=restart,
             threads=threads,
             progress=reporter.progress,
@@ -85,6 +59,7 @@ def quantize(
         "parameters": report["parameters"],
         "bits_per_weight": report["bits_per_weight"],
         "bytes": sum((out / name).stat().st_size for name in report["files"]),
+        "imatrix": report["imatrix"],
         "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": round(time.monotonic() - start, 2),
@@ -102,18 +77,37 @@ def _print_build(result: Mapping[str, Any]) -> None:
     say(console, f"files        {len(result['files'])}, the first {result['files'][0]}")
     say(console, f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight")
     say(console, f"types        {', '.join(f'{count} {name}' for name, count in result['types'].items())}")
+    if result["imatrix"] is not None:
+        _print_imatrix(result["imatrix"])
     if result["least_snr"] is not None:
         say(console, f"least SNR    {result['least_snr']['snr_db']:.1f} dB, {result['least_snr']['tensor']}")
     say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
     say(console, f"time         {duration(result['seconds'])}")
 
 
-def plan(model: str, file_type: str, as_json: bool) -> None:
-    """``qconv plan MODEL --fmt gguf:TYPE``: sizes by type, from config.json alone."""
+def _print_imatrix(imatrix: Mapping[str, Any]) -> None:
+    console, coverage = stdout(), imatrix["coverage"]
+    where = "" if imatrix["file"] is None else f", kept as {imatrix['file']}"
+    say(console, f"imatrix      {coverage['covered']} of {coverage['weights']} weights in layers{where}")
+    print_coverage(coverage)
+
+
+def print_coverage(coverage: Mapping[str, Any]) -> None:
+    """A line about the experts' tokens, if there are experts."""
+    if coverage["experts"]:
+        say(
+            stdout(),
+            f"coverage     tokens per expert: least {coverage['least']:,}, median {coverage['median']:,}, most "
+            f"{coverage['most']:,}; {coverage['without_tokens']} of {coverage['experts']} experts without tokens",
+        )
+
+
+def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
+    """``qconv plan`` of a GGUF recipe: sizes by type, from config.json alone."""
     from qconv.checkpoint.hub import resolve_model
     from qconv.gguf_pipeline import tensor_infos
 
-    infos = tensor_infos(resolve_model(model, weights=False), file_type)
+    infos = tensor_infos(resolve_model(model, weights=False), recipe)
     numel, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     if as_json:
         values = {"parameters": numel, "output_bytes": nbytes, "bits_per_weight": 8.0 * nbytes / numel}
@@ -128,7 +122,7 @@ def plan(model: str, file_type: str, as_json: bool) -> None:
     say(console, "")
     say(
         console,
-        f"output       {size(nbytes)} ({nbytes / 2**30:.1f} GiB) as gguf:{file_type}, "
+        f"output       {size(nbytes)} ({nbytes / 2**30:.1f} GiB) as gguf:{recipe.type}, "
         f"{8 * nbytes / numel:.2f} bits per weight",
     )
 

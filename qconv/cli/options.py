@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from qconv.errors import UsageError
-from qconv.recipe import GIGABYTE, METHODS, Recipe, load_recipe, packaged_recipes
+from qconv.recipe import GIGABYTE, METHODS, Recipe, load_recipe, packaged_recipes, read_values, replaced
 
+if TYPE_CHECKING:
+    from qconv.gguf.recipe import GgufRecipe
+
+GGUF = "gguf"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -45,12 +49,24 @@ _RECIPE_OPTIONS = (
     click.option(
         "--skip", metavar="PATTERN", multiple=True, help="Leave modules of that name unquantized too; repeatable."
     ),
+    click.option(
+        "--imatrix",
+        type=click.Path(exists=True, dir_okay=False),
+        multiple=True,
+        help="GGUF: an importance matrix in llama.cpp's GGUF or legacy form; several are merged.",
+    ),
+    click.option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        multiple=True,
+        help="GGUF: the type of tensors in whose name that regular expression is found; repeatable, the first counts.",
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
-    """The recipe options as given; what was not given is None."""
+    """The recipe options as given; what was not given is None or empty."""
 
     fmt: str | None
     recipe: str | None
@@ -64,6 +80,45 @@ class RecipeOptions:
     no_propagate: bool
     max_shard_size: float | None
     skip: Sequence[str]
+    imatrix: Sequence[str]
+    tensor_type: Sequence[str]
+
+    def gguf(self) -> GgufRecipe | None:
+        """The recipe of a GGUF build, where these options name one; ``--tensor-type`` goes before its own rules.
+
+        Raises:
+            UsageError: no such file type, or an option that has no meaning for GGUF.
+            RecipeError: as :meth:`load`.
+        """
+        fmt = self.fmt
+        if fmt is not None and (fmt == GGUF or fmt.startswith(f"{GGUF}:")):
+            values: dict[str, Any] = {"format": GGUF, "type": fmt.removeprefix(GGUF).removeprefix(":")}
+            said, where = f"--fmt {fmt}", "--fmt"
+            if self.recipe is not None:
+                self._source()
+            from qconv.gguf.mixture import MIXTURES
+
+            if values["type"] not in MIXTURES:
+                known = ", ".join(MIXTURES)
+                raise UsageError(f"--fmt: {fmt} names no GGUF file type.", hint=f"Write gguf: and one of {known}.")
+        elif self.recipe is not None or fmt is not None:
+            values, where = read_values(self._source())
+            said = f"--recipe {self.recipe}" if fmt is None else f"--fmt {fmt}"
+            if values.get("format") != GGUF:
+                return None
+        else:
+            return None
+        for name in ("method", "group_size", "routing", "no_propagate", "skip"):
+            if getattr(self, name):
+                raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
+        from qconv.gguf.recipe import parse_gguf_recipe
+
+        overrides: dict[str, Any] = {key: value for key, value in self._shared_overrides().items() if value is not None}
+        if self.imatrix:
+            overrides["imatrix.files"] = list(self.imatrix)
+        if self.tensor_type:
+            overrides["tensor_types"] = dict(map(_rule, self.tensor_type)) | dict(values.get("tensor_types") or {})
+        return parse_gguf_recipe(replaced(values, overrides), where)
 
     def load(self) -> Recipe:
         """The recipe, with the given options in place of its own values; ``--skip`` adds to its list.
@@ -73,21 +128,29 @@ class RecipeOptions:
             RecipeError: the recipe does not parse, or a value does not fit.
         """
         source = self._source()
-        overrides = {
+        for name in ("imatrix", "tensor_type"):
+            if getattr(self, name):
+                raise UsageError(f"--{name.replace('_', '-')}: is for --fmt gguf:TYPE and recipes of format gguf.")
+        overrides = self._shared_overrides() | {
             "method": self.method,
-            "calibration.corpus": self.calib,
-            "calibration.tokens": self.tokens,
-            "calibration.sequence_length": self.sequence_length,
-            "calibration.seed": self.seed,
             "calibration.routing": self.routing,
             "calibration.propagate": False if self.no_propagate else None,
             "grid.group_size": self.group_size,
-            "output.max_shard_size": None if self.max_shard_size is None else int(self.max_shard_size * GIGABYTE),
         }
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         if self.skip:
             given["skip"] = [*load_recipe(source).skip, *self.skip]
         return load_recipe(source, given)
+
+    def _shared_overrides(self) -> dict[str, Any]:
+        """What every kind of recipe has, by dotted key; None where it was not given."""
+        return {
+            "calibration.corpus": self.calib,
+            "calibration.tokens": self.tokens,
+            "calibration.sequence_length": self.sequence_length,
+            "calibration.seed": self.seed,
+            "output.max_shard_size": None if self.max_shard_size is None else int(self.max_shard_size * GIGABYTE),
+        }
 
     def _source(self) -> str:
         names = ", ".join(packaged_recipes())
@@ -100,6 +163,18 @@ class RecipeOptions:
         if self.fmt not in packaged_recipes():
             raise UsageError(f"--fmt: there is no packaged recipe {self.fmt!r}.", hint=f"Choose one of {names}.")
         return self.fmt
+
+
+def _rule(option: str) -> tuple[str, str]:
+    """Pattern and type of ``--tensor-type``.
+
+    Raises:
+        UsageError: it is not PATTERN=TYPE.
+    """
+    pattern, found, name = option.rpartition("=")
+    if not (found and pattern and name):
+        raise UsageError(f"--tensor-type: {option!r} is not PATTERN=TYPE.", hint="Write ffn_down_exps=Q6_K.")
+    return pattern, name
 
 
 def out_option(text: str) -> Callable[[Function], Function]:

@@ -12,6 +12,7 @@ import click
 from qconv.cli import gguf
 from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
 from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe_options
+from qconv.errors import UsageError
 
 if TYPE_CHECKING:
     from qconv.planning import Estimate
@@ -31,11 +32,14 @@ def command(model: str, tp: int | None, units: bool, as_json: bool, **options: A
     Needs config.json alone, and looks at the index where there is one: no shard has to be there. Exits with 1 if the
     build does not fit the topology of --tp.
     """
-    file_type = gguf.file_type_of(options | {"tp": tp})
-    if file_type is not None:
-        gguf.plan(model, file_type, as_json)
+    given = RecipeOptions(**options)
+    gguf_recipe = given.gguf()
+    if gguf_recipe is not None:
+        if tp is not None:
+            raise UsageError("--tp: has no meaning for GGUF.")
+        gguf.plan(model, gguf_recipe, as_json)
         return 0
-    recipe = RecipeOptions(**options).load()
+    recipe = given.load()
     from qconv.checkpoint.hub import resolve_model
     from qconv.plan import topology_problems
     from qconv.planning import estimate

@@ -14,7 +14,6 @@ from qconv.cli import gguf
 from qconv.cli.console import duration, print_json, say, size, stdout
 from qconv.cli.options import RecipeOptions, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
-from qconv.errors import UsageError
 
 if TYPE_CHECKING:
     from qconv.plan import BuildPlan
@@ -30,36 +29,18 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
-@click.option(
-    "--imatrix",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Importance matrix for --fmt gguf:TYPE, in llama.cpp's GGUF or legacy form.",
-)
 @json_option
-def command(
-    model: str, out: Path, restart: bool, threads: int | None, imatrix: Path | None, as_json: bool, **options: Any
-) -> None:
+def command(model: str, out: Path, restart: bool, threads: int | None, as_json: bool, **options: Any) -> None:
     """Quantize MODEL, a folder or a Hub id, into a folder that engines load.
 
     Works layer by layer. Interrupted or killed at any moment, the same command continues and ends with the same bytes.
     """
-    file_type = gguf.file_type_of({key: value for key, value in options.items() if key != "max_shard_size"})
-    if file_type is not None:
-        limit = int(1e9 * (options["max_shard_size"] or 5.0))
-        gguf.quantize(
-            model,
-            out,
-            file_type,
-            imatrix=imatrix,
-            max_file_size=limit,
-            restart=restart,
-            threads=threads,
-            as_json=as_json,
-        )
+    given = RecipeOptions(**options)
+    gguf_recipe = given.gguf()
+    if gguf_recipe is not None:
+        gguf.quantize(model, out, gguf_recipe, restart=restart, threads=threads, as_json=as_json)
         return
-    if imatrix is not None:
-        raise UsageError("--imatrix: is for --fmt gguf:TYPE; other formats calibrate themselves.")
-    recipe = RecipeOptions(**options).load()
+    recipe = given.load()
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,15 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType, Keys
 from torch import Tensor
 
+from qconv.checkpoint.writer import ShardRecord
 from qconv.errors import CheckpointError, UsageError
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
 from qconv.gguf.header import MAGIC
 from qconv.gguf.metadata import Metadata
-from qconv.gguf.reader import GgufModel
+from qconv.gguf.reader import IMATRIX_TYPE, GgufModel
 
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUMS, _COUNTS = _SUFFIXES = ".in_sum2", ".counts"
 
 LEGACY_CHUNK_SIZE = 512
 """Tokens of a chunk in the legacy form, which does not say: llama.cpp's default context."""
@@ -87,7 +88,7 @@ class Imatrix:
     """An importance matrix.
 
     Attributes:
-        entries: By the GGUF name of the weight.
+        entries: By the GGUF name of the weight; one of a file is read when it is asked for.
         datasets: What it was collected on.
         chunk_size: Tokens of a chunk, in which llama.cpp counts.
     """
@@ -155,7 +156,7 @@ def merge(parts: Iterable[Imatrix]) -> Imatrix:
     return Imatrix(entries, tuple(datasets), chunk_sizes[0])
 
 
-def write_imatrix(path: Path, matrix: Imatrix) -> None:
+def write_imatrix(path: Path, matrix: Imatrix) -> ShardRecord:
     """Write the GGUF form, entries by name.
 
     Raises:
@@ -165,20 +166,25 @@ def write_imatrix(path: Path, matrix: Imatrix) -> None:
     if not matrix.entries or not matrix.datasets:
         raise UsageError("imatrix: no entries, or not said on what it was collected.")
     metadata: Metadata = {
-        Keys.General.TYPE: GGUFValue("imatrix", GGUFValueType.STRING),
+        Keys.General.TYPE: GGUFValue(IMATRIX_TYPE, GGUFValueType.STRING),
         DATASETS: GGUFValue(list(matrix.datasets), GGUFValueType.ARRAY),
         CHUNK_COUNT: GGUFValue(matrix.chunk_count, GGUFValueType.UINT32),
         CHUNK_SIZE: GGUFValue(matrix.chunk_size, GGUFValueType.UINT32),
     }
-    tensors: dict[str, Tensor] = {}
-    for name, entry in sorted(matrix.entries.items()):
-        tensors[name + _SUMS] = entry.sums
-        tensors[name + _COUNTS] = entry.counts[:, None]
-    infos = [TensorInfo(name, GGMLQuantizationType.F32, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    infos = []
+    for name in sorted(matrix.entries):
+        shape = tuple(matrix.entries[name].sums.shape)
+        infos += [_info(name + _SUMS, shape), _info(name + _COUNTS, (shape[0], 1))]
     with GgufWriter(path.parent, FileLayout(path.name, metadata, tuple(infos))) as writer:
-        for name, tensor in tensors.items():
-            writer.write_blocks(name, [tensor.float().contiguous().view(torch.uint8)])
-        writer.commit()
+        for name in sorted(matrix.entries):
+            entry = matrix.entries[name]
+            for suffix, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts)):
+                writer.write_blocks(name + suffix, [values.float().contiguous().view(torch.uint8)])
+        return writer.commit()
+
+
+def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(name, GGMLQuantizationType.F32, shape)
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -202,19 +208,18 @@ def read_imatrix(path: Path) -> Imatrix:
 
 def _read_gguf(path: Path) -> Imatrix:
     model = GgufModel.open(path)
-    if model.metadata.get(Keys.General.TYPE) != "imatrix":
+    if model.metadata.get(Keys.General.TYPE) != IMATRIX_TYPE:
         raise _damaged(path, f"general.type is {model.metadata.get(Keys.General.TYPE)!r}, not imatrix")
-    tensors = {name: _floats(model, path, name) for name in model.entries if name.endswith((_SUMS, _COUNTS))}
-    entries = {}
-    for name in sorted({name.removesuffix(_SUMS).removesuffix(_COUNTS) for name in tensors}):
-        sums, counts = tensors.get(name + _SUMS), tensors.get(name + _COUNTS)
-        if sums is None or counts is None:
-            raise _damaged(path, f"{name} lacks its {'sums' if sums is None else 'counts'}")
-        if counts.numel() not in (1, len(sums)):
-            raise _damaged(path, f"{name} has {len(sums)} rows of sums and {counts.numel()} counts")
-        entries[name] = Entry(sums, counts.flatten().double().expand(len(sums)).clone())
-    if not entries:
+    names = sorted(
+        {name.removesuffix(_SUMS).removesuffix(_COUNTS) for name in model.entries if name.endswith(_SUFFIXES)}
+    )
+    for name in names:
+        for suffix, what in ((_SUMS, "sums"), (_COUNTS, "counts")):
+            if name + suffix not in model.entries:
+                raise _damaged(path, f"{name} lacks its {what}")
+    if not names:
         raise _damaged(path, "no entries")
+    entries = _StoredEntries(model, path, tuple(names))
     datasets = model.metadata.get(DATASETS)
     chunk_size = model.metadata.get(CHUNK_SIZE)
     return Imatrix(
@@ -222,6 +227,32 @@ def _read_gguf(path: Path) -> Imatrix:
         tuple(datasets) if isinstance(datasets, list) else (),
         chunk_size if isinstance(chunk_size, int) and chunk_size > 0 else LEGACY_CHUNK_SIZE,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredEntries(Mapping[str, Entry]):
+    """Entries of a file, each read when it is asked for: those of a large model are larger than all else in memory."""
+
+    model: GgufModel
+    path: Path
+    names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self:
+            raise KeyError(name)
+        sums, counts = (_floats(self.model, self.path, name + suffix) for suffix in _SUFFIXES)
+        if counts.numel() not in (1, len(sums)):
+            raise _damaged(self.path, f"{name} has {len(sums)} rows of sums and {counts.numel()} counts")
+        return Entry(sums, counts.flatten().double().expand(len(sums)).clone())
+
+    def __contains__(self, name: object) -> bool:
+        return f"{name}{_SUMS}" in self.model.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _floats(model: GgufModel, path: Path, name: str) -> Tensor:

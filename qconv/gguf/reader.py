@@ -19,6 +19,9 @@ from qconv.gguf.header import GgufEntry, GgufHeader, Value, read_header
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
+IMATRIX_TYPE = "imatrix"
+"""``general.type`` of a file that holds an importance matrix."""
+
 _MIXED_UP = "The file was renamed, or the splits are of different models: download them again."
 
 
@@ -111,8 +114,13 @@ def _only_model(folder: Path) -> Path:
     if not files:
         raise CheckpointError(f"{folder}: holds no GGUF file.", hint="Give the folder or the file of a GGUF model.")
     sets = {split_paths(file)[0].name for file in files}
-    if len(sets) > 1:
-        raise CheckpointError(f"{folder}: holds several models: {', '.join(sorted(sets)[:5])}.", hint="Name one file.")
+    if len(sets) > 1:  # an importance matrix may lie beside a model, and is none
+        files = [file for file in files if read_header(file).metadata.get(Keys.General.TYPE) != IMATRIX_TYPE]
+        sets = {split_paths(file)[0].name for file in files}
+    if len(sets) != 1:
+        raise CheckpointError(
+            f"{folder}: holds {len(sets)} models: {', '.join(sorted(sets)[:5])}.", hint="Name one file."
+        )
     return files[0]
 
 

@@ -46,8 +46,9 @@ def routing_of(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Rout
         with torch.no_grad():
             for _ in calibrate_attention(context):
                 pass
-            norm = context.layer.post_attention_norm
-            return Routing(context, context.decoder.norm(context.layer, norm, source.read(norm.weight)))
+            layer, decoder = context.layer, context.decoder
+            norm = layer.post_attention_norm
+            return Routing(source, decoder, layer, context.work, decoder.norm(layer, norm, source.read(norm.weight)))
 
 
 def transformers_mlp_input(model: Path) -> Tensor:

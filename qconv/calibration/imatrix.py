@@ -1,0 +1,153 @@
+"""An importance matrix collected from the unquantized model, layer by layer, resumable at every layer.
+
+It holds what llama.cpp's own program collects by default: the inputs of every linear in the layers, routers included,
+and neither those of the output head nor the embedding, which multiplies nothing. Each layer's sums are a file in the
+work folder until all of them become one.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from qconv import __version__
+from qconv.calibration.corpus import TokenSet
+from qconv.calibration.forward import Decoder
+from qconv.calibration.squares import InputSquares, LayerPass, collect_squares
+from qconv.calibration.stream import LayerStream
+from qconv.checkpoint.writer import sha256_of
+from qconv.errors import OutputError
+from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from qconv.gguf.names import GgufTensor, gguf_tensors
+from qconv.manifest import Journal
+from qconv.models import Architecture
+from qconv.models.base import Layer
+from qconv.parallel import Workers
+from qconv.source import Source
+
+IMATRIX_NAME = "imatrix.gguf"
+"""The collected matrix's file and its key in the journal."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def collect_imatrix(
+    source: Source,
+    tokens: TokenSet,
+    out: Path,
+    work: Path,
+    journal: Journal,
+    workers: Workers,
+    progress: Progress,
+) -> Path:
+    """Collect the importance matrix into ``out``, or go on with it; its path.
+
+    Args:
+        source: The unquantized model.
+        tokens: What it reads; a sequence is a chunk.
+        out: The folder that gets the finished file.
+        work: The folder of the activations and of each layer's sums.
+        journal: Records both.
+        workers: Threads; each holds one expert.
+        progress: Told the layer at work, the weights passed and the weights in all.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is not finite.
+        OutputError: the disk is full, or what was collected is gone.
+        UsageError: the model has no GGUF form.
+    """
+    path = out / IMATRIX_NAME
+    if IMATRIX_NAME not in journal.units:
+        layers = source.architecture.layers
+        if any(_key(layer) not in journal.units for layer in layers):
+            _collect_layers(source, tokens, work, journal, workers, progress)
+        parts = [_collected(work, layer, journal) for layer in layers]
+        entries = ChainMap(*(cast(MutableMapping[str, Entry], part.entries) for part in parts))
+        record = write_imatrix(path, Imatrix(entries, (tokens.source,), tokens.ids.shape[1]))
+        journal.commit(IMATRIX_NAME, {"size": record.size, "sha256": record.sha256})
+    for file in (*work.glob("*.bin"), *work.glob("*.gguf")):
+        file.unlink()
+    return path
+
+
+def versions() -> str:
+    """What the collected bytes depend on besides weights and tokens."""
+    found = {"qconv": __version__, "torch": torch.__version__, "machine": platform.machine()}
+    found["transformers"] = version("transformers")
+    return " ".join(f"{name}={number}" for name, number in sorted(found.items()))
+
+
+def scratch_bytes(model: Architecture, tokens: TokenSet, work: Path) -> int:
+    """Disk that collecting still needs: the activations, and the sums of the layers and all of them together."""
+    activations = tokens.ids.numel() * model.hidden_size * (2 + 2 + 2 + 4)
+    linears = (linear for layer in model.layers for linear in (*layer.linears(), *layer.routers()))
+    present = sum(file.stat().st_size for pattern in ("*.bin", "*.gguf") for file in work.glob(pattern))
+    return max(0, activations + 2 * 4 * sum(linear.in_features for linear in linears) - present)
+
+
+def layer_weights(model: Architecture) -> int:
+    """The weights that the pass goes through."""
+    return sum(linear.numel for layer in model.layers for linear in (*layer.linears(), *layer.routers()))
+
+
+def _collect_layers(
+    source: Source, tokens: TokenSet, work: Path, journal: Journal, workers: Workers, progress: Progress
+) -> None:
+    model = source.architecture
+    tensors = gguf_tensors(model)
+    total, done = layer_weights(model), 0
+    with torch.no_grad():
+        stream = LayerStream(source, tokens.ids, work, journal)
+    decoder = Decoder(source.checkpoint.path)
+    for layer in model.layers:
+        what = f"imatrix layer {layer.index}"
+        progress(what, done, total)
+        if layer.index < stream.next_layer:
+            done += sum(linear.numel for linear in (*layer.linears(), *layer.routers()))
+            continue
+        space = stream.workspace(layer.index)
+        layer_pass = LayerPass(source, decoder, layer, space, workers, stream.is_last(layer.index))
+        seen: dict[str, InputSquares] = {}
+        for linear, squares in collect_squares(layer_pass):
+            seen[linear.weight] = squares
+            done += linear.numel
+            progress(what, done, total)
+        entries = layer_entries((tensor for tensor in tensors if tensor.layer == layer.index), seen)
+        # Once its outputs count as made nothing computes the layer again: its sums must be safe before.
+        record = write_imatrix(_path(work, layer), Imatrix(entries, (tokens.source,), tokens.ids.shape[1]))
+        journal.commit(_key(layer), {"size": record.size, "sha256": record.sha256})
+        stream.advance(layer.index, space)
+
+
+def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares]) -> dict[str, Entry]:
+    """What was seen of linears, by the name of their weight in the checkpoint, as entries of the GGUF tensors."""
+    entries = {}
+    for tensor in tensors:
+        parts = [seen[name] for name in tensor.sources if name in seen]
+        if parts:
+            sums = torch.stack([part.sums for part in parts]).float()
+            entries[tensor.name] = Entry(sums, torch.tensor([part.tokens for part in parts], dtype=torch.float64))
+    return entries
+
+
+def _key(layer: Layer) -> str:
+    return f"imatrix-{layer.index:05d}"
+
+
+def _path(work: Path, layer: Layer) -> Path:
+    return work / f"{_key(layer)}.gguf"
+
+
+def _collected(work: Path, layer: Layer, journal: Journal) -> Imatrix:
+    path, record = _path(work, layer), journal.units[_key(layer)]
+    if not path.is_file() or path.stat().st_size != record["size"] or sha256_of(path) != record["sha256"]:
+        raise OutputError(
+            f"{path}: was collected but is now missing or changed.", hint="Put it back, or start over with --restart."
+        )
+    return read_imatrix(path)

@@ -1,0 +1,179 @@
+"""One layer of the unquantized model: the squared inputs of its linears summed, and the tokens passed through.
+
+An expert counts the tokens that the router sends it. Sums are taken over fixed windows of tokens and added in their
+order, so that they come out the same however many threads there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qconv.calibration.experts import WINDOW_TOKENS
+from qconv.calibration.forward import Decoder
+from qconv.calibration.layer import Workspace
+from qconv.calibration.mlp import GatedWeights
+from qconv.calibration.routing import Assignment, Routing
+from qconv.models.base import Layer, Linear, Mlp, Norm
+from qconv.parallel import Workers
+from qconv.source import Source
+
+WHOLE_TOKENS = 8192
+"""An MLP that sees more tokens is worked on by all threads together, a window each, since it holds more outputs."""
+_ROWS = 256
+"""Rows that are squared at once, in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputSquares:
+    """What was seen of a linear's inputs.
+
+    Attributes:
+        sums: float64 [in_features], sums of x^2 over the tokens.
+        tokens: How many tokens.
+    """
+
+    sums: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> InputSquares:
+        """Of some tokens' inputs, float32 [tokens, in_features]."""
+        sums = torch.zeros(inputs.shape[-1], dtype=torch.float64)
+        for start in range(0, len(inputs), _ROWS):
+            sums += inputs[start : start + _ROWS].double().square_().sum(dim=0)
+        return cls(sums, len(inputs))
+
+    @classmethod
+    def empty(cls, in_features: int) -> InputSquares:
+        """Of no tokens."""
+        return cls(torch.zeros(in_features, dtype=torch.float64), 0)
+
+    def __add__(self, other: InputSquares) -> InputSquares:
+        return InputSquares(self.sums + other.sums, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPass:
+    """What the pass through one layer needs; ``is_last`` says that nobody needs its outputs."""
+
+    source: Source
+    decoder: Decoder
+    layer: Layer
+    work: Workspace
+    workers: Workers
+    is_last: bool
+
+
+def collect_squares(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
+    """The squared inputs of every linear of a layer, routers included, in the order in which they are known.
+
+    Afterwards the layer's running output is complete, unless it is the last one's.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is not finite.
+        OutputError: the disk is full.
+    """
+    with torch.no_grad():
+        yield from _attention(layer_pass)
+        yield from _mlps(layer_pass)
+
+
+def _attention(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
+    source, decoder, layer, work = layer_pass.source, layer_pass.decoder, layer_pass.layer, layer_pass.work
+    attention = layer.attention
+    modules: tuple[Linear | Norm, ...] = (*attention.linears(), *attention.head_norms)
+    block = decoder.attention(layer, {name: source.read(name) for module in modules for name, _ in module.tensors()})
+    norm = decoder.norm(layer, layer.input_norm, source.read(layer.input_norm.weight))
+
+    def attend(window: tuple[int, int]) -> tuple[InputSquares, InputSquares]:
+        hidden = work.inputs.read(*window)
+        normed: Tensor = norm(hidden)
+        output, o_input = block.with_o_input(normed.view(-1, work.sequence_length, normed.shape[-1]))
+        hidden.add_(output.view_as(hidden))
+        work.middle.write(window[0], hidden)
+        work.total.write(window[0], hidden)
+        return InputSquares.of(normed), InputSquares.of(o_input.flatten(0, 1))
+
+    shared, inner = InputSquares.empty(attention.q.in_features), InputSquares.empty(attention.o.in_features)
+    for normed, o_input in layer_pass.workers.map(attend, work.sequence_windows(WINDOW_TOKENS)):
+        shared, inner = shared + normed, inner + o_input
+    for linear in attention.linears():
+        yield linear, inner if linear == attention.o else shared
+
+
+def _mlps(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
+    source, decoder, layer, work = layer_pass.source, layer_pass.decoder, layer_pass.layer, layer_pass.work
+    norm = decoder.norm(layer, layer.post_attention_norm, source.read(layer.post_attention_norm.weight))
+    routing = Routing(source, decoder, layer, work, norm)
+    if layer.routers():
+        seen = InputSquares.empty(layer.post_attention_norm.size)
+        for start, stop in work.middle.windows(WINDOW_TOKENS):
+            seen += InputSquares.of(norm(work.middle.read(start, stop)))
+        for router in layer.routers():
+            yield router, seen
+    mlps = layer.mlps()
+
+    def whole(index: int) -> list[_Part] | None:
+        assignment = routing.assignment(index)
+        if len(assignment.tokens) > WHOLE_TOKENS:
+            return None
+        if not len(assignment.tokens):
+            return []
+        worker = _MlpPass.of(layer_pass, mlps[index], norm)
+        return [worker(window) for window in _windows(assignment)]
+
+    def by_window(index: int) -> Iterator[_Part]:
+        return layer_pass.workers.map(_MlpPass.of(layer_pass, mlps[index], norm), _windows(routing.assignment(index)))
+
+    for index, found in enumerate(layer_pass.workers.map(whole, range(len(mlps)))):
+        mlp = mlps[index]
+        inputs, inner = InputSquares.empty(mlp.up.in_features), InputSquares.empty(mlp.down.in_features)
+        for part in by_window(index) if found is None else found:
+            inputs, inner = inputs + part.inputs, inner + part.inner
+            if part.output is not None:
+                # In the order of the experts, so that sums come out the same however the threads ran.
+                work.total.add(part.tokens, part.output)
+        yield mlp.gate, inputs
+        yield mlp.up, inputs
+        yield mlp.down, inner
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An MLP on a window of its tokens; its weighted output is None where nobody needs it."""
+
+    tokens: Tensor
+    inputs: InputSquares
+    inner: InputSquares
+    output: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _MlpPass:
+    """Computes an MLP for a window of tokens; threads may share one."""
+
+    layer_pass: LayerPass
+    weights: GatedWeights
+    norm: nn.Module
+
+    @classmethod
+    def of(cls, layer_pass: LayerPass, mlp: Mlp, norm: nn.Module) -> _MlpPass:
+        return cls(layer_pass, GatedWeights.read(layer_pass.source, mlp, layer_pass.decoder.act), norm)
+
+    def __call__(self, window: Assignment) -> _Part:
+        normed: Tensor = self.norm(self.layer_pass.work.middle.gather(window.tokens))
+        inner = self.weights.inner(normed)
+        output = None
+        if not self.layer_pass.is_last:
+            output = self.weights.project(inner).mul_(window.weights.unsqueeze(-1))
+        return _Part(window.tokens, InputSquares.of(normed), InputSquares.of(inner), output)
+
+
+def _windows(assignment: Assignment) -> Iterable[Assignment]:
+    for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
+        stop = start + WINDOW_TOKENS
+        yield Assignment(assignment.tokens[start:stop], assignment.weights[start:stop])

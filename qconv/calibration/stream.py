@@ -1,0 +1,90 @@
+"""The activations between layers, on disk, and how a resumed run goes on from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qconv.calibration.activations import ActivationFile
+from qconv.calibration.layer import Workspace, inputs_file
+from qconv.checkpoint.writer import sha256_of
+from qconv.manifest import Journal
+from qconv.source import Source
+
+
+class LayerStream:
+    """Hands the calibration tokens from layer to layer.
+
+    The inputs of one layer at a time are on disk and in the journal. What a layer computes before they are its outputs'
+    may be computed once more after a crash, to the same bits.
+    """
+
+    def __init__(self, source: Source, ids: Tensor, work: Path, journal: Journal) -> None:
+        """Find the activations to go on from, or make those of layer 0 from the embeddings.
+
+        Args:
+            source: The model.
+            ids: int32 [sequences, sequence_length].
+            work: The folder of the activations.
+            journal: Says which of them are complete.
+
+        Raises:
+            CheckpointError: the embeddings cannot be read.
+            OutputError: the disk is full or the work folder cannot be written.
+        """
+        self._source = source
+        self._ids = ids
+        self._work = work
+        self._journal = journal
+        self.next_layer = self._find_or_start()
+
+    def is_last(self, index: int) -> bool:
+        """Whether no layer follows that would need the layer's output."""
+        return index + 1 == len(self._source.architecture.layers)
+
+    def workspace(self, index: int) -> Workspace:
+        """The files of a layer.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        tokens, length = self._ids.numel(), self._ids.shape[1]
+        work = Workspace.at(self._work, index, tokens, length, self._source.architecture.hidden_size)
+        for scratch in (work.middle, work.total):
+            if not scratch.path.exists() or scratch.path.stat().st_size != scratch.nbytes:
+                scratch.create()
+        return work
+
+    def advance(self, index: int, work: Workspace) -> None:
+        """Make the layer's running output the next layer's input, on disk and in the journal.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        if not self.is_last(index):
+            following = self._inputs(index + 1).create()
+            for start, stop in following.windows():
+                following.write(start, work.total.read(start, stop))
+            self._seal(index + 1, following)
+        work.inputs.path.unlink(missing_ok=True)
+        self.next_layer = index + 1
+
+    def _inputs(self, index: int) -> ActivationFile:
+        return inputs_file(self._work, index, self._ids.numel(), self._source.architecture.hidden_size)
+
+    def _find_or_start(self) -> int:
+        for index, record in self._journal.activations.items():
+            path = self._inputs(index).path
+            if path.exists() and path.stat().st_size == record["size"] and sha256_of(path) == record["sha256"]:
+                return index
+        first = self._inputs(0).create()
+        embedding = self._source.architecture.embedding.weight
+        ids = self._ids.flatten().long()
+        for start, stop in first.windows():
+            first.write(start, self._source.checkpoint.gather(embedding, ids[start:stop]).float())
+        self._seal(0, first)
+        return 0
+
+    def _seal(self, index: int, file: ActivationFile) -> None:
+        self._journal.commit_activations(index, file.nbytes, file.seal())

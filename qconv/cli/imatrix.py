@@ -1,0 +1,86 @@
+"""``qconv imatrix``: collect an importance matrix by itself."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qconv.cli.console import duration, print_json, say, size, stdout
+from qconv.cli.gguf import print_coverage
+from qconv.cli.options import json_option, model_argument, out_option
+from qconv.cli.progress import reporting
+from qconv.recipe import TextSettings, parse_as
+
+
+@click.command(short_help="Collect an importance matrix for GGUF.")
+@model_argument
+@out_option("The folder that gets imatrix.gguf.")
+@click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens.")
+@click.option("--sequence-length", type=click.IntRange(min=1), help="Tokens of one sequence, a chunk of llama.cpp.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration's samples.")
+@click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
+@click.option("--threads", type=click.IntRange(min=1), help="Experts worked on at once; the bytes do not depend on it.")
+@json_option
+def command(
+    model: str,
+    out: Path,
+    calib: str | None,
+    tokens: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    restart: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Collect the importance matrix of MODEL, a folder or a Hub id, in llama.cpp's GGUF form.
+
+    For llama.cpp's own programs, and for several builds of one model: give it to quantize by --imatrix. Works layer by
+    layer; the same command continues an interrupted run.
+    """
+    given = {"corpus": calib, "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
+    text = parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
+    start = time.monotonic()
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
+        reporter.log(f"{model}: reading")
+        from qconv.checkpoint.hub import resolve_model
+        from qconv.imatrix_pipeline import write_model_imatrix
+
+        outcome = write_model_imatrix(
+            resolve_model(model),
+            out,
+            text,
+            restart=restart,
+            threads=threads,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
+    path = out / "imatrix.gguf"
+    result = {
+        "path": str(path),
+        "already_complete": outcome.already_complete,
+        "bytes": path.stat().st_size,
+        "datasets": outcome.report["datasets"],
+        "coverage": outcome.report["coverage"],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    console, coverage = stdout(), result["coverage"]
+    say(console, f"{result['path']}: {'already complete; nothing to do' if result['already_complete'] else 'done'}")
+    say(console, f"size         {size(result['bytes'])}, {coverage['covered']} weights in layers")
+    say(console, f"text         {'; '.join(result['datasets'])}")
+    print_coverage(coverage)
+    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
+    say(console, f"time         {duration(result['seconds'])}")

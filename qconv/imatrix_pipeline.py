@@ -1,0 +1,99 @@
+"""An importance matrix by itself, for llama.cpp's programs or for several GGUF builds of one model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qconv import __version__
+from qconv.build import REPORT_NAME
+from qconv.calibration.corpus import build_tokens
+from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, scratch_bytes, versions
+from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
+from qconv.gguf.imatrix import read_imatrix
+from qconv.gguf.metadata import require_expressible
+from qconv.gguf.names import gguf_tensors
+from qconv.gguf.recipe import ImatrixSettings
+from qconv.gguf_report import Coverage
+from qconv.manifest import WORK_FOLDER, locked
+from qconv.output import FolderState, Outcome, already_complete, enter, open_journal, require_apart, require_disk
+from qconv.parallel import Workers
+from qconv.recipe import TextSettings
+from qconv.source import Source
+from qconv.verify import CHECKSUMS_NAME, render_checksums
+
+Log = Callable[[str], None]
+
+
+def write_model_imatrix(
+    model: Path,
+    out: Path,
+    text: TextSettings,
+    *,
+    restart: bool = False,
+    threads: int | None = None,
+    progress: Progress,
+    log: Log,
+) -> Outcome:
+    """Collect a model's importance matrix, or continue.
+
+    Args:
+        model: The source checkpoint's folder.
+        out: The folder that gets ``imatrix.gguf``, a report and checksums; made if absent.
+        text: What the model reads.
+        restart: Discard what ``out`` holds, if that is a model or build.
+        threads: Experts worked on at once; the bytes do not depend on it.
+        progress: Told the layer at work, the weights passed and the weights in all.
+        log: Told about decisions, one sentence each.
+
+    Raises:
+        UsageError: llama.cpp cannot express the model, or the text is too short.
+        CheckpointError: the source is damaged.
+        StaleJournalError: ``out`` belongs to a run with other inputs.
+        OutputError: ``out`` is foreign, in use, or cannot be written.
+    """
+    require_apart(model, out)
+    source = Source.open(model)
+    for notice in source.notices():
+        log(f"source: {notice}")
+    described = source.architecture
+    require_expressible(source.checkpoint.config, described)
+    tensors = gguf_tensors(described)
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out), Workers(threads) as workers:
+        state = enter(out, restart)
+        tokens = build_tokens(text, source.checkpoint.path)
+        log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
+        fingerprints = {
+            "weights": source.checkpoint.fingerprint(),
+            "recipe": "imatrix",
+            "calibration data": tokens.digest,
+            "versions": versions(),
+        }
+        if state is FolderState.COMPLETE:
+            return already_complete(out, fingerprints)
+        journal, resumed = open_journal(out, fingerprints)
+        if resumed:
+            log(f"resuming: {len(journal.units)} of {len(described.layers)} layers are collected")
+        work = out / WORK_FOLDER
+        require_disk(out, scratch_bytes(described, tokens, work))
+        path = collect_imatrix(source, tokens, out, work, journal, workers, progress)
+        coverage = Coverage.of(read_imatrix(path), tensors, ImatrixSettings().shrinkage_tokens)
+        report: dict[str, Any] = {
+            "qconv": __version__,
+            "source": source.checkpoint.path.resolve().name,
+            "format": "imatrix",
+            "fingerprints": journal.fingerprints,
+            "calibration": text.model_dump(mode="json"),
+            "datasets": [tokens.source],
+            "coverage": coverage.values(),
+        }
+        write_atomically(out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+        sums = {name: sha256_of(out / name) for name in (IMATRIX_NAME, REPORT_NAME)}
+        write_atomically(out / CHECKSUMS_NAME, render_checksums(sums).encode())
+        shutil.rmtree(work)
+        return Outcome(out, report, already_complete=False)
