@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from qconv import gguf_pipeline
 from qconv.build import REPORT_NAME
-from qconv.errors import CheckpointError, OutputError, StaleJournalError, UsageError
-from qconv.gguf.imatrix import Entry, Imatrix, write_imatrix
+from qconv.errors import CheckpointError, OutputError, RecipeError, StaleJournalError, UsageError
+from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from qconv.gguf.reader import GgufModel
+from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
 from qconv.gguf_verify import verify_gguf
 from qconv.output import Outcome
+from qconv.recipe import OutputSettings, TextSettings
 from qconv.verify import CHECKSUMS_NAME
 from tests.conftest import BUNDLED, folder_bytes, random_model, save_model
 
@@ -29,10 +32,20 @@ class Stop(Exception):
     """The plug is pulled."""
 
 
-def convert(model: Path, out: Path, file_type: str = "Q4_0", **options: Any) -> Outcome:
-    """Write GGUF without progress and log."""
-    values: dict[str, Any] = {"max_file_size": SPLIT, "threads": 2, "progress": lambda *_: None, "log": lambda _: None}
-    return quantize_gguf(model, out, file_type, **values | options)
+def convert(
+    model: Path,
+    out: Path,
+    file_type: str = "Q4_0",
+    keys: dict[str, Any] | None = None,
+    split: int = SPLIT,
+    **options: Any,
+) -> Outcome:
+    """Write GGUF without progress and log; ``keys`` are those of the recipe besides the type."""
+    values: dict[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None}
+    recipe = parse_gguf_recipe({"type": file_type, **(keys or {})})
+    # Smaller than a recipe may say, so that small models have several files.
+    recipe = recipe.model_copy(update={"output": OutputSettings.model_construct(max_shard_size=split)})
+    return quantize_gguf(model, out, recipe, **values | options)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def made(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_file_type_of_the_bundled_model_verifies(file_type: str, tmp_path: Path) -> None:
-    report = convert(BUNDLED, tmp_path / "out", file_type, max_file_size=10**9).report
+    report = convert(BUNDLED, tmp_path / "out", file_type, split=10**9).report
     result = verify_gguf(tmp_path / "out", BUNDLED)
     assert result.problems == []
     assert report["files"] == [f"tiny-coder-moe-{file_type}.gguf"]
@@ -158,11 +171,12 @@ def imatrix_of(build: Path, path: Path, unseen_expert: int | None = None) -> Pat
 def test_an_imatrix_is_used_and_an_expert_without_tokens_survives(sparse: Path, made: Path, tmp_path: Path) -> None:
     said: list[str] = []
     imatrix = imatrix_of(made, tmp_path / "imatrix.gguf", unseen_expert=2)
-    convert(sparse, tmp_path / "out", imatrix=imatrix, log=said.append)
+    convert(sparse, tmp_path / "out", keys={"imatrix": {"files": [str(imatrix)]}}, log=said.append)
     report = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
-    assert report["imatrix"] == ["a test"]
-    # Two layers of three merged tensors with six experts each.
-    assert any("6 of 36 experts' saw no token" in line for line in said)
+    assert report["imatrix"]["datasets"] == ["a test"]
+    assert report["imatrix"]["file"] is None
+    assert report["imatrix"]["coverage"]["without_tokens"] == 2
+    assert any("2 of 12 experts saw no token" in line for line in said)  # one of six in both layers
     assert verify_gguf(tmp_path / "out", sparse).problems == []
     ours, plain = GgufModel.open(tmp_path / "out"), GgufModel.open(made)
     for name, entry in ours.entries.items():
@@ -176,9 +190,139 @@ def test_an_imatrix_of_another_model_is_refused(sparse: Path, made: Path, tmp_pa
     entries = {"blk.0.attn_q.weight": Entry(torch.ones(1, 48), torch.ones(1, dtype=torch.float64))}
     write_imatrix(tmp_path / "imatrix.gguf", Imatrix(entries, ("another",)))
     with pytest.raises(UsageError, match=r"blk\.0\.attn_q"):
-        convert(sparse, tmp_path / "out", imatrix=tmp_path / "imatrix.gguf")
+        convert(sparse, tmp_path / "out", keys={"imatrix": {"files": [str(tmp_path / "imatrix.gguf")]}})
 
 
-def test_types_that_need_an_imatrix_say_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gguf:Q2_K_S: .* useless without an imatrix"):
-        convert(BUNDLED, tmp_path / "out", "Q2_K_S")
+def test_an_imatrix_without_any_weight_of_the_model_is_refused(sparse: Path, tmp_path: Path) -> None:
+    entries = {"model.layers.0.self_attn.q_proj.weight": Entry(torch.ones(1, 64), torch.ones(1).double())}
+    write_imatrix(tmp_path / "imatrix.gguf", Imatrix(entries, ("another",)))
+    with pytest.raises(UsageError, match="none of its 1 entries is of a weight of this model"):
+        convert(sparse, tmp_path / "out", keys={"imatrix": {"files": [str(tmp_path / "imatrix.gguf")]}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_needs_an_imatrix_is_not_made_without_one_for_every_weight(
+    sparse: Path, made: Path, tmp_path: Path
+) -> None:
+    imatrix = read_imatrix(imatrix_of(made, tmp_path / "all.gguf"))
+    lacking = {name: entry for name, entry in imatrix.entries.items() if name != "blk.1.attn_q.weight"}
+    write_imatrix(tmp_path / "imatrix.gguf", Imatrix(lacking, ("a test",)))
+    given = {"imatrix": {"files": [str(tmp_path / "imatrix.gguf")]}}
+    wide = save_model(random_model("qwen3_moe", norm_topk_prob=True, hidden_size=256), tmp_path / "wide")
+    with pytest.raises(UsageError, match="the model needs"):
+        convert(wide, tmp_path / "out", "Q2_K_S", given)
+    lacking = {"blk.0.attn_q.weight": Entry(torch.ones(1, 256) * torch.arange(1, 257), torch.ones(1).double())}
+    write_imatrix(tmp_path / "imatrix.gguf", Imatrix(lacking, ("a test",)))
+    with pytest.raises(UsageError, match=r"blk\.0\.attn_k\.weight becomes Q2_K, which is useless without"):
+        convert(wide, tmp_path / "out", "Q2_K_S", given)
+
+
+def test_a_type_that_needs_an_imatrix_gets_one_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_pipeline, "TextSettings", lambda: TextSettings(tokens=512))
+    said: list[str] = []
+    wide = save_model(random_model("qwen3_moe", norm_topk_prob=True, hidden_size=256), tmp_path / "wide")
+    report = convert(wide, tmp_path / "out", "Q2_K_S", log=said.append).report
+    assert report["imatrix"]["file"] == "imatrix.gguf"
+    assert any("gguf:Q2_K_S needs an imatrix" in line for line in said)
+    assert verify_gguf(tmp_path / "out", wide).problems == []
+
+
+COLLECTED = {"calibration": {"tokens": 128, "sequence_length": 32}}
+
+
+@pytest.fixture(scope="module")
+def calibrated(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build in several files, with an imatrix that was collected for it."""
+    return convert(sparse, tmp_path_factory.mktemp("calibrated") / "out", keys=COLLECTED).out
+
+
+def test_what_was_collected_is_kept_used_and_told(sparse: Path, made: Path, calibrated: Path, tmp_path: Path) -> None:
+    report = json.loads((calibrated / REPORT_NAME).read_text())
+    told = report["imatrix"]
+    assert told["file"] == "imatrix.gguf"
+    assert told["datasets"][0].startswith("python-stdlib, seed 0: 4 x 32 tokens")
+    matrix = read_imatrix(calibrated / "imatrix.gguf")
+    counts = torch.cat([matrix.entries[f"blk.{layer}.ffn_up_exps.weight"].counts for layer in range(2)])
+    coverage = told["coverage"]
+    assert (coverage["least"], coverage["most"]) == (int(counts.min()), int(counts.max()))
+    assert (coverage["covered"], coverage["weights"], coverage["experts"]) == (14, 14, 12)
+    assert coverage["mostly_shared"] == int((counts <= 64).sum())  # k / (n + k) is a half at n = k
+    card = (calibrated / "README.md").read_text()
+    assert "`imatrix.gguf` is what qconv collected" in card
+    assert f"Tokens per expert: least {coverage['least']}" in card
+    # The set beside it is still one model, and a user who gives the file gets the same weights.
+    assert verify_gguf(calibrated, sparse).problems == []
+    given = {"imatrix": {"files": [str(calibrated / "imatrix.gguf")]}}
+    again = convert(sparse, tmp_path / "given", keys=given).out
+    names = [file.name for file in calibrated.glob("model-*.gguf")]
+    assert len(names) > 3
+    for name in names:
+        assert (again / name).read_bytes() == (calibrated / name).read_bytes()
+    assert any((again / name).read_bytes() != (made / name).read_bytes() for name in names)
+
+
+def test_collecting_and_writing_are_resumed_to_the_same_bytes(sparse: Path, calibrated: Path, tmp_path: Path) -> None:
+    keys: list[str] = []
+    convert(sparse, tmp_path / "whole", keys=COLLECTED, progress=lambda key, *_: keys.append(key))
+    assert folder_bytes(tmp_path / "whole") == folder_bytes(calibrated)
+    starts = [0, *(index for index in range(1, len(keys)) if keys[index] != keys[index - 1])]
+    out, stops = tmp_path / "out", 0
+    for start in starts[:2] + starts[2::9]:  # in both layers, then here and there among the tensors
+        calls = iter(range(start))
+
+        def stop(key: str, *_: int, calls: Iterator[int] = calls) -> None:
+            if next(calls, None) is None:
+                raise Stop(key)
+
+        try:
+            convert(sparse, out, keys=COLLECTED, progress=stop)
+        except Stop:
+            stops += 1
+    assert stops >= 3
+    convert(sparse, out, keys=COLLECTED)
+    assert folder_bytes(out) == folder_bytes(calibrated)
+
+
+def test_given_and_collected_matrices_are_merged(sparse: Path, made: Path, calibrated: Path, tmp_path: Path) -> None:
+    files = [str(imatrix_of(made, tmp_path / "one.gguf")), str(calibrated / "imatrix.gguf")]
+    both = convert(sparse, tmp_path / "files", keys={"imatrix": {"files": files}})
+    mixed = convert(sparse, tmp_path / "mixed", keys=COLLECTED | {"imatrix": {"files": files[:1]}})
+    for report in (both.report, mixed.report):
+        assert sorted(name.split(",")[0] for name in report["imatrix"]["datasets"]) == ["a test", "python-stdlib"]
+    for file in both.out.glob("model-*.gguf"):
+        assert file.read_bytes() == (mixed.out / file.name).read_bytes()
+    # What is kept is what was collected: given again with the other file, nothing counts twice.
+    assert (mixed.out / "imatrix.gguf").read_bytes() == (calibrated / "imatrix.gguf").read_bytes()
+
+
+def test_other_calibration_text_is_another_run(sparse: Path, calibrated: Path, tmp_path: Path) -> None:
+    shutil.copytree(calibrated, tmp_path / "out")
+    with pytest.raises(StaleJournalError, match="calibration data, recipe changed"):
+        convert(sparse, tmp_path / "out", keys={"calibration": {"tokens": 128, "sequence_length": 32, "seed": 1}})
+    with pytest.raises(StaleJournalError, match="calibration data, recipe"):
+        convert(sparse, tmp_path / "out")
+
+
+def test_rules_of_a_recipe_decide_about_tensors(sparse: Path, tmp_path: Path) -> None:
+    rules = {"tensor_types": {r"blk\.1\.ffn_down_exps": "q6_K", "ffn_.*_exps": "Q5_1", "output": "F16"}}
+    report = convert(sparse, tmp_path / "out", "Q4_0", rules).report
+    types = {name: one["type"] for name, one in report["tensors"].items()}
+    # Rows of 32 are no whole block of Q6_K: the rule falls back to Q8_0.
+    assert types["blk.1.ffn_down_exps.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down_exps.weight"] == types["blk.1.ffn_up_exps.weight"] == "Q5_1"
+    assert types["output.weight"] == "F16"
+    assert types["blk.0.attn_output.weight"] == "F16", "the pattern is searched for anywhere in the name"
+    assert types["blk.0.attn_q.weight"] == "Q4_0"
+    assert report["recipe"]["tensor_types"] == {
+        r"blk\.1\.ffn_down_exps": "Q6_K",
+        "ffn_.*_exps": "Q5_1",
+        "output": "F16",
+    }
+    assert verify_gguf(tmp_path / "out", sparse).problems == []
+
+
+def test_a_rule_that_fits_nothing_is_an_error(sparse: Path, tmp_path: Path) -> None:
+    for pattern in ("ffn_dwon", "ffn_gate_inp", "attn_norm"):
+        with pytest.raises(RecipeError, match=f"tensor_types.{pattern}: fits no weight of the model"):
+            convert(sparse, tmp_path / "out", "Q8_0", {"tensor_types": {pattern: "Q6_K"}})
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qconv import pipeline
-from qconv.calibration.run import Calibration
+from qconv.calibration.stream import LayerStream
 from qconv.committer import UnitWriter
 from qconv.errors import (
     CheckpointError,
@@ -141,9 +141,9 @@ def test_a_crash_between_a_layer_and_its_outputs_recomputes_them(
     when: str, moe: Path, awq_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    seal = Calibration._seal
+    seal = LayerStream._seal
 
-    def crash(self: Calibration, index: int, file: Any) -> None:
+    def crash(self: LayerStream, index: int, file: Any) -> None:
         if index == 1:
             if when == "after":
                 seal(self, index, file)
@@ -152,7 +152,7 @@ def test_a_crash_between_a_layer_and_its_outputs_recomputes_them(
         seal(self, index, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_seal", crash)
+        patch.setattr(LayerStream, "_seal", crash)
         with pytest.raises(Stop):
             build(moe, out, AWQ)
     lines = [json.loads(line) for line in (out / WORK_FOLDER / JOURNAL_NAME).read_text().splitlines()]

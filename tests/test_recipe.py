@@ -12,7 +12,7 @@ from qconv.bench import SliceShape
 from qconv.errors import RecipeError
 from qconv.models import Architecture, architecture
 from qconv.plan import make_plan, modelled_costs, topology_problems
-from qconv.recipe import Recipe, load_recipe, packaged_recipes, parse_recipe
+from qconv.recipe import Recipe, load_recipe, packaged_recipes, parse_recipe, read_values, replaced
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"grids": {}}, "grids: unknown key"),
@@ -109,6 +109,15 @@ def test_overrides_replace_single_keys() -> None:
         load_recipe("awq", {"format.bits": 1})
 
 
+def test_an_override_begins_a_section_that_is_null_and_changes_nothing_else() -> None:
+    values = {"calibration": None, "grid": {"bits": 8}}
+    assert replaced(values, {"calibration.tokens": 1024, "grid.group_size": 64}) == {
+        "calibration": {"tokens": 1024},
+        "grid": {"bits": 8, "group_size": 64},
+    }
+    assert values == {"calibration": None, "grid": {"bits": 8}}
+
+
 def test_the_digest_tells_recipes_apart_and_defaults_from_nothing() -> None:
     assert parse_recipe({}).digest() == parse_recipe({"grid": {"bits": 4}}).digest()
     digests = {
@@ -139,7 +148,12 @@ def coder() -> Architecture:
     return architecture(SliceShape().config(62, 160))
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+def safetensors_recipes() -> list[str]:
+    """The packaged recipes that are not of GGUF."""
+    return [name for name in packaged_recipes() if read_values(name)[0]["format"] != "gguf"]
+
+
+@pytest.mark.parametrize("name", safetensors_recipes())
 def test_every_packaged_recipe_plans_the_whole_480b(name: str, coder: Architecture) -> None:
     recipe = load_recipe(name)
     plan = make_plan(coder, recipe, lambda _: torch.bfloat16)

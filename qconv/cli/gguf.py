@@ -129,9 +129,12 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
 
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     """``qconv inspect`` of a GGUF file or set."""
-    from qconv.gguf.reader import GgufModel
+    from qconv.gguf.reader import IMATRIX_TYPE, GgufModel
 
     made = GgufModel.open(path)
+    if made.metadata.get("general.type") == IMATRIX_TYPE:
+        _inspect_imatrix(path, as_json)
+        return
     numel = sum(entry.numel for entry in made.entries.values())
     nbytes = sum(entry.nbytes for entry in made.entries.values())
     if as_json:
@@ -148,6 +151,35 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
         print_table(console, ("tensor", "type", "shape", "size"), rows)
     else:
         _print_types(console, [(one.type.name, one.numel, one.nbytes) for one in made.entries.values()])
+
+
+def _inspect_imatrix(path: Path, as_json: bool) -> None:
+    """What an importance matrix was collected on, and how many tokens its entries saw."""
+    from qconv.gguf.imatrix import read_imatrix
+
+    matrix = read_imatrix(path / "imatrix.gguf" if path.is_dir() else path)
+    rows = []
+    for name, entry in matrix.entries.items():
+        seen = entry.seen
+        rows.append(
+            {
+                "name": name,
+                "experts": len(seen),
+                "columns": entry.sums.shape[1],
+                "least_tokens": int(seen.min()),
+                "most_tokens": int(seen.max()),
+                "without_tokens": int((seen == 0).sum()),
+            }
+        )
+    if as_json:
+        print_json({"datasets": matrix.datasets, "chunk_size": matrix.chunk_size, "entries": rows})
+        return
+    console = stdout()
+    say(console, f"{path}: an importance matrix of {len(rows)} weights")
+    say(console, f"text  {'; '.join(matrix.datasets) or 'not said'}")
+    say(console, "")
+    cells = [tuple(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()) for row in rows]
+    print_table(console, ("weight", "experts", "columns", "least tokens", "most", "experts without"), cells)
 
 
 def _print_types(console: Console, tensors: Sequence[tuple[str, int, int]]) -> None:

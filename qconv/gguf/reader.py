@@ -117,9 +117,11 @@ def _only_model(folder: Path) -> Path:
     if len(sets) > 1:  # an importance matrix may lie beside a model, and is none
         files = [file for file in files if read_header(file).metadata.get(Keys.General.TYPE) != IMATRIX_TYPE]
         sets = {split_paths(file)[0].name for file in files}
-    if len(sets) != 1:
+    if not files:
+        raise CheckpointError(f"{folder}: holds importance matrices and no model.", hint="Name one file.")
+    if len(sets) > 1:
         raise CheckpointError(
-            f"{folder}: holds {len(sets)} models: {', '.join(sorted(sets)[:5])}.", hint="Name one file."
+            f"{folder}: holds several models: {', '.join(sorted(sets)[:5])}.", hint="Name one file."
         )
     return files[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,102 @@ def test_what_does_not_go_together_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_imatrix_is_for_gguf(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "value"), [("--imatrix", None), ("--tensor-type", "ffn_down=Q6_K")])
+def test_options_of_gguf_are_for_gguf(
+    option: str, value: str | None, invoke: Invoke, tiny: Path, tmp_path: Path
+) -> None:
     shutil.copyfile(tiny / "config.json", tmp_path / "imatrix.gguf")
-    result = invoke("quantize", tiny, "--fmt", "awq", "--imatrix", tmp_path / "imatrix.gguf", "-o", tmp_path / "out")
+    given = value or tmp_path / "imatrix.gguf"
+    result = invoke("quantize", tiny, "--fmt", "awq", option, given, "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "--imatrix: is for --fmt gguf" in result.stderr
-    result = invoke("quantize", tiny, "--fmt", "gguf:Q4_K", "--imatrix", tmp_path / "none", "-o", tmp_path / "out")
-    assert result.exit_code == 2
+    assert f"{option}: is for --fmt gguf" in result.stderr
+
+
+def test_a_file_that_is_no_imatrix_is_refused(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny / "config.json", tmp_path / "imatrix.gguf")
+    arguments = ("--fmt", "gguf:Q4_0", "-o", tmp_path / "out")
+    assert invoke("quantize", tiny, "--imatrix", tmp_path / "imatrix.gguf", *arguments).exit_code == 5
+    assert invoke("quantize", tiny, "--imatrix", tmp_path / "none", *arguments).exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("format: gguf\ntype: Q9_X", "mine.yaml: type: 'Q9_X' is no GGUF file type"),
+        ("format: gguf", "mine.yaml: type: "),
+        ("format: gguf\ntype: Q8_0\nmethod: rtn", "mine.yaml: method: unknown key"),
+        ("format: gguf\ntype: Q8_0\ncalibration: {routing: routed}", "calibration.routing: unknown key"),
+        ("format: gguf\ntype: Q8_0\ntensor_types: {'ffn_(': Q8_0}", "tensor_types: 'ffn_(' is no regular expression"),
+        ("format: gguf\ntype: Q8_0\ntensor_types: {ffn: Q9_K}", "tensor_types: ffn: 'Q9_K' is no type"),
+        ("format: gguf\ntype: Q8_0\ntensor_types: {dwon: Q6_K}", "tensor_types.dwon: fits no weight"),
+        ("format: gguf\ntype: Q8_0\nimatrix: {shrinkage_tokens: -1}", "imatrix.shrinkage_tokens: "),
+    ],
+)
+def test_a_bad_key_of_a_recipe_is_named(text: str, message: str, invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    for command in (("plan",), ("quantize", "-o", tmp_path / "out")):
+        result = invoke(command[0], tiny, "--recipe", recipe, *command[1:])
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_replace_what_a_recipe_says(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("format: gguf\ntype: Q4_0\ncalibration: null\ntensor_types: {ffn_down: Q5_0, attn_v: q8_0}\n")
+    arguments = ("--recipe", recipe, "--tokens", 512, "--seed", 3, "--tensor-type", "blk.0.ffn_down=Q6_K")
+    out = tmp_path / "out"
+    result = invoke("quantize", tiny, *arguments, "--max-shard-size", "0.5", "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    used = json.loads((out / "qconv-report.json").read_text())["recipe"]
+    assert used["calibration"] == {"corpus": "python-stdlib", "tokens": 512, "sequence_length": 512, "seed": 3}
+    assert list(used["tensor_types"].items()) == [("blk.0.ffn_down", "Q6_K"), ("ffn_down", "Q5_0"), ("attn_v", "Q8_0")]
+    assert used["output"] == {"max_shard_size": 500_000_000}
+    values = json.loads(result.stdout)
+    assert values["types"]["Q5_0"] == 3
+    assert values["imatrix"]["coverage"]["experts"] == 64
+    # A plan from config.json alone promises the same tensors.
+    planned = json.loads(invoke("plan", tiny, *arguments, "--json").stdout)["tensors"]
+    assert Counter(one["type"] for one in planned) == values["types"]
+
+
+def test_the_packaged_recipe_is_planned_as_the_file_type_is(invoke: Invoke, tiny: Path) -> None:
+    for name in ("--fmt", "--recipe"):
+        result = invoke("plan", tiny, name, "qwen3-coder-480b-gguf-q4_k_m")
+        assert result.exit_code == 0, result.stderr
+        assert "as gguf:Q4_K_M" in result.stdout
+
+
+def test_a_calibrated_build_says_so(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", tiny, "--fmt", "gguf:Q4_0", "--tokens", 512, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "imatrix      28 of 28 weights in layers, kept as imatrix.gguf" in result.stdout
+    assert "coverage     tokens per expert: least " in result.stdout
+
+
+def test_an_imatrix_alone_is_collected_once(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    arguments = ("imatrix", tiny, "--tokens", 512, "-o", tmp_path / "out")
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{tmp_path / 'out/imatrix.gguf'}: done")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "SHA256SUMS",
+        "imatrix.gguf",
+        "qconv-report.json",
+    ]
+    values = json.loads(invoke(*arguments, "--json").stdout)
+    assert values["already_complete"]
+    assert values["coverage"]["covered"] == 28
+    assert invoke("verify", tmp_path / "out").exit_code == 0
+    other = invoke("imatrix", tiny, "--tokens", 1024, "-o", tmp_path / "out")
+    assert other.exit_code == 5
+    assert "calibration data changed" in other.stderr
+    bad = invoke("imatrix", tiny, "--tokens", 500, "-o", tmp_path / "bad")
+    assert bad.exit_code == 2
+    assert "tokens 500 is not a multiple" in bad.stderr
+    used = invoke("quantize", tiny, "--fmt", "gguf:Q4_0", "--imatrix", values["path"], "-o", tmp_path / "model")
+    assert used.exit_code == 0, used.stderr
+    shown = invoke("inspect", values["path"])
+    assert "importance matrix" in shown.stdout

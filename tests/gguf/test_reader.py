@@ -12,7 +12,7 @@ import torch
 from qconv.errors import CheckpointError
 from qconv.gguf.reader import GgufModel, split_paths
 from qconv.source import Source
-from tests.gguf.conftest import Write, gguf_bytes, key
+from tests.gguf.conftest import Write, gguf_bytes, key, text
 
 
 def test_a_set_is_opened_by_any_of_its_files_or_its_folder(write_gguf: Write) -> None:
@@ -89,6 +89,12 @@ def test_a_folder_holds_one_model(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(gguf_bytes())
     with pytest.raises(CheckpointError, match=r"holds several models: a\.gguf, b\.gguf"):
+        GgufModel.open(tmp_path)
+    # An importance matrix may lie beside a model, under any name.
+    (tmp_path / "b.gguf").write_bytes(gguf_bytes([key("general.type", 8, text("imatrix"))]))
+    assert GgufModel.open(tmp_path).files == (tmp_path / "a.gguf",)
+    (tmp_path / "a.gguf").write_bytes((tmp_path / "b.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match="holds importance matrices and no model"):
         GgufModel.open(tmp_path)
 
 
