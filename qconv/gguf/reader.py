@@ -120,9 +120,7 @@ def _only_model(folder: Path) -> Path:
     if not files:
         raise CheckpointError(f"{folder}: holds importance matrices and no model.", hint="Name one file.")
     if len(sets) > 1:
-        raise CheckpointError(
-            f"{folder}: holds several models: {', '.join(sorted(sets)[:5])}.", hint="Name one file."
-        )
+        raise CheckpointError(f"{folder}: holds several models: {', '.join(sorted(sets)[:5])}.", hint="Name one file.")
     return files[0]
 
 

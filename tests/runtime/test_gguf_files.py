@@ -16,7 +16,9 @@ import qconv
 from qconv.errors import CheckpointError
 from qconv.gguf.names import permute_heads
 from qconv.gguf.reader import GgufModel
+from qconv.gguf.recipe import GgufRecipe
 from qconv.gguf_pipeline import quantize_gguf
+from qconv.recipe import OutputSettings
 from qconv.runtime.dense import write_dense
 from qconv.runtime.gguf_files import GgufFiles, original_heads
 from qconv.runtime.loading import memory
@@ -57,8 +59,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def convert(model: Path, out: Path, file_type: str, **options: Any) -> Path:
     """Write GGUF quietly."""
-    values: dict[str, Any] = {"max_file_size": 10**9, "threads": 2, "progress": lambda *_: None, "log": lambda _: None}
-    return Path(quantize_gguf(model, out, file_type, **values | options).out)
+    values: dict[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None}
+    recipe = GgufRecipe(type=file_type, output=OutputSettings.model_construct(**options))
+    return Path(quantize_gguf(model, out, recipe, **values).out)
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -111,7 +114,7 @@ def test_packed_and_dequantized_model_agree_and_memory_is_the_files(tmp_path: Pa
 
 def test_a_set_of_splits_is_one_model(tmp_path: Path) -> None:
     source = random_model("qwen3_moe", norm_topk_prob=True)
-    out = convert(save_model(source, tmp_path / "model"), tmp_path / "out", "BF16", max_file_size=200_000)
+    out = convert(save_model(source, tmp_path / "model"), tmp_path / "out", "BF16", max_shard_size=200_000)
     files = sorted(out.glob("*.gguf"))
     assert len(files) > 2
     wanted = logits(source)
