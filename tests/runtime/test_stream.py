@@ -11,6 +11,7 @@ from torch import Tensor
 
 import qconv
 from qconv.errors import UsageError
+from qconv.gguf.recipe import GgufRecipe
 from qconv.gguf_pipeline import quantize_gguf
 from qconv.runtime import stream
 from qconv.runtime.stream import stream_logits, stream_windows
@@ -56,8 +57,8 @@ def test_a_sliding_window_is_kept_to(tmp_path: Path) -> None:
 
 def test_gguf_with_a_tied_and_packed_head(tmp_path: Path) -> None:
     source = save_model(random_model("qwen3", tie_word_embeddings=True), tmp_path / "model")
-    options: dict[str, Any] = {"max_file_size": 10**9, "progress": lambda *_: None, "log": lambda _: None, "threads": 1}
-    out = quantize_gguf(source, tmp_path / "out", "Q8_0", **options).out
+    options: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None, "threads": 1}
+    out = quantize_gguf(source, tmp_path / "out", GgufRecipe(type="Q8_0"), **options).out
     assert_same(list(stream_logits(out, SEQUENCES, dtype="float32")), whole(out))
 
 
