@@ -1,0 +1,98 @@
+"""``qconv generate``: what a build says."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from qconv.cli.console import ReaderGone, print_json, say, stderr, stdout
+from qconv.cli.options import json_option
+from qconv.cli.progress import reporting
+from qconv.errors import UsageError
+
+
+@click.command(short_help="Let a build write text.")
+@click.argument("build")
+@click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="Text to go on from; repeat it for a batch.")
+@click.option("--chat", "messages", metavar="TEXT", multiple=True, help="A user's message, put in the chat template.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens to add.")
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
+@click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda or reference.")
+@click.option("--device", help="Where to compute; by default a GPU where there is one.")
+@click.option("--dtype", help="float32, bfloat16 or float16; by default the model's.")
+@json_option
+def command(
+    build: str,
+    prompts: Sequence[str],
+    messages: Sequence[str],
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Let BUILD go on from a prompt, computing from its packed weights.
+
+    BUILD is a folder, a Hub id, or a GGUF file. The prompt comes from standard input if none is given.
+    """
+    if prompts and messages:
+        raise UsageError("--prompt and --chat cannot be mixed.", hint="Give one of them.")
+    given = list(prompts or messages) or [_standard_input()]
+    with reporting(quiet=True):
+        from qconv.checkpoint.hub import resolve_model
+        from qconv.runtime.generation import chat_prompt, complete
+        from qconv.runtime.loading import load
+        from qconv.runtime.tokenizer import load_tokenizer
+
+        path = Path(build) if build.endswith(".gguf") else resolve_model(build)
+        tokenizer = load_tokenizer(path)
+        texts = [chat_prompt(tokenizer, message) for message in messages] or given
+        model = load(path, backend=backend, device=device, dtype=dtype)
+        started = time.perf_counter()
+        completions = complete(
+            model,
+            tokenizer,
+            texts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            special_tokens=not messages,
+            listener=_write if len(texts) == 1 and not as_json else None,
+        )
+        seconds = time.perf_counter() - started
+    tokens = sum(completion.tokens for completion in completions)
+    if as_json:
+        values = [
+            {"prompt": one.prompt, "text": one.text, "tokens": one.tokens, "stopped": one.stopped}
+            for one in completions
+        ]
+        print_json({"path": str(path), "completions": values, "tokens": tokens, "seconds": seconds})
+        return
+    if len(completions) == 1:
+        _write("\n")
+    for text, completion in zip(given, completions, strict=True) if len(completions) > 1 else ():
+        say(stdout(), f"> {text}", style="bold")
+        say(stdout(), f"{completion.text}\n")
+    say(stderr(), f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second", style="dim")
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        raise UsageError("no prompt.", hint="Give --prompt TEXT or --chat TEXT, or pipe the prompt in.")
+    return sys.stdin.read()
+
+
+def _write(text: str) -> None:
+    """Show a piece of the answer at once."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGone from None

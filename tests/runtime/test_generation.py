@@ -1,0 +1,94 @@
+"""Text from packed weights: cache, batch, chat template, ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qconv
+from qconv.errors import UsageError
+from qconv.runtime.generation import chat_prompt, complete
+from qconv.runtime.tokenizer import load_tokenizer
+from tests.conftest import BUNDLED, build, small_recipe
+
+PROMPTS = ["class Node:\n    def __init__(self, value, left=None", "import", "def add(a, b):\n    return"]
+"""The first does not end soon."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The bundled model in 4 bits, computing in float32."""
+    out = build(BUNDLED, tmp_path_factory.mktemp("generation") / "build", small_recipe()).out
+    return qconv.load(out, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Its tokenizer."""
+    return load_tokenizer(BUNDLED)
+
+
+def test_a_cache_changes_nothing(model: Any, tokenizer: Any) -> None:
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    wanted = tokenizer.decode(ids[0]).removeprefix(PROMPTS[0])
+    assert complete(model, tokenizer, PROMPTS[:1], max_tokens=10)[0].text == wanted
+
+
+def test_padding_changes_nothing(model: Any, tokenizer: Any) -> None:
+    batch = complete(model, tokenizer, PROMPTS, max_tokens=8)
+    alone = [complete(model, tokenizer, [prompt], max_tokens=8)[0] for prompt in PROMPTS]
+    assert batch == alone
+    assert len({completion.text for completion in batch}) == 3
+
+
+def test_pieces_are_told_as_they_come(model: Any, tokenizer: Any) -> None:
+    pieces: list[str] = []
+    (completion,) = complete(model, tokenizer, PROMPTS[:1], max_tokens=12, listener=pieces.append)
+    assert "".join(pieces) == completion.text
+    assert len([piece for piece in pieces if piece]) > 2
+    assert (completion.tokens, completion.stopped) == (12, "length")
+
+
+def test_a_seed_fixes_the_samples(model: Any, tokenizer: Any) -> None:
+    def sampled(seed: int, temperature: float = 1.5) -> str:
+        return complete(model, tokenizer, PROMPTS[:1], max_tokens=8, temperature=temperature, seed=seed)[0].text
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+    assert sampled(1, 1e-4) == complete(model, tokenizer, PROMPTS[:1], max_tokens=8)[0].text
+
+
+def test_an_end_ends_it(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    second = int(model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)[0, -1])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [second])
+    (completion,) = complete(model, tokenizer, PROMPTS[:1], max_tokens=8)
+    assert (completion.tokens, completion.stopped) == (2, "end")
+
+
+def test_the_chat_template_is_the_models(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = chat_prompt(tokenizer, "hi")
+    assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer(prompt, add_special_tokens=False).input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UsageError, match="no chat template"):
+        chat_prompt(tokenizer, "hi")
+
+
+def test_prompts_that_cannot_be_continued(model: Any, tokenizer: Any) -> None:
+    for prompts, error in (([], "no prompt"), (["x", ""], "prompt 2 is empty"), (["a b " * 4000], "has room for 4088")):
+        with pytest.raises(UsageError, match=error):
+            complete(model, tokenizer, prompts, max_tokens=8)
+
+
+def test_the_tokenizer_of_nothing(tmp_path: Path) -> None:
+    from qconv.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
