@@ -158,6 +158,8 @@ class Run(_Values):
     """What reproduces the run."""
     build: Artifact
     reference: Artifact | None
+    build_report: FileRef | None = None
+    """The build's own report, where it has one."""
     suite: str
     suite_sha256: Sha256
     engine: dict[str, str]

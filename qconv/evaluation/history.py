@@ -1,0 +1,283 @@
+"""The history of runs: one SQLite file (WAL) of records, and their arrays beside it by content hash.
+
+A history is a folder. ``history.sqlite`` holds every run's record whole, with what is looked up in columns of its own;
+``files/`` holds what the records name by sha256, so that a run's own folder may go once it is added.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qconv.errors import ArtifactError, OutputError, UsageError
+from qconv.evaluation.record import FileRef, Run, load, store
+
+DATABASE_NAME = "history.sqlite"
+SCHEMA_VERSION = 1
+_WAIT_SECONDS = 30.0
+_SCHEMA = """
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL,
+    started TEXT NOT NULL,
+    name TEXT NOT NULL,
+    build_sha256 TEXT NOT NULL,
+    suite TEXT NOT NULL,
+    suite_sha256 TEXT NOT NULL,
+    outcome TEXT NOT NULL,
+    accepted INTEGER NOT NULL,
+    record TEXT NOT NULL,
+    UNIQUE (digest, started)
+);
+CREATE INDEX runs_by_name ON runs (name, suite, started);
+CREATE TABLE metrics (
+    run INTEGER NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
+    task TEXT NOT NULL,
+    metric TEXT NOT NULL,
+    value REAL,
+    low REAL,
+    high REAL,
+    PRIMARY KEY (run, task, metric)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A run in the history.
+
+    Attributes:
+        id: Its number.
+        name: What its build is followed under, from night to night.
+        accepted: Whether it may serve as the baseline of later runs.
+        run: The record.
+    """
+
+    id: int
+    name: str
+    accepted: bool
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One metric of one run, in a trend."""
+
+    id: int
+    started: str
+    build_sha256: str
+    outcome: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class History:
+    """Open with :meth:`open`; a history that does not exist yet is made."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
+        self.folder = folder
+        self._database = database
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, *, create: bool = True) -> Iterator[History]:
+        """The history in a folder. Several processes may have it open at once.
+
+        Raises:
+            UsageError: there is none, and ``create`` is false.
+            ArtifactError: it is damaged, or of a newer version.
+            OutputError: it cannot be written.
+        """
+        path = folder / DATABASE_NAME
+        if not create and not path.exists():
+            raise UsageError(f"{folder}: no history there.", hint="qconv nightly makes one, or eval history --add RUN.")
+        with _errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(path, timeout=_WAIT_SECONDS)
+        with closing(database):
+            with _errors(path):
+                _prepare(path, database)
+            yield cls(folder, database)
+
+    def add(self, source: Path, run: Run, *, name: str | None = None, accepted: bool | None = None) -> Entry:
+        """Add a run with its files; one that is there already is left as it is.
+
+        Args:
+            source: The run's folder.
+            run: Its record.
+            name: What its build is followed under; the build's own name by default.
+            accepted: Whether it may be a baseline; by default where its verdict is a pass.
+
+        Raises:
+            ArtifactError: a file of the run is absent or damaged.
+            OutputError: the history cannot be written.
+        """
+        for file in files_of(run):
+            store(self.folder, load(source, file), Path(file.name).suffix)
+        followed = run.build.name if name is None else name
+        good = run.verdict.outcome == "pass" if accepted is None else accepted
+        values = (
+            run.digest,
+            run.started,
+            followed,
+            run.build.sha256,
+            run.suite,
+            run.suite_sha256,
+            run.verdict.outcome,
+            int(good),
+            run.model_dump_json(),
+        )
+        columns = "digest, started, name, build_sha256, suite, suite_sha256, outcome, accepted, record"
+        with _errors(self.folder / DATABASE_NAME), self._database as database:
+            places = ", ".join("?" * len(values))
+            statement = f"INSERT OR IGNORE INTO runs ({columns}) VALUES ({places}) RETURNING id"
+            inserted = database.execute(statement, values).fetchone()
+            if inserted is not None:
+                rows = [
+                    (inserted[0], task.name, metric, one.value, one.low, one.high)
+                    for task in run.tasks
+                    for metric, one in task.metrics.items()
+                ]
+                database.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", rows)
+        found = self._entries("WHERE digest = ? AND started = ?", (run.digest, run.started))
+        return found[0]
+
+    def runs(self, *, name: str | None = None, suite: str | None = None, limit: int = 50) -> list[Entry]:
+        """The newest runs, newest first."""
+        conditions = [(column, value) for column, value in (("name", name), ("suite", suite)) if value is not None]
+        where = " AND ".join(f"{column} = ?" for column, _ in conditions)
+        values = [value for _, value in conditions]
+        return self._entries(f"WHERE {where or '1'} ORDER BY started DESC, id DESC LIMIT ?", (*values, limit))
+
+    def run(self, id: int) -> Entry:
+        """One run by its number.
+
+        Raises:
+            UsageError: there is none.
+        """
+        found = self._entries("WHERE id = ?", (id,))
+        if not found:
+            raise UsageError(f"{self.folder}: no run {id} there.", hint="qconv eval history lists them.")
+        return found[0]
+
+    def baseline(self, name: str, suite_sha256: str, *, before: str | None = None) -> Entry | None:
+        """The last accepted run of what is followed under ``name``, on exactly that suite."""
+        where = "WHERE name = ? AND suite_sha256 = ? AND accepted AND started < ? ORDER BY started DESC LIMIT 1"
+        found = self._entries(where, (name, suite_sha256, before or "9999"))
+        return found[0] if found else None
+
+    def accept(self, id: int, accepted: bool = True) -> None:
+        """Let a run be the baseline of later ones, or no longer.
+
+        Raises:
+            UsageError: there is none of that number.
+        """
+        self.run(id)
+        with _errors(self.folder / DATABASE_NAME), self._database as database:
+            database.execute("UPDATE runs SET accepted = ? WHERE id = ?", (int(accepted), id))
+
+    def trend(self, name: str, suite: str, task: str, metric: str, *, limit: int = 60) -> list[Point]:
+        """One metric over the last runs of what is followed under ``name``, oldest first."""
+        statement = """
+            SELECT id, started, build_sha256, outcome, value, low, high
+            FROM runs JOIN metrics ON metrics.run = runs.id
+            WHERE name = ? AND suite = ? AND task = ? AND metric = ?
+            ORDER BY started DESC, id DESC LIMIT ?"""
+        with _errors(self.folder / DATABASE_NAME):
+            rows = self._database.execute(statement, (name, suite, task, metric, limit)).fetchall()
+        return [Point(*row) for row in reversed(rows)]
+
+    def _entries(self, condition: str, values: tuple[object, ...]) -> list[Entry]:
+        with _errors(self.folder / DATABASE_NAME):
+            rows = self._database.execute(f"SELECT id, name, accepted, record FROM runs {condition}", values).fetchall()
+        try:
+            return [Entry(id, name, bool(accepted), Run.model_validate_json(record)) for id, name, accepted, record in rows]
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{self.folder / DATABASE_NAME}: holds a record that this version of qconv cannot read: "
+                f"{error.errors()[0]['msg']}.",
+                hint="Use the version that wrote it, or begin a new history.",
+            ) from error
+
+
+def files_of(run: Run) -> list[FileRef]:
+    """Every file that a record names."""
+    own = [] if run.build_report is None else [run.build_report]
+    return [*own, *(file for task in run.tasks for file in task.files.values())]
+
+
+def differences(before: Run, after: Run) -> list[str]:
+    """What the two runs were made with that is not the same, in words; empty if only time passed."""
+    parts = {
+        "weights": (before.build.sha256, after.build.sha256),
+        "recipe": (before.build.recipe_sha256, after.build.recipe_sha256),
+        "tokenizer": (before.build.tokenizer_sha256, after.build.tokenizer_sha256),
+        "reference": (_sha256(before), _sha256(after)),
+        "suite": (before.suite_sha256, after.suite_sha256),
+        "inputs": ([task.inputs_sha256 for task in before.tasks], [task.inputs_sha256 for task in after.tasks]),
+        "qconv": (before.qconv, after.qconv),
+    }
+    found = [name for name, (one, other) in parts.items() if one != other]
+    for what in ("engine", "versions", "device"):
+        one, other = getattr(before, what), getattr(after, what)
+        keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        found += [f"{what}: {key} {one.get(key)} -> {other.get(key)}" for key in keys]
+    return found
+
+
+def _sha256(run: Run) -> str | None:
+    return None if run.reference is None else run.reference.sha256
+
+
+def _prepare(path: Path, database: sqlite3.Connection) -> None:
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA foreign_keys = ON")
+    with database:
+        database.execute("BEGIN IMMEDIATE")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            for statement in _SCHEMA.split(";\n"):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        elif version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{path}: is of version {version}, this qconv reads {SCHEMA_VERSION}.", hint="Use a newer qconv."
+            )
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's and the system's errors into ours."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OutputError(f"{path}: {error}.", hint="Is it writable, and the disk not full?") from error
+    except sqlite3.DatabaseError as error:
+        raise ArtifactError(f"{path}: is damaged: {error}.", hint="Restore it, or begin a new history.") from error
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}.") from error
+
+
+def as_values(entry: Entry) -> dict[str, object]:
+    """What a list of runs shows of one."""
+    run = entry.run
+    metrics = {task.name: {name: one.value for name, one in task.metrics.items()} for task in run.tasks}
+    return {
+        "id": entry.id,
+        "name": entry.name,
+        "started": run.started,
+        "build": json.loads(run.build.model_dump_json(exclude={"report"})),
+        "suite": run.suite,
+        "outcome": run.verdict.outcome,
+        "sentence": run.verdict.sentence,
+        "accepted": entry.accepted,
+        "metrics": metrics,
+        "digest": run.digest,
+    }

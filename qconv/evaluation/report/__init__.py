@@ -1,0 +1,1 @@
+"""Runs as people read them: one offline HTML page, Markdown, and JUnit for a CI server."""

@@ -1,0 +1,117 @@
+"""The report as one offline HTML page, as Markdown, and as JUnit XML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qconv import __version__
+from qconv.checkpoint.writer import write_atomically
+from qconv.evaluation.record import Gate
+from qconv.evaluation.report.view import RunView, number, summary
+
+NAMES = {"html": "report.html", "markdown": "report.md", "junit": "junit.xml", "json": "report.json"}
+"""What is written, by kind."""
+
+
+def write_report(folder: Path, views: Sequence[RunView], kinds: Sequence[str] = tuple(NAMES)) -> list[Path]:
+    """Write the report of one or more runs in every form that is asked for.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    made = {"html": html, "markdown": markdown, "junit": junit, "json": as_json}
+    written = []
+    for kind in kinds:
+        path = folder / NAMES[kind]
+        write_atomically(path, made[kind](views).encode())
+        written.append(path)
+    return written
+
+
+def html(views: Sequence[RunView]) -> str:
+    """One page without any outside reference: style and charts are part of it."""
+    environment = Environment(
+        loader=PackageLoader("qconv.evaluation.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    head, rows = summary(views)
+    template = environment.get_template("report.html.j2")
+    return template.render(views=views, head=head, rows=rows, version=__version__, title=_title(views))
+
+
+def markdown(views: Sequence[RunView]) -> str:
+    """For a pull request or a chat: verdicts, gates, numbers."""
+    lines = [f"# {_title(views)}", ""]
+    head, rows = summary(views)
+    if len(views) > 1:
+        lines += [*_table(head, rows), ""]
+    for one in views:
+        lines += [f"## {one.heading}", "", f"**{one.run.verdict.sentence}**", ""]
+        if one.gates:
+            columns = ("gate", "status", "value", "limit", "baseline", "noise", "detectable")
+            lines += [*_table(columns, [_gate_row(gate) for gate in one.gates]), ""]
+        for task in one.tasks:
+            lines += [f"### {task.name}", "", task.summary, ""]
+            lines += [*_table(("metric", "value", "unit", "over", "note"), task.metrics), ""]
+            if task.flips:
+                lost, gained = (sorted(flip.problem for flip in task.flips if flip.lost is way) for way in (True, False))
+                lines += [f"Lost: {', '.join(lost) or 'none'}. Gained: {', '.join(gained) or 'none'}.", ""]
+        lines += ["```console", f"$ {one.command}", "```", ""]
+    return "\n".join(lines)
+
+
+def junit(views: Sequence[RunView]) -> str:
+    """A test suite for each run and a test case for each gate: regressions fail, what cannot tell is skipped."""
+    root = ElementTree.Element("testsuites")
+    for one in views:
+        statuses = [gate.status for gate in one.gates]
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=f"{one.run.build.name} {one.run.suite}",
+            tests=str(len(statuses)),
+            failures=str(statuses.count("fail")),
+            skipped=str(len(statuses) - statuses.count("fail") - statuses.count("pass")),
+            errors="0",
+            timestamp=one.run.started,
+            time=f"{one.run.seconds:.3f}",
+        )
+        for gate in one.gates:
+            case = ElementTree.SubElement(suite, "testcase", name=gate.name, classname=f"qconv.{gate.against}")
+            if gate.status != "pass":
+                kind = "failure" if gate.status == "fail" else "skipped"
+                ElementTree.SubElement(case, kind, message=f"{gate.status}: {gate.sentence}")
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def as_json(views: Sequence[RunView]) -> str:
+    """The records, without the items."""
+    exclude = {"tasks": {"__all__": {"items", "reference_items"}}}
+    return json.dumps([one.run.model_dump(mode="json", exclude=exclude) for one in views], indent=1) + "\n"
+
+
+def _title(views: Sequence[RunView]) -> str:
+    if len(views) == 1:
+        return f"{views[0].run.build.name}: {views[0].run.verdict.outcome}"
+    return f"{len(views)} builds"
+
+
+def _gate_row(gate: Gate) -> tuple[str, ...]:
+    figures = (gate.value, gate.limit, gate.baseline, gate.noise, gate.detectable)
+    return gate.name, gate.status, *map(number, figures)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
