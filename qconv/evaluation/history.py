@@ -119,8 +119,6 @@ class History:
             ArtifactError: a file of the run is absent or damaged.
             OutputError: the history cannot be written.
         """
-        for file in files_of(run):
-            store(self.folder, load(source, file), Path(file.name).suffix)
         followed = run.build.name if name is None else name
         good = run.verdict.outcome == "pass" if accepted is None else accepted
         values = (
@@ -136,6 +134,9 @@ class History:
         )
         columns = "digest, started, name, build_sha256, suite, suite_sha256, outcome, accepted, record"
         with _errors(self.folder / DATABASE_NAME), self._database as database:
+            database.execute("BEGIN IMMEDIATE")  # also keeps two processes from writing the same file
+            for file in files_of(run):
+                store(self.folder, load(source, file), Path(file.name).suffix)
             places = ", ".join("?" * len(values))
             statement = f"INSERT OR IGNORE INTO runs ({columns}) VALUES ({places}) RETURNING id"
             inserted = database.execute(statement, values).fetchone()
@@ -198,7 +199,9 @@ class History:
         with _errors(self.folder / DATABASE_NAME):
             rows = self._database.execute(f"SELECT id, name, accepted, record FROM runs {condition}", values).fetchall()
         try:
-            return [Entry(id, name, bool(accepted), Run.model_validate_json(record)) for id, name, accepted, record in rows]
+            return [
+                Entry(id, name, bool(accepted), Run.model_validate_json(record)) for id, name, accepted, record in rows
+            ]
         except ValidationError as error:
             raise ArtifactError(
                 f"{self.folder / DATABASE_NAME}: holds a record that this version of qconv cannot read: "

@@ -73,7 +73,7 @@ def histogram(values: NDArray[np.float32], marks: Sequence[tuple[str, float]], *
             parts.append(_rect(left + 0.5, top, right - left - 1, HEIGHT - _BOTTOM - top, "bar"))
     for index, (name, place) in enumerate(sorted(marks, key=lambda mark: mark[1])):
         x = across(place)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+        parts.append(_line("mark", x, _TOP, x, HEIGHT - _BOTTOM))
         parts.append(_text(x - 3, _TOP + 10 + 13 * (index % 4), name, "end"))
     return _frame(parts, f"histogram over {len(values):,} tokens")
 
@@ -101,7 +101,9 @@ def trend(points: Sequence[TrendPoint], limit: float | None, *, unit: str) -> Ma
     across = Scale(0.0, max(len(points) - 1, 1), _LEFT + 14, WIDTH - _RIGHT - 14)
     parts = _axes(None, up, "", unit)
     if limit is not None:
-        parts.append(f'<line class="limit" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{up(limit):.1f}" y2="{up(limit):.1f}"/>')
+        parts.append(
+            f'<line class="limit" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{up(limit):.1f}" y2="{up(limit):.1f}"/>'
+        )
         parts.append(_text(WIDTH - _RIGHT, up(limit) - 4, "limit", "end"))
     places = [(across(index), point) for index, point in enumerate(points)]
     line = " ".join(f"{x:.1f},{up(point.value):.1f}" for x, point in places if point.value is not None)
@@ -110,10 +112,14 @@ def trend(points: Sequence[TrendPoint], limit: float | None, *, unit: str) -> Ma
         if point.value is None:
             continue
         if point.low is not None and point.high is not None:
-            parts.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{up(point.low):.1f}" y2="{up(point.high):.1f}"/>')
+            parts.append(
+                f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{up(point.low):.1f}" y2="{up(point.high):.1f}"/>'
+            )
         told = escape(f"{point.label}: {point.value:.4g} {unit}".strip())
         style = "dot bad" if point.bad else "dot"
-        parts.append(f'<circle class="{style}" cx="{x:.1f}" cy="{up(point.value):.1f}" r="4"><title>{told}</title></circle>')
+        parts.append(
+            f'<circle class="{style}" cx="{x:.1f}" cy="{up(point.value):.1f}" r="4"><title>{told}</title></circle>'
+        )
     ends = {0: "start", len(points) - 1: "end"} if len(points) > 1 else {0: "middle"}
     for index, anchor in ends.items():
         parts.append(_text(places[index][0], HEIGHT - 12, points[index].label, anchor))
@@ -156,10 +162,10 @@ def heat_map(cells: NDArray[np.float64], *, rows: str, columns: str, log: bool =
 
 
 def _axes(across: Scale | None, up: Scale, unit: str, quantity: str) -> list[str]:
-    parts = [f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM}"/>']
+    parts = [_line("axis", _LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, HEIGHT - _BOTTOM)]
     for tick in up.ticks():
         y = up(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_line("grid", _LEFT, y, WIDTH - _RIGHT, y))
         parts.append(_text(_LEFT - 6, y + 4, f"{tick:.4g}", "end"))
     parts.append(_text(8, _TOP + 2, quantity, "start"))
     if across is not None:
@@ -173,12 +179,14 @@ def _rect(x: float, y: float, width: float, height: float, name: str) -> str:
     return f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{max(height, 0):.1f}"/>'
 
 
+def _line(name: str, x: float, y: float, to_x: float, to_y: float) -> str:
+    return f'<line class="{name}" x1="{x:.1f}" y1="{y:.1f}" x2="{to_x:.1f}" y2="{to_y:.1f}"/>'
+
+
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _frame(parts: Sequence[str], label: str, height: float = HEIGHT) -> Markup:
     body = "".join(parts)
-    return Markup(  # noqa: S704 - everything above escaped its text
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>')

@@ -63,7 +63,9 @@ def markdown(views: Sequence[RunView]) -> str:
             lines += [f"### {task.name}", "", task.summary, ""]
             lines += [*_table(("metric", "value", "unit", "over", "note"), task.metrics), ""]
             if task.flips:
-                lost, gained = (sorted(flip.problem for flip in task.flips if flip.lost is way) for way in (True, False))
+                lost, gained = (
+                    sorted(flip.problem for flip in task.flips if flip.lost is way) for way in (True, False)
+                )
                 lines += [f"Lost: {', '.join(lost) or 'none'}. Gained: {', '.join(gained) or 'none'}.", ""]
         lines += ["```console", f"$ {one.command}", "```", ""]
     return "\n".join(lines)

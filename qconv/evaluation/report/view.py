@@ -21,6 +21,8 @@ FOLLOWED = ("kld.mean", "ppl.ratio", "ppl", "top1.flips", "pass@1")
 """Metrics whose trend is shown, where they are measured."""
 SUMMARY = ("ppl", "kld.mean", "top1.agreement", "pass@1")
 """Columns of the table over several runs."""
+NOTHING = "-"
+"""Where there is no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,9 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
     since = None
     if history is not None:
         charts += _trends(history, followed, run)
-        before = [one for one in history.runs(name=followed, suite=run.suite, limit=60) if one.run.started < run.started]
+        before = [
+            one for one in history.runs(name=followed, suite=run.suite, limit=60) if one.run.started < run.started
+        ]
         if before:
             changes, since = tuple(differences(before[0].run, run)), before[0].run.started
     maps, worst = _maps(folder, run)
@@ -132,20 +136,21 @@ def summary(views: Sequence[RunView]) -> tuple[tuple[str, ...], list[tuple[str, 
             columns += [(task.name, metric) for metric in SUMMARY if metric in task.metrics]
     columns = list(dict.fromkeys(columns))
     tasks = {task for task, _ in columns}
-    head = ("build", "bits per weight", *(metric if len(tasks) == 1 else f"{task}: {metric}" for task, metric in columns))
+    names = [metric if len(tasks) == 1 else f"{task}: {metric}" for task, metric in columns]
+    head = ("build", "bits per weight", *names, "verdict")
     rows = []
     for one in views:
         cells = [one.run.build.name, number(one.run.build.bits_per_weight)]
-        for task_name, metric in columns:
-            task = one.run.task(task_name)
-            cells.append(_interval(None if task is None else task.metrics.get(metric)))
+        for name, metric in columns:
+            measured = one.run.task(name)
+            cells.append(_interval(None if measured is None else measured.metrics.get(metric)))
         rows.append((*cells, one.run.verdict.outcome))
-    return (*head, "verdict"), rows
+    return head, rows
 
 
 def number(value: float | None) -> str:
     """Four significant digits; a dash for none."""
-    return "–" if value is None else f"{value:.4g}"
+    return NOTHING if value is None else f"{value:.4g}"
 
 
 def _described(run: Run) -> str:
@@ -234,7 +239,11 @@ def _trends(history: History, followed: str, run: Run) -> list[Chart]:
             points = history.trend(followed, run.suite, task.name, metric)
             if len(points) < 2:
                 continue
-            limits = [gate.limit for gate in run.gates if (gate.task, gate.metric, gate.against) == (task.name, metric, "reference")]
+            limits = [
+                gate.limit
+                for gate in run.gates
+                if (gate.task, gate.metric, gate.against) == (task.name, metric, "reference")
+            ]
             shown = [
                 TrendPoint(one.started[:10], one.value, one.low, one.high, one.outcome in ("regression", "corrupt"))
                 for one in points
@@ -261,7 +270,7 @@ def _maps(folder: Path, run: Run) -> tuple[list[Chart], tuple[tuple[str, str], .
 
 def _interval(metric: Metric | None) -> str:
     if metric is None:
-        return "–"
+        return NOTHING
     told = number(metric.value)
     return told if metric.low is None else f"{told} ({number(metric.low)} to {number(metric.high)})"
 
