@@ -34,9 +34,13 @@ QC_DEVICE void gemm(GemmArgs args) {
   typedef FormatOf<Act> Format;
   typedef SharedLayout<Format, ROW_OCTETS> Layout;
   constexpr int ROWS = ROW_OCTETS * 8, COPIES = (ROWS * 8 + THREADS - 1) / THREADS;
+  // Up to 32 rows the warps split a tile's inputs and add their sums at the end. For 64 rows that would take more
+  // registers than there are: each warp goes through all inputs for half of the rows.
+  constexpr int ROW_PARTS = ROW_OCTETS == 8 ? 2 : 1, OCTETS = ROW_OCTETS / ROW_PARTS;
   const u32 shared = shared_base();
   const u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const Place at = {thread, lane, lane >> 2, lane & 3, warp & 1, warp >> 1, (int)blockIdx.x * TILE_N};
+  Place at = {thread, lane, lane >> 2, lane & 3, warp & 1, warp >> 1, (int)blockIdx.x * TILE_N};
+  const int octet0 = ROW_PARTS == 2 ? (int)(warp >> 1) * OCTETS : 0;
   const bool grouped = args.tile_experts != 0;
   const int row0 = blockIdx.y * ROWS;
   if (grouped) {
@@ -48,37 +52,36 @@ QC_DEVICE void gemm(GemmArgs args) {
   const int tiles = (args.depth + TILE_K - 1) / TILE_K, per_slice = (tiles + gridDim.z - 1) / gridDim.z;
   const int first = blockIdx.z * per_slice, last = first + per_slice < tiles ? first + per_slice : tiles;
 
-  // The activations that this thread copies: the same rows and chunk of every tile.
-  const unsigned char* source[COPIES];
-  bool present[COPIES];
+  // The activations that this thread copies: the same rows and chunk of every tile, counted in chunks of 16 bytes.
+  constexpr u32 ABSENT = ~0u;
+  u32 source[COPIES];
 #pragma unroll
   for (int i = 0; i < COPIES; i++) {
     const int in_tile = (thread + i * THREADS) >> 3;
     int row = row0 + in_tile;
     if (grouped && in_tile < ROWS) row = load_global_i32(args.row_ids + row);
-    present[i] = row < args.rows && in_tile < ROWS;
-    if (QC_PLANTED(ROWS_OVERRUN)) present[i] = in_tile < ROWS;
-    const int input = present[i] ? row / args.rows_per_input : 0;
-    source[i] = args.activations + ((size_t)input * args.depth + (thread & 7) * 8) * 2;
+    const bool present = in_tile < ROWS && (row < args.rows || QC_PLANTED(ROWS_OVERRUN));
+    source[i] = present ? (u32)(row / args.rows_per_input) * (args.depth / 8) + (thread & 7) : ABSENT;
   }
   auto copy_tile = [&](int tile) {
     const u32 stage = shared + (u32)(tile % STAGES) * Layout::STAGE;
     const int k0 = tile * TILE_K;
+    const bool inside = k0 + (int)(thread & 7) * 8 < args.depth || QC_PLANTED(DEPTH_OVERRUN);
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const u32 index = thread + i * THREADS;
-      bool inside = k0 + (int)(thread & 7) * 8 < args.depth;
-      if (QC_PLANTED(DEPTH_OVERRUN)) inside = true;
-      if (index < ROWS * 8) copy_async_16(stage + activation_offset(index >> 3, index & 7), source[i] + (inside ? (size_t)k0 * 2 : 0), present[i] && inside);
+      const bool valid = source[i] != ABSENT && inside;
+      const size_t chunk = valid ? (size_t)source[i] + k0 / 8 : 0;
+      if (index < ROWS * 8) copy_async_16(stage + activation_offset(index >> 3, index & 7), args.activations + chunk * 16, valid);
     }
     Format::copy(args, stage + Layout::WEIGHTS_AT, stage + Layout::PARAMETERS_AT, k0, at);
   };
 
-  float sums[4][ROW_OCTETS][4];  // [pair of outputs][octet of rows]: the mma's accumulators
+  float sums[4][OCTETS][4];  // [pair of outputs][octet of rows]: the mma's accumulators
 #pragma unroll
   for (int pair = 0; pair < 4; pair++)
 #pragma unroll
-    for (int octet = 0; octet < ROW_OCTETS; octet++)
+    for (int octet = 0; octet < OCTETS; octet++)
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[pair][octet][i] = 0.f;
 
@@ -97,42 +100,43 @@ QC_DEVICE void gemm(GemmArgs args) {
     copy_async_commit();
 
     const u32 stage = shared + (u32)(tile % STAGES) * Layout::STAGE;
-    Format::refresh(args, columns, stage + Layout::PARAMETERS_AT, tile * TILE_K, at);
-    const typename Format::Square square = Format::load(stage + Layout::WEIGHTS_AT, at);
-    u32x4 tokens[ROW_OCTETS];
+#pragma unroll 1
+    for (int i = 0; i < ROW_PARTS; i++) {
+      if (ROW_PARTS == 2) at.slab = i;
+      Format::refresh(args, columns, stage + Layout::PARAMETERS_AT, tile * TILE_K, at);
+      const typename Format::Square square = Format::load(stage + Layout::WEIGHTS_AT, at);
+      u32 codes[4][2][4];  // [pair of outputs][half of the octet]: the mma's left operands
 #pragma unroll
-    for (int octet = 0; octet < ROW_OCTETS; octet++)
-      tokens[octet] = load_activations<Format::SPLIT_OCTETS>(stage, octet * 8 + at.g, at);
-    // With minimums, the sum of a token's inputs: a product with ones.
-    float totals[Format::MINIMUMS ? ROW_OCTETS : 1][4];
-    if (Format::MINIMUMS) {
-      const u32 ones[4] = {Act::ONES, Act::ONES, Act::ONES, Act::ONES};
+      for (int pair = 0; pair < 4; pair++) {
+        u32 even[4], odd[4];
+        Format::decode(square, columns, 2 * pair, even);
+        Format::decode(square, columns, 2 * pair + 1, odd);
 #pragma unroll
-      for (int octet = 0; octet < ROW_OCTETS; octet++) {
-        float(&total)[4] = totals[Format::MINIMUMS ? octet : 0];
-        Act::mma_first(total, ones, tokens[octet].x, tokens[octet].y);
-        Act::mma(total, ones, tokens[octet].z, tokens[octet].w);
+        for (int i = 0; i < 4; i++) codes[pair][i / 2][i % 2 * 2] = even[i], codes[pair][i / 2][i % 2 * 2 + 1] = odd[i];
       }
-    }
 #pragma unroll
-    for (int pair = 0; pair < 4; pair++) {
-      u32 even[4], odd[4];
-      Format::decode(square, columns, 2 * pair, even);
-      Format::decode(square, columns, 2 * pair + 1, odd);
-      const u32 low[4] = {even[0], odd[0], even[1], odd[1]}, high[4] = {even[2], odd[2], even[3], odd[3]};
+      for (int octet = 0; octet < OCTETS; octet++) {
+        const u32x4 tokens = load_activations<Format::SPLIT_OCTETS>(stage, (octet0 + octet) * 8 + at.g, at);
+        float totals[4] = {};  // with minimums: the sum of a token's inputs, by a product with ones
+        if (Format::MINIMUMS) {
+          const u32 ones[4] = {Act::ONES, Act::ONES, Act::ONES, Act::ONES};
+          Act::mma_first(totals, ones, tokens.x, tokens.y);
+          Act::mma(totals, ones, tokens.z, tokens.w);
+        }
 #pragma unroll
-      for (int octet = 0; octet < ROW_OCTETS; octet++) {
-        float product[Format::RUNS][4];
-        Act::mma_first(product[0], low, tokens[octet].x, tokens[octet].y);
-        if (Format::RUNS == 1) Act::mma(product[0], high, tokens[octet].z, tokens[octet].w);
-        else Act::mma_first(product[Format::RUNS - 1], high, tokens[octet].z, tokens[octet].w);
+        for (int pair = 0; pair < 4; pair++) {
+          float product[Format::RUNS][4];
+          Act::mma_first(product[0], codes[pair][0], tokens.x, tokens.y);
+          if (Format::RUNS == 1) Act::mma(product[0], codes[pair][1], tokens.z, tokens.w);
+          else Act::mma_first(product[Format::RUNS - 1], codes[pair][1], tokens.z, tokens.w);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int column = 2 * pair + i / 2;
-          float& sum = sums[pair][octet][i];
+          for (int i = 0; i < 4; i++) {
+            const int column = 2 * pair + i / 2;
+            float& sum = sums[pair][octet][i];
 #pragma unroll
-          for (int run = 0; run < Format::RUNS; run++) sum = fma_f32(columns.scale[run][column], product[run][i], sum);
-          if (Format::MINIMUMS && !QC_PLANTED(NO_MINIMUM)) sum = fma_f32(-columns.minimum[column], totals[Format::MINIMUMS ? octet : 0][i & 1], sum);
+            for (int run = 0; run < Format::RUNS; run++) sum = fma_f32(columns.scale[run][column], product[run][i], sum);
+            if (Format::MINIMUMS && !QC_PLANTED(NO_MINIMUM)) sum = fma_f32(-columns.minimum[column], totals[i], sum);
+          }
         }
       }
     }
@@ -140,36 +144,38 @@ QC_DEVICE void gemm(GemmArgs args) {
   if (!QC_PLANTED(NO_LAST_WAIT)) copy_async_wait<0>();
   if (!QC_PLANTED(NO_BARRIER_BEFORE_EXCHANGE)) sync_threads();
 
-  // Add the sums of the two slabs: the second one's warps hand theirs to the first's.
-  const u32 mine = shared + (at.half * 32 + lane) * 16;
-  if (at.slab == 1)
+  if (ROW_PARTS == 1) {
+    // Add the sums of the two slabs: the second one's warps hand theirs to the first's.
+    const u32 mine = shared + (at.half * 32 + lane) * 16;
+    if (at.slab == 1)
+#pragma unroll
+      for (int pair = 0; pair < 4; pair++)
+#pragma unroll
+        for (int octet = 0; octet < OCTETS; octet++) {
+          const float(&sum)[4] = sums[pair][octet];
+          store_shared_f32x4(mine + (pair * OCTETS + octet) * 1024, f32x4{sum[0], sum[1], sum[2], sum[3]});
+        }
+    if (QC_PLANTED(DIVERGENT_BARRIER) && at.slab == 1) return;
+    sync_threads();
+    if (at.slab == 1) return;
 #pragma unroll
     for (int pair = 0; pair < 4; pair++)
 #pragma unroll
-      for (int octet = 0; octet < ROW_OCTETS; octet++) {
-        const float(&sum)[4] = sums[pair][octet];
-        store_shared_f32x4(mine + (pair * ROW_OCTETS + octet) * 1024, f32x4{sum[0], sum[1], sum[2], sum[3]});
+      for (int octet = 0; octet < OCTETS; octet++) {
+        const f32x4 other = load_shared_f32x4(mine + (pair * OCTETS + octet) * 1024);
+        float(&sum)[4] = sums[pair][octet];
+        sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
       }
-  if (QC_PLANTED(DIVERGENT_BARRIER) && at.slab == 1) return;
-  sync_threads();
-  if (at.slab == 1) return;
-#pragma unroll
-  for (int pair = 0; pair < 4; pair++)
-#pragma unroll
-    for (int octet = 0; octet < ROW_OCTETS; octet++) {
-      const f32x4 other = load_shared_f32x4(mine + (pair * ROW_OCTETS + octet) * 1024);
-      float(&sum)[4] = sums[pair][octet];
-      sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
-    }
+  }
 
   // A lane holds eight neighbouring outputs of rows 2t and 2t + 1 of every octet.
   const int column = at.n0 + at.half * 64 + at.g * 8;
   if (column >= args.columns && !QC_PLANTED(COLUMNS_OVERRUN)) return;
 #pragma unroll
-  for (int octet = 0; octet < ROW_OCTETS; octet++)
+  for (int octet = 0; octet < OCTETS; octet++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      int row = row0 + octet * 8 + at.t * 2 + i;
+      int row = row0 + (octet0 + octet) * 8 + at.t * 2 + i;
       if (grouped) row = load_global_i32(args.row_ids + row);
       if (row >= args.rows && !QC_PLANTED(PADDING_WRITTEN)) continue;
       const float values[8] = {sums[0][octet][i], sums[0][octet][2 + i], sums[1][octet][i], sums[1][octet][2 + i],

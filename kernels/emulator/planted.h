@@ -21,7 +21,10 @@
   X(WRONG_NIBBLE)               \
   X(NO_MINIMUM)                 \
   X(ELEMENTS_OVERRUN)           \
-  X(FIRST_SLICE_LOST)
+  X(FIRST_SLICE_LOST)           \
+  X(SIGN_LOST)                  \
+  X(RUNS_SWAPPED)               \
+  X(HIGH_BITS_LOST)
 
 namespace emu {
 enum class Bug {

@@ -1,0 +1,2 @@
+#include "bytes.cuh"
+QC_GEMMS(Fp8, fp8)

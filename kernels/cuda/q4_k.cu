@@ -1,0 +1,2 @@
+#include "superblocks.cuh"
+QC_GEMMS(Q4K, q4_k)

@@ -1,0 +1,2 @@
+#include "superblocks.cuh"
+QC_GEMMS(Q6K, q6_k)
