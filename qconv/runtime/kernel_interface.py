@@ -27,6 +27,10 @@ ALIGNMENT = 32
 TILE_BYTES = {
     "awq": (4096, 640),
     "int4": (4096, 640),
+    "fp8": (8192, 1024),
+    "q8_0": (8192, 512),
+    "q4_k": (4096, 1024),
+    "q6_k": (6144, 768),
 }
 """Per weight layout: bytes of a tile's codes and of its parameters in shared memory."""
 

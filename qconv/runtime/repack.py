@@ -70,9 +70,112 @@ def int4_weight(weight: QTensor) -> KernelWeight:
     )
 
 
+def fp8_weight(weight: QTensor) -> KernelWeight:
+    """An E4M3 weight, whatever shares a scale: blocks, rows or the whole weight; every output gets its own copy.
+
+    Raises:
+        UsageError: the kernels do not cover the shape or the blocks, or a code is NaN.
+    """
+    columns, depth = weight.shape
+    _require_aligned(columns, depth)
+    codes = weight.codes.view(torch.uint8)
+    if bool(((codes & 0x7F) == 0x7F).any()):
+        raise UsageError("no kernel for an E4M3 weight with NaN among its codes")
+    scales = weight.scales.float().repeat_interleave(weight.grid.rows_sharing(columns), 0)[:columns]
+    shift = 31 if scales.shape[1] == 1 else _shift(weight.grid.group_size)
+    return KernelWeight("fp8", columns, depth, byte_octets(codes), scales.t().contiguous(), group_shift=shift)
+
+
+def q8_0_weight(blocks: Tensor) -> KernelWeight:
+    """ggml's Q8_0: uint8 [out, in/32 * 34], as in the file.
+
+    Raises:
+        UsageError: the kernels do not cover the shape.
+    """
+    columns, grouped = _blocks(blocks, 34)
+    depth = grouped.shape[1] * 32
+    _require_aligned(columns, depth)
+    codes = grouped[..., 2:].reshape(columns, depth)
+    return KernelWeight("q8_0", columns, depth, byte_octets(codes), _halves(grouped[..., :2]).t().contiguous())
+
+
+def q4_k_weight(blocks: Tensor) -> KernelWeight:
+    """ggml's Q4_K: uint8 [out, in/256 * 144], as in the file.
+
+    Raises:
+        UsageError: the kernels do not cover the shape.
+    """
+    columns, grouped = _blocks(blocks, 144)
+    depth = grouped.shape[1] * 256
+    _require_aligned(columns, depth)
+    packed = grouped[..., 4:16].to(torch.int32)
+    low, high, mixed = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = torch.cat([low & 63, (mixed & 15) | (low >> 6 << 4)], -1)
+    minimums = torch.cat([high & 63, (mixed >> 4) | (high >> 6 << 4)], -1)
+    runs = torch.stack([scales, minimums], -1).to(torch.uint8).view(columns, -1, 2)
+    factors = grouped[..., :4].contiguous().view(torch.int32).view(columns, -1)  # d and dmin, two float16
+    quarters = grouped[..., 16:].reshape(columns, -1, 4, 32)
+    codes = torch.stack([quarters & 15, quarters >> 4], 3).view(columns, depth)
+    return KernelWeight(
+        "q4_k",
+        columns,
+        depth,
+        nibble_octets(codes),
+        runs.transpose(0, 1).contiguous(),
+        offsets=factors.t().contiguous(),
+    )
+
+
+def q6_k_weight(blocks: Tensor) -> KernelWeight:
+    """ggml's Q6_K: uint8 [out, in/256 * 210], as in the file.
+
+    Raises:
+        UsageError: the kernels do not cover the shape.
+    """
+    columns, grouped = _blocks(blocks, 210)
+    depth = grouped.shape[1] * 256
+    _require_aligned(columns, depth)
+    lower = grouped[..., :128].reshape(columns, -1, 2, 1, 64)
+    lower = torch.cat([lower & 15, lower >> 4], 3).view(columns, depth)
+    upper = grouped[..., 128:192].reshape(columns, -1, 2, 1, 32)
+    upper = torch.cat([upper >> shift & 3 for shift in (0, 2, 4, 6)], 3).view(columns, depth)
+    octets = [codes.view(columns, -1, 2, 4, 4).transpose(2, 3).reshape(columns, depth) for codes in (lower, upper)]
+    return KernelWeight(
+        "q6_k",
+        columns,
+        depth,
+        nibble_octets(octets[0]),
+        grouped[..., 192:208].reshape(columns, -1).view(torch.int8).t().contiguous(),
+        offsets=_halves(grouped[..., 208:]).t().contiguous(),
+        weights_high=_upper_bits(octets[1]),
+    )
+
+
+def byte_octets(codes: Tensor) -> Tensor:
+    """uint8 [out, in] -> uint8 [in/8, out, 8]."""
+    return codes.view(len(codes), -1, 8).transpose(0, 1).contiguous()
+
+
 def nibble_octets(codes: Tensor) -> Tensor:
     """uint8 [out, in] below 16 -> int32 [in/8, out]; nibble i of a word holds input ``ORDER[i]`` of its octet."""
     return _words(codes, ORDER).t().contiguous()
+
+
+def _upper_bits(codes: Tensor) -> Tensor:
+    """uint8 [out, in] below 4 -> int16 [in/8, out]; the octet's even inputs in the lower byte, lowest bits first."""
+    octets = codes.view(len(codes), -1, 4, 2)
+    packed = octets[:, :, 0] | octets[:, :, 1] << 2 | octets[:, :, 2] << 4 | octets[:, :, 3] << 6
+    return packed.contiguous().view(torch.int16).squeeze(-1).t().contiguous()
+
+
+def _blocks(blocks: Tensor, size: int) -> tuple[int, Tensor]:
+    """Rows, and uint8 [rows, blocks, size]."""
+    return len(blocks), blocks.contiguous().view(len(blocks), -1, size)
+
+
+def _halves(values: Tensor) -> Tensor:
+    """uint8 [rows, blocks, 2] -> float16 [rows, blocks]."""
+    return values.contiguous().view(torch.float16).squeeze(-1)
 
 
 def _words(codes: Tensor, order: tuple[int, ...] | range) -> Tensor:
@@ -89,10 +192,11 @@ def _group_shift(depth: int, groups: int) -> int:
     Raises:
         UsageError: the group size is not a power of two from 32 up.
     """
-    size = depth // groups
-    if groups == 1:
-        return 31
-    if size < 32 or size & (size - 1) or size * groups != depth:
+    return 31 if groups == 1 else _shift(depth // groups)
+
+
+def _shift(size: int) -> int:
+    if size < 32 or size & (size - 1):
         raise UsageError(f"no kernel for groups of {size} inputs: only powers of two from 32 up and whole rows")
     return size.bit_length() - 1
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import gguf
 import torch
 from torch import Tensor
 
@@ -77,12 +79,63 @@ def int4(columns: int, depth: int, group_size: int = 128, experts: int = 1, *, a
     return Case(stack(packed), reference)
 
 
+def fp8(columns: int, depth: int, group_size: int = 128, experts: int = 1) -> Case:
+    """E4M3 in blocks of 128 by 128 (whatever ``group_size`` says), every finite code."""
+    grid = Grid(8, 128, True, torch.float32, "e4m3", 128)
+    weights = []
+    for seed in range(experts):
+        codes = random_codes(seed, 0x7F, columns, depth) | random_codes(seed + 1, 2, columns, depth) << 7
+        scales = 10 ** -(1 + 3 * torch.rand(grid.scale_shape(columns, depth), generator=_generator(seed)))
+        weights.append(QTensor(grid, codes.view(torch.float8_e4m3fn), scales, None))
+    return Case(stack([repack.fp8_weight(weight) for weight in weights]), exact(weights))
+
+
+BLOCK_BYTES = {"q8_0": (32, 34), "q4_k": (256, 144), "q6_k": (256, 210)}
+FACTORS = {"q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
+"""Where the float16 factors of a block lie."""
+REPACKS = {"q8_0": repack.q8_0_weight, "q4_k": repack.q4_k_weight, "q6_k": repack.q6_k_weight}
+
+
+def random_blocks(layout: str, columns: int, depth: int, seed: int) -> Tensor:
+    """ggml blocks of a weight: every bit random but for the factors, which are numbers of usual size."""
+    elements, size = BLOCK_BYTES[layout]
+    blocks = random_codes(seed, 256, columns, depth // elements, size)
+    for place in FACTORS[layout]:
+        factors = 10 ** -(2 + 2 * torch.rand(columns, depth // elements, 1, generator=_generator(seed + place)))
+        blocks[..., place : place + 2] = factors.half().view(torch.uint8)
+    return blocks.view(columns, -1)
+
+
+def ggml_weights(layout: str, blocks: Tensor) -> Tensor:
+    """float64 [N, K], by gguf's own dequantizer."""
+    weights = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[layout.upper()])
+    return torch.from_numpy(weights).double()
+
+
+def ggml(layout: str, columns: int, depth: int, group_size: int = 256, experts: int = 1) -> Case:
+    """ggml's types."""
+    blocks = [random_blocks(layout, columns, depth, seed) for seed in range(experts)]
+    packed = stack([REPACKS[layout](expert) for expert in blocks])
+    return Case(packed, torch.stack([ggml_weights(layout, expert) for expert in blocks]))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + 1000)
+
+
 def exact(weights: list[QTensor]) -> Tensor:
     """float64 [experts, N, K]; the float32 weights are exact for integer codes and 16-bit scales."""
     return torch.stack([weight.dequantize().double() for weight in weights])
 
 
-CASES = {"awq": awq, "int4": int4}
+CASES: dict[str, Callable[..., Case]] = {
+    "awq": awq,
+    "int4": int4,
+    "fp8": fp8,
+    "q8_0": functools.partial(ggml, "q8_0"),
+    "q4_k": functools.partial(ggml, "q4_k"),
+    "q6_k": functools.partial(ggml, "q6_k"),
+}
 
 
 def depth_of(layout: str) -> int:
