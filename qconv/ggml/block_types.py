@@ -22,6 +22,11 @@ class GgmlType(Enum):
     Q5_1 = GGMLQuantizationType.Q5_1
     IQ4_NL = GGMLQuantizationType.IQ4_NL
     IQ4_XS = GGMLQuantizationType.IQ4_XS
+    IQ2_XXS = GGMLQuantizationType.IQ2_XXS
+    IQ2_XS = GGMLQuantizationType.IQ2_XS
+    IQ2_S = GGMLQuantizationType.IQ2_S
+    IQ3_XXS = GGMLQuantizationType.IQ3_XXS
+    IQ3_S = GGMLQuantizationType.IQ3_S
     MXFP4 = GGMLQuantizationType.MXFP4
     Q2_K = GGMLQuantizationType.Q2_K
     Q3_K = GGMLQuantizationType.Q3_K
@@ -68,6 +73,11 @@ class GgmlType(Enum):
 
 
 _SMALLER_BLOCKS = {
+    GgmlType.IQ2_XXS: GgmlType.IQ4_NL,
+    GgmlType.IQ2_XS: GgmlType.IQ4_NL,
+    GgmlType.IQ2_S: GgmlType.IQ4_NL,
+    GgmlType.IQ3_XXS: GgmlType.IQ4_NL,
+    GgmlType.IQ3_S: GgmlType.IQ4_NL,
     GgmlType.IQ4_XS: GgmlType.IQ4_NL,
     GgmlType.Q2_K: GgmlType.Q4_0,
     GgmlType.Q3_K: GgmlType.Q4_0,

@@ -11,6 +11,7 @@ from qconv import native
 from qconv.ggml.affine import AffineGrid
 from qconv.ggml.block_types import GgmlType
 from qconv.ggml.scaled import ScaledGrid
+from qconv.ggml.signed import SignedGrid
 
 LIBRARY = "ggml"
 
@@ -28,7 +29,7 @@ def encode_into(
     encoded: Tensor,
     weight: Tensor,
     type: GgmlType,
-    grid: AffineGrid | ScaledGrid | None,
+    grid: AffineGrid | ScaledGrid | SignedGrid | None,
     importance: Tensor | None,
     limit: float,
 ) -> float | None:

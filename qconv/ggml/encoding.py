@@ -27,10 +27,6 @@ then spend their time waiting for Python's lock between operations."""
 _DEVICE_TILE = 1 << 24
 """Elements on a device other than the processor, where launching an operation costs more than its data."""
 
-_LANES = 64
-"""torch.sum over the first dimension adds in an order that depends on the width of the rest, unless that is a multiple
-of four vectors. Searches see multiples only, so that a block gives the same bytes wherever it stands."""
-
 _LEAST_IMPORTANCE = 1e-6
 """Of the row's mean. A column that matters to nobody must still be approximated, not become arbitrary."""
 
@@ -95,7 +91,7 @@ def _directly(tile: Tensor, type: GgmlType) -> Tensor:
 def _searched(tile: Tensor, type: GgmlType, importance: Tensor | None) -> Tensor:
     search = SEARCHES[type]
     blocks = tile.reshape(-1, type.block_elements)
-    padding = -len(blocks) % _LANES
+    padding = -len(blocks) % search.lanes
     weights = by_element(blocks, search.subblocks, padding)
     _require_range(_largest(weights), type)
     spread = None
@@ -109,7 +105,8 @@ def _tiles(weight: Tensor, type: GgmlType, searched: bool) -> Iterator[tuple[int
     """Ranges of rows that are worked through together; those of a search fill lanes without padding."""
     rows, columns = weight.shape
     elements = _TILE if weight.device.type == "cpu" else _DEVICE_TILE
-    unit = _LANES // math.gcd(_LANES, columns // type.block_elements) if searched else 1
+    lanes = SEARCHES[type].lanes if searched else 1
+    unit = lanes // math.gcd(lanes, columns // type.block_elements)
     step = unit * max(1, round(elements / (columns * unit))) if columns else 1
     for start in range(0, rows if columns else 0, step):
         yield start, min(start + step, rows)

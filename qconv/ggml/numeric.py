@@ -30,3 +30,11 @@ def inverse_determinant(product: Tensor, subtrahend: Tensor) -> Tensor:
     """1 / (product - subtrahend), and 0 where the difference is rounding noise of the product."""
     share = functional.threshold(1.0 - subtrahend * reciprocal(product), _SINGULAR, torch.inf)
     return reciprocal(share * product)
+
+
+def sum_of_halves(terms: Tensor, dim: int = 0) -> Tensor:
+    """The sum over a dimension whose size is a power of two, in an order that is the same on every processor."""
+    while terms.shape[dim] > 1:
+        first, second = terms.chunk(2, dim)
+        terms = first + second
+    return terms.squeeze(dim)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.ggml import affine, codebook, scaled
+from qconv.ggml import affine, codebook, scaled, signed_types
 from qconv.ggml.affine import AffineGrid
 from qconv.ggml.block_types import GgmlType
 from qconv.ggml.packing import (
@@ -25,15 +25,24 @@ from qconv.ggml.packing import (
     to_bytes,
 )
 from qconv.ggml.scaled import ScaledGrid
+from qconv.ggml.signed import SignedGrid
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How a type is searched: its sub-blocks in a block, what it can hold, and the function that gives the bytes."""
+    """How a type is searched.
+
+    Attributes:
+        subblocks: Of a block.
+        grid: What it can hold.
+        encode: Gives the bytes.
+        lanes: It works on multiples of so many blocks.
+    """
 
     subblocks: int
-    grid: AffineGrid | ScaledGrid
+    grid: AffineGrid | ScaledGrid | SignedGrid
     encode: Callable[[Tensor, Tensor | None], Tensor]
+    lanes: int = 64  # torch.sum over the first dimension adds in an order of its own unless four vectors divide the rest
 
 
 def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
@@ -189,6 +198,11 @@ SEARCHES = {
     GgmlType.Q5_1: Search(1, Q5_1, q5_1),
     GgmlType.IQ4_NL: Search(1, IQ4_NL, iq4_nl),
     GgmlType.IQ4_XS: Search(8, IQ4_XS, iq4_xs),
+    GgmlType.IQ2_XXS: Search(8, signed_types.IQ2_XXS, signed_types.iq2_xxs, lanes=1),
+    GgmlType.IQ2_XS: Search(16, signed_types.IQ2_XS, signed_types.iq2_xs, lanes=1),
+    GgmlType.IQ2_S: Search(16, signed_types.IQ2_S, signed_types.iq2_s, lanes=1),
+    GgmlType.IQ3_XXS: Search(8, signed_types.IQ3_XXS, signed_types.iq3_xxs, lanes=1),
+    GgmlType.IQ3_S: Search(8, signed_types.IQ3_S, signed_types.iq3_s, lanes=1),
     GgmlType.Q2_K: Search(16, Q2_K, q2_k),
     GgmlType.Q3_K: Search(16, Q3_K, q3_k),
     GgmlType.Q4_K: Search(8, Q4_K, q4_k),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf.quants import IQ4_NL, dequantize
+from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS, IQ4_NL, dequantize
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,7 +16,15 @@ from qconv.ggml import GgmlType
 
 AFFINE_SUPER = {GgmlType.Q2_K: (3, 15, 16), GgmlType.Q4_K: (15, 63, 32), GgmlType.Q5_K: (31, 63, 32)}
 SCALED_SUPER = {GgmlType.Q3_K: (4, 32, 16), GgmlType.Q6_K: (32, 128, 16), GgmlType.IQ4_XS: (127, 32, 32)}
-SEARCHED = [*AFFINE_SUPER, *SCALED_SUPER, GgmlType.IQ4_NL]
+SIGNED = {
+    GgmlType.IQ2_XXS: (1 / 8, 32),
+    GgmlType.IQ2_XS: (1 / 8, 16),
+    GgmlType.IQ2_S: (1 / 8, 16),
+    GgmlType.IQ3_XXS: (1 / 4, 32),
+    GgmlType.IQ3_S: (1.0, 32),
+}
+EVEN_SIGNS = (GgmlType.IQ2_XXS, GgmlType.IQ2_XS, GgmlType.IQ3_XXS)
+SEARCHED = [*AFFINE_SUPER, *SCALED_SUPER, *SIGNED, GgmlType.IQ4_NL]
 WITH_IMPORTANCE = [*SEARCHED, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1]
 
 
@@ -25,6 +33,13 @@ def both_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Runs a test with the encoders in C++ and with those in torch, the same where there is no compiler."""
     if request.param == "torch":
         monkeypatch.setenv(native.SWITCH, "0")
+
+
+def lattice_points(type: GgmlType) -> Any:
+    """float64 [points, elements] as the gguf package has them."""
+    grid = {"IQ2_XXS": IQ2_XXS, "IQ2_XS": IQ2_XS, "IQ2_S": IQ2_S, "IQ3_XXS": IQ3_XXS, "IQ3_S": IQ3_S}[type.name]
+    grid.init_grid()
+    return np.asarray(grid.grid, dtype=np.float64).reshape(grid.grid_shape)
 
 
 def decode(encoded: Tensor, type: GgmlType) -> Tensor:
@@ -90,6 +105,8 @@ def plainly_rounded(weight: Tensor, type: GgmlType) -> Tensor:
         rounded = _affine(values, *AFFINE_SUPER[type])
     elif type in SCALED_SUPER:
         rounded = _scaled(values, *SCALED_SUPER[type])
+    elif type in SIGNED:
+        rounded = _signed(values, type, *SIGNED[type])
     else:
         rounded = _scaled(values, 127, None, 32)
     return torch.from_numpy(rounded.reshape(values.shape))
@@ -110,6 +127,22 @@ def _scaled(values: Any, reach: int, top: int | None, size: int) -> Any:
     scale = (_half(scale) if top is None else _shared(scale, top))[..., None]
     multiples = x / np.where(scale == 0.0, 1.0, scale)
     return scale * grid[np.abs(multiples[..., None] - grid).argmin(-1)]
+
+
+def _signed(values: Any, type: GgmlType, unit: float, size: int) -> Any:
+    """The nearest points of the lattice; the last of eight signs makes the number of negative ones even."""
+    points = lattice_points(type)
+    x = values.reshape(-1, 256 // size, size)
+    scale = np.abs(x).max(2) / points.max()
+    d = _half(scale.max(1, keepdims=True) / 31 / unit) * unit
+    scale = d * (2 * np.clip(np.rint((scale / np.where(d == 0.0, 1.0, d) - 1) / 2), 0, 15) + 1)
+    signs = np.where(x < 0.0, -1.0, 1.0).reshape(-1, 8)
+    if type in EVEN_SIGNS:
+        signs[:, 7] = signs[:, :7].prod(1)
+    targets = (signs * x.reshape(-1, 8)).reshape(-1, points.shape[1])
+    steps = np.repeat(scale.reshape(-1, 1), size // points.shape[1])[:, None]
+    nearest = (steps * (points**2).sum(1) - 2.0 * targets @ points.T).argmin(1)  # |steps p - t|^2, less |t|^2
+    return signs.reshape(-1) * (steps * points[nearest]).reshape(-1)
 
 
 def _shared(scale: Any, top: int) -> Any:

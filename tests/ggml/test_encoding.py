@@ -40,6 +40,7 @@ LEAST_SNR_DB = {
     "MXFP4": 17.1,
     "Q3_K": 14.0,
     "Q2_K": 9.5,
+    "IQ3_S": 0,"IQ3_XXS": 0,"IQ2_S": 0,"IQ2_XS": 0,"IQ2_XXS": 0,
 }
 
 
