@@ -186,6 +186,22 @@ def test_an_imatrix_is_used_and_an_expert_without_tokens_survives(sparse: Path, 
             assert not torch.equal(values, torch.cat(list(plain.dequantized(name))))
 
 
+@pytest.mark.parametrize("file_type", ["IQ3_M", "IQ2_XXS"])
+def test_low_bits_are_made_with_an_imatrix_and_verified(file_type: str, tmp_path: Path) -> None:
+    shapes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 1}
+    model = save_model(random_model("qwen3_moe", norm_topk_prob=True, **shapes), tmp_path / "model")
+    convert(model, tmp_path / "plain", "Q8_0")
+    imatrix = imatrix_of(tmp_path / "plain", tmp_path / "imatrix.gguf", unseen_expert=2)
+    convert(model, tmp_path / "out", file_type, imatrix=imatrix)
+    verified = verify_gguf(tmp_path / "out", model)
+    assert verified.problems == []
+    assert min(verified.snr_db[f"blk.0.ffn_{role}_exps.weight"] for role in ("gate", "up", "down")) > 5.0
+    # Any other file type than was asked for, and weights of another model, are not mistaken for it.
+    other = save_model(random_model("qwen3_moe", seed=1, norm_topk_prob=True, **shapes), tmp_path / "other")
+    problems = verify_gguf(tmp_path / "out", other).problems
+    assert sum("_exps.weight: signal to noise" in problem for problem in problems) == 3
+
+
 def test_an_imatrix_of_another_model_is_refused(sparse: Path, made: Path, tmp_path: Path) -> None:
     entries = {"blk.0.attn_q.weight": Entry(torch.ones(1, 48), torch.ones(1, dtype=torch.float64))}
     write_imatrix(tmp_path / "imatrix.gguf", Imatrix(entries, ("another",)))

@@ -72,8 +72,9 @@ class Lattice:
             int64 [groups].
         """
         scores = _SCORES if linear.device.type == "cpu" else _DEVICE_SCORES
-        pieces = zip(linear.split(scores // len(self.low), 1), quadratic.split(scores // len(self.low), 1), strict=True)
-        return torch.cat([self._nearest(*piece) for piece in pieces])
+        step = scores // len(self.low)
+        pieces = [slice(start, start + step) for start in range(0, linear.shape[1], step)]
+        return torch.cat([self._nearest(linear[:, piece], quadratic[:, piece]) for piece in pieces])
 
     def _nearest(self, linear: Tensor, quadratic: Tensor) -> Tensor:
         levels = self.levels.view(1, -1, 1)
@@ -103,7 +104,7 @@ def magnitudes(type: GgmlType) -> tuple[float, ...]:
 def lattice(type: GgmlType, device: torch.device) -> Lattice:
     """A type's lattice, as the gguf package has it."""
     grid = _GRIDS[type]
-    grid.init_grid()
+    grid.init_grid()  # type: ignore[no-untyped-call]  # gguf does not say what it returns
     points = np.asarray(grid.grid, dtype=np.float32).reshape(grid.grid_shape)
     levels = np.array(magnitudes(type), dtype=np.float32)
     half = points.shape[1] // 2
@@ -158,7 +159,11 @@ class Target:
 
     def moments(self, scales: Tensor) -> Moments:
         """Of the nearest points for each trial's scale [trials, sub-blocks]."""
-        values = self.values(self.codes(scales))
+        return self.moments_of(self.codes(scales))
+
+    def moments_of(self, codes: Tensor) -> Moments:
+        """Of those points: int64 [trials, groups, sub-blocks]."""
+        values = self.values(codes)
         return Moments(sum_of_halves(self.importance * (values * values), 1), sum_of_halves(self.x * values, 1))
 
     def lowest(self) -> Moments:

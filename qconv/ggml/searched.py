@@ -42,7 +42,9 @@ class Search:
     subblocks: int
     grid: AffineGrid | ScaledGrid | SignedGrid
     encode: Callable[[Tensor, Tensor | None], Tensor]
-    lanes: int = 64  # torch.sum over the first dimension adds in an order of its own unless four vectors divide the rest
+    lanes: int = (
+        64  # torch.sum over the first dimension adds in an order of its own unless four vectors divide the rest
+    )
 
 
 def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:

@@ -172,7 +172,8 @@ def encode(weights: Tensor, importance: Tensor | None, grid: SignedGrid) -> Enco
     (flips,) = source.flips(scale)
     multiples, moments = _best_multiples(source.target(flips), wanted, step)
     step = _refit(multiples, moments, step, grid.unit)
-    codes, negative = _best_points(source, (step * multiples).flatten())
+    codes, negative, moments = _best_points(source, step * multiples)
+    step = _refit(multiples, moments, step, grid.unit)
     return Encoded(
         codes.view(-1, subblocks, blocks),
         negative.view(weights.shape),
@@ -188,7 +189,12 @@ def best_of_starts(source: Source, weighted: bool) -> tuple[Tensor, Tensor]:
     mean = mean_square.sqrt_()
     (flips,) = source.flips(mean * (1.0 / source.grid.middle))
     target = source.target(flips)
-    found, lowest = target.moments(torch.stack([peak * of_peak + mean * of_mean for of_peak, of_mean in source.grid.starts(weighted)])), target.lowest()
+    found, lowest = (
+        target.moments(
+            torch.stack([peak * of_peak + mean * of_mean for of_peak, of_mean in source.grid.starts(weighted)])
+        ),
+        target.lowest(),
+    )
     moments = Moments(torch.cat([found.qq, lowest.qq.unsqueeze(0)]), torch.cat([found.xq, lowest.xq.unsqueeze(0)]))
     scale = moments.optimum().clamp_(min=0.0)
     best = best_trial(moments.gain(scale))
@@ -230,21 +236,41 @@ def _refit(multiples: Tensor, moments: Moments, step: Tensor, unit: float) -> Te
     return torch.where(sums.gain(optimum) > sums.gain(step), optimum, step)
 
 
-def _best_points(source: Source, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [groups, columns] and signs [elements, columns] at the scale that is stored."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for flips in source.flips(scale, candidates=2):
+def _best_points(source: Source, scales: Tensor) -> tuple[Tensor, Tensor, Moments]:
+    """Codes [groups, columns] and signs [elements, columns] for scales [sub-blocks, blocks], and their moments."""
+    scale = scales.flatten()
+    first, *others = (_Points.at(source, scale, flips) for flips in source.flips(scale, candidates=2))
+    for other in others:
+        first = first.where_better(other)
+    target = Target(
+        source.lattice, torch.where(first.negative == source.negative, source.x, -source.x), source.importance
+    )
+    moments = target.moments_of(first.codes.unsqueeze(0))
+    return first.codes, first.negative, Moments(moments.qq.view(scales.shape), moments.xq.view(scales.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Points:
+    """Codes [groups, columns], signs [elements, columns], and what each eight weights gain by them."""
+
+    codes: Tensor
+    negative: Tensor
+    gain: Tensor
+
+    @classmethod
+    def at(cls, source: Source, scale: Tensor, flips: Flips | None) -> _Points:
         target = source.target(flips)
         codes = target.codes(scale.unsqueeze(0))
         multiples = target.values(codes).squeeze(0) * scale
         gain = multiples * (2.0 * target.x - target.importance * multiples)
-        found.append((codes.squeeze(0), source.signs(flips), sum_of_halves(gain.view(-1, SIGNS, gain.shape[1]), 1)))
-    (codes, negative, gain), *others = found
-    for other_codes, other_negative, other_gain in others:
-        better = other_gain > gain
-        codes = torch.where(_spread(better, codes), other_codes, codes)
-        negative = torch.where(_spread(better, negative), other_negative, negative)
-    return codes, negative
+        return cls(codes.squeeze(0), source.signs(flips), sum_of_halves(gain.view(-1, SIGNS, gain.shape[1]), 1))
+
+    def where_better(self, other: _Points) -> _Points:
+        """Of each eight weights the better ones; these where they are equal."""
+        better = other.gain > self.gain
+        codes = torch.where(_spread(better, self.codes), other.codes, self.codes)
+        negative = torch.where(_spread(better, self.negative), other.negative, self.negative)
+        return _Points(codes, negative, torch.maximum(self.gain, other.gain))
 
 
 def _spread(eights: Tensor, onto: Tensor) -> Tensor:

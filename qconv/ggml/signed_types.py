@@ -50,7 +50,9 @@ def iq2_s(weights: Tensor, importance: Tensor | None) -> Tensor:
 def iq3_xxs(weights: Tensor, importance: Tensor | None) -> Tensor:
     """d; codes; for each sub-block a word: seven signs of each eight weights, and k on top."""
     found = signed.encode(weights, importance, IQ3_XXS)
-    return torch.cat([half_bytes(found.d), _low_bytes(_by_block(found.codes)), _signs_and_scale(found).flatten(1)], dim=1)
+    return torch.cat(
+        [half_bytes(found.d), _low_bytes(_by_block(found.codes)), _signs_and_scale(found).flatten(1)], dim=1
+    )
 
 
 def iq3_s(weights: Tensor, importance: Tensor | None) -> Tensor:
@@ -68,7 +70,7 @@ def _by_block(parts: Tensor) -> Tensor:
 
 
 def _sign_bytes(negative: Tensor) -> Tensor:
-    """Bit i of each byte is the sign of weight i of eight: bool [elements, sub-blocks, blocks] -> int64 [blocks, 32]."""
+    """Bit i of a byte is the sign of weight i of eight: bool [elements, sub-blocks, blocks] -> int64 [blocks, 32]."""
     eights = negative.view(-1, SIGNS, *negative.shape[1:])
     bits = [eights[:, place].long() << place for place in range(SIGNS)]
     return _by_block(torch.stack(bits).sum(0))
