@@ -9,15 +9,37 @@ namespace {
 
 template <class Type>
 float encode_directly(const Matrix& matrix, float limit, uint8_t* out) {
-  float x[Type::kElements];
-  for (int64_t first = 0; first < matrix.rows * matrix.columns; first += Type::kElements) {
-    widen<Type::kElements>(matrix.stored, matrix.dtype, first, x);
-    const float largest = largest_magnitude<Type::kElements>(x);
-    if (!(largest <= limit)) return largest;
-    Type::encode(x, out);
-    out += Type::kBytes;
-  }
-  return 0.0f;
+  return with_dtype(matrix.dtype, [=](auto from) {
+    float x[Type::kElements];
+    uint8_t* to = out;
+    for (int64_t first = 0; first < matrix.rows * matrix.columns; first += Type::kElements) {
+      widen(from, matrix.stored, first, Type::kElements, x);
+      const float largest = largest_magnitude(x, Type::kElements);
+      if (!(largest <= limit)) return largest;
+      Type::encode(x, to);
+      to += Type::kBytes;
+    }
+    return 0.0f;
+  });
+}
+
+template <class Type>
+float encode_numbers(const Matrix& matrix, float limit, uint8_t* out) {
+  return with_dtype(matrix.dtype, [=](auto from) {
+    constexpr int kRun = 1024;
+    float x[kRun];
+    typename Type::Stored encoded[kRun];
+    const int64_t elements = matrix.rows * matrix.columns;
+    for (int64_t first = 0; first < elements; first += kRun) {
+      const int count = int(std::min<int64_t>(kRun, elements - first));
+      widen(from, matrix.stored, first, count, x);
+      const float largest = largest_magnitude(x, count);
+      if (!(largest <= limit)) return largest;
+      for (int i = 0; i < count; ++i) encoded[i] = Type::encoded(x[i]);
+      std::memcpy(out + first * sizeof encoded[0], encoded, count * sizeof encoded[0]);
+    }
+    return 0.0f;
+  });
 }
 
 template <class Type, bool Weighted>
@@ -28,7 +50,8 @@ float encode_searched(const Matrix& matrix, const float* importance, const Start
     const int lanes = int(std::min<int64_t>(kLanes, matrix.rows - row));
     for (int64_t column = 0; column < matrix.columns; column += Type::kElements) {
       Floats weights[Type::kElements];
-      const float largest = read_lanes(matrix, row, column, weights);
+      const float largest =
+          with_dtype(matrix.dtype, [&](auto from) { return read_lanes(from, matrix, row, column, weights); });
       if (!(largest <= limit)) return largest;
       Block<Type::kBytes> block;
       Type::template encode<Weighted>(weights, part<Weighted>(importance, int(column)), starts, block);
@@ -59,11 +82,14 @@ EXPORTED float qconv_encode_directly(int32_t type, const void* weights, int32_t 
   using namespace qconv;
   const Matrix matrix{weights, Dtype(dtype), rows, columns};
   switch (type) {
+    case 0: return encode_numbers<F32>(matrix, limit, out);
+    case 1: return encode_numbers<F16>(matrix, limit, out);
     case 2: return encode_directly<Q4_0Block>(matrix, limit, out);
     case 3: return encode_directly<Q4_1Block>(matrix, limit, out);
     case 6: return encode_directly<Q5_0Block>(matrix, limit, out);
     case 7: return encode_directly<Q5_1Block>(matrix, limit, out);
     case 8: return encode_directly<Q8_0Block>(matrix, limit, out);
+    case 30: return encode_numbers<BF16>(matrix, limit, out);
     case 39: return encode_directly<Mxfp4Block>(matrix, limit, out);
     default: return -1.0f;
   }

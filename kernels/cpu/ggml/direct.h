@@ -28,46 +28,69 @@ inline void store_half(float value, uint8_t* out) {
   std::memcpy(out, &bits, 2);
 }
 
-// Elements i and i + 16 in one byte.
+// Elements i and i + 16 in one byte. In vectors of that size, since compilers go astray over bytes otherwise.
 inline void store_nibbles(const uint8_t* codes, uint8_t* out) {
-  for (int i = 0; i < 16; ++i) out[i] = uint8_t((codes[i] & 15) | (codes[i + 16] << 4));
+  typedef uint8_t Half __attribute__((vector_size(16)));
+  Half low, high;
+  std::memcpy(&low, codes, 16);
+  std::memcpy(&high, codes + 16, 16);
+  low = (low & 15) | (high << 4);
+  std::memcpy(out, &low, 16);
 }
 
 // Bit 4 of each code as a little-endian word.
 inline void store_fifth_bits(const uint8_t* codes, uint8_t* out) {
-  uint32_t word = 0;
-  for (int i = 0; i < 32; ++i) word |= uint32_t((codes[i] >> 4) & 1) << i;
-  std::memcpy(out, &word, 4);
-}
-
-// The element of the largest magnitude, with its sign, the first of equals; 0 is positive.
-inline float signed_maximum(const float* x) {
-  uint32_t largest = 0;
-  for (int i = 0; i < 32; ++i) largest = std::max(largest, bits_of(x[i]) & 0x7fffffff);
-  uint32_t positive = 0, negative = 0;
-  for (int i = 0; i < 32; ++i) {
-    positive |= bits_of(x[i]) == largest;
-    negative |= bits_of(x[i]) == (largest | 0x80000000);
+  for (int i = 0; i < 4; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, codes + 8 * i, 8);
+    // The product moves the bit of byte i to bit 56 + i.
+    out[i] = uint8_t(((eight >> 4 & 0x0101010101010101) * 0x0102040810204080) >> 56);
   }
-  if (largest == 0 || !negative) return float_of(largest);
-  if (!positive) return -float_of(largest);
-  int i = 0;
-  while ((bits_of(x[i]) & 0x7fffffff) != largest) ++i;
-  return x[i];
 }
 
-// Of values whose order is that of floats.
+// Integers in the order of floats, which compilers find the extremes of without being allowed to reorder sums.
 inline int32_t ordered(float value) {
   const int32_t bits = int32_t(bits_of(value));
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 inline float unordered(int32_t key) { return float_of(uint32_t(key ^ ((key >> 31) & 0x7fffffff))); }
 
+struct Range {
+  float low, high;
+};
+
+inline Range range_of(const float* x) {
+  int32_t low = INT32_MAX, high = INT32_MIN;
+  for (int i = 0; i < 32; ++i) {
+    low = std::min(low, ordered(x[i]));
+    high = std::max(high, ordered(x[i]));
+  }
+  return {unordered(low), unordered(high)};
+}
+
+// The element of the largest magnitude, with its sign, the first of equals; 0 is positive.
+inline float signed_maximum(const float* x) {
+  const Range range = range_of(x);
+  if (range.high == -range.low) {
+    const float largest = range.high;
+    return *std::find_if(x, x + 32, [=](float value) { return std::fabs(value) == largest; }) + 0.0f;
+  }
+  return range.high > -range.low ? range.high : range.low;
+}
+
+// floor(log2(value)) of a positive number as the float32 function of a good library gives it: just below a power of two
+// the logarithm is rounded up to it. Numbers that are not normal count as 2^-127.
+inline int floor_log2(float value) {
+  const uint32_t bits = bits_of(value), fraction = bits & 0x7fffff;
+  if (fraction > 0x7fff00) return int(std::floor(float(std::log2(double(value)))));
+  return int(bits >> 23) - 127;
+}
+
 struct Q8_0Block {
   static constexpr int kElements = 32, kBytes = 34;
 
   static void encode(const float* x, uint8_t* out) {
-    const float scale = largest_magnitude<32>(x) / 127.0f, inverse = reciprocal(scale);
+    const float scale = largest_magnitude(x, 32) / 127.0f, inverse = reciprocal(scale);
     store_half(scale, out);
     for (int i = 0; i < 32; ++i) {
       // Truncating after adding the number before a half rounds like C's roundf.
@@ -90,13 +113,7 @@ void symmetric_codes(const float* x, uint8_t* scale_out, uint8_t* codes) {
 // Codes floor((x - min) / d + 0.5) with d = (max - min) / levels; d and min are stored.
 template <int Levels>
 void affine_codes(const float* x, uint8_t* scales_out, uint8_t* codes) {
-  int32_t low_key = INT32_MAX, high_key = INT32_MIN;
-  for (int i = 0; i < 32; ++i) {
-    low_key = std::min(low_key, ordered(x[i]));
-    high_key = std::max(high_key, ordered(x[i]));
-  }
-  const float high = unordered(high_key);
-  float low = unordered(low_key);
+  auto [low, high] = range_of(x);
   if (low == 0.0f) low = *std::find(x, x + 32, 0.0f);  // its sign is stored: that of the first zero
   const float scale = (high - low) / float(Levels), inverse = reciprocal(scale);
   store_half(scale, scales_out);
@@ -153,9 +170,7 @@ struct Mxfp4Block {
   static constexpr int kElements = 32, kBytes = 17;
 
   static void encode(const float* x, uint8_t* out) {
-    // log2 in float64, rounded: just below a power of two the float32 functions of different libraries differ.
-    const float log = std::floor(float(std::log2(double(largest_magnitude<32>(x)))));
-    const int exponent = int(std::max(0.0f, log + 125.0f));  // of 0: -inf
+    const int exponent = std::max(0, floor_log2(largest_magnitude(x, 32)) + 125);
     out[0] = uint8_t(exponent);
     const float inverse = float_of(uint32_t(129 + 127 - std::max(exponent, 2)) << 23);
     uint8_t codes[32];
@@ -167,6 +182,26 @@ struct Mxfp4Block {
       codes[i] = uint8_t(code | (code > 0 && x[i] < 0.0f ? 8 : 0));
     }
     store_nibbles(codes, out + 1);
+  }
+};
+
+// The types that are numbers: Stored is one, as the bits of `encoded`.
+struct F32 {
+  using Stored = uint32_t;
+  static Stored encoded(float value) { return bits_of(value); }
+};
+
+struct F16 {
+  using Stored = uint16_t;
+  static Stored encoded(float value) { return half_bits(value); }
+};
+
+// The nearest, ties to even.
+struct BF16 {
+  using Stored = uint16_t;
+  static Stored encoded(float value) {
+    const uint32_t bits = bits_of(value);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 };
 

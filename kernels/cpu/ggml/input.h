@@ -41,26 +41,27 @@ struct Bfloat16 {
 };
 
 // The largest magnitude; NaN if one of them is.
-template <int N>
-float largest_magnitude(const float* values) {
+inline float largest_magnitude(const float* values, int count) {
   uint32_t largest = 0;  // the bits of magnitudes are ordered as they are, infinity and then NaN above all
-  for (int i = 0; i < N; ++i) largest = std::max(largest, bits_of(values[i]) & 0x7fffffff);
+  for (int i = 0; i < count; ++i) largest = std::max(largest, bits_of(values[i]) & 0x7fffffff);
   return float_of(largest);
 }
 
-// Consecutive weights as float32.
-template <int N>
-void widen(const void* stored, Dtype dtype, int64_t first, float* values) {
-  const auto widened = [=](auto from) {
-    using From = decltype(from);
-    const auto* at = static_cast<const typename From::Stored*>(stored) + first;
-    for (int i = 0; i < N; ++i) values[i] = From::widened(at[i]);
-  };
+// Calls a function with one of the types above.
+template <class Function>
+auto with_dtype(Dtype dtype, Function function) {
   switch (dtype) {
-    case Dtype::kFloat32: return widened(Float32());
-    case Dtype::kFloat16: return widened(Float16());
-    case Dtype::kBfloat16: return widened(Bfloat16());
+    case Dtype::kFloat16: return function(Float16());
+    case Dtype::kBfloat16: return function(Bfloat16());
+    default: return function(Float32());
   }
+}
+
+// Consecutive weights as float32.
+template <class From>
+void widen(From, const void* stored, int64_t first, int count, float* values) {
+  const auto* at = static_cast<const typename From::Stored*>(stored) + first;
+  for (int i = 0; i < count; ++i) values[i] = From::widened(at[i]);
 }
 
 // A matrix of weights, [rows, columns], rows one after the other.
@@ -72,14 +73,14 @@ struct Matrix {
 
 // N consecutive weights of each of kLanes rows, one row a lane; rows beyond the last are zeros. Gives the largest
 // magnitude, NaN if one of them is.
-template <int N>
-float read_lanes(const Matrix& matrix, int64_t row, int64_t column, Floats (&weights)[N]) {
+template <int N, class From>
+float read_lanes(From from, const Matrix& matrix, int64_t row, int64_t column, Floats (&weights)[N]) {
   alignas(64) float values[kLanes][N];
   uint32_t largest = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (row + lane < matrix.rows) {
-      widen<N>(matrix.stored, matrix.dtype, (row + lane) * matrix.columns + column, values[lane]);
-      largest = std::max(largest, bits_of(largest_magnitude<N>(values[lane])));
+      widen(from, matrix.stored, (row + lane) * matrix.columns + column, N, values[lane]);
+      largest = std::max(largest, bits_of(largest_magnitude(values[lane], N)));
     } else {
       std::fill_n(values[lane], N, 0.0f);
     }
