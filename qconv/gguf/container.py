@@ -7,6 +7,7 @@ experts is written expert by expert and never held. The ``gguf`` package encodes
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -88,7 +89,7 @@ def encode_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
     return header.getvalue() + bytes(-header.tell() % ALIGNMENT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FileLayout:
     """One GGUF file before it is written: its name, key/values and tensors in file order."""
 
@@ -96,10 +97,15 @@ class FileLayout:
     metadata: Metadata
     tensors: tuple[TensorInfo, ...]
 
+    @functools.cached_property
+    def header(self) -> bytes:
+        """As :func:`encode_header`, which takes seconds for a large vocabulary."""
+        return encode_header(self.metadata, self.tensors)
+
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return len(encode_header(self.metadata, self.tensors)) + sum(tensor.padded for tensor in self.tensors)
+        return len(self.header) + sum(tensor.padded for tensor in self.tensors)
 
 
 def lay_out(stem: str, metadata: Metadata, tensors: Sequence[TensorInfo], max_split_size: int) -> list[FileLayout]:
@@ -162,7 +168,7 @@ class GgufWriter(StagedFile):
         """
         self._tensors = layout.tensors
         self._next = 0
-        super().__init__(folder / layout.name, encode_header(layout.metadata, layout.tensors))
+        super().__init__(folder / layout.name, layout.header)
 
     @property
     def missing(self) -> int:
