@@ -125,18 +125,15 @@ def _check_weights(
 def _error(made: GgufModel, source: Source, tensor: GgufTensor) -> SquaredError:
     """All values of a tensor against the source's, whatever the blocks in which either side comes."""
     theirs = (block.reshape(-1) for part in parts(source, tensor) for block in part)
-    total, rest = SquaredError(), torch.empty(0)
-    for ours in made.dequantized(tensor.name):
-        ours = ours.reshape(-1)
-        pieces = [rest]
-        held = len(rest)
-        while held < len(ours):
-            piece = next(theirs).float()
-            pieces.append(piece)
-            held += len(piece)
-        joined = torch.cat(pieces)
-        reference, rest = joined[: len(ours)], joined[len(ours) :]
-        total += SquaredError.between_(reference.contiguous(), ours.float().contiguous())
+    total, reference = SquaredError(), torch.empty(0)
+    for block in made.dequantized(tensor.name):
+        ours = block.reshape(-1)
+        while len(ours):
+            if not len(reference):
+                reference = next(theirs)
+            count = min(len(ours), len(reference))
+            total += SquaredError.between_(reference[:count].float().contiguous(), ours[:count])
+            ours, reference = ours[count:], reference[count:]
     return total
 
 

@@ -22,6 +22,9 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 IMATRIX_TYPE = "imatrix"
 """``general.type`` of a file that holds an importance matrix."""
 
+_TILE = 1 << 18
+"""Elements that are dequantized at once. Many more, and most of the time is spent on fresh pages for temporaries."""
+
 _MIXED_UP = "The file was renamed, or the splits are of different models: download them again."
 
 
@@ -84,14 +87,16 @@ class GgufModel:
             yield map_rows(entry, start, stop)
 
     def dequantized(self, name: str) -> Iterator[Tensor]:
-        """The tensor's values, float32 [rows, columns], in the same blocks.
+        """The tensor's values as consecutive blocks of whole rows, float32 [rows, columns].
 
         Raises:
             CheckpointError: as :meth:`blocks`.
         """
-        type = self.entry(name).type
+        entry = self.entry(name)
+        step = max(1, _TILE // entry.shape[-1])
         for block in self.blocks(name):
-            yield torch.from_numpy(dequantize(block.numpy(), type).copy())
+            for start in range(0, len(block), step):
+                yield torch.from_numpy(dequantize(block[start : start + step].numpy(), entry.type).copy())
 
 
 def split_paths(path: Path) -> list[Path]:
