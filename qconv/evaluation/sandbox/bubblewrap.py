@@ -25,7 +25,7 @@ class Bubblewrap:
         executable = shutil.which("bwrap")
         return cls(executable) if executable else None
 
-    def start(self, limits: Limits) -> subprocess.Popen[bytes]:
+    def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         """A guest that waits for its setup; stdin and stdout are its pipes, stderr says why it did not start.
 
         It dies with the thread that called this (prctl(2), PR_SET_PDEATHSIG), hence also with this process however that
@@ -47,7 +47,7 @@ class Bubblewrap:
                 env={},
                 cwd="/",
                 pass_fds=(descriptor,),
-                start_new_session=True,  # Ctrl-C is for qconv to handle
+                process_group=group,
             )
         finally:
             os.close(descriptor)

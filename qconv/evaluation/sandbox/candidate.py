@@ -8,10 +8,12 @@ import secrets
 import select
 import signal
 import subprocess
+import threading
 import time
 from types import TracebackType
 from typing import Protocol, Self
 
+from qconv.evaluation.sandbox.guard import Guard
 from qconv.evaluation.sandbox.limits import Limits
 from qconv.evaluation.sandbox.literals import (
     LARGEST_MESSAGE,
@@ -39,8 +41,42 @@ class Backend(Protocol):
     def name(self) -> str:
         """For reports."""
 
-    def start(self, limits: Limits) -> subprocess.Popen[bytes]:
-        """A guest (``guest.py``) in a new sandbox, with three pipes."""
+    def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
+        """A guest (``guest.py``) in a new sandbox, with three pipes, in a process group (``guard.Guard``)."""
+
+
+class Running:
+    """The candidates that run, so that all of them can be ended at once, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._guards: set[Guard] = set()
+        self._ended = False
+
+    def guard(self) -> Guard:
+        """A guard for a new candidate.
+
+        Raises:
+            OSError: they were ended already, or no process can be started.
+        """
+        with self._lock:
+            if self._ended:
+                raise OSError("the run was interrupted")
+            guard = Guard()
+            self._guards.add(guard)
+            return guard
+
+    def forget(self, guard: Guard) -> None:
+        """Its candidate has ended."""
+        with self._lock:
+            self._guards.discard(guard)
+
+    def end(self) -> None:
+        """End them all, and let no other start."""
+        with self._lock:
+            self._ended = True
+            for guard in self._guards:
+                guard.end()
 
 
 class Candidate:
@@ -51,8 +87,8 @@ class Candidate:
     fails the same way, whatever the check does with the exception.
     """
 
-    def __init__(self, backend: Backend, limits: Limits) -> None:
-        """Start the sandbox.
+    def __init__(self, backend: Backend, limits: Limits, running: Running | None = None) -> None:
+        """Start the sandbox, as one of those that are ``running``.
 
         Raises:
             SandboxFailed: it did not start.
@@ -62,9 +98,18 @@ class Candidate:
         self._loaded = time.monotonic()
         self.failure: CandidateFailed | None = None
         try:
-            self._process = backend.start(limits)
+            self._running = running or Running()
+            self._guard = self._running.guard()
         except OSError as error:
-            raise SandboxFailed(f"{backend.name} cannot be started: {error}") from error
+            raise SandboxFailed(f"no process can be started: {error}") from error
+        try:
+            self._process = backend.start(limits, self._guard.group)
+        except BaseException as error:
+            self._guard.end()
+            self._running.forget(self._guard)
+            if isinstance(error, OSError | subprocess.SubprocessError):
+                raise SandboxFailed(f"{backend.name} cannot be started: {error}") from error
+            raise
         try:
             self._descriptors = self._open()
             self._deadline = time.monotonic() + limits.start_seconds
@@ -102,7 +147,8 @@ class Candidate:
 
     def close(self) -> None:
         """End the process. The kernel ends all that is in its PID namespace with it."""
-        self._process.kill()
+        self._guard.end()
+        self._running.forget(self._guard)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from qconv.evaluation.sandbox.candidate import Backend, Candidate
+from qconv.evaluation.sandbox.candidate import Backend, Candidate, Running
 from qconv.evaluation.sandbox.limits import Limits
 from qconv.evaluation.sandbox.verdict import CandidateFailed, SandboxFailed, Status, Verdict
 
@@ -33,7 +33,13 @@ class Check:
     entry_point: str
 
 
-def judge(backend: Backend, check: Check, program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008  frozen
+def judge(
+    backend: Backend,
+    check: Check,
+    program: str,
+    limits: Limits = Limits(),  # noqa: B008  frozen
+    running: Running | None = None,
+) -> Verdict:
     """Run ``check`` on the function that ``program`` defines.
 
     A sandbox that does not start is tried again; only ``infrastructure`` is ever its fault.
@@ -43,7 +49,7 @@ def judge(backend: Backend, check: Check, program: str, limits: Limits = Limits(
         if attempt:
             time.sleep(_PAUSE_SECONDS * attempt)
         try:
-            with Candidate(backend, limits) as candidate:
+            with Candidate(backend, limits, running) as candidate:
                 return _verdict(candidate, check, program)
         except SandboxFailed as failure:
             reason = str(failure)

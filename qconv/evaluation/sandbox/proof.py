@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qconv.errors import SandboxError
 from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES, HONEST
-from qconv.evaluation.sandbox.judge import Check, judge
+from qconv.evaluation.sandbox.judge import Check
 from qconv.evaluation.sandbox.limits import Limits
+from qconv.evaluation.sandbox.pool import JudgePool
 from qconv.evaluation.sandbox.verdict import Status, Verdict
-
-WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +55,20 @@ def prove(
     right = [Solution(f"honest program '{item.name}'", item.program, CHECK) for item in HONEST] + list(solutions)
     total = len(FORGERIES) + len(right)
     done = 0
-    # Those that wait for a time limit come last in the corpus and first here, so that the others run beside them.
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="qconv-proof") as pool:
-        forged = [pool.submit(judge, backend, CHECK, item.program, item.limits) for item in reversed(FORGERIES)]
-        solved = [pool.submit(judge, backend, item.check, item.program, limits) for item in right]
-        try:
-            for forgery, future in zip(reversed(FORGERIES), forged, strict=True):
-                verdict = future.result()
-                if verdict.status in (Status.PASS, Status.INFRASTRUCTURE):
-                    raise _failed(backend, f"the forgery '{forgery.name}'", verdict)
-                progress("proving the sandbox", done := done + 1, total)
-            for solution, future in zip(right, solved, strict=True):
-                verdict = future.result()
-                if verdict.status is not Status.PASS:
-                    raise _failed(backend, f"{solution.name}, which is right,", verdict)
-                progress("proving the sandbox", done := done + 1, total)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    with JudgePool(backend) as pool:
+        # The corpus ends with those that use up their time; first in the queue, they run beside the others.
+        forged = [pool.submit(CHECK, item.program, item.limits) for item in reversed(FORGERIES)]
+        solved = [pool.submit(item.check, item.program, limits) for item in right]
+        for forgery, future in zip(reversed(FORGERIES), forged, strict=True):
+            verdict = future.result()
+            if verdict.status in (Status.PASS, Status.INFRASTRUCTURE):
+                raise _failed(backend, f"the forgery '{forgery.name}'", verdict)
+            progress("proving the sandbox", done := done + 1, total)
+        for solution, future in zip(right, solved, strict=True):
+            verdict = future.result()
+            if verdict.status is not Status.PASS:
+                raise _failed(backend, f"{solution.name}, which is right,", verdict)
+            progress("proving the sandbox", done := done + 1, total)
     return Proof(backend.name, len(right), len(FORGERIES), time.monotonic() - began)
 
 

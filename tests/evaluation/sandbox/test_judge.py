@@ -34,12 +34,13 @@ class Broken:
     starts: list[int] = field(default_factory=list)
     name: str = "broken"
 
-    def start(self, limits: Limits) -> subprocess.Popen[bytes]:
+    def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         self.starts.append(1)
         if len(self.starts) > self.failures:
-            return self.backend.start(limits)
+            return self.backend.start(limits, group)
         pipe = subprocess.PIPE
-        return subprocess.Popen(list(self.command), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+        command = list(self.command)
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, process_group=group)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from qconv.errors import SandboxError
-from qconv.evaluation.sandbox import forgeries, proof
+from qconv.evaluation.sandbox import forgeries, judge, proof
 from qconv.evaluation.sandbox.backends import find_backend
 from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
 from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES
@@ -27,17 +27,19 @@ class Leaky:
     executable: str
     name: str = "leaky"
 
-    def start(self, limits: Limits) -> subprocess.Popen[bytes]:
+    def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
         options = ["--dev-bind", "/", "/", "--tmpfs", "/tmp", "--die-with-parent"]
         guest = [sys.executable, "-c", "from qconv.evaluation.sandbox.guest import main; main()"]
-        return subprocess.Popen([self.executable, *options, *guest], stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+        command = [self.executable, *options, *guest]
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, process_group=group)
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each forgery is tested by itself elsewhere."""
     monkeypatch.setattr(proof, "FORGERIES", QUICK)
+    monkeypatch.setattr(judge, "_PAUSE_SECONDS", 0.01)
 
 
 def test_a_good_sandbox_proves_itself(backend: Bubblewrap) -> None:

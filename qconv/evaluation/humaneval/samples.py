@@ -1,0 +1,108 @@
+"""What came of every sample, and the journal that keeps it while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TextIO
+
+from qconv.checkpoint.writer import output_errors
+from qconv.evaluation.sandbox.verdict import Status
+from qconv.manifest import require_same
+
+JOURNAL_NAME = "humaneval.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer to one problem.
+
+    Attributes:
+        task_id: The problem.
+        sample: Which of its samples.
+        text: What the model wrote, up to the stop string.
+        tokens: Its token ids; empty where the engine does not tell them.
+        finish: Whether a stop ended it, or its length.
+        status: What became of it.
+        reason: Why, unless it passed.
+    """
+
+    task_id: str
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    finish: Literal["stop", "length"]
+    status: Status
+    reason: str
+
+    @property
+    def judged(self) -> bool:
+        """Whether the status says anything about the model."""
+        return self.status is not Status.INFRASTRUCTURE
+
+    @classmethod
+    def of(cls, values: Mapping[str, object]) -> Sample:
+        """From a journal's line."""
+        fields = dict(values)
+        fields["tokens"] = tuple(fields["tokens"])  # type: ignore[arg-type]  # qconv wrote it
+        return cls(**{**fields, "status": Status(str(fields["status"]))})  # type: ignore[arg-type]  # as above
+
+
+class Journal:
+    """Samples of an unfinished run, one line of JSON each, after a line that says of what run. A context manager.
+
+    A line that a kill cut short is dropped. Samples that were never judged are not kept, so they are tried again.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, str]) -> None:
+        """Open the journal of a run, or begin it.
+
+        Raises:
+            StaleJournalError: it is another run's; names what differs.
+            OutputError: it cannot be read or written.
+        """
+        path = folder / JOURNAL_NAME
+        self.samples: dict[tuple[str, int], Sample] = {}
+        with output_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            text = path.read_bytes() if path.exists() else b""
+            whole = text[: text.rfind(b"\n") + 1]
+            lines = whole.splitlines()
+            if lines:
+                require_same(folder, json.loads(lines[0]), key)
+            for line in lines[1:]:
+                sample = Sample.of(json.loads(line))
+                self.samples[sample.task_id, sample.sample] = sample
+            self._file: TextIO = path.open("r+" if text else "w", encoding="utf-8")
+            self._file.seek(len(whole))
+            self._file.truncate()
+            if not lines:
+                self._write(json.dumps(dict(key)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, sample: Sample) -> None:
+        """Keep a judged sample; what is not judged is known to this run only.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.samples[sample.task_id, sample.sample] = sample
+        if sample.judged:
+            with output_errors(Path(self._file.name)):
+                self._write(json.dumps(asdict(sample)))
+
+    def _write(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())

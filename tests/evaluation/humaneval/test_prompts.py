@@ -1,0 +1,97 @@
+"""What the model reads, and what is taken out of its answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from qconv.evaluation.engines.base import stop_at
+from qconv.evaluation.humaneval.dataset import Problem
+from qconv.evaluation.humaneval.prompts import (
+    COMPLETION_STOP,
+    extract_code,
+    program_of,
+    render_prompt,
+    stop_strings,
+)
+
+PROBLEM = Problem(
+    task_id="HumanEval/0",
+    prompt='from math import sqrt\n\n\ndef helper(x):\n    return x\n\n\ndef f(x):\n    """Twice x."""\n',
+    entry_point="f",
+    canonical_solution="    return 2 * x\n",
+    test="def check(candidate):\n    assert candidate(2) == 4\n",
+)
+BODY = "    return helper(x) * 2\n"
+
+
+def results(program: str) -> int:
+    """f(21) of a program of this test."""
+    namespace: dict[str, object] = {}
+    exec(program, namespace)
+    value = namespace["f"](21)  # type: ignore[operator]
+    assert isinstance(value, int)
+    return value
+
+
+def test_a_completion_prompt_is_the_problem_itself() -> None:
+    prompt = render_prompt(PROBLEM, "completion", None)
+    assert (prompt.text, prompt.control_tokens, prompt.messages) == (PROBLEM.prompt, False, None)
+
+
+def test_a_chat_prompt_is_rendered_and_keeps_its_messages() -> None:
+    prompt = render_prompt(PROBLEM, "chat", lambda messages: f"<user>{messages[0]['content']}<assistant>")
+    assert prompt.control_tokens
+    assert prompt.messages is not None
+    assert prompt.text == f"<user>{prompt.messages[0]['content']}<assistant>"
+    assert f"```python\n{PROBLEM.prompt.rstrip()}\n```" in prompt.text
+
+
+def test_a_chat_needs_something_that_renders_it() -> None:
+    with pytest.raises(ValueError, match="chat template"):
+        render_prompt(PROBLEM, "chat", None)
+
+
+@pytest.mark.parametrize(
+    "rest", ["\ndef g():\n    pass", "\nclass A:", "\nprint(f(1))", "\nif True:", "\n# Test", "\n@cache", "\n```"]
+)
+def test_a_completion_ends_with_its_function(rest: str) -> None:
+    assert stop_at(BODY + rest, stop_strings("completion")) == (BODY, True)
+    assert program_of(PROBLEM, "completion", BODY + rest) == PROBLEM.prompt + BODY
+    assert results(program_of(PROBLEM, "completion", BODY + rest)) == 42
+
+
+@pytest.mark.parametrize("inside", ["    def g():\n        pass\n", "    # note\n", "    if x:\n        return 1\n"])
+def test_indented_statements_do_not_end_it(inside: str) -> None:
+    assert stop_at(inside, COMPLETION_STOP) == (inside, False)
+
+
+def test_a_chat_answer_is_not_stopped() -> None:
+    assert stop_strings("chat") == ()
+
+
+FUNCTION = "def f(x):\n    return helper(x) * 2\n"
+ANSWERS = {
+    "fenced": f"Here it is:\n\n```python\n{FUNCTION}```\nIt doubles.",
+    "fenced without language": f"```\n{FUNCTION}```",
+    "py": f"```py\n{FUNCTION}\n```",
+    "bare": FUNCTION,
+    "cut off": f"Sure!\n```python\n{FUNCTION}",
+    "tests in a second block": f"```python\n{FUNCTION}```\nTest it:\n```python\nassert f(1) == 3\n```",
+    "usage first": f"```sh\npip install x\n```\n```python\n{FUNCTION}```",
+    "corrected": f"```python\ndef f(x): return 0\n```\nThat is wrong.\n```python\n{FUNCTION}```",
+    "thought": f"<think>Maybe\n```python\ndef f(x): return 1\n```\n</think>\n```python\n{FUNCTION}```",
+    "thought without its start": f"Hm, def f(x): return 1\n</think>\n```python\n{FUNCTION}```",
+    "body alone": f"```python\n{BODY}```",
+    "with helpers and imports": "```python\nimport math\ndef g(x): return 2 * x\ndef f(x):\n    return g(x)\n```",
+    "a name bound": "```python\nf = lambda x: 2 * x\n```",
+    "windows line ends": f"```python\r\n{FUNCTION}```".replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_the_code_is_found_in_a_chat_answer(answer: str) -> None:
+    assert results(program_of(PROBLEM, "chat", answer)) == 42
+
+
+def test_inline_code_is_no_block() -> None:
+    assert extract_code("Use `f` and ``g``.", "f") == "Use `f` and ``g``."
