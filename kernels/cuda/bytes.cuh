@@ -13,9 +13,17 @@ struct ByteWeights {
     u32 words[16];  // two for each output
   };
 
-  static QC_DEVICE void copy_codes(const GemmArgs& args, u32 weights, int k0, const Place& at) {
-    copy_octets<8>(args, args.weights, weights, k0, at);
-  }
+  struct Copier {
+    OctetCopy<8> codes;
+    ParameterCopy parameters;
+
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : codes(args, args.weights, at) {}
+
+    QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
+      codes.start(weights_at, tile);
+      parameters.start(parameters_at, tile);
+    }
+  };
 
   static QC_DEVICE Square load(u32 shared, const Place& at) {
     Square square;
@@ -41,10 +49,11 @@ struct Fp8 : ByteWeights {
     args.scales += e * groups(args) * args.columns * 4;
   }
 
-  static QC_DEVICE void copy(const GemmArgs& args, u32 weights, u32 parameters, int k0, const Place& at) {
-    copy_codes(args, weights, k0, at);
-    copy_parameters<4, 2, 0>(args, args.scales, parameters, k0 >> args.group_shift, groups(args), at);
-  }
+  struct Copier : ByteWeights::Copier {
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : ByteWeights::Copier(args, at) {
+      parameters.plane<32, 2, 0>(args, args.scales, args.group_shift, groups(args), 0, at);
+    }
+  };
 
   static QC_DEVICE void refresh(const GemmArgs& args, Columns& columns, u32 shared, int k0, const Place& at) {
     const int group = (k0 + (int)at.slab * SLAB) >> args.group_shift;
@@ -73,10 +82,11 @@ struct Q8_0 : ByteWeights {
     args.scales += e * (args.depth / 32) * args.columns * 2;
   }
 
-  static QC_DEVICE void copy(const GemmArgs& args, u32 weights, u32 parameters, int k0, const Place& at) {
-    copy_codes(args, weights, k0, at);
-    copy_parameters<2, 2, 0>(args, args.scales, parameters, k0 / 32, args.depth / 32, at);
-  }
+  struct Copier : ByteWeights::Copier {
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : ByteWeights::Copier(args, at) {
+      parameters.plane<16, 2, 0>(args, args.scales, 5, args.depth / 32, 0, at);
+    }
+  };
 
   static QC_DEVICE void refresh(const GemmArgs&, Columns& columns, u32 shared, int, const Place& at) {
     if (QC_PLANTED(STALE_SCALES) && columns.group >= 0) return;

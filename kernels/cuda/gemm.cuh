@@ -11,7 +11,7 @@
 //   RUNS                            how many runs of inputs with scales of their own a slab has: 1, or 2 of 16
 //   MINIMUMS                        whether weights are scale * code - minimum
 //   expert(args, e)                 lets the pointers of args point to expert e
-//   copy(args, shared, k0, place)   starts the copy of a tile's codes and parameters
+//   Copier(args, place)             a thread's part in copying tiles: start(weights, parameters, tile)
 //   Square, load(shared, place)     a lane's codes
 //   Columns, refresh(...)           a lane's parameters: scale[RUNS][8], minimum[8], and what decode needs
 //   decode(square, columns, j, u32 (&pairs)[4])   output 8g + j, inputs in pairs
@@ -50,7 +50,8 @@ QC_DEVICE void gemm(GemmArgs args) {
   }
   // This block's slice of k.
   const int tiles = (args.depth + TILE_K - 1) / TILE_K, per_slice = (tiles + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * per_slice, last = first + per_slice < tiles ? first + per_slice : tiles;
+  const int first = blockIdx.z * per_slice, end = first + per_slice + QC_PLANTED(SLICES_OVERLAP);
+  const int last = end < tiles ? end : tiles;
 
   // The activations that this thread copies: the same rows and chunk of every tile, counted in chunks of 16 bytes.
   constexpr u32 ABSENT = ~0u;
@@ -63,18 +64,18 @@ QC_DEVICE void gemm(GemmArgs args) {
     const bool present = in_tile < ROWS && (row < args.rows || QC_PLANTED(ROWS_OVERRUN));
     source[i] = present ? (u32)(row / args.rows_per_input) * (args.depth / 8) + (thread & 7) : ABSENT;
   }
+  const int chunks = QC_PLANTED(DEPTH_OVERRUN) ? 1 << 30 : args.depth / 8 - (int)(thread & 7);
+  const typename Format::Copier copier(args, at);
   auto copy_tile = [&](int tile) {
     const u32 stage = shared + (u32)(tile % STAGES) * Layout::STAGE;
-    const int k0 = tile * TILE_K;
-    const bool inside = k0 + (int)(thread & 7) * 8 < args.depth || QC_PLANTED(DEPTH_OVERRUN);
+    const int chunk = tile * (TILE_K / 8);
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const u32 index = thread + i * THREADS;
-      const bool valid = source[i] != ABSENT && inside;
-      const size_t chunk = valid ? (size_t)source[i] + k0 / 8 : 0;
-      if (index < ROWS * 8) copy_async_16(stage + activation_offset(index >> 3, index & 7), args.activations + chunk * 16, valid);
+      const bool valid = source[i] != ABSENT && chunk < chunks;
+      if (index < ROWS * 8) copy_async_16(stage + activation_offset(index >> 3, index & 7), args.activations + (u64)(source[i] + chunk) * 16, valid);
     }
-    Format::copy(args, stage + Layout::WEIGHTS_AT, stage + Layout::PARAMETERS_AT, k0, at);
+    copier.start(stage + Layout::WEIGHTS_AT, stage + Layout::PARAMETERS_AT, tile);
   };
 
   float sums[4][OCTETS][4];  // [pair of outputs][octet of rows]: the mma's accumulators
@@ -95,8 +96,9 @@ QC_DEVICE void gemm(GemmArgs args) {
   for (int tile = first; tile < last; tile++) {
     if (QC_PLANTED(SHORT_WAIT)) copy_async_wait<STAGES - 1>();
     else copy_async_wait<STAGES - 2>();
+    if (QC_PLANTED(EARLY_COPY) && tile + STAGES - 1 < last) copy_tile(tile + STAGES - 1);
     if (!QC_PLANTED(NO_BARRIER_IN_LOOP)) sync_threads();
-    if (tile + STAGES - 1 < last) copy_tile(tile + STAGES - 1);
+    if (tile + STAGES - 1 < last && !QC_PLANTED(EARLY_COPY)) copy_tile(tile + STAGES - 1);
     copy_async_commit();
 
     const u32 stage = shared + (u32)(tile % STAGES) * Layout::STAGE;
@@ -141,11 +143,10 @@ QC_DEVICE void gemm(GemmArgs args) {
       }
     }
   }
-  if (!QC_PLANTED(NO_LAST_WAIT)) copy_async_wait<0>();
-  if (!QC_PLANTED(NO_BARRIER_BEFORE_EXCHANGE)) sync_threads();
-
   if (ROW_PARTS == 1) {
-    // Add the sums of the two slabs: the second one's warps hand theirs to the first's.
+    // Add the sums of the two slabs: the second one's warps hand theirs to the first's, in place of the tiles. All
+    // copies have landed: the groups that may still be pending are empty.
+    if (!QC_PLANTED(NO_BARRIER_BEFORE_EXCHANGE)) sync_threads();
     const u32 mine = shared + (at.half * 32 + lane) * 16;
     if (at.slab == 1)
 #pragma unroll

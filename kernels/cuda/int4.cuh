@@ -24,18 +24,11 @@ struct Int4Parameters {
   }
 
   // The two slabs of a tile may be of two groups: two rows.
-  static QC_DEVICE void copy_groups(const GemmArgs& args, u32 shared, int k0, const Place& at) {
-    const int group = k0 >> args.group_shift, stop = groups(args);
-    copy_parameters<2, 2, 0>(args, args.scales, shared, group, stop, at);
-    copy_zeros(args, shared + ZEROS_AT, group, stop, at);
-  }
-
-  static QC_DEVICE void copy_zeros(const GemmArgs& args, u32 shared, int first, int stop, const Place& at) {
-    const u32 index = at.thread - 32, row = index / 4, chunk = index % 4;
-    if (index >= 8) return;
-    const bool valid = at.n0 + (int)chunk * 32 < args.columns && first + (int)row < stop;
-    const size_t byte = valid ? ((size_t)(first + row) * args.columns + at.n0) / 2 + chunk * 16 : 0;
-    copy_async_16(shared + index * 16, args.offsets + byte, valid);
+  static QC_DEVICE ParameterCopy copy_groups(const GemmArgs& args, const Place& at) {
+    ParameterCopy copy;
+    copy.plane<16, 2, 0>(args, args.scales, args.group_shift, groups(args), 0, at);
+    copy.plane<4, 2, 32>(args, args.offsets, args.group_shift, groups(args), ZEROS_AT, at);
+    return copy;
   }
 
   // `nibble_of(j)`: where output 8g + j lies in a word of zero points.
@@ -47,12 +40,13 @@ struct Int4Parameters {
     const u32 row = group - (k0 >> args.group_shift), octet = at.half * 8 + at.g;
     const u32x4 scales = load_shared_u32x4(shared + row * SCALE_ROW + octet * 16);
     const u32 zeros = load_shared_u32(shared + ZEROS_AT + row * ZERO_ROW + octet * 4);
+    const u32 common = QC_PLANTED(ZERO_OFFSET_LOST) ? 0 : (u32)args.zero_offset * 0x00010001u;
     const u32 pairs[4] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const u32 bits = j & 1 ? pairs[j / 2] >> 16 : pairs[j / 2] & 0xFFFF;
       columns.scale[0][j] = args.scales_bf16 ? float_from_bits(bits << 16) : float_from_f16(bits);
-      columns.offset[j] = Act::int4_offset((zeros >> (4 * nibble_of(j)) & 15) + args.zero_offset);
+      columns.offset[j] = Act::int4_offset(zeros >> (4 * nibble_of(j)) & 15) + common;
     }
   }
 };
@@ -72,30 +66,43 @@ struct Awq : Int4Parameters<Act> {
     return (row >> 1) * 128 + ((((row & 1) * 4 + chunk) ^ flip) << 4);
   }
 
-  static QC_DEVICE void copy(const GemmArgs& args, u32 weights, u32 parameters, int k0, const Place& at) {
+  struct Copier {
+    static constexpr int CHUNKS = 4, ROWS_APART = THREADS / CHUNKS;
+    const unsigned char* from;
+    u32 to[2], stride;
+    int rows;  // as in OctetCopy
+    ParameterCopy parameters;
+
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : parameters(Base::copy_groups(args, at)) {
+      const u32 row = at.thread / CHUNKS, chunk = at.thread % CHUNKS;
+      stride = args.columns / 2;
+      from = args.weights + (size_t)row * stride + (size_t)at.n0 / 2 + chunk * 16;
+      rows = at.n0 + (int)chunk * 32 < args.columns ? args.depth - (int)row : 0;
+      if (QC_PLANTED(WEIGHTS_OVERRUN)) rows = 1 << 30;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 index = at.thread + i * THREADS, row = index / 4, chunk = index % 4;
-      bool valid = at.n0 + (int)chunk * 32 < args.columns && k0 + (int)row < args.depth;
-      if (QC_PLANTED(WEIGHTS_OVERRUN)) valid = true;
-      const size_t byte = valid ? ((size_t)(k0 + row) * args.columns + at.n0) / 2 + chunk * 16 : 0;
-      copy_async_16(weights + word_offset(row, chunk), args.weights + byte, valid);
+      for (int i = 0; i < 2; i++) to[i] = word_offset(row + i * ROWS_APART, chunk);
     }
-    Base::copy_groups(args, parameters, k0, at);
-  }
+
+    QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = tile * TILE_K + i * ROWS_APART;
+        copy_async_16(weights_at + to[i], from + (u64)(u32)row * stride, row < rows);
+      }
+      parameters.start(parameters_at, tile);
+    }
+  };
 
   static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0, const Place& at) {
     Base::refresh_groups(args, columns, shared, k0, at, [](int j) { return (j & 1) * 4 + j / 2; });
   }
 
   static QC_DEVICE Square load(u32 shared, const Place& at) {
+    const u32 octet = QC_PLANTED(WRONG_LANE) ? at.g & 3 : at.t, word = at.half * 8 + at.g;
+    const u32 first = shared + word_offset(at.slab * SLAB + octet * 8, word / 4) + word % 4 * 4;
     u32 words[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const u32 octet = QC_PLANTED(WRONG_LANE) ? at.g & 3 : at.t;
-      const u32 row = at.slab * SLAB + octet * 8 + i, word = at.half * 8 + at.g;
-      words[i] = load_shared_u32(shared + word_offset(row, word / 4) + word % 4 * 4);
-    }
+    for (int i = 0; i < 8; i++) words[i] = load_shared_u32((i & 1 ? first ^ 64 : first) + i / 2 * 128);  // word_offset(row + i)
     Square square;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -122,10 +129,17 @@ struct Int4 : Int4Parameters<Act> {
     u32 words[8];
   };
 
-  static QC_DEVICE void copy(const GemmArgs& args, u32 weights, u32 parameters, int k0, const Place& at) {
-    copy_octets<4>(args, args.weights, weights, k0, at);
-    Base::copy_groups(args, parameters, k0, at);
-  }
+  struct Copier {
+    OctetCopy<4> codes;
+    ParameterCopy parameters;
+
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : codes(args, args.weights, at), parameters(Base::copy_groups(args, at)) {}
+
+    QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
+      codes.start(weights_at, tile);
+      parameters.start(parameters_at, tile);
+    }
+  };
 
   static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0, const Place& at) {
     Base::refresh_groups(args, columns, shared, k0, at, [](int j) { return j; });

@@ -34,11 +34,20 @@ struct Q4K {
     args.offsets += e * (args.depth / 256) * args.columns * 4;
   }
 
-  static QC_DEVICE void copy(const GemmArgs& args, u32 weights, u32 parameters, int k0, const Place& at) {
-    copy_octets<4>(args, args.weights, weights, k0, at);
-    copy_parameters<4, 1, 0>(args, args.offsets, parameters, k0 / 256, args.depth / 256, at);
-    copy_parameters<2, 2, 32>(args, args.scales, parameters + RUNS_AT, k0 / 32, args.depth / 32, at);
-  }
+  struct Copier {
+    OctetCopy<4> codes;
+    ParameterCopy parameters;
+
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : codes(args, args.weights, at) {
+      parameters.plane<32, 1, 0>(args, args.offsets, 8, args.depth / 256, 0, at);
+      parameters.plane<16, 2, 32>(args, args.scales, 5, args.depth / 32, RUNS_AT, at);
+    }
+
+    QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
+      codes.start(weights_at, tile);
+      parameters.start(parameters_at, tile);
+    }
+  };
 
   static QC_DEVICE void refresh(const GemmArgs&, Columns& columns, u32 shared, int, const Place& at) {
     if (QC_PLANTED(STALE_SCALES) && columns.group >= 0) return;
@@ -92,12 +101,22 @@ struct Q6K {
     args.offsets += e * (args.depth / 256) * args.columns * 2;
   }
 
-  static QC_DEVICE void copy(const GemmArgs& args, u32 weights, u32 parameters, int k0, const Place& at) {
-    copy_octets<4>(args, args.weights, weights, k0, at);
-    copy_octets<2>(args, args.weights_high, weights + LOW_BYTES, k0, at);
-    copy_parameters<2, 1, 0>(args, args.offsets, parameters, k0 / 256, args.depth / 256, at);
-    copy_parameters<1, 4, 32>(args, args.scales, parameters + RUNS_AT, k0 / 16, args.depth / 16, at);
-  }
+  struct Copier {
+    OctetCopy<4> low;
+    OctetCopy<2> high;
+    ParameterCopy parameters;
+
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : low(args, args.weights, at), high(args, args.weights_high, at) {
+      parameters.plane<16, 1, 0>(args, args.offsets, 8, args.depth / 256, 0, at);
+      parameters.plane<8, 4, 32>(args, args.scales, 4, args.depth / 16, RUNS_AT, at);
+    }
+
+    QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
+      low.start(weights_at, tile);
+      high.start(weights_at + LOW_BYTES, tile);
+      parameters.start(parameters_at, tile);
+    }
+  };
 
   static QC_DEVICE void refresh(const GemmArgs&, Columns& columns, u32 shared, int, const Place& at) {
     if (QC_PLANTED(STALE_SCALES) && columns.group >= 0) return;

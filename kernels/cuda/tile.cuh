@@ -69,31 +69,61 @@ QC_DEVICE u32 octet_offset(u32 row, u32 chunk) {
   return row * (TILE_N * UNIT) + ((chunk ^ flip) << 4);
 }
 
-// Starts the copy of one tile of octet-major weights from inputs k0 and outputs n0 onward.
+// A thread's part in copying tiles of octet-major weights: a column of chunks, some rows apart. What does not change
+// from tile to tile is worked out once, so that the loop has few instructions besides the copies.
 template <int UNIT>
-QC_DEVICE void copy_octets(const GemmArgs& args, const unsigned char* weights, u32 shared, int k0, const Place& at) {
-  constexpr int CHUNKS = TILE_N * UNIT / 16, ALL = TILE_K / 8 * CHUNKS;
-  const size_t stride = (size_t)args.columns * UNIT;
-#pragma unroll
-  for (int i = 0; i < ALL / THREADS; i++) {
-    const u32 index = at.thread + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
-    bool valid = at.n0 + (int)(chunk * (16 / UNIT)) < args.columns && k0 + (int)row * 8 < args.depth;
-    if (QC_PLANTED(WEIGHTS_OVERRUN)) valid = true;
-    const unsigned char* from = weights + (valid ? (k0 / 8 + row) * stride + (size_t)at.n0 * UNIT + chunk * 16 : 0);
-    copy_async_16(shared + octet_offset<UNIT>(row, chunk), from, valid);
-  }
-}
+struct OctetCopy {
+  static constexpr int CHUNKS = TILE_N * UNIT / 16, ROWS_APART = THREADS / CHUNKS, COPIES = TILE_K / 8 / ROWS_APART;
+  const unsigned char* from;
+  u32 to[COPIES], stride;
+  int rows;  // of octets that there are, less the thread's first; none where the outputs have ended
 
-// Starts the copy of ROWS rows of parameters, BYTES for every output, from row `first` of `rows` onward; only threads
-// from `FIRST_THREAD` upward take part. Rows and outputs past the end become zeros.
-template <int BYTES, int ROWS, int FIRST_THREAD>
-QC_DEVICE void copy_parameters(const GemmArgs& args, const unsigned char* parameters, u32 shared, int first, int rows, const Place& at) {
-  constexpr int CHUNKS = TILE_N * BYTES / 16, ALL = ROWS * CHUNKS;
-  static_assert(FIRST_THREAD + ALL <= THREADS, "one chunk a thread");
-  const u32 index = at.thread - FIRST_THREAD;
-  if (index >= ALL) return;
-  const u32 row = index / CHUNKS, chunk = index % CHUNKS;
-  const bool valid = at.n0 + (int)chunk * 16 / BYTES < args.columns && first + (int)row < rows;
-  const unsigned char* from = parameters + (valid ? ((size_t)(first + row) * args.columns + at.n0) * BYTES + chunk * 16 : 0);
-  copy_async_16(shared + index * 16, from, valid);
-}
+  QC_DEVICE OctetCopy(const GemmArgs& args, const unsigned char* weights, const Place& at) {
+    const u32 row = at.thread / CHUNKS, chunk = at.thread % CHUNKS;
+    stride = args.columns * UNIT;
+    from = weights + (size_t)row * stride + (size_t)at.n0 * UNIT + chunk * 16;
+    const bool inside = at.n0 + (int)(chunk * (16 / UNIT)) < args.columns;
+    rows = inside ? args.depth / 8 - (int)row : 0;
+    if (QC_PLANTED(WEIGHTS_OVERRUN)) rows = 1 << 30;
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) to[i] = octet_offset<UNIT>(row + i * ROWS_APART, chunk);
+  }
+
+  QC_DEVICE void start(u32 shared, int tile) const {
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+      const int row = tile * (TILE_K / 8) + i * ROWS_APART;
+      copy_async_16(shared + to[i], from + (u64)(u32)row * stride, row < rows);
+    }
+  }
+};
+
+// A thread's part in copying tiles' parameters: at most one chunk, of one of several planes [rows, N]. Each plane has
+// threads of its own.
+struct ParameterCopy {
+  const unsigned char* from = 0;
+  u32 to = 0, stride = 0;
+  int shift = 0;   // log2 of the inputs of a row of the plane
+  int rows = -1;   // rows that there are from this thread's on: 0 where the outputs have ended, -1 for idle threads
+
+  // A plane of BITS for every output, of which a tile needs ROWS rows, the first being that of its first input. They lie
+  // at `offset` in shared memory. Rows and outputs past the end become zeros.
+  template <int BITS, int ROWS, int FIRST_THREAD>
+  QC_DEVICE void plane(const GemmArgs& args, const unsigned char* plane, int row_shift, int plane_rows, u32 offset, const Place& at) {
+    constexpr int CHUNKS = TILE_N * BITS / 128, ALL = ROWS * CHUNKS;
+    static_assert(FIRST_THREAD + ALL <= THREADS, "one chunk a thread");
+    const u32 index = at.thread - FIRST_THREAD;
+    if (index >= (QC_PLANTED(PARAMETERS_HALF_COPIED) ? ALL / 2 : ALL)) return;
+    const u32 row = index / CHUNKS, chunk = index % CHUNKS;
+    stride = (u32)args.columns * BITS / 8;
+    from = plane + (size_t)row * stride + (size_t)at.n0 * BITS / 8 + chunk * 16;
+    to = offset + index * 16;
+    shift = row_shift;
+    rows = at.n0 + (int)chunk * (128 / BITS) < args.columns ? plane_rows - (int)row : 0;
+  }
+
+  QC_DEVICE void start(u32 shared, int tile) const {
+    const int row = (tile * TILE_K) >> shift;
+    if (rows >= 0) copy_async_16(shared + to, from + (u64)(u32)row * stride, row < rows);
+  }
+};

@@ -9,7 +9,9 @@ namespace emu {
 
 inline void thread_entry() {
   (*machine.body)();
-  if (!current->open.empty() || !current->committed.empty()) error("thread ends with copies in flight", current->where);
+  bool in_flight = !current->open.empty();
+  for (const auto& group : current->committed) in_flight |= !group.empty();
+  if (in_flight) error("thread ends with copies in flight", current->where);
   current->state = State::DONE;
   current->fiber.suspend();
   abort();

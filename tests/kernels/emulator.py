@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -143,8 +144,11 @@ def _build(source: str) -> Path:
     for file in files:
         digest.update(file.read_bytes())
     library = CACHE / f"{source}-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{source}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes compiles, the others wait
+        if library.exists():
+            return library
         partial = library.with_suffix(f".{os.getpid()}")
         _compile(["g++", *FLAGS, f'-DQC_SOURCE="../cuda/{source}.cu"', "-o", str(partial)])
         partial.replace(library)
