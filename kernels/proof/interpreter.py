@@ -13,6 +13,7 @@ import torch
 
 from kernels.proof.effects import EFFECTS, accept
 from kernels.proof.machine import Machine
+from kernels.proof.memory import Traffic
 from kernels.proof.ptx import Function, Instruction, PtxError
 from kernels.proof.semantics import RULES, Array, flush_subnormals
 
@@ -29,6 +30,7 @@ def run(
     shared_bytes: int,
     arguments: bytes,
     buffers: Sequence[Array],
+    traffic: Traffic | None = None,
 ) -> int:
     """Launch a kernel and wait for it.
 
@@ -39,6 +41,7 @@ def run(
         shared_bytes: Dynamic shared memory of a block.
         arguments: The parameter block.
         buffers: uint8 arrays that the pointers in ``arguments`` point into; see :func:`memory_of`.
+        traffic: Counts accesses to them, if given.
 
     Returns:
         The number of instructions that ran, a warp's counted once.
@@ -54,7 +57,8 @@ def run(
     at_once = max(1, _MOST_LANES // threads)
     steps = 0
     for first in range(0, len(blocks), at_once):
-        machine = Machine(function, grid, threads, shared_bytes, arguments, buffers, blocks[first : first + at_once])
+        some = blocks[first : first + at_once]
+        machine = Machine(function, grid, threads, shared_bytes, arguments, buffers, some, traffic)
         with np.errstate(all="ignore"):
             steps += _run_blocks(machine)
     return steps

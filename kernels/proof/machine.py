@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kernels.proof.memory import GlobalMemory, SharedMemory
+from kernels.proof.memory import GlobalMemory, SharedMemory, Traffic
 from kernels.proof.ptx import TYPE_BYTES, Function, PtxError
 from kernels.proof.semantics import UNSIGNED, Array, decode, encode
 
@@ -27,13 +27,14 @@ class Machine:
         arguments: bytes,
         buffers: Sequence[Array],
         blocks: Sequence[tuple[int, int, int]],
+        traffic: Traffic | None = None,
     ) -> None:
         self.function = function
         self.threads = threads
         self.lanes = threads * len(blocks)
         self.arguments = arguments
         self.constants = {name: np.frombuffer(data, np.uint8) for name, data in function.constants.items()}
-        self.memory = GlobalMemory([*buffers, *self.constants.values()])
+        self.memory = GlobalMemory([*buffers, *self.constants.values()], traffic)
         self.shared = SharedMemory(function.static_bytes + shared_bytes, len(blocks), threads)
         self.registers: dict[str, Array] = {}
         self.counter = np.zeros(self.lanes, np.int64)

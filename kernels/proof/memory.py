@@ -16,10 +16,40 @@ from kernels.proof.semantics import Array
 
 
 @dataclass(slots=True)
+class Traffic:
+    """Bytes that threads asked for, and which bytes those were.
+
+    Attributes:
+        moved: Bytes of all accesses.
+        touched: By a buffer's address, which of its 16-byte pieces were accessed at least once.
+    """
+
+    moved: int = 0
+    touched: dict[int, Array] = field(default_factory=dict)
+
+    def count(self, buffer: Array, offsets: Array, size: int) -> None:
+        """Accesses of ``size`` bytes at each offset into a buffer."""
+        self.moved += len(offsets) * size
+        pieces = self.touched.setdefault(buffer.ctypes.data, np.zeros(-(-buffer.size // 16), bool))
+        pieces[offsets // 16] = True
+
+    def compulsory(self, buffer: Array) -> int:
+        """Bytes of a buffer's pieces that were accessed."""
+        pieces = self.touched.get(buffer.ctypes.data)
+        return 0 if pieces is None else 16 * int(pieces.sum())
+
+
+@dataclass(slots=True)
 class GlobalMemory:
-    """Buffers at their real addresses: contiguous uint8 arrays that views of tensors give."""
+    """Buffers at their real addresses: contiguous uint8 arrays that views of tensors give.
+
+    Attributes:
+        buffers: What addresses may point into.
+        traffic: Counts what is read and written, if given.
+    """
 
     buffers: Sequence[Array]
+    traffic: Traffic | None = None
 
     def read(self, addresses: Array, size: int) -> Array:
         """``size`` bytes from each address.
@@ -68,6 +98,8 @@ class GlobalMemory:
             inside = missing & (addresses >= base) & (addresses + size <= base + buffer.size)
             if inside.any():
                 found.append((inside, buffer, addresses[inside] - base))
+                if self.traffic is not None:
+                    self.traffic.count(buffer, found[-1][2], size)
                 missing &= ~inside
                 if not missing.any():
                     break

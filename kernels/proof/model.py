@@ -1,8 +1,7 @@
 """What a kernel can reach at most, from its machine code alone: occupancy, bound of each pipe, share of DRAM bandwidth.
 
-This is a model, not a measurement. It counts every instruction of the main loop once a pass, whatever branches skip,
-takes all warps of an SM to be spread evenly over its four quarters, and knows no stall but the two it names: a pipe
-that is full, and too few bytes in flight to cover the DRAM's latency (Little's law).
+This is a model, not a measurement. It takes all warps of an SM to be spread evenly over its four quarters, and knows no
+stall but the two it names: a pipe that is full, and too few bytes in flight to cover the DRAM's latency (Little's law).
 """
 
 from __future__ import annotations
@@ -37,12 +36,14 @@ class Launched:
         shared_bytes: Dynamic shared memory of a block.
         pass_bytes: DRAM bytes that a block reads in one pass of its main loop.
         flight_bytes: DRAM bytes that a block has under way at any time.
+        refreshed: In which share of the passes the parameters of a new group are read.
     """
 
     threads: int
     shared_bytes: int
     pass_bytes: float
     flight_bytes: float
+    refreshed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +84,46 @@ def resident_blocks(chip: Chip, registers: int, threads: int, shared_bytes: int)
     return min(by_registers, by_shared, chip.warps // warps, BLOCKS[chip.arch])
 
 
-def pipe_cycles(loop: Sequence[MachineInstruction], chip: Chip) -> dict[str, float]:
+def frequencies(loop: Sequence[MachineInstruction], refreshed: float) -> list[float]:
+    """In which share of the passes each instruction runs.
+
+    What a forward branch can skip runs always where it has tensor cores' work or copies in it. Else it refreshes
+    parameters; and what lies deeper in there is one of two alternatives, taken half of the time each.
+    """
+    shares = [1.0] * len(loop)
+    depths = [0] * len(loop)
+    for branch in loop:
+        if branch.target is None or branch.target <= branch.address:
+            continue
+        inside = [at for at, each in enumerate(loop) if branch.address < each.address < branch.target]
+        if not any(loop[at].mnemonic in ("HMMA", "LDGSTS") for at in inside):
+            for at in inside:
+                shares[at] *= 0.5 if depths[at] else refreshed
+                depths[at] += 1
+    return shares
+
+
+def pipe_cycles(loop: Sequence[MachineInstruction], chip: Chip, refreshed: float = 1.0) -> dict[str, float]:
     """Cycles of an SM quarter that each pipe is busy with one warp's pass through a loop."""
     cycles = dict.fromkeys(("issue", "integer", "float", "half", "convert", "memory", "tensor"), 0.0)
     per_lane = 32 * _QUARTERS
-    for instruction in loop:
+    for instruction, share in zip(loop, frequencies(loop, refreshed), strict=True):
         name = instruction.mnemonic
-        cycles["issue"] += 1
+        cycles["issue"] += share
         if name in _INTEGER:
-            cycles["integer"] += per_lane / INTEGER_LANES
+            cycles["integer"] += share * per_lane / INTEGER_LANES
         elif name in _MULTIPLY:
-            cycles["float"] += per_lane / INTEGER_LANES
+            cycles["float"] += share * per_lane / INTEGER_LANES
         elif name in _FLOAT:
-            cycles["float"] += per_lane / chip.fma_lanes
+            cycles["float"] += share * per_lane / chip.fma_lanes
         elif name in _HALF2:
-            cycles["half"] += per_lane / chip.half2_lanes
+            cycles["half"] += share * per_lane / chip.half2_lanes
         elif name in _CONVERT:
-            cycles["convert"] += per_lane / 16
+            cycles["convert"] += share * per_lane / 16
         elif name in _MEMORY:
-            cycles["memory"] += _QUARTERS * _wavefronts(instruction)
+            cycles["memory"] += share * _QUARTERS * _wavefronts(instruction)
         elif name == "HMMA":
-            cycles["tensor"] += chip.hmma_cycles * (1 if ".16816." in instruction.opcode else 0.5)
+            cycles["tensor"] += share * chip.hmma_cycles * (1 if ".16816." in instruction.opcode else 0.5)
     return cycles
 
 
@@ -120,7 +140,7 @@ def estimate(code: MachineCode, launched: Launched, chip: Chip) -> Estimate:
     """The most that a kernel can reach on a chip."""
     blocks = resident_blocks(chip, code.registers, launched.threads, launched.shared_bytes)
     warps = launched.threads // 32
-    cycles = pipe_cycles(code.main_loop(), chip)
+    cycles = pipe_cycles(code.main_loop(), chip, launched.refreshed)
     passes_a_second = chip.clock * _QUARTERS / (max(cycles.values()) * warps)
     pipe = launched.pass_bytes * passes_a_second * chip.multiprocessors
     flight = blocks * launched.flight_bytes * chip.multiprocessors / DRAM_LATENCY

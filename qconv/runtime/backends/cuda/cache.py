@@ -33,7 +33,7 @@ def entry_name(source: Source, architecture: int, version: str) -> str:
     for part in (*parts, *source.options, str(architecture), version):
         data = part.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
-    return f"{digest.hexdigest()}.cubin"
+    return f"{digest.hexdigest()}.kernel"
 
 
 def cached_cubin(

@@ -25,7 +25,7 @@ from qconv.runtime.kernel_interface import (
 )
 
 HELPERS = "helpers"
-_HELPER_THREADS = 256
+HELPER_THREADS = 256
 _LEAST_TILES = 8
 """A slice of k below this many tiles spends most of its time filling its pipeline."""
 _MOST_SLICES = 16
@@ -162,8 +162,8 @@ def _sum_slices(launcher: Launcher, partials: Tensor, output: Tensor) -> None:
         Launch(
             source=source_of(HELPERS),
             kernel=f"qconv_sum_slices_{ACTIVATIONS[output.dtype]}",
-            grid=(-(-elements // (4 * _HELPER_THREADS)), 1, 1),
-            threads=_HELPER_THREADS,
+            grid=(-(-elements // (4 * HELPER_THREADS)), 1, 1),
+            threads=HELPER_THREADS,
             shared_bytes=0,
             arguments=bytes(arguments),
             inputs={"partials": partials},
@@ -190,8 +190,8 @@ def _gathered(launcher: Launcher, gather: Tensor, inputs: Tensor, rows: Rows) ->
         Launch(
             source=source_of(HELPERS),
             kernel="qconv_gather_columns",
-            grid=(-(-depth // (8 * _HELPER_THREADS)), tiles, 1),
-            threads=_HELPER_THREADS,
+            grid=(-(-depth // (8 * HELPER_THREADS)), tiles, 1),
+            threads=HELPER_THREADS,
             shared_bytes=0,
             arguments=bytes(arguments),
             inputs=_present(read),

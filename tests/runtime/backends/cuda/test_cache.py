@@ -29,7 +29,7 @@ def test_compiles_once(tmp_path: Path) -> None:
     assert compiler.calls == 1
     assert cached_cubin(SOURCE, 90, folder=tmp_path, compile=compiler) == b"text for 90"
     assert compiler.calls == 2
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cubin", ".cubin"]  # no temporary file stays
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".kernel", ".kernel"]  # no temporary file stays
 
 
 def test_the_name_depends_on_everything_that_the_bytes_do() -> None:
