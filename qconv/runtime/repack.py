@@ -58,14 +58,18 @@ def int4_weight(weight: QTensor) -> KernelWeight:
     zero_points = weight.zero_points
     if zero_points is None:
         zero_points = torch.full((columns, groups), weight.grid.mid, dtype=torch.uint8)
+    zero_offset = int(zero_points.max() > 15)  # 16 is a zero point in files that store one less
+    if int(zero_points.min()) < zero_offset:
+        raise UsageError("no kernel for zero points from 0 to 16")
     return KernelWeight(
         "int4",
         columns,
         depth,
         nibble_octets(codes),
         weight.scales.t().contiguous(),
-        offsets=_words(zero_points.t(), range(8)),
+        offsets=_words((zero_points - zero_offset).t(), range(8)),
         group_shift=_group_shift(depth, groups),
+        zero_offset=zero_offset,
         gather=gather,
     )
 

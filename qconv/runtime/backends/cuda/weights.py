@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv.errors import BackendError, UsageError
 from qconv.runtime import repack
 from qconv.runtime.kernel_interface import KernelWeight
-from qconv.runtime.packed import IntegerWeight, PackedWeight
+from qconv.runtime.packed import BlockWeight, FloatWeight, IntegerWeight, PackedWeight
 
 
 def pack(weight: PackedWeight) -> KernelWeight:
@@ -27,9 +28,19 @@ def pack(weight: PackedWeight) -> KernelWeight:
                 return repack.awq_weight(parts["qweight"], parts["qzeros"], parts["scales"])
             case IntegerWeight():
                 return repack.int4_weight(weight.unpack())
+            case FloatWeight():
+                return repack.fp8_weight(weight.weight)
+            case BlockWeight(type=GGMLQuantizationType.Q8_0):
+                return repack.q8_0_weight(weight.rows)
+            case BlockWeight(type=GGMLQuantizationType.Q4_K):
+                return repack.q4_k_weight(weight.rows)
+            case BlockWeight(type=GGMLQuantizationType.Q6_K):
+                return repack.q6_k_weight(weight.rows)
+            case BlockWeight():
+                raise BackendError(f"no kernel for ggml's {weight.type.name}")
     except UsageError as error:
         raise BackendError(error.message) from error
-    raise BackendError(f"no kernel for a {type(weight).__name__}")
+    raise BackendError("no kernel for a weight that is not quantized")
 
 
 def tensors(weight: KernelWeight) -> dict[str, Tensor]:
@@ -54,7 +65,8 @@ def beside(first: KernelWeight, second: KernelWeight) -> KernelWeight | None:
     if _kind(first) != _kind(second) or not _same_order(first, second):
         return None
     others = tensors(second)
-    joined = {name: torch.cat([value, others[name]], -1) for name, value in tensors(first).items() if name != "gather"}
+    # Every layout has a weight's outputs along dimension 1.
+    joined = {name: torch.cat([value, others[name]], 1) for name, value in tensors(first).items() if name != "gather"}
     return replace(_replaced(first, joined), columns=first.columns + second.columns)
 
 
