@@ -70,7 +70,7 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
     vocabulary = Config(read_json(model_dir / "config.json")).integer("vocab_size")
     tokenizer = load_tokenizer(model_dir)
     length, count = settings.sequence_length, settings.tokens // settings.sequence_length
-    bos = _leading_bos(tokenizer)
+    bos = leading_bos(tokenizer)
     payload = length - len(bos)  # tokens of text in a sequence
     used: dict[str, None] = {}
     stream = _stream(
@@ -145,7 +145,7 @@ def _encode(tokenizer: Any, document: Document, bos: list[int]) -> Iterator[int]
     if not isinstance(document.content, list):
         pieces = (_ids(tokenizer, piece, control_tokens=False) for piece in document.pieces())
         return chain.from_iterable(pieces)
-    ids = _ids(tokenizer, _render(tokenizer, document), control_tokens=True)
+    ids = _ids(tokenizer, render_chat(tokenizer, document), control_tokens=True)
     return iter(ids[len(bos) :] if ids[: len(bos)] == bos else ids)
 
 
@@ -155,7 +155,7 @@ def _ids(tokenizer: Any, text: str, *, control_tokens: bool) -> list[int]:
     return ids
 
 
-def _render(tokenizer: Any, document: Document) -> str:
+def render_chat(tokenizer: Any, document: Document) -> str:
     """A chat through the tokenizer's template.
 
     Raises:
@@ -172,7 +172,7 @@ def _render(tokenizer: Any, document: Document) -> str:
         ) from error
 
 
-def _leading_bos(tokenizer: Any) -> list[int]:
+def leading_bos(tokenizer: Any) -> list[int]:
     """``[bos]`` if the tokenizer puts BOS before a text, else ``[]``."""
     ids = tokenizer("a", add_special_tokens=True).input_ids
     return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []

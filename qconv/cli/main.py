@@ -21,7 +21,7 @@ from qconv.cli.heap import share_one_heap
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 
-COMMANDS = ("plan", "quantize", "imatrix", "inspect", "verify", "generate", "bench")
+COMMANDS = ("plan", "quantize", "imatrix", "inspect", "verify", "generate", "eval", "bench")
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""
 
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
@@ -102,7 +102,8 @@ def as_qconv_error(error: Exception) -> QconvError | None:
 @click.group(
     cls=CommandLine,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 failure, 2 usage, 5 corrupt or stale artifact, 130 and 143 interrupted.",
+    epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 regression, 4 inconclusive, 5 corrupt or stale artifact, "
+    "6 sandbox unavailable, 130 and 143 interrupted.",
 )
 @click.version_option(__version__, prog_name="qconv")
 def qconv() -> None:

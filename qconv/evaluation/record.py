@@ -125,6 +125,9 @@ class Gate(_Values):
     limit: float | None = None
     baseline: float | None = None
     noise: float | None = None
+    units: int | None = None
+    exceeded: bool = False
+    """Whether the estimate is beyond the limit, by chance or not."""
     p_value: float | None = None
     adjusted_p_value: float | None = None
     """By Holm's method over all statistical gates of the run."""

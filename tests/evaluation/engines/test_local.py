@@ -113,7 +113,7 @@ def test_a_build_computes_its_dequantized_weights(rtn_build: Path, moe: Path, tm
     (build,), (dense,), (source,) = (
         list(LocalEngine(path).logits(sequences)) for path in (rtn_build, tmp_path / "dense", moe)
     )
-    np.testing.assert_array_equal(build, dense)
+    np.testing.assert_allclose(build, dense, atol=2e-4)
     assert np.abs(build - source).max() > 0.1
 
 

@@ -1,0 +1,64 @@
+"""Options that the ``eval`` commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from qconv.evaluation.suites import Suite
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option("--suite", default="smoke", show_default=True, help="A packaged suite's name, or a YAML file."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of all arithmetic."),
+    click.option("--device", default="cpu", show_default=True, help="A torch device."),
+    click.option("--seed", type=click.IntRange(min=0), help="Which text and which samples, in place of the suite's."),
+    click.option(
+        "--cache",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Where references' logits are kept; by default $QCONV_CACHE or the user's cache folder.",
+    ),
+)
+
+
+def suite_options(function: Function) -> Function:
+    """Add the options that decide what is measured."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def suite_of(name: str, dtype: str | None, seed: int | None) -> Suite:
+    """The suite with the given options in place of its own values.
+
+    Raises:
+        UsageError: no such suite.
+    """
+    from qconv.evaluation.suites import load_suite
+
+    suite = load_suite(name)
+    if dtype is not None:
+        suite = suite.model_copy(update={"engine": suite.engine.model_copy(update={"dtype": dtype})})
+    return suite if seed is None else suite.model_copy(update={"seed": seed})
+
+
+def check_device(device: str) -> None:
+    """Check that a device is there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device}: {reason}.", hint="Choose cpu, or a GPU that is there.") from error

@@ -1,0 +1,124 @@
+"""What is known from earlier runs, found by content alone: a key's values decide its folder, times never do.
+
+An entry is filled part by part. A part counts once its sha256 lies beside it, so a killed run goes on where it stopped,
+and a part that was damaged since is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from qconv.checkpoint.writer import output_errors, write_atomically
+
+KEY_NAME = "key.json"
+
+
+def default_folder() -> Path:
+    """``$QCONV_CACHE``, else ``qconv`` in the user's cache folder."""
+    given = os.environ.get("QCONV_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qconv"
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A folder of entries."""
+
+    folder: Path
+
+    def entry(self, kind: str, key: Mapping[str, JsonValue]) -> Entry:
+        """The entry of a key, made if absent.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        text = json.dumps(key, sort_keys=True, indent=1)
+        entry = Entry(self.folder / kind / hashlib.sha256(text.encode()).hexdigest(), shared=True)
+        with output_errors(entry.path):
+            entry.path.mkdir(parents=True, exist_ok=True)
+        if not (entry.path / KEY_NAME).exists():  # for people; the folder's name already is the key
+            write_atomically(entry.path / KEY_NAME, text.encode() + b"\n")
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A folder of parts.
+
+    Attributes:
+        path: The folder.
+        shared: Whether several processes may use it at once: one makes a part, the others wait for it.
+    """
+
+    path: Path
+    shared: bool = False
+
+    def arrays(self, name: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """A part's named arrays; made, and written durably, if absent or damaged.
+
+        Raises:
+            OutputError: the part cannot be written.
+        """
+        from safetensors.numpy import load, save
+
+        data = self.bytes_of(name, lambda: save({key: np.ascontiguousarray(one) for key, one in make().items()}))
+        found: dict[str, NDArray[Any]] = load(data)
+        return found
+
+    def json(self, name: str, make: Callable[[], JsonValue]) -> JsonValue:
+        """The same for a JSON value."""
+        value: JsonValue = json.loads(self.bytes_of(name, lambda: json.dumps(make(), allow_nan=False).encode()))
+        return value
+
+    def bytes_of(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """The same for bytes."""
+        data = self._read(name)
+        if data is not None:
+            return data
+        with self._held():
+            data = self._read(name)
+            if data is None:
+                data = make()
+                self._sum(name).unlink(missing_ok=True)
+                write_atomically(self.path / name, data)
+                write_atomically(self._sum(name), hashlib.sha256(data).hexdigest().encode())
+        return data
+
+    def has(self, name: str) -> bool:
+        """Whether a part is there and whole."""
+        return self._read(name) is not None
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            data, expected = (self.path / name).read_bytes(), self._sum(name).read_text()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return data if hashlib.sha256(data).hexdigest() == expected else None
+
+    def _sum(self, name: str) -> Path:
+        return self.path / f"{name}.sha256"
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        if not self.shared:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,310 @@
+"""A run: what is asked for, measured task by task, judged, and recorded. Interrupted, the same request continues."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qconv import __version__
+from qconv.checkpoint.writer import output_errors, write_atomically
+from qconv.errors import OutputError, UsageError
+from qconv.evaluation import text_task
+from qconv.evaluation.artifacts import check_integrity, identify
+from qconv.evaluation.cache import Cache, Entry
+from qconv.evaluation.engines import open_engine
+from qconv.evaluation.engines.base import Engine
+from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, rerun_merged, verdict
+from qconv.evaluation.judging import judge
+from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, Task, write_run
+from qconv.evaluation.reference import Kept
+from qconv.evaluation.suites import Suite, TextSettings
+from qconv.evaluation.tasks import Bench, Kind, Log, Progress, Subject, settings_of
+from qconv.manifest import WORK_FOLDER, locked, require_same
+
+KEY_NAME = "key.json"
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be evaluated.
+
+    Attributes:
+        build: A checkpoint, a build, or GGUF.
+        reference: The unquantized checkpoint that it is measured against; None for nothing.
+        suite: The suite.
+        suite_name: What it is called.
+        engine: What computes the build.
+        device: On which torch device.
+        out: The run's folder.
+        cache: Where references' logits are kept.
+        gates: What judges; None: the run is only measured.
+        baseline: The run of the last accepted build; None for none.
+        command: What reproduces the run, for the record.
+    """
+
+    build: Path
+    reference: Path | None
+    suite: Suite
+    suite_name: str
+    out: Path
+    cache: Cache
+    engine: str = "local"
+    device: str = "cpu"
+    gates: str | None = None
+    baseline: Run | None = None
+    command: tuple[str, ...] = ()
+
+
+def evaluate(request: Request, *, restart: bool = False, progress: Progress, log: Log) -> Run:
+    """Measure and judge a build; writes the record into ``request.out``.
+
+    Raises:
+        UsageError: suite, gates, engine or corpus do not exist or do not fit.
+        StaleJournalError: ``out`` holds the beginning of another run.
+        OutputError: ``out`` is foreign, in use, or cannot be written.
+        EngineError: an engine failed.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    kinds = settings_of(request.suite, request.suite_name)
+    judges = None if request.gates is None else load_gates(request.gates)
+    log(f"{request.build}: hashing")
+    build = identify(request.build)
+    build_class = None if judges is None else class_of(judges, build)
+    reference = None if request.reference is None else identify(request.reference)
+    _enter(request.out, restart)
+    with locked(request.out):
+        work = request.out / WORK_FOLDER
+        subjects = _subjects(request, build, reference)
+        _require_key(work, _key(request, build, reference, subjects[0].engine))
+        gates = [_integrity_gate(build, Entry(work), progress)] if judges is not None else []
+        tasks: list[Task] = []
+        if all(gate.status == "pass" for gate in gates):
+            bench = partial(_bench, request, *subjects, progress, log)
+            tasks = [_measured(kind, settings, bench(work / f"task-{settings.name}")) for kind, settings in kinds]
+            if judges is not None and build_class is not None:
+                found = judge(tasks, build_class, judges, request.baseline)
+                found = _rerun(found, kinds, tasks, build_class, judges, request, subjects, progress, log)
+                gates += found
+        for subject in subjects:
+            if subject is not None:
+                subject.close()
+        run = Run(
+            qconv=__version__,
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - clock, 3),
+            command=request.command,
+            build=build,
+            reference=reference,
+            suite=request.suite_name,
+            suite_sha256=request.suite.digest(),
+            engine=dict(subjects[0].engine.identity),
+            reference_engine={} if subjects[1] is None else dict(subjects[1].engine.identity),
+            versions=_versions(),
+            device=_device(request.device),
+            seed=request.suite.seed,
+            tasks=tuple(tasks),
+            gates=tuple(gates),
+            gates_name=request.gates,
+            build_class=None if build_class is None else build_class.name,
+            baseline=None if request.baseline is None else request.baseline.digest,
+            verdict=verdict(gates),
+        )
+        write_run(request.out, run)
+        shutil.rmtree(work)
+    return run
+
+
+def keep_reference(
+    model: Path, suite: Suite, suite_name: str, cache: Cache, *, device: str, progress: Progress, log: Log
+) -> list[Kept]:
+    """Compute and keep what the text tasks of a suite need of a reference; a row for each.
+
+    Raises:
+        UsageError: the suite has no such task, or a corpus cannot be read.
+        EngineError: the engine failed.
+    """
+    log(f"{model}: hashing")
+    request = Request(model, model, suite, suite_name, Path(), cache, device=device)
+    subjects = _subjects(request, identify(model), identify(model))
+    bench = _bench(request, *subjects, progress, log, Path())
+    rows = [
+        text_task.keep_reference(settings, bench)
+        for kind, settings in settings_of(suite, suite_name)
+        if isinstance(settings, TextSettings)
+    ]
+    if not rows:
+        raise UsageError(f"suite {suite_name} has no task that needs a reference's logits.")
+    return rows
+
+
+def _measured(kind: Kind, settings: object, bench: Bench) -> Task:
+    """A task of this run, from its work folder if it was finished before an interruption."""
+
+    def make() -> bytes:
+        return kind.measure(settings, bench).model_dump_json().encode()
+
+    with output_errors(bench.work):
+        bench.work.mkdir(parents=True, exist_ok=True)
+    return Task.model_validate_json(Entry(bench.work).bytes_of("task.json", make))
+
+
+def _rerun(
+    found: tuple[Gate, ...],
+    kinds: Sequence[tuple[Kind, object]],
+    tasks: list[Task],
+    build_class: BuildClass,
+    judges: GateFile,
+    request: Request,
+    subjects: tuple[Subject, Subject | None],
+    progress: Progress,
+    log: Log,
+) -> tuple[Gate, ...]:
+    """Measure once more, with the model loaded anew, what failed."""
+    failed = {gate.task for gate in found if gate.status == "fail"}
+    if not failed:
+        return found
+    log(f"failing gates are measured again: {', '.join(sorted(map(str, failed)))}")
+    subjects[0].close()
+    again = []
+    for (kind, settings), task in zip(kinds, tasks, strict=True):
+        if task.name not in failed:
+            again.append(task)
+            continue
+        work = request.out / WORK_FOLDER / f"again-{task.name}"
+        again.append(_measured(kind, settings, _bench(request, *subjects, progress, log, work)))
+    return rerun_merged(found, judge(again, build_class, judges, request.baseline))
+
+
+def _bench(
+    request: Request, build: Subject, reference: Subject | None, progress: Progress, log: Log, work: Path
+) -> Bench:
+    return Bench(
+        build=build,
+        reference=reference,
+        model_dir=request.reference or request.build,
+        cache=request.cache,
+        folder=request.out,
+        work=work,
+        seed=request.suite.seed,
+        noise=request.suite.noise,
+        progress=progress,
+        log=log,
+    )
+
+
+def _subjects(request: Request, build: Artifact, reference: Artifact | None) -> tuple[Subject, Subject | None]:
+    """The build on the engine that was asked for, the reference on the local one."""
+
+    def opener(name: str, path: Path, dtype: str | None, rows: int | None) -> Engine:
+        return open_engine(
+            name,
+            path,
+            dtype=dtype or _dtype(request),
+            device=request.device,
+            rows=rows or request.suite.engine.rows,
+        )
+
+    made = Subject(request.build, build, partial(opener, request.engine, request.build))
+    if reference is None or request.reference is None:
+        return made, None
+    return made, Subject(request.reference, reference, partial(opener, "local", request.reference))
+
+
+def _dtype(request: Request) -> str:
+    asked = request.suite.engine.dtype
+    if asked != "auto":
+        return asked
+    return "float32" if torch.device(request.device).type == "cpu" else "bfloat16"
+
+
+def _integrity_gate(build: Artifact, work: Entry, progress: Progress) -> Gate:
+    """Whether the build is what it claims; never measured a second time."""
+    result = check_integrity(build, progress)
+    sentence = "; ".join(result.problems[:3]) if result.problems else "; ".join(result.checked)
+    status = "fail" if result.problems else "pass"
+    return Gate.model_validate(
+        {
+            "name": "integrity",
+            "against": "integrity",
+            "task": None,
+            "metric": "problems",
+            "status": status,
+            "value": float(len(result.problems)),
+            "limit": 0.0,
+            "sentence": sentence,
+        }
+    )
+
+
+def _enter(out: Path, restart: bool) -> None:
+    """Make the folder, or check that it holds a run.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in out.iterdir()}
+        if not found:
+            return
+        if RUN_NAME not in found and WORK_FOLDER not in found:
+            raise OutputError(f"{out}: holds something else than a run.", hint="Choose another folder.")
+        if restart:
+            for name in found:
+                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        elif RUN_NAME in found:
+            raise OutputError(f"{out}: holds a finished run.", hint="Choose another folder, or give --restart.")
+
+
+def _key(request: Request, build: Artifact, reference: Artifact | None, engine: Engine) -> dict[str, str]:
+    """What an interrupted run must share with the one that continues it."""
+    return {
+        "build": build.sha256,
+        "reference": "none" if reference is None else reference.sha256,
+        "suite": request.suite.digest(),
+        "engine": hashlib.sha256(json.dumps(dict(engine.identity), sort_keys=True).encode()).hexdigest(),
+        "qconv": __version__,
+    }
+
+
+def _require_key(work: Path, key: Mapping[str, str]) -> None:
+    with output_errors(work):
+        work.mkdir(exist_ok=True)
+    file = work / KEY_NAME
+    if file.exists():
+        require_same(work.parent, json.loads(file.read_text()), key)
+    else:
+        write_atomically(file, json.dumps(key).encode())
+
+
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"qconv": __version__, "python": platform.python_version(), **found}
+
+
+def _device(device: str) -> dict[str, str]:
+    from qconv.evaluation.engines.local import device_name
+
+    return {"device": device_name(device), "machine": platform.machine(), "system": platform.system()}
+
+
+def require_gatable(reference: object, gates: str | None) -> None:
+    """Check that there is something to judge by.
+
+    Raises:
+        UsageError: gates without a reference.
+    """
+    if gates is not None and reference is None:
+        raise UsageError("gates need a reference.", hint="Give --reference MODEL, or --no-gate to measure alone.")
