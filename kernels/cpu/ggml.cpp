@@ -3,6 +3,7 @@
 #include "ggml/direct.h"
 #include "ggml/input.h"
 #include "ggml/searched.h"
+#include "ggml/signed.h"
 
 namespace qconv {
 namespace {
@@ -95,13 +96,14 @@ EXPORTED float qconv_encode_directly(int32_t type, const void* weights, int32_t 
   }
 }
 
-// The same by search, which begins at so many `starts`. `importance` has one positive number a column, or is null.
+// The same by search, which begins at so many `starts`. `importance` has one positive number a column, or is null; so is
+// `lattice` for types without one.
 EXPORTED float qconv_encode_by_search(int32_t type, const void* weights, int32_t dtype, int64_t rows, int64_t columns,
                                       float limit, const float* importance, int32_t count, const float* starts,
-                                      uint8_t* out) {
+                                      const qconv::Lattice* lattice, uint8_t* out) {
   using namespace qconv;
   const Matrix matrix{weights, Dtype(dtype), rows, columns};
-  const Starts from{count, starts};
+  const Starts from{count, starts, lattice};
   switch (type) {
     case 2: return encode_searched<Q4_0>(matrix, importance, from, limit, out);
     case 3: return encode_searched<Q4_1>(matrix, importance, from, limit, out);
@@ -112,7 +114,12 @@ EXPORTED float qconv_encode_by_search(int32_t type, const void* weights, int32_t
     case 12: return encode_searched<Q4_K>(matrix, importance, from, limit, out);
     case 13: return encode_searched<Q5_K>(matrix, importance, from, limit, out);
     case 14: return encode_searched<Q6_K>(matrix, importance, from, limit, out);
+    case 16: return encode_searched<IQ2_XXS>(matrix, importance, from, limit, out);
+    case 17: return encode_searched<IQ2_XS>(matrix, importance, from, limit, out);
+    case 18: return encode_searched<IQ3_XXS>(matrix, importance, from, limit, out);
     case 20: return encode_searched<IQ4_NL>(matrix, importance, from, limit, out);
+    case 21: return encode_searched<IQ3_S>(matrix, importance, from, limit, out);
+    case 22: return encode_searched<IQ2_S>(matrix, importance, from, limit, out);
     case 23: return encode_searched<IQ4_XS>(matrix, importance, from, limit, out);
     default: return -1.0f;
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from qconv import native
 from qconv.ggml.affine import AffineGrid
 from qconv.ggml.block_types import GgmlType
+from qconv.ggml.lattice import lattice
 from qconv.ggml.scaled import ScaledGrid
 from qconv.ggml.signed import SignedGrid
 
@@ -22,7 +24,30 @@ _NO_ENCODER = -1.0
 _pointer, _int, _count, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _MATRIX = (_int, _pointer, _int, _count, _count, _float)  # type, weights, dtype, rows, columns, limit
 _DIRECTLY = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer)
-_BY_SEARCH = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer, _int, _pointer, _pointer)
+_BY_SEARCH = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer, _int, _pointer, _pointer, _pointer)
+
+
+class _Lattice(ctypes.Structure):
+    """``struct Lattice``."""
+
+    _fields_ = (
+        ("runs", _int),
+        ("low", _pointer),
+        ("high", _pointer),
+        ("starts", _pointer),
+        ("points", _pointer),
+        ("levels", _pointer),
+        ("inverse_middle", _float),
+    )
+
+
+@functools.cache
+def _lattice(grid: SignedGrid) -> tuple[_Lattice, list[Tensor]]:
+    """What the C++ is told of a lattice, and the memory that it points to."""
+    found = lattice(grid.type, torch.device("cpu"))
+    tables = [found.low.int(), found.high.int(), found.starts.int(), found.points, found.levels]
+    pointers = [table.data_ptr() for table in tables]
+    return _Lattice(len(found.high), *pointers, 1.0 / grid.middle), tables
 
 
 def encode_into(
@@ -60,7 +85,8 @@ def encode_into(
     else:
         starts = torch.tensor(grid.starts(weighted=importance is not None), dtype=torch.float32)
         columns_importance = None if importance is None else importance.data_ptr()
+        points = ctypes.addressof(_lattice(grid)[0]) if isinstance(grid, SignedGrid) else None
         found = _BY_SEARCH(("qconv_encode_by_search", library))(
-            *matrix, columns_importance, len(starts), starts.data_ptr(), encoded.data_ptr()
+            *matrix, columns_importance, len(starts), starts.data_ptr(), points, encoded.data_ptr()
         )
     return None if found == _NO_ENCODER else float(found)

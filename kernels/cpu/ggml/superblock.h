@@ -12,10 +12,13 @@ const float* part(const float* importance, int element) {
   return Weighted ? importance + element : nullptr;
 }
 
-// The trials' beginnings, one or two numbers each.
+struct Lattice;
+
+// The trials' beginnings, one or two numbers each, and for types that have one the lattice.
 struct Starts {
   int count;
   const float* values;
+  const Lattice* lattice;
 };
 
 template <int Subblocks>

@@ -1,0 +1,373 @@
+// The search of qconv/ggml/signed.py, which explains it, over lanes: weights = sign * scale * magnitude.
+#pragma once
+
+#include <cmath>
+
+#include "lattice.h"
+#include "packing.h"
+#include "superblock.h"
+
+namespace qconv {
+
+constexpr int kSigns = 8;
+constexpr float kLargestMultiple = 31.0f;
+constexpr float kEnds[] = {31.0f, 29.0f, 27.0f, 25.0f, 23.0f, 21.0f};
+
+inline Floats square_root(Floats v) {
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = std::sqrt(v[lane]);
+  return v;
+}
+
+// A step as a float16 times the unit, and not 0 unless it is.
+inline Floats storable(Floats step, float unit) { return storable(step / unit) * unit; }
+
+// The odd multiples of the step that are nearest.
+inline Floats nearest_multiple(Floats wanted, Floats step) {
+  const Floats halves = (wanted * reciprocal(step) - 1.0f) / 2.0f;
+  return rounded_within(halves, 0.0f, (kLargestMultiple - 1.0f) / 2.0f) * 2.0f + 1.0f;
+}
+
+// One weight of each eight, and whether its sign is wrong.
+template <int Elements>
+struct Flips {
+  Ints which[Elements / kSigns], odd[Elements / kSigns];
+
+  Ints turned(int element) const { return odd[element / kSigns] & (which[element / kSigns] == element % kSigns); }
+};
+
+template <int Elements, int Point, int Levels, bool Even>
+struct SignedSource {
+  static constexpr int kEights = Elements / kSigns;
+
+  const Lattice& lattice;
+  const float* importance;
+  Ints negative[Elements];
+  Floats magnitudes[Elements], x[Elements];
+
+  SignedSource(const Lattice& points, const Floats* weights, const float* of_weights)
+      : lattice(points), importance(of_weights) {
+    for (int i = 0; i < Elements; ++i) {
+      negative[i] = weights[i] < 0.0f;
+      magnitudes[i] = magnitude(weights[i]);
+      x[i] = importance[i] * magnitudes[i];
+    }
+  }
+
+  // The weights whose sign is the cheapest to turn, and the next cheapest.
+  template <int Candidates>
+  void flips(Floats scale, Flips<Elements> (&out)[Candidates]) const {
+    const float lowest = lattice.levels[0];
+    const Floats inverse = reciprocal(scale);
+    for (int eight = 0; eight < kEights; ++eight) {
+      Floats cost[kSigns];
+      Ints odd{};
+      for (int i = 0; i < kSigns; ++i) {
+        const int element = eight * kSigns + i;
+        const Floats multiple = magnitudes[element] * inverse;
+        const Floats above = multiple + lowest, below = larger(lowest - multiple, Floats{});
+        cost[i] = (above * above - below * below) * importance[element];
+        odd ^= negative[element];
+      }
+      for (Flips<Elements>& candidate : out) {
+        Floats least = cost[0];
+        Ints which{};
+        for (int i = 1; i < kSigns; ++i) {
+          const Ints better = cost[i] < least;
+          least = better ? cost[i] : least;
+          which = better ? Ints{} + i : which;
+        }
+        candidate.which[eight] = which;
+        candidate.odd[eight] = odd;
+        for (int i = 0; i < kSigns; ++i) cost[i] = which == i ? splat(__builtin_inff()) : cost[i];
+      }
+    }
+  }
+
+  // What the points are to approximate at a scale, with the cheapest signs turned.
+  void targets(Floats scale, Floats (&out)[Elements]) const {
+    Flips<Elements> found[1];
+    if constexpr (Even) flips(scale, found);
+    turned(found[0], out);
+  }
+
+  void turned(const Flips<Elements>& flips, Floats (&out)[Elements]) const {
+    for (int i = 0; i < Elements; ++i) {
+      if constexpr (Even) {
+        out[i] = flips.turned(i) ? -x[i] : x[i];
+      } else {
+        out[i] = x[i];
+      }
+    }
+  }
+
+  Target<Elements, Point, Levels> target(const Floats (&targets)[Elements]) const {
+    return {lattice, targets, importance};
+  }
+
+  // The best real scale that the trials find, and the curvature of the loss there.
+  Floats best_of_starts(const Starts& starts, Floats& curvature) const {
+    Floats peak = magnitudes[0], squares[Elements], weights[Elements];
+    for (int i = 0; i < Elements; ++i) {
+      peak = larger(magnitudes[i], peak);
+      squares[i] = x[i] * magnitudes[i];
+      weights[i] = splat(importance[i]);
+    }
+    const Floats mean = square_root(sum_of_halves(squares) / sum_of_halves(weights));
+    Floats targets_there[Elements];
+    targets(mean * lattice.inverse_middle, targets_there);
+    const auto target = this->target(targets_there);
+    Floats best{}, most = splat(-__builtin_inff());
+    const auto compare = [&](const ScaledMoments& found) {
+      const Floats scale = larger(found.optimum(), Floats{}), gained = found.gain(scale);
+      const Ints better = gained > most;
+      best = better ? scale : best;
+      most = better ? gained : most;
+      curvature = better ? found.qq : curvature;
+    };
+    for (int start = 0; start < starts.count; ++start) {
+      compare(target.moments(peak * starts.values[2 * start] + mean * starts.values[2 * start + 1]));
+    }
+    compare(target.lowest());
+    return best;
+  }
+
+  // Codes and signs at the scale that is stored, and their moments.
+  ScaledMoments best_points(Floats scale, Ints (&codes)[Elements / Point], Ints (&signs)[Elements]) const {
+    constexpr int kCandidates = Even ? 2 : 1, kPoints = kSigns / Point;
+    Flips<Elements> candidates[kCandidates];
+    if constexpr (Even) flips(scale, candidates);
+    Floats targets_there[Elements], values[Elements], gains[kEights];
+    for (int candidate = 0; candidate < kCandidates; ++candidate) {
+      Floats tried_targets[Elements], tried_values[Elements];
+      Ints tried[Elements / Point];
+      turned(candidates[candidate], tried_targets);
+      target(tried_targets).codes(scale, tried, tried_values);
+      for (int eight = 0; eight < kEights; ++eight) {
+        Floats terms[kSigns];
+        for (int i = 0; i < kSigns; ++i) {
+          const int element = eight * kSigns + i;
+          const Floats multiple = tried_values[element] * scale;
+          terms[i] = multiple * (2.0f * tried_targets[element] - importance[element] * multiple);
+        }
+        const Floats gain = sum_of_halves(terms);
+        const Ints better = candidate == 0 ? ~Ints{} : gain > gains[eight];
+        gains[eight] = better ? gain : gains[eight];
+        for (int i = 0; i < kPoints; ++i) {
+          Ints& code = codes[eight * kPoints + i];
+          code = better ? tried[eight * kPoints + i] : code;
+        }
+        for (int element = eight * kSigns; element < (eight + 1) * kSigns; ++element) {
+          Ints sign = negative[element];
+          if constexpr (Even) sign ^= candidates[candidate].turned(element);
+          signs[element] = better ? sign : signs[element];
+          values[element] = better ? tried_values[element] : values[element];
+          targets_there[element] = better ? tried_targets[element] : targets_there[element];
+        }
+      }
+    }
+    return target(targets_there).moments_of(values);
+  }
+};
+
+// What is found for one block of each lane.
+template <int Subblocks, int Elements, int Point>
+struct SignedEncoded {
+  Ints codes[Subblocks][Elements / Point];
+  Ints signs[Subblocks][Elements / kSigns];  // bit i is that of element i of eight
+  Ints k[Subblocks];
+  Floats d;
+};
+
+template <int Subblocks>
+Floats shared_step(const Floats (&wanted)[Subblocks], const Floats (&curvature)[Subblocks], float unit) {
+  Floats largest = wanted[0];
+  for (int s = 1; s < Subblocks; ++s) largest = larger(wanted[s], largest);
+  Floats best{}, least = splat(__builtin_inff());
+  for (const float end : kEnds) {
+    Floats trial = storable(largest / end, unit), fits[Subblocks], squares[Subblocks];
+    for (int s = 0; s < Subblocks; ++s) {
+      const Floats multiple = nearest_multiple(wanted[s], trial), weighted = multiple * curvature[s];
+      fits[s] = weighted * wanted[s];
+      squares[s] = weighted * multiple;
+    }
+    trial = storable(sum_of_halves(fits) * reciprocal(sum_of_halves(squares)), unit);
+    Floats losses[Subblocks];
+    for (int s = 0; s < Subblocks; ++s) {
+      const Floats missing = nearest_multiple(wanted[s], trial) * trial - wanted[s];
+      losses[s] = missing * missing * curvature[s];
+    }
+    const Floats loss = sum_of_halves(losses);
+    const Ints better = end == kEnds[0] ? ~Ints{} : loss < least;
+    best = better ? trial : best;
+    least = better ? loss : least;
+  }
+  return best;
+}
+
+// The least-squares step for given multiples and points, where it is an improvement after rounding.
+template <int Subblocks>
+Floats refit(const Floats (&multiples)[Subblocks], const ScaledMoments (&moments)[Subblocks], Floats step, float unit) {
+  Floats qq[Subblocks], xq[Subblocks];
+  for (int s = 0; s < Subblocks; ++s) {
+    qq[s] = multiples[s] * multiples[s] * moments[s].qq;
+    xq[s] = multiples[s] * moments[s].xq;
+  }
+  const ScaledMoments sums{sum_of_halves(qq), sum_of_halves(xq)};
+  const Floats optimum = as_half(larger(sums.optimum(), Floats{}) / unit) * unit;
+  return sums.gain(optimum) > sums.gain(step) ? optimum : step;
+}
+
+template <int Subblocks, int Elements, int Point, int Levels, bool Even, bool Weighted>
+void encode_signed(const Floats* weights, const float* given, float unit, const Starts& starts,
+                   SignedEncoded<Subblocks, Elements, Point>& out) {
+  using Source = SignedSource<Elements, Point, Levels, Even>;
+  float ones[Elements];
+  for (float& one : ones) one = 1.0f;
+  const auto source_of = [&](int s) {
+    return Source(*starts.lattice, weights + s * Elements, Weighted ? given + s * Elements : ones);
+  };
+  Floats wanted[Subblocks], curvature[Subblocks], multiples[Subblocks];
+  ScaledMoments moments[Subblocks];
+  for (int s = 0; s < Subblocks; ++s) wanted[s] = source_of(s).best_of_starts(starts, curvature[s]);
+  Floats step = shared_step(wanted, curvature, unit);
+  for (int s = 0; s < Subblocks; ++s) {
+    const Source source = source_of(s);
+    Floats targets[Elements];
+    source.targets(wanted[s], targets);
+    const Floats nearest = nearest_multiple(wanted[s], step);
+    Floats most{};
+    for (const float aside : {0.0f, -2.0f, 2.0f}) {
+      const Floats multiple = clamped(nearest + aside, 1.0f, kLargestMultiple), scale = multiple * step;
+      const ScaledMoments found = source.target(targets).moments(scale);
+      const Floats gained = found.gain(scale);
+      const Ints better = aside == 0.0f ? ~Ints{} : gained > most;
+      most = better ? gained : most;
+      multiples[s] = better ? multiple : multiples[s];
+      moments[s] = {better ? found.qq : moments[s].qq, better ? found.xq : moments[s].xq};
+    }
+  }
+  step = refit(multiples, moments, step, unit);
+  for (int s = 0; s < Subblocks; ++s) {
+    Ints signs[Elements];
+    moments[s] = source_of(s).best_points(step * multiples[s], out.codes[s], signs);
+    for (int eight = 0; eight < Elements / kSigns; ++eight) {
+      out.signs[s][eight] = Ints{};
+      for (int i = 0; i < kSigns; ++i) out.signs[s][eight] |= signs[eight * kSigns + i] & (1 << i);
+    }
+    out.k[s] = __builtin_convertvector((multiples[s] - 1.0f) / 2.0f, Ints);
+  }
+  out.d = refit(multiples, moments, step, unit) / unit;
+}
+
+// Two sub-blocks' k in a byte, the first in the low bits.
+template <int Subblocks, int Size>
+void append_scales(const Ints (&k)[Subblocks], Block<Size>& block) {
+  for (int s = 0; s < Subblocks; s += 2) block.append(bytes_of(k[s] | (k[s + 1] << 4)));
+}
+
+// For each sub-block of 32 a word: seven signs of each eight weights, and k on top.
+template <int Subblocks, int Size>
+void append_word(const Ints (&signs)[Subblocks][4], const Ints (&k)[Subblocks], int s, Block<Size>& block) {
+  Ints word = k[s] << 28;
+  for (int i = 0; i < 4; ++i) word |= (signs[s][i] & 127) << (7 * i);
+  for (int shift = 0; shift < 32; shift += 8) block.append(bytes_of(word >> shift));
+}
+
+// Bits of neighbouring codes, from bit 8 upward, in one byte, the first in the lowest.
+template <int Bits, int Subblocks, int Groups, int Size>
+void append_upper(const Ints (&codes)[Subblocks][Groups], Block<Size>& block) {
+  constexpr int kFields = 8 / Bits;
+  for (int first = 0; first < Subblocks * Groups; first += kFields) {
+    Ints joined{};
+    for (int i = 0; i < kFields; ++i) {
+      joined |= (codes[(first + i) / Groups][(first + i) % Groups] >> 8) << (Bits * i);
+    }
+    block.append(bytes_of(joined));
+  }
+}
+
+template <int Subblocks, int Parts, int Size>
+void append_bytes(const Ints (&parts)[Subblocks][Parts], Block<Size>& block) {
+  for (const auto& of_subblock : parts) {
+    for (const Ints part : of_subblock) block.append(bytes_of(part));
+  }
+}
+
+struct IQ2_XXS {
+  static constexpr int kElements = 256, kBytes = 66;
+
+  template <bool Weighted>
+  static void encode(Floats* weights, const float* importance, const Starts& starts, Block<kBytes>& block) {
+    SignedEncoded<8, 32, 8> found;
+    encode_signed<8, 32, 8, 3, true, Weighted>(weights, importance, 1.0f / 8, starts, found);
+    block.half(found.d);
+    for (int s = 0; s < 8; ++s) {
+      for (const Ints code : found.codes[s]) block.append(bytes_of(code));
+      append_word(found.signs, found.k, s, block);
+    }
+  }
+};
+
+struct IQ2_XS {
+  static constexpr int kElements = 256, kBytes = 74;
+
+  template <bool Weighted>
+  static void encode(Floats* weights, const float* importance, const Starts& starts, Block<kBytes>& block) {
+    SignedEncoded<16, 16, 8> found;
+    encode_signed<16, 16, 8, 3, true, Weighted>(weights, importance, 1.0f / 8, starts, found);
+    block.half(found.d);
+    for (int s = 0; s < 16; ++s) {
+      for (int i = 0; i < 2; ++i) {
+        const Ints word = found.codes[s][i] | ((found.signs[s][i] & 127) << 9);
+        block.append(bytes_of(word));
+        block.append(bytes_of(word >> 8));
+      }
+    }
+    append_scales(found.k, block);
+  }
+};
+
+struct IQ2_S {
+  static constexpr int kElements = 256, kBytes = 82;
+
+  template <bool Weighted>
+  static void encode(Floats* weights, const float* importance, const Starts& starts, Block<kBytes>& block) {
+    SignedEncoded<16, 16, 8> found;
+    encode_signed<16, 16, 8, 3, false, Weighted>(weights, importance, 1.0f / 8, starts, found);
+    block.half(found.d);
+    append_bytes(found.codes, block);
+    append_bytes(found.signs, block);
+    append_upper<2>(found.codes, block);
+    append_scales(found.k, block);
+  }
+};
+
+struct IQ3_XXS {
+  static constexpr int kElements = 256, kBytes = 98;
+
+  template <bool Weighted>
+  static void encode(Floats* weights, const float* importance, const Starts& starts, Block<kBytes>& block) {
+    SignedEncoded<8, 32, 4> found;
+    encode_signed<8, 32, 4, 8, true, Weighted>(weights, importance, 1.0f / 4, starts, found);
+    block.half(found.d);
+    append_bytes(found.codes, block);
+    for (int s = 0; s < 8; ++s) append_word(found.signs, found.k, s, block);
+  }
+};
+
+struct IQ3_S {
+  static constexpr int kElements = 256, kBytes = 110;
+
+  template <bool Weighted>
+  static void encode(Floats* weights, const float* importance, const Starts& starts, Block<kBytes>& block) {
+    SignedEncoded<8, 32, 4> found;
+    encode_signed<8, 32, 4, 8, false, Weighted>(weights, importance, 1.0f, starts, found);
+    block.half(found.d);
+    append_bytes(found.codes, block);
+    append_upper<1>(found.codes, block);
+    append_bytes(found.signs, block);
+    append_scales(found.k, block);
+  }
+};
+
+}  // namespace qconv
