@@ -53,6 +53,7 @@ interop: $(STAMP)  ## other people's readers and loaders on our builds, each in 
 
 kill-resume: $(STAMP)  ## kill a run at KILLS random moments (default 20); resumed, it must end byte-identical
 	$(BIN)/python evals/kill_resume.py --kills $(KILLS)
+	$(BIN)/python evals/kill_resume.py --kills $(KILLS) --fmt gguf:Q4_K_M --max-shard-size 0.002
 
 scale: $(STAMP)  ## speed and peak memory on layers of the 480B model's true shapes
 	$(BIN)/python evals/scale.py

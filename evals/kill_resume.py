@@ -50,17 +50,20 @@ class Kill:
 )
 @click.option("--fmt", default="awq", show_default=True)
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Calibration tokens.")
+@click.option("--max-shard-size", metavar="GB", help="Of a file of the build, so that small models have several.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the delays.")
 @click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
     default=REPOSITORY / "build/kill-resume",
 )
-def main(kills: int, model: Path, fmt: str, tokens: int, seed: int, work: Path) -> None:
+def main(kills: int, model: Path, fmt: str, tokens: int, max_shard_size: str | None, seed: int, work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     log = work / "log.txt"
-    command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, "--tokens", str(tokens), "-o"]
+    command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, "--tokens", str(tokens)]
+    command += [] if max_shard_size is None else ["--max-shard-size", max_shard_size]
+    command.append("-o")
 
     reference = work / "reference"
     started = time.monotonic()

@@ -123,7 +123,7 @@ def main(model: Path, tokens: int, builds: tuple[str, ...], work: Path, as_json:
         # Matrices this small gain little from threads, and threads that wait for each other collapse on a busy machine.
         torch.set_num_threads(1)
         held_out = held_out_text(model, tokens)
-        source = log_probabilities(_load(model), held_out)
+        source = log_probabilities(load(model), held_out)
         measured = {name: measure(source, path, held_out) for name, path in named.items()}
     except QconvError as error:
         click.echo(f"quality.py: {error}", err=True)
@@ -166,7 +166,7 @@ def measure(source: Sequence[Tensor], build: Path, held_out: Sequence[Tensor]) -
     """A build's dequantized model against its source's log-probabilities."""
     with tempfile.TemporaryDirectory() as folder:
         write_dense(build, Path(folder), torch.float32)
-        return compare(source, log_probabilities(_load(Path(folder)), held_out), held_out)
+        return compare(source, log_probabilities(load(Path(folder)), held_out), held_out)
 
 
 @torch.inference_mode()
@@ -222,7 +222,7 @@ def _named(build: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
