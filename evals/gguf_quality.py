@@ -1,13 +1,15 @@
 """What an importance matrix is worth in a GGUF file, and qconv's encoders beside ggml's on the same one.
 
 Quantizes the model without an imatrix and with one collected on 64 x 512 tokens, and lets ggml's own quantizers encode
-the same tensors to the same types: without, with the same importance, and as llama.cpp's program takes the file, where
-nothing is shrunk and an expert without tokens gets ones. Each file is decoded and runs in transformers in float32
-beside the source, on text that calibration has not seen: what is measured is the weights' error alone.
+the same tensors to the same types: without, with the matrix as llama.cpp's program takes it (mean squares, nothing
+shrunk, ones for an expert without tokens), and with the importance that qconv makes of it. Each file is decoded and
+runs in transformers in float32 beside the source, on text that calibration has not seen: what is measured is the
+weights' error alone.
 
-Documents are the units: differences are paired over them, intervals are percentile bootstraps. Exits with 1 if the
-imatrix does not lower the divergence, or ggml's file with the same importance has the lower one, each by the 95 %
-interval.
+Documents are the units: differences are paired over them, intervals are percentile bootstraps. They say nothing of
+luck in rounding, so calibration is repeated with other seeds (``--seeds``), and so are the files made with it. Exits
+with 1 if the imatrix does not lower the divergence, or a file of ggml's has a lower one than qconv's, by the 95 %
+interval of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from rich.console import Console
@@ -51,11 +54,12 @@ from qconv.gguf.names import GgufTensor
 from qconv.gguf.plan import plan_gguf
 from qconv.gguf.recipe import ImatrixSettings
 from qconv.gguf.tensors import Importance, encoded, importance_of, parts, uniform
+from qconv.recipe import CalibrationSettings
 from qconv.source import Source
 
 PLAIN, WITH = "qconv", "qconv, imatrix"
-GGML_PLAIN, GGML_WITH, GGML_RAW = "ggml", "ggml, imatrix", "ggml, imatrix unshrunk"
-PAIRS = ((WITH, PLAIN), (PLAIN, GGML_PLAIN), (WITH, GGML_WITH), (WITH, GGML_RAW))
+GGML_PLAIN, GGML_WITH, GGML_SAME = "ggml", "ggml, imatrix", "ggml, qconv's importance"
+PAIRS = ((WITH, PLAIN), (PLAIN, GGML_PLAIN), (WITH, GGML_WITH), (WITH, GGML_SAME))
 """Which are compared on the same documents; the second is the baseline."""
 DIRECT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
@@ -100,7 +104,8 @@ class Result:
     show_default=True,
 )
 @click.option("--type", "file_types", multiple=True, default=("Q4_K_M",), show_default=True, help="Repeatable.")
-@click.option("--tokens", type=click.IntRange(min=WINDOW), default=65536, show_default=True, help="Held-out tokens.")
+@click.option("--tokens", type=click.IntRange(min=WINDOW), default=32768, show_default=True, help="Held-out tokens.")
+@click.option("--seeds", type=click.IntRange(min=1), default=4, show_default=True, help="Of the calibration text.")
 @click.option("--library", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="libggml-base.so.")
 @click.option(
     "--work", type=click.Path(file_okay=False, path_type=Path, resolve_path=True), default=REPOSITORY / "build/gguf"
@@ -112,7 +117,7 @@ class Result:
     show_default=True,
 )
 def main(
-    model: Path, file_types: tuple[str, ...], tokens: int, library: Path | None, work: Path, results: Path
+    model: Path, file_types: tuple[str, ...], tokens: int, seeds: int, library: Path | None, work: Path, results: Path
 ) -> None:
     torch.set_num_threads(1)
     try:
@@ -120,9 +125,11 @@ def main(
         if unknown:
             raise UsageError(f"--type: {unknown[0]} is no GGUF file type.")
         peer = Ggml(library or installed_library())
-        held_out = held_out_text(model, tokens)
+        texts = [CALIBRATION.model_copy(update={"seed": seed}) for seed in range(seeds)]
+        held_out = held_out_text(model, tokens, texts)
         source = log_probabilities(load(model), held_out)
-        found = {name: run_type(model, name, peer, work, source, held_out) for name in file_types}
+        matrices = [collect(model, text, work / f"imatrix-{text.seed}") for text in texts]
+        found = {name: run_type(model, name, matrices, peer, work / name, source, held_out) for name in file_types}
     except QconvError as error:
         click.echo(f"gguf_quality.py: {error}", err=True)
         sys.exit(error.exit_code)
@@ -131,7 +138,8 @@ def main(
         "documents": len(held_out),
         "tokens": sum(ids.shape[1] - 1 for ids in held_out),
         "source_perplexity": perplexity(compare(source, source, held_out)),
-        "calibration": CALIBRATION.model_dump(include={"corpus", "tokens", "sequence_length", "seed"}),
+        "calibration": CALIBRATION.model_dump(include={"corpus", "tokens", "sequence_length"}),
+        "seeds": seeds,
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(
@@ -145,13 +153,34 @@ def main(
 
 
 def run_type(
-    model: Path, file_type: str, peer: Ggml, work: Path, source: Sequence[Tensor], held_out: Sequence[Tensor]
+    model: Path,
+    file_type: str,
+    matrices: Sequence[Path],
+    peer: Ggml,
+    work: Path,
+    source: Sequence[Tensor],
+    held_out: Sequence[Tensor],
 ) -> Result:
-    """All files of a type measured."""
-    files = build_all(model, file_type, peer, work / file_type)
-    measured = {name: measure(source, path, held_out) for name, path in files.items()}
-    rows = [Row.of(name, files[name], one) for name, one in measured.items()]
+    """All files of a type measured; those with an imatrix are means over the matrices."""
+    files = {
+        PLAIN: [quantize(model, file_type, work / "plain")],
+        WITH: [quantize(model, file_type, work / one.parent.name, "--imatrix", str(one)) for one in matrices],
+        GGML_PLAIN: [write_with_ggml(model, file_type, peer, None, work / "ggml")],
+    }
+    for name, importance, folder in ((GGML_WITH, as_llama_cpp, "ggml-imatrix"), (GGML_SAME, as_qconv, "ggml-same")):
+        files[name] = [
+            write_with_ggml(model, file_type, peer, importance(read_imatrix(one)), work / folder / one.parent.name)
+            for one in matrices
+        ]
+    measured = {name: mean([measure(source, path, held_out) for path in paths]) for name, paths in files.items()}
+    rows = [Row.of(name, files[name][0], one) for name, one in measured.items()]
     return Result(rows, [difference(pair, measured) for pair in PAIRS])
+
+
+def mean(repeated: Sequence[Measured]) -> Measured:
+    """The mean of several files on the same documents."""
+    kl, nll, agree = (np.mean([getattr(one, name) for one in repeated], axis=0) for name in ("kl", "nll", "agree"))
+    return Measured(repeated[0].tokens, kl, nll, agree)
 
 
 def shortfalls(file_type: str, gaps: Sequence[Difference]) -> list[str]:
@@ -166,31 +195,33 @@ def shortfalls(file_type: str, gaps: Sequence[Difference]) -> list[str]:
     return problems
 
 
-def build_all(model: Path, file_type: str, peer: Ggml, work: Path) -> dict[str, Path]:
-    """Every file by name."""
-    plain = quantize(model, file_type, work / "plain")
-    calibration = ("--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens))
-    calibrated = quantize(model, file_type, work / "imatrix", *calibration)
-    matrix = read_imatrix(calibrated.parent / "imatrix.gguf")
-    shrunk = importance_of(matrix, float(ImatrixSettings().shrinkage_tokens))
-    return {
-        PLAIN: plain,
-        WITH: calibrated,
-        GGML_PLAIN: write_with_ggml(model, file_type, peer, None, work / "ggml"),
-        GGML_WITH: write_with_ggml(model, file_type, peer, shrunk, work / "ggml-imatrix"),
-        GGML_RAW: write_with_ggml(model, file_type, peer, unshrunk(matrix), work / "ggml-raw"),
-    }
+def collect(model: Path, text: CalibrationSettings, out: Path) -> Path:
+    """An importance matrix through the command line."""
+    options = ("--calib", text.corpus, "--tokens", str(text.tokens), "--seed", str(text.seed))
+    run("imatrix", str(model), *options, "-o", str(out))
+    return out / "imatrix.gguf"
 
 
 def quantize(model: Path, file_type: str, out: Path, *options: str) -> Path:
     """A file through the command line, as a user would."""
-    command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", f"gguf:{file_type}", *options]
-    subprocess.run([*command, "-o", str(out), "--restart"], cwd=REPOSITORY, check=True)
+    run("quantize", str(model), "--fmt", f"gguf:{file_type}", *options, "-o", str(out))
     return out / f"{model.name}-{file_type}.gguf"
 
 
-def unshrunk(matrix: Imatrix) -> Importance:
-    """The importance as llama.cpp's program takes it: an expert's own mean, or ones where it saw nothing."""
+def run(*arguments: str) -> None:
+    """Run qconv, anew."""
+    command = [sys.executable, "-m", "qconv", *arguments, "--restart", "--json"]
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+
+
+def as_qconv(matrix: Imatrix) -> Importance:
+    """The importance that qconv makes of a matrix."""
+    settings = ImatrixSettings()
+    return importance_of(matrix, float(settings.shrinkage_tokens), settings.exponent)
+
+
+def as_llama_cpp(matrix: Imatrix) -> Importance:
+    """The importance as llama.cpp's program takes it: an expert's own mean squares, or ones where it saw nothing."""
 
     def of(tensor: GgufTensor, part: int) -> Tensor | None:
         entry = matrix.entry(tensor.name, len(tensor.sources), tensor.columns)

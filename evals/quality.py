@@ -139,13 +139,15 @@ def main(model: Path, tokens: int, builds: tuple[str, ...], work: Path, as_json:
         _print(rows, differences, source_perplexity, held_out)
 
 
-def held_out_text(model: Path, tokens: int) -> list[Tensor]:
-    """At least ``tokens`` tokens of standard-library files that calibration does not use, int64 [1, length] each.
+def held_out_text(
+    model: Path, tokens: int, calibrations: Sequence[CalibrationSettings] = (CALIBRATION,)
+) -> list[Tensor]:
+    """At least ``tokens`` tokens of standard-library files that no calibration uses, int64 [1, length] each.
 
     Raises:
         UsageError: the library has too few other files.
     """
-    used = set(build_tokens(CALIBRATION, model).documents)
+    used = {name for settings in calibrations for name in build_tokens(settings, model).documents}
     tokenizer = load_tokenizer(model)
     found: list[Tensor] = []
     count = 0

@@ -248,7 +248,8 @@ class _Run:
         if not matrices:
             return
         self.importance = matrices[0] if len(matrices) == 1 else merge(matrices)
-        self.columns = importance_of(self.importance, float(self.recipe.imatrix.shrinkage_tokens))
+        settings = self.recipe.imatrix
+        self.columns = importance_of(self.importance, float(settings.shrinkage_tokens), settings.exponent)
         self.coverage = _require_coverage(self.plan, self.recipe, self.importance, complete=True)
         self.log(f"imatrix: {self.coverage.sentence()}")
 

@@ -27,6 +27,9 @@ class ImatrixSettings(Section):
     """Paths of llama.cpp's GGUF or legacy form; merged with each other and with what is collected."""
     shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
     """k of ``(n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
+    exponent: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """A column counts its inputs' mean square to this power: 1 makes the least error of a layer's output if inputs were
+    independent, and gives tokens of large inputs, which are few, more say than they have in the model's output."""
 
     @field_validator("files", mode="before")
     @classmethod

@@ -23,8 +23,10 @@ def uniform(tensor: GgufTensor, part: int) -> None:
     """Every column counts alike."""
 
 
-def importance_of(matrix: Imatrix, shrinkage_tokens: float) -> Importance:
-    """Importance from a matrix, experts shrunk toward their layer (:meth:`Entry.mean_squares`).
+def importance_of(matrix: Imatrix, shrinkage_tokens: float, exponent: float = 1.0) -> Importance:
+    """Importance from a matrix: each input's mean square to the power ``exponent``.
+
+    Experts are shrunk toward their layer first (:meth:`Entry.mean_squares`).
 
     Raises, when called:
         UsageError: the matrix is of another model.
@@ -33,7 +35,8 @@ def importance_of(matrix: Imatrix, shrinkage_tokens: float) -> Importance:
     @functools.lru_cache(maxsize=1)  # an expert comes after the one before it
     def rows(tensor: GgufTensor) -> Tensor | None:
         entry = matrix.entry(tensor.name, len(tensor.sources), tensor.columns)
-        return None if entry is None else entry.mean_squares(shrinkage_tokens)
+        means = None if entry is None else entry.mean_squares(shrinkage_tokens)
+        return None if means is None else means.pow(exponent)
 
     def of(tensor: GgufTensor, part: int) -> Tensor | None:
         means = rows(tensor)

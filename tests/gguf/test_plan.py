@@ -82,7 +82,8 @@ def test_weights_that_are_not_finite_leave_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_expert_is_encoded_with_its_own_importance(expressible: Path) -> None:
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_each_expert_is_encoded_with_its_own_importance(exponent: float, expressible: Path) -> None:
     source = Source.open(expressible)
     plan = plan_gguf(source, "Q4_0", "model", importance=True)
     tensor = plan.tensors["blk.1.ffn_up_exps.weight"]
@@ -91,12 +92,12 @@ def test_each_expert_is_encoded_with_its_own_importance(expressible: Path) -> No
     sums[2] = 0.0  # an expert that no token reached
     counts = torch.tensor([10.0, 20.0, 0.0, 5.0, 1.0, 40.0], dtype=torch.float64)
     entry = Entry(sums, counts)
-    importance = importance_of(Imatrix({tensor.name: entry}, ("text",)), 8.0)
+    importance = importance_of(Imatrix({tensor.name: entry}, ("text",)), 8.0, exponent)
     rows = torch.cat(list(encoded(source, tensor, T.Q4_0, importance))).view(6, 32, -1)
     means = entry.mean_squares(8.0)
     assert means is not None
     for expert, name in enumerate(tensor.sources):
-        assert torch.equal(rows[expert], encode(source.read(name), GgmlType.Q4_0, means[expert]))
+        assert torch.equal(rows[expert], encode(source.read(name), GgmlType.Q4_0, means[expert] ** exponent))
     # Not by chance: without importance the bytes are others, for the expert without tokens too.
     assert not torch.equal(rows[2], encode(source.read(tensor.sources[2]), GgmlType.Q4_0))
     assert bool(rows[2].any())
