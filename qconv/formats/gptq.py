@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,21 @@ class GptqFormat:
 def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     """Compiled once for all modules: there can be more of them than ``re`` itself remembers."""
     return tuple(re.compile(pattern) for pattern in patterns)
+
+
+def check(module: str, parts: Mapping[str, Tensor], grid: Grid) -> None:
+    """Check what can be wrong inside of a linear's tensors: the groups of its inputs, and its zero points.
+
+    Args:
+        module: The linear's name.
+        parts: Its tensors by the last part of their names, of the right shapes.
+        grid: Its grid.
+
+    Raises:
+        CheckpointError: as :meth:`GptqFormat.unpack`.
+    """
+    _zero_points(f"{module}.qzeros", parts["qzeros"], grid)
+    _group_index(f"{module}.g_idx", parts["g_idx"], grid)
 
 
 def _in_order(in_features: int, grid: Grid) -> Tensor:

@@ -57,8 +57,13 @@ class ExpertsOperator(Protocol):
 class Backend(Protocol):
     """Makes operators. Weights that it has no kernel for it hands to torch's own operations."""
 
-    name: str
-    device: torch.device
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and activations are."""
 
     def linear(self, weight: PackedWeight) -> LinearOperator:
         """The operator of one linear.

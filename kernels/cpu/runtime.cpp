@@ -1,0 +1,176 @@
+// Packed weights on a CPU: as numbers, times activations, and as the experts of a sparse block.
+
+#include <cmath>
+#include <memory>
+
+#include "runtime/decode.h"
+#include "runtime/parallel.h"
+#include "runtime/product.h"
+#include "runtime/product_bf16.h"
+#include "runtime/product_blocks.h"
+
+namespace qconv {
+namespace {
+
+// Activations [rows, inputs] in the form that products with a weight, and with all like it, want.
+class Input {
+ public:
+  Input(const Weight& weight, const void* x, Dtype dtype, int64_t rows) : like_(weight), rows_(rows) {
+    const int64_t inputs = weight.inputs;
+#ifdef QCONV_BF16
+    if (dtype == Dtype::kBfloat16 && has_bf16_product(weight)) {
+      for (int64_t m = 0; m < rows; ++m) by_row_.emplace_back(weight, static_cast<const uint16_t*>(x) + m * inputs);
+      return;
+    }
+#endif
+    if (dtype == Dtype::kFloat32) {
+      x_ = static_cast<const float*>(x);
+      return;
+    }
+    widened_.resize(rows * inputs);
+    for (int64_t i = 0; i < rows * inputs; ++i) widened_[i] = read_float(x, dtype, i);
+    x_ = widened_.data();
+  }
+  Input(const Input&) = delete;
+
+  bool suits(const Weight& w) const {
+    return w.layout == like_.layout && w.bits == like_.bits && w.group == like_.group && w.inputs == like_.inputs &&
+           w.group_index == like_.group_index && !w.zeros == !like_.zeros;
+  }
+
+  // y[rows, outputs] for a range of outputs.
+  void times(const Weight& w, float* y, int64_t first, int64_t last) const {
+#ifdef QCONV_BF16
+    if (!by_row_.empty()) {
+      for (int64_t m = 0; m < rows_; ++m) product_bf16(w, by_row_[m], y + m * w.outputs, first, last);
+      return;
+    }
+#endif
+    product_float(w, x_, rows_, y, first, last);
+  }
+
+ private:
+  Weight like_;
+  int64_t rows_;
+  const float* x_ = nullptr;
+  std::vector<float> widened_;
+#ifdef QCONV_BF16
+  std::vector<Activations> by_row_;
+#endif
+};
+
+// The input of each of several products, made once where weights and activations allow.
+class Inputs {
+ public:
+  void add(const Weight& weight, const void* x, Dtype dtype) {
+    if (of_.empty() || x != x_ || !of_.back()->suits(weight)) {
+      of_.push_back(std::make_shared<Input>(weight, x_ = x, dtype, 1));
+    } else {
+      of_.push_back(of_.back());
+    }
+  }
+  const Input& operator[](int64_t i) const { return *of_[i]; }
+
+ private:
+  std::vector<std::shared_ptr<Input>> of_;
+  const void* x_ = nullptr;
+};
+
+void store(const float* values, int64_t count, Dtype dtype, void* out, int64_t at) {
+  if (dtype == Dtype::kBfloat16) {
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat(values[i]);
+  } else {
+    std::copy(values, values + count, static_cast<float*>(out) + at);
+  }
+}
+
+float silu(float value) { return value / (1.0f + std::exp(-value)); }
+
+// Work worth a thread of its own: starting one takes as long as some ten thousand weights.
+int threads_for(int64_t weights, int threads) { return int(std::clamp<int64_t>(weights >> 18, 1, threads)); }
+
+}  // namespace
+}  // namespace qconv
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The size of `Weight`, for whoever declares it elsewhere.
+EXPORTED int64_t qconv_weight_size() { return sizeof(qconv::Weight); }
+
+// The weight's numbers in float32 or bfloat16: [outputs, inputs], or [inputs, outputs] of AWQ and GPTQ.
+EXPORTED void qconv_dequantize(const qconv::Weight* weight, int32_t dtype, void* out, int32_t threads) {
+  using namespace qconv;
+  const Weight& w = *weight;
+  threads = threads_for(w.outputs * w.inputs, threads);
+  if (!inputs_outermost(w.layout)) {
+    return in_parallel(w.outputs, 1, threads, [&](int64_t first, int64_t last) {
+      std::vector<float> row(w.inputs);
+      for (int64_t n = first; n < last; ++n) {
+        decode_row(w, n, row.data());
+        store(row.data(), w.inputs, Dtype(dtype), out, n * w.inputs);
+      }
+    });
+  }
+  in_parallel(w.inputs, w.group_index ? 1 : w.group, threads, [&](int64_t first, int64_t last) {
+    std::vector<float> scale(w.outputs), zero(w.outputs), weights(w.outputs);
+    int64_t group = -1;
+    for (int64_t k = first; k < last; ++k) {
+      if (w.group_of(k) != group) read_group(w, group = w.group_of(k), 0, w.outputs, scale.data(), zero.data());
+      decode_input(w, k, 0, w.outputs, scale.data(), zero.data(), weights.data());
+      store(weights.data(), w.outputs, Dtype(dtype), out, k * w.outputs);
+    }
+  });
+}
+
+// y = x times the weight: x [rows, inputs] of a dtype, y float32 [rows, outputs].
+EXPORTED void qconv_product(const qconv::Weight* weight, const void* x, int32_t dtype, int64_t rows, float* y,
+                            int32_t threads) {
+  using namespace qconv;
+  const Input input(*weight, x, Dtype(dtype), rows);
+  threads = threads_for(weight->outputs * weight->inputs * rows, threads);
+  in_parallel(weight->outputs, kTile, threads, [&](int64_t first, int64_t last) { input.times(*weight, y, first, last); });
+}
+
+// Adds to y, float32 [tokens, hidden], the answers of experts: of pair i, expert[i] for token[i], times factor[i].
+// Gates, ups and downs are by expert; x is [tokens, hidden] of a dtype; scratch holds pairs * (2 * width + hidden)
+// floats.
+EXPORTED void qconv_experts(const qconv::Weight* gates, const qconv::Weight* ups, const qconv::Weight* downs,
+                            const void* x, int32_t dtype, const int64_t* expert, const int64_t* token,
+                            const float* factor, int64_t pairs, float* y, float* scratch, int32_t threads) {
+  using namespace qconv;
+  const int64_t hidden = gates[0].inputs, width = gates[0].outputs;
+  threads = threads_for(3 * pairs * hidden * width, threads);
+  const int64_t row_bytes = hidden * (Dtype(dtype) == Dtype::kFloat32 ? 4 : 2);
+  float *gate = scratch, *up = gate + pairs * width, *down = up + pairs * width;
+  Inputs inputs;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const void* row = static_cast<const char*>(x) + token[i] * row_bytes;
+    inputs.add(gates[expert[i]], row, Dtype(dtype));
+    inputs.add(ups[expert[i]], row, Dtype(dtype));
+  }
+  in_parallel(width, kTile, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      inputs[2 * i].times(gates[expert[i]], gate + i * width, first, last);
+      inputs[2 * i + 1].times(ups[expert[i]], up + i * width, first, last);
+      for (int64_t n = first; n < last; ++n) gate[i * width + n] = silu(gate[i * width + n]) * up[i * width + n];
+    }
+  });
+  std::vector<uint16_t> rounded;
+  if (Dtype(dtype) == Dtype::kBfloat16) {
+    rounded.resize(pairs * width);
+    for (int64_t i = 0; i < pairs * width; ++i) rounded[i] = to_bfloat(gate[i]);
+  }
+  Inputs between;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const void* row = rounded.empty() ? static_cast<const void*>(gate + i * width) : rounded.data() + i * width;
+    between.add(downs[expert[i]], row, rounded.empty() ? Dtype::kFloat32 : Dtype::kBfloat16);
+  }
+  in_parallel(hidden, kTile, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      between[i].times(downs[expert[i]], down + i * hidden, first, last);
+      float* to = y + token[i] * hidden;
+      for (int64_t n = first; n < last; ++n) to[n] += factor[i] * down[i * hidden + n];
+    }
+  });
+}
