@@ -78,8 +78,7 @@ class Inputs {
 
 void store(const float* values, int64_t count, Dtype dtype, void* out, int64_t at) {
   if (dtype == Dtype::kBfloat16) {
-    uint16_t* to = static_cast<uint16_t*>(out) + at;
-    for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat(values[i]);
+    round_to_bfloat(values, count, static_cast<uint16_t*>(out) + at);
   } else {
     std::copy(values, values + count, static_cast<float*>(out) + at);
   }
@@ -98,8 +97,9 @@ int threads_for(int64_t weights, int threads) { return int(std::clamp<int64_t>(w
 // The size of `Weight`, for whoever declares it elsewhere.
 EXPORTED int64_t qconv_weight_size() { return sizeof(qconv::Weight); }
 
-// The weight's numbers in float32 or bfloat16: [outputs, inputs], or [inputs, outputs] of AWQ and GPTQ.
-EXPORTED void qconv_dequantize(const qconv::Weight* weight, int32_t dtype, void* out, int32_t threads) {
+// The weight's numbers in float32 or bfloat16: [outputs, inputs], or [inputs, outputs] of AWQ and GPTQ. Elements of `out`
+// lie so that one of its rows begins `stride` after the one before.
+EXPORTED void qconv_dequantize(const qconv::Weight* weight, int32_t dtype, void* out, int64_t stride, int32_t threads) {
   using namespace qconv;
   const Weight& w = *weight;
   threads = threads_for(w.outputs * w.inputs, threads);
@@ -108,7 +108,7 @@ EXPORTED void qconv_dequantize(const qconv::Weight* weight, int32_t dtype, void*
       std::vector<float> row(w.inputs);
       for (int64_t n = first; n < last; ++n) {
         decode_row(w, n, row.data());
-        store(row.data(), w.inputs, Dtype(dtype), out, n * w.inputs);
+        store(row.data(), w.inputs, Dtype(dtype), out, n * stride);
       }
     });
   }
@@ -118,7 +118,7 @@ EXPORTED void qconv_dequantize(const qconv::Weight* weight, int32_t dtype, void*
     for (int64_t k = first; k < last; ++k) {
       if (w.group_of(k) != group) read_group(w, group = w.group_of(k), 0, w.outputs, scale.data(), zero.data());
       decode_input(w, k, 0, w.outputs, scale.data(), zero.data(), weights.data());
-      store(weights.data(), w.outputs, Dtype(dtype), out, k * w.outputs);
+      store(weights.data(), w.outputs, Dtype(dtype), out, k * stride);
     }
   });
 }

@@ -85,9 +85,12 @@ struct Q6_K {  // 128 bytes of low nibbles, 64 of upper pairs of bits, 16 signed
       const int half = j / 4, quarter = j % 4;
       const uint8_t* low = block + 64 * half + 32 * (quarter % 2);
       const uint8_t* high = block + 128 + 32 * half;
-      for (int i = 0; i < 32; ++i) {
-        const int32_t code = ((low[i] >> (4 * (quarter / 2))) & 15) | (((high[i] >> (2 * quarter)) & 3) << 4);
-        out[32 * j + i] = d * float(scales[2 * j + i / 16]) * float(code - 32);
+      for (int part = 0; part < 2; ++part) {
+        const float scale = d * float(scales[2 * j + part]);
+        for (int i = 16 * part; i < 16 * part + 16; ++i) {
+          const int32_t code = ((low[i] >> (4 * (quarter / 2))) & 15) | (((high[i] >> (2 * quarter)) & 3) << 4);
+          out[32 * j + i] = scale * float(code - 32);
+        }
       }
     }
   }

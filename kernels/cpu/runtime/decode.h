@@ -6,12 +6,11 @@
 
 #include "blocks.h"
 #include "weight.h"
+#include "widen.h"
 
 namespace qconv {
 
 inline bool inputs_outermost(Layout layout) { return layout == Layout::kAwq || layout == Layout::kGptq; }
-
-constexpr int kAwqShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};  // of each of a word's columns
 
 // Scales and zero points of one group for a range of outputs; AWQ and GPTQ.
 inline void read_group(const Weight& w, int64_t group, int64_t first, int64_t last, float* scale, float* zero) {
@@ -34,13 +33,7 @@ inline void decode_input(const Weight& w, int64_t k, int64_t first, int64_t last
                          float* out) {
   if (w.layout == Layout::kAwq) {
     const uint32_t* words = static_cast<const uint32_t*>(w.codes) + (k * w.outputs + first) / 8;
-    for (int64_t c = 0; c < (last - first) / 8; ++c) {
-      for (int i = 0; i < 8; ++i) {
-        const int64_t n = 8 * c + i;
-        out[n] = (float(int32_t((words[c] >> kAwqShift[i]) & 15)) - zero[n]) * scale[n];
-      }
-    }
-    return;
+    return widen_nibbles(kAwqShift, words, last - first, zero, scale, out);
   }
   const int per_word = 32 / w.bits, shift = int(k % per_word) * w.bits;
   const uint32_t* words = static_cast<const uint32_t*>(w.codes) + k / per_word * w.outputs + first;
@@ -60,14 +53,12 @@ inline float row_zero(const Weight& w, int64_t n, int64_t group) {
 inline void decode_row(const Weight& w, int64_t n, float* out) {
   switch (w.layout) {
     case Layout::kRows: {
-      const auto* bytes = static_cast<const uint8_t*>(w.codes) + n * w.inputs * w.bits / 8;
+      const auto* words = static_cast<const uint32_t*>(w.codes) + n * w.inputs * w.bits / 32;
+      const auto* bytes = reinterpret_cast<const uint8_t*>(words);
       for (int64_t g = 0; g < w.groups(); ++g) {
         const float scale = read_float(w.scales, w.scale_dtype, n * w.groups() + g), zero = row_zero(w, n, g);
         if (w.bits == 4) {
-          for (int64_t i = g * w.group / 2; i < (g + 1) * w.group / 2; ++i) {
-            out[2 * i] = (float(int32_t(bytes[i] & 15)) - zero) * scale;
-            out[2 * i + 1] = (float(int32_t(bytes[i] >> 4)) - zero) * scale;
-          }
+          widen_nibbles(kPlainShift, words + g * w.group / 8, w.group, zero, scale, out + g * w.group);
         } else {
           for (int64_t k = g * w.group; k < (g + 1) * w.group; ++k) out[k] = (float(int32_t(bytes[k])) - zero) * scale;
         }

@@ -51,7 +51,7 @@ class _Weight(ctypes.Structure):
     )
 
 
-_DEQUANTIZE = ctypes.CFUNCTYPE(None, _pointer, _int, _pointer, _int)
+_DEQUANTIZE = ctypes.CFUNCTYPE(None, _pointer, _int, _pointer, _count, _int)
 _PRODUCT = ctypes.CFUNCTYPE(None, _pointer, _pointer, _int, _count, _pointer, _int)
 _EXPERTS = ctypes.CFUNCTYPE(
     None, *[_pointer] * 4, _int, *[_pointer] * 3, _count, _pointer, _pointer, _int
@@ -78,13 +78,19 @@ class Compiled:
             _EXPERTS(("qconv_experts", library)),
         )
 
-    def dequantize(self, weight: CompiledWeight, dtype: torch.dtype) -> Tensor:
-        """The weight in float32 or bfloat16, [out_features, in_features] in some strides."""
-        rows, columns = weight.shape
-        shape = (columns, rows) if weight.transposed else (rows, columns)
-        out = torch.empty(shape, dtype=dtype)
-        self.dequantize_function(weight.address, _DTYPES[dtype], out.data_ptr(), torch.get_num_threads())
-        return out.t() if weight.transposed else out
+    def dequantize(self, weights: Sequence[CompiledWeight], dtype: torch.dtype) -> Tensor:
+        """Weights of one layout below each other, float32 or bfloat16 [all out_features, in_features], any strides."""
+        columns, transposed = weights[0].shape[1], weights[0].transposed
+        rows = sum(weight.shape[0] for weight in weights)
+        out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype)
+        start = 0
+        for weight in weights:
+            part = out[:, start:] if transposed else out[start:]
+            self.dequantize_function(
+                weight.address, _DTYPES[dtype], part.data_ptr(), out.stride(0), torch.get_num_threads()
+            )
+            start += weight.shape[0]
+        return out.t() if transposed else out
 
     def product(self, weight: CompiledWeight, inputs: Tensor) -> Tensor:
         """``inputs @ weight.T``, float32; inputs are [rows, in_features] of any float dtype."""
@@ -154,17 +160,22 @@ class CompiledWeight:
 
 @dataclass(frozen=True, slots=True)
 class CompiledExperts:
-    """The descriptions of all gates, ups and downs, each in one array."""
+    """All experts, and the descriptions of all gates, ups and downs, each in one array."""
 
+    weights: Sequence[Sequence[CompiledWeight]]
     arrays: tuple[ctypes.Array[_Weight], ...]
     width: int
+
+    def gate_and_up(self, expert: int) -> Sequence[CompiledWeight]:
+        """Of one expert."""
+        return self.weights[expert][:2]
 
     @classmethod
     def of(cls, experts: Sequence[Sequence[CompiledWeight]]) -> CompiledExperts:
         """From each expert's gate, up and down."""
         kinds = zip(*experts, strict=True)
         arrays = tuple((_Weight * len(experts))(*(one.description for one in kind)) for kind in kinds)
-        return cls(arrays, experts[0][0].shape[0])
+        return cls(experts, arrays, experts[0][0].shape[0])
 
 
 def describe(weight: PackedWeight) -> CompiledWeight | None:
@@ -193,7 +204,7 @@ def _integer(weight: IntegerWeight) -> CompiledWeight | None:
     group = weight.shape[1] if grid.group_size == CHANNEL else grid.group_size
     layout = _INTEGER_LAYOUTS[weight.format]
     if weight.format == "w4a16":
-        if grid.act_order or (grid.bits == 4 and group % 2):
+        if grid.act_order or (grid.bits == 4 and group % 8):
             return None
         zeros = parts.get("weight_zero_point")
         codes, scales = parts["weight_packed"], parts["weight_scale"]
