@@ -69,7 +69,7 @@ const char* emulator_kernels() {
   return text.c_str();
 }
 
-// JSON: error_count, errors, executed, sites [kind, file, line, requests, lanes, units, ideal], touched bytes by buffer.
+// JSON: error_count, errors, executed, sites [kind, file, line, requests, lanes, units, ideal, phases], touched bytes by buffer.
 const char* emulator_report() {
   std::ostringstream out;
   out << "{\"error_count\": " << machine.error_count << ", \"errors\": [";
@@ -81,7 +81,7 @@ const char* emulator_report() {
     const u32 id = entry.first.second;
     const emu::Site& site = entry.second;
     out << '[' << quoted(entry.first.first) << ", " << quoted(emu::base_name(machine.files[id / 65536])) << ", " << id % 65536
-        << ", " << site.requests << ", " << site.lanes << ", " << site.units << ", " << site.ideal << ']';
+        << ", " << site.requests << ", " << site.lanes << ", " << site.units << ", " << site.ideal << ", " << site.phases << ']';
   });
   out << "], \"touched\": {";
   list(out, machine.buffers, [&](const emu::Buffer& buffer) {

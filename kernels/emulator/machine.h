@@ -38,6 +38,7 @@ struct Site {
   u64 lanes = 0;     // lanes that took part
   u64 units = 0;     // 32-byte sectors of global memory, or wavefronts of shared memory
   u64 ideal = 0;     // the fewest units that could have carried the same bytes
+  u64 phases = 0;    // of shared memory: the units had there been no bank conflicts
 };
 
 struct Copy {  // an asynchronous copy that has not landed

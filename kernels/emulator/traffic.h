@@ -38,7 +38,7 @@ inline void count_shared(Site& site, const uint64_t* addresses, int lanes, u32 s
         if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word), distinct.push_back(word);
         worst = std::max(worst, bank.size());
       }
-    site.units += worst;
+    site.units += worst, site.phases++;
   }
   std::sort(distinct.begin(), distinct.end());
   const size_t words = std::unique(distinct.begin(), distinct.end()) - distinct.begin();

@@ -18,6 +18,8 @@ TILE_DEPTH = 64
 """Input features of a tile; a slice of k is a whole number of tiles."""
 THREADS = 128
 STAGES = 4
+HELPER_THREADS = 256
+"""Of the blocks of the other kernels."""
 ROW_TILES = (8, 16, 32, 64)
 """Rows of the output that a block of threads computes; each has its entry points."""
 ACTIVATIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -54,6 +56,33 @@ class GemmArgs(ctypes.Structure):
         ("group_shift", ctypes.c_int),
         ("zero_offset", ctypes.c_int),
         ("scales_bf16", ctypes.c_int),
+    ]
+
+
+class SumSlicesArgs(ctypes.Structure):
+    """The argument of ``qconv_sum_slices_ACTIVATIONS``: float32 [slices, elements] to [elements], in order."""
+
+    _fields_: ClassVar[list[tuple[str, type]]] = [
+        ("partials", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("elements", ctypes.c_uint64),
+        ("slices", ctypes.c_int),
+    ]
+
+
+class GatherArgs(ctypes.Structure):
+    """The argument of ``qconv_gather_columns``: activations in the order of an act-order weight's inputs."""
+
+    _fields_: ClassVar[list[tuple[str, type]]] = [
+        ("activations", ctypes.c_void_p),
+        ("gather", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("row_ids", ctypes.c_void_p),
+        ("tile_experts", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("depth", ctypes.c_int),
+        ("rows_per_input", ctypes.c_int),
+        ("row_tile", ctypes.c_int),
     ]
 
 
@@ -100,6 +129,16 @@ def shared_bytes(layout: str, row_tile: int) -> int:
 def grid(columns: int, row_tiles: int, slices: int) -> tuple[int, int, int]:
     """Blocks in x, y and z for a weight of ``columns`` outputs, so many row tiles and slices of k."""
     return -(-columns // TILE_COLUMNS), row_tiles, slices
+
+
+def sum_grid(elements: int) -> tuple[int, int, int]:
+    """Blocks of ``qconv_sum_slices``: four elements a thread."""
+    return -(-elements // (4 * HELPER_THREADS)), 1, 1
+
+
+def gather_grid(depth: int, row_tiles: int) -> tuple[int, int, int]:
+    """Blocks of ``qconv_gather_columns``: eight columns of a row tile a thread; for one linear a tile is a row."""
+    return -(-depth // (8 * HELPER_THREADS)), row_tiles, 1
 
 
 def gemm_args(

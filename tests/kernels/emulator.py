@@ -37,7 +37,8 @@ SCHEDULES = (Schedule(0), Schedule(1), Schedule(2, 1), Schedule(2, 2))
 class Site:
     """What one instruction of the sources did: requests of warps, lanes, units moved and the fewest possible.
 
-    Units are 32-byte sectors of global memory or wavefronts of shared memory.
+    Units are 32-byte sectors of global memory or wavefronts of shared memory. ``phases`` are the wavefronts that shared
+    memory takes where no bank is asked twice.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Site:
     lanes: int
     units: int
     ideal: int
+    phases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class Report:
     def units(self, kind: str) -> int:
         """Units that all instructions of a kind moved."""
         return sum(site.units for site in self.sites if site.kind == kind)
+
+    def conflicts(self) -> list[Site]:
+        """Instructions of which a bank had to serve a phase twice or more."""
+        return [site for site in self.sites if site.kind.endswith(".shared") and site.units > site.phases]
 
     def ideal(self, kind: str) -> int:
         """The fewest units that could have carried them."""

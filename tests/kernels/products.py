@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import gguf
 import torch
@@ -80,8 +80,8 @@ def int4(columns: int, depth: int, group_size: int = 128, experts: int = 1, *, a
 
 
 def fp8(columns: int, depth: int, group_size: int = 128, experts: int = 1) -> Case:
-    """E4M3 in blocks of 128 by 128 (whatever ``group_size`` says), every finite code."""
-    grid = Grid(8, 128, True, torch.float32, "e4m3", 128)
+    """E4M3 in blocks of 128 outputs by ``group_size`` inputs, every finite code."""
+    grid = Grid(8, group_size, True, torch.float32, "e4m3", 128)
     weights = []
     for seed in range(experts):
         codes = random_codes(seed, 0x7F, columns, depth) | random_codes(seed + 1, 2, columns, depth) << 7
@@ -144,9 +144,15 @@ def depth_of(layout: str) -> int:
 
 
 @functools.cache
-def case(layout: str, columns: int, depth: int, group_size: int = 64, experts: int = 1) -> Case:
-    """A case by its layout; made once, not to be written to."""
-    return CASES[layout](columns, depth, group_size, experts)
+def case(
+    layout: str, columns: int, depth: int, group_size: int = 64, experts: int = 1, zero_offset: int | None = None
+) -> Case:
+    """A case by its layout; made once, not to be written to. With ``zero_offset`` zero points are stored less that."""
+    if zero_offset is None:
+        return CASES[layout](columns, depth, group_size, experts)
+    stored = case(layout, columns, depth, group_size, experts)
+    scales = stored.packed.scales.double().transpose(1, 2).repeat_interleave(group_size, 2)
+    return Case(replace(stored.packed, zero_offset=zero_offset), stored.exact - zero_offset * scales)
 
 
 def activations(rows: int, depth: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -41,7 +41,7 @@ def test_dense(layout: str, rows: int, dtype: torch.dtype) -> None:
     """Row tiles larger than needed, exact and too small for the rows at once; all tile counts; all schedules."""
     row_tiles = [tile for tile in ROW_TILES if tile == 8 or tile < 2 * rows]
     for tiles, slices in TILES if depth_of(layout) == 32 else TILES_OF_SUPERBLOCKS:
-        weight = case(layout, 128, tiles * 64)
+        weight = case(layout, 128, tiles * 64, 128 if layout == "fp8" else 64)
         tokens = activations(rows, tiles * 64, dtype)
         for row_tile in row_tiles:
             for schedule in SCHEDULES:
