@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint kernels kernels-nightly interop kill-resume scale clean
+.PHONY: help demo test lint kernels kernels-nightly gpu-check interop kill-resume scale clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,10 +42,13 @@ lint: $(STAMP)  ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 kernels: $(STAMP)  ## prove the CUDA kernels on the CPU (needs g++ and nvcc)
-	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow' $(PYTEST_ARGS) tests/kernels
+	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow' $(PYTEST_ARGS) tests/kernels tests/gpu
 
 kernels-nightly: $(STAMP)  ## the same with the larger sweeps
-	$(BIN)/python -m pytest -n 2 -m kernels $(PYTEST_ARGS) tests/kernels
+	$(BIN)/python -m pytest -n 2 -m kernels $(PYTEST_ARGS) tests/kernels tests/gpu
+
+gpu-check: $(STAMP)  ## the CUDA kernels on this machine's GPU: correctness, timings, a result file
+	$(BIN)/python -m pytest -m gpu -p no:randomly -s $(PYTEST_ARGS) tests/gpu
 
 interop: $(STAMP)  ## other people's readers and loaders on our builds, each in its own environment
 	$(BIN)/python tests/interop/environments.py

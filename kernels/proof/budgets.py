@@ -113,13 +113,17 @@ def _plain(code: MachineCode, architecture: int) -> Build:
 
 
 def _product(code: MachineCode, layout: str, rows: int, tile_bytes: float, architecture: int) -> Build:
-    tiles = max(1, sum(each.opcode.startswith("BAR.SYNC") for each in code.main_loop()))
+    loop = code.main_loop()
+    tiles = sum(each.mnemonic == "BAR" for each in loop)
+    # A tile is as many products of 16 x 8 x 16 a warp as a block has rows; what is missing, an inner loop repeats.
+    products = sum(each.mnemonic == "HMMA" for each in loop)
     launched = Launched(
         threads=THREADS,
         shared_bytes=shared_bytes(layout, rows),
         pass_bytes=tiles * tile_bytes,
         flight_bytes=(STAGES - 1) * tile_bytes,
         refreshed=min(1.0, TILE_DEPTH / group_of(layout)),
+        inner_passes=max(1, round(tiles * rows / products)),
     )
     answer = estimate(code, launched, CHIPS[architecture])
     warps = answer.blocks * THREADS // 32

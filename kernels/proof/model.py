@@ -37,6 +37,7 @@ class Launched:
         pass_bytes: DRAM bytes that a block reads in one pass of its main loop.
         flight_bytes: DRAM bytes that a block has under way at any time.
         refreshed: In which share of the passes the parameters of a new group are read.
+        inner_passes: How often a loop within the main loop runs in each of its passes.
     """
 
     threads: int
@@ -44,6 +45,7 @@ class Launched:
     pass_bytes: float
     flight_bytes: float
     refreshed: float = 1.0
+    inner_passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +86,19 @@ def resident_blocks(chip: Chip, registers: int, threads: int, shared_bytes: int)
     return min(by_registers, by_shared, chip.warps // warps, BLOCKS[chip.arch])
 
 
-def frequencies(loop: Sequence[MachineInstruction], refreshed: float) -> list[float]:
-    """In which share of the passes each instruction runs.
+def frequencies(loop: Sequence[MachineInstruction], refreshed: float, inner_passes: int = 1) -> list[float]:
+    """How often each instruction runs in a pass.
 
     What a forward branch can skip runs always where it has tensor cores' work or copies in it. Else it refreshes
     parameters; and what lies deeper in there is one of two alternatives, taken half of the time each.
     """
     shares = [1.0] * len(loop)
     depths = [0] * len(loop)
+    for branch in loop[:-1]:
+        if branch.target is not None and branch.target < branch.address:
+            for at, each in enumerate(loop):
+                if branch.target <= each.address <= branch.address:
+                    shares[at] *= inner_passes
     for branch in loop:
         if branch.target is None or branch.target <= branch.address:
             continue
@@ -103,11 +110,13 @@ def frequencies(loop: Sequence[MachineInstruction], refreshed: float) -> list[fl
     return shares
 
 
-def pipe_cycles(loop: Sequence[MachineInstruction], chip: Chip, refreshed: float = 1.0) -> dict[str, float]:
+def pipe_cycles(
+    loop: Sequence[MachineInstruction], chip: Chip, refreshed: float = 1.0, inner_passes: int = 1
+) -> dict[str, float]:
     """Cycles of an SM quarter that each pipe is busy with one warp's pass through a loop."""
     cycles = dict.fromkeys(("issue", "integer", "float", "half", "convert", "memory", "tensor"), 0.0)
     per_lane = 32 * _QUARTERS
-    for instruction, share in zip(loop, frequencies(loop, refreshed), strict=True):
+    for instruction, share in zip(loop, frequencies(loop, refreshed, inner_passes), strict=True):
         name = instruction.mnemonic
         cycles["issue"] += share
         if name in _INTEGER:
@@ -140,7 +149,7 @@ def estimate(code: MachineCode, launched: Launched, chip: Chip) -> Estimate:
     """The most that a kernel can reach on a chip."""
     blocks = resident_blocks(chip, code.registers, launched.threads, launched.shared_bytes)
     warps = launched.threads // 32
-    cycles = pipe_cycles(code.main_loop(), chip, launched.refreshed)
+    cycles = pipe_cycles(code.main_loop(), chip, launched.refreshed, launched.inner_passes)
     passes_a_second = chip.clock * _QUARTERS / (max(cycles.values()) * warps)
     pipe = launched.pass_bytes * passes_a_second * chip.multiprocessors
     flight = blocks * launched.flight_bytes * chip.multiprocessors / DRAM_LATENCY

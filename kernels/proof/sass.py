@@ -52,16 +52,17 @@ class MachineCode:
     instructions: tuple[MachineInstruction, ...]
 
     def main_loop(self) -> tuple[MachineInstruction, ...]:
-        """The shortest loop with the most arithmetic in it, or nothing where there is no loop."""
-        best: tuple[int, int] = (0, 0)
+        """The shortest loop with the most arithmetic in it, first of all one with a barrier; nothing without a loop."""
+        best: tuple[bool, int, int] = (False, 0, 0)
         body: tuple[MachineInstruction, ...] = ()
         for instruction in self.instructions:
             if instruction.target is None or instruction.target >= instruction.address:
                 continue
             span = [each for each in self.instructions if instruction.target <= each.address <= instruction.address]
             work = sum(each.mnemonic in ("HMMA", "HFMA2", "FFMA", "IDP") for each in span)
-            if (work, -len(span)) > best or not body:
-                best, body = (work, -len(span)), tuple(span)
+            rank = any(each.mnemonic == "BAR" for each in span), work, -len(span)
+            if rank > best or not body:
+                best, body = rank, tuple(span)
         return body
 
     def mix(self) -> Counter[str]:

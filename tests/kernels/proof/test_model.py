@@ -60,6 +60,13 @@ def test_what_a_branch_skips_counts_for_its_share() -> None:
     assert frequencies(loop, 0.5) == [1, 1, 1, 1, 1, 0.5, 0.5, 0.25, 0.5, 0.25, 1]
 
 
+def test_a_loop_with_a_barrier_counts_the_one_in_it_as_often_as_it_runs() -> None:
+    loop = code("BAR.SYNC", "LDS", "HMMA.16816.F32", ("BRA", 1), "IADD3", ("BRA", 0)).main_loop()
+    assert len(loop) == 6
+    assert frequencies(loop, 1.0, 2) == [1, 2, 2, 2, 1, 1]
+    assert pipe_cycles(loop, A100, 1.0, 2)["tensor"] == 16
+
+
 def test_share_of_bandwidth() -> None:
     # 100 issue slots a pass and warp, four warps: an SM makes clock / 100 passes a second.
     loop = code(*["NOP"] * 98, "HMMA.16816.F32", ("BRA", 0))
