@@ -192,7 +192,7 @@ def test_low_bits_are_made_with_an_imatrix_and_verified(file_type: str, tmp_path
     model = save_model(random_model("qwen3_moe", norm_topk_prob=True, **shapes), tmp_path / "model")
     convert(model, tmp_path / "plain", "Q8_0")
     imatrix = imatrix_of(tmp_path / "plain", tmp_path / "imatrix.gguf", unseen_expert=2)
-    convert(model, tmp_path / "out", file_type, imatrix=imatrix)
+    convert(model, tmp_path / "out", file_type, {"imatrix": {"files": [str(imatrix)]}})
     verified = verify_gguf(tmp_path / "out", model)
     assert verified.problems == []
     assert min(verified.snr_db[f"blk.0.ffn_{role}_exps.weight"] for role in ("gate", "up", "down")) > 5.0

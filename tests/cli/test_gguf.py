@@ -98,7 +98,8 @@ def test_the_plan_of_the_480b_is_the_size_that_its_users_know(invoke: Invoke, tm
         (("--fmt", "gguf"), "--fmt: gguf names no GGUF file type"),
         (("--fmt", "gguf:Q8_0", "--method", "rtn"), "--method: has no meaning with --fmt gguf:Q8_0"),
         (("--fmt", "gguf:Q8_0", "--no-propagate"), "--no-propagate: has no meaning"),
-        (("--fmt", "gguf:IQ2_M"), "useless without an imatrix"),
+        (("--fmt", "gguf:Q8_0", "--recipe", "awq"), "--fmt and --recipe both name a recipe"),
+        (("--fmt", "gguf:Q8_0", "--tensor-type", "ffn_down"), "--tensor-type: 'ffn_down' is not PATTERN=TYPE"),
     ],
 )
 def test_what_does_not_go_together_is_said(
