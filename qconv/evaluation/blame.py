@@ -76,6 +76,19 @@ class Blame:
     parts: tuple[Cost, ...]
     tokens: int
 
+    def as_values(self) -> dict[str, Any]:
+        """Ready for JSON."""
+
+        def values(cost: Cost) -> dict[str, Any]:
+            return {"part": cost.part.name, "layer": cost.part.layer, "kld": cost.kld, "error": cost.error}
+
+        return {
+            "tokens": self.tokens,
+            "whole": values(self.whole),
+            "layers": [values(one) for one in self.layers],
+            "parts": [values(one) for one in self.parts],
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Mixed:

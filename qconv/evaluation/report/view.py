@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError
+from qconv.evaluation.blaming import BLAME_NAME
 from qconv.evaluation.history import History, differences
 from qconv.evaluation.record import Gate, Metric, Run, Task, load_arrays, load_json
 from qconv.evaluation.report.charts import TrendPoint, heat_map, histogram, trend
@@ -21,6 +23,7 @@ FOLLOWED = ("kld.mean", "ppl.ratio", "ppl", "top1.flips", "pass@1")
 """Metrics whose trend is shown, where they are measured."""
 SUMMARY = ("ppl", "kld.mean", "top1.agreement", "pass@1")
 """Columns of the table over several runs."""
+_BLAMED = 8
 NOTHING = "-"
 """Where there is no number."""
 
@@ -85,6 +88,7 @@ class RunView:
     tasks: tuple[TaskView, ...]
     charts: tuple[Chart, ...]
     worst: tuple[tuple[str, str], ...]
+    blame: tuple[tuple[str, str], ...]
     command: str
     changes: tuple[str, ...] = field(default=())
     since: str | None = None
@@ -122,6 +126,7 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
         tasks=tuple(_task(folder, task) for task in run.tasks),
         charts=(*charts, *maps),
         worst=worst,
+        blame=_blame(folder),
         command=shlex.join(run.command),
         changes=changes,
         since=since,
@@ -266,6 +271,16 @@ def _maps(folder: Path, run: Run) -> tuple[list[Chart], tuple[tuple[str, str], .
         svg = heat_map(maps.tokens, rows="layer", columns="experts", log=True)
         charts.append(Chart("Calibration tokens of every expert", svg, "Shaded by their logarithm."))
     return charts, tuple((name, f"{error:.3g} %") for name, error in maps.worst)
+
+
+def _blame(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Layers, then parts, with what each costs; empty where nobody asked for blame."""
+    path = folder / BLAME_NAME
+    if not path.exists():
+        return ()
+    found = read_json(path)
+    rows = [found["whole"] | {"part": "the whole build"}, *found["layers"][:_BLAMED], *found["parts"][:_BLAMED]]
+    return tuple((row["part"], f"{number(row['kld'])} +- {row['error']:.1g}") for row in rows)
 
 
 def _interval(metric: Metric | None) -> str:

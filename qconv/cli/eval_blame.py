@@ -1,0 +1,54 @@
+"""``qconv eval blame``: which layers and experts of a measured build cost most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qconv.cli.console import print_json, print_table, say, stdout
+from qconv.cli.options import json_option
+from qconv.cli.progress import reporting
+
+if TYPE_CHECKING:
+    from qconv.evaluation.blame import Cost
+
+
+@click.command(short_help="Name the layers and experts that cost most.")
+@click.argument("run", type=click.Path(exists=True, path_type=Path), metavar="RUN")
+@click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Tokens to score.")
+@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Layers to look into.")
+@json_option
+def command(run: Path, tokens: int, layers: int, as_json: bool) -> None:
+    """Put single parts of the build of a finished RUN into its reference and measure what each one costs.
+
+    Holds the reference in memory as float32. The result lies in the run's folder, where `eval report` shows it.
+    """
+    with reporting(quiet=as_json, remedy="Run the same command again.") as reporter:
+        from qconv.evaluation.blaming import blame_run
+        from qconv.evaluation.record import RUN_NAME
+
+        folder = run.parent if run.name == RUN_NAME else run
+        found = blame_run(folder, tokens=tokens, worst_layers=layers, progress=reporter.progress, log=reporter.log)
+    if as_json:
+        print_json(found.as_values())
+        return
+    console = stdout()
+    say(console, f"{found.tokens:,} tokens; KL divergence from the reference in nats a token, its standard error")
+    say(console, f"the whole build: {_cost(found.whole)}")
+    say(console, "")
+    print_table(console, ("layer", "KL divergence", "+-"), [_row(one) for one in found.layers[:10]])
+    say(console, "")
+    print_table(console, ("part", "KL divergence", "+-"), [_row(one) for one in found.parts[:15]])
+    say(console, "")
+    worst = found.parts[0] if found.parts else found.layers[0]
+    say(console, f"dearest: {worst.part.name}, {_cost(worst)}")
+
+
+def _cost(cost: Cost) -> str:
+    return f"{cost.kld:.3g} +- {cost.error:.1g}"
+
+
+def _row(cost: Cost) -> tuple[str, str, str]:
+    return cost.part.name, f"{cost.kld:.3g}", f"{cost.error:.1g}"

@@ -1,0 +1,92 @@
+"""Blame for a finished run: the same build, the same reference, the same text as were measured; kept beside the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qconv.build import Build
+from qconv.checkpoint.writer import write_atomically
+from qconv.errors import ArtifactError, UsageError
+from qconv.evaluation.artifacts import identify
+from qconv.evaluation.blame import Blame, find_blame
+from qconv.evaluation.record import Artifact, Task, read_run
+from qconv.evaluation.suites import TextSettings
+from qconv.evaluation.text import calibrated_on, windowed_text
+from qconv.folding import Folds
+from qconv.formats import detect
+from qconv.models.base import Layer
+from qconv.runtime.files import ModelFiles, open_files
+
+BLAME_NAME = "blame.json"
+
+Progress = Callable[[str, int, int], None]
+Log = Callable[[str], None]
+
+
+def blame_run(folder: Path, *, tokens: int, worst_layers: int, progress: Progress, log: Log) -> Blame:
+    """Find what costs most in the build of a run; writes ``blame.json`` into its folder.
+
+    Args:
+        folder: The run's.
+        tokens: At least so many are scored, in whole windows.
+        worst_layers: So many layers are looked into.
+        progress: Told the part at work, how many are done, and how many there are.
+        log: Told about steps.
+
+    Raises:
+        UsageError: the run has no reference, or no text task.
+        ArtifactError: the run is not finished; the build or reference is not what was measured any more.
+    """
+    run = read_run(folder)
+    if run.reference is None:
+        raise UsageError(f"{folder}: was measured without a reference.", hint="Measure it with --reference MODEL.")
+    task = next((one for one in run.tasks if one.kind == "text"), None)
+    if task is None:
+        raise UsageError(f"{folder}: has no text task to blame by.", hint="Run a suite that has one.")
+    for artifact in (run.build, run.reference):
+        _require_unchanged(artifact)
+    build, reference = Path(run.build.path), Path(run.reference.path)
+    sequences = _sequences(task, build, reference, run.seed, tokens)
+    log(f"{run.build.name}: parts of it in {run.reference.name}, {sum(map(len, sequences)):,} tokens")
+    found = find_blame(
+        open_files(reference),
+        open_files(build),
+        folds_of(build),
+        sequences,
+        worst_layers=worst_layers,
+        progress=progress,
+    )
+    write_atomically(folder / BLAME_NAME, json.dumps(found.as_values(), indent=1).encode() + b"\n")
+    return found
+
+
+def folds_of(path: Path) -> Callable[[Layer], Folds]:
+    """What a build folded into its layers; nothing for GGUF, and for builds that do not tell."""
+    files: ModelFiles = open_files(path)
+    config = path / "config.json"
+    if not config.is_file() or detect(json.loads(config.read_text())) is None:
+        return lambda layer: Folds.none()
+    build = Build.open(path)
+    return lambda layer: Folds.of(files.architecture, layer, build.fold_scales(layer))
+
+
+def _require_unchanged(artifact: Artifact) -> None:
+    found = identify(Path(artifact.path))
+    if found.sha256 != artifact.sha256:
+        raise ArtifactError(f"{artifact.path}: is not what the run measured any more.", hint="Run the evaluation again.")
+
+
+def _sequences(task: Task, build: Path, reference: Path, seed: int, tokens: int) -> list[torch.Tensor]:
+    settings = TextSettings.model_validate({**task.settings, "kind": "text"})
+    shorter = settings.model_copy(update={"tokens": min(tokens, settings.tokens)})
+    text = windowed_text(shorter, reference, seed, exclude=calibrated_on(build, settings.corpus))
+    found: list[torch.Tensor] = []
+    for window in text.windows:
+        found.append(torch.tensor(window.ids, dtype=torch.int64))
+        if sum(map(len, found)) >= tokens:
+            break
+    return found
