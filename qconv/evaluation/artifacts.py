@@ -17,6 +17,8 @@ from qconv.checkpoint.writer import sha256_of
 from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation.record import Artifact
 from qconv.formats import detect
+from qconv.gguf.recipe import FORMAT as GGUF_FORMAT
+from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_verify import is_gguf, verify_gguf
 from qconv.recipe import parse_recipe
 from qconv.source import Source
@@ -143,11 +145,15 @@ def _told(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": report.get("format"),
         "method": "+".join(method) if isinstance(method, list) else method,
-        "recipe_sha256": parse_recipe(recipe).digest() if isinstance(recipe, dict) else None,
+        "recipe_sha256": _recipe_digest(recipe) if isinstance(recipe, dict) else None,
         "bits_per_weight": report.get("bits_per_weight"),
         "quantized_bits_per_weight": report.get("quantized_bits_per_weight"),
         "report": _fallbacks(report),
     }
+
+
+def _recipe_digest(recipe: dict[str, Any]) -> str:
+    return parse_gguf_recipe(recipe).digest() if recipe.get("format") == GGUF_FORMAT else parse_recipe(recipe).digest()
 
 
 def _fallbacks(report: dict[str, Any]) -> dict[str, JsonValue]:

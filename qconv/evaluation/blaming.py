@@ -77,7 +77,9 @@ def folds_of(path: Path) -> Callable[[Layer], Folds]:
 def _require_unchanged(artifact: Artifact) -> None:
     found = identify(Path(artifact.path))
     if found.sha256 != artifact.sha256:
-        raise ArtifactError(f"{artifact.path}: is not what the run measured any more.", hint="Run the evaluation again.")
+        raise ArtifactError(
+            f"{artifact.path}: is not what the run measured any more.", hint="Run the evaluation again."
+        )
 
 
 def _sequences(task: Task, build: Path, reference: Path, seed: int, tokens: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ other builds' numbers of that night say less about their weights.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from qconv.evaluation.history import History, differences
 from qconv.evaluation.record import EXIT_CODES, RUN_NAME, Outcome, Run, Verdict, read_run
 from qconv.evaluation.run import Request, evaluate
 from qconv.evaluation.suites import Section, load_suite, parse_settings
+from qconv.gguf.recipe import FORMAT as GGUF
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
 from qconv.pipeline import quantize
@@ -34,7 +36,6 @@ from qconv.recipe import parse_recipe, read_values
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
 
-GGUF = "gguf"
 _WORST: tuple[Outcome, ...] = ("corrupt", "regression", "inconclusive", "not gated", "pass")
 """From the worst to the best."""
 
@@ -278,7 +279,9 @@ def _moved(history: History, night: BuildNight) -> tuple[str, ...]:
     """What changed since the canary's run before, if its numbers moved though its weights did not."""
     found: list[str] = []
     for suite, (_, run) in night.runs.items():
-        before = next((one.run for one in history.runs(name=night.name, suite=suite) if one.run.started < run.started), None)
+        before = next(
+            (one.run for one in history.runs(name=night.name, suite=suite) if one.run.started < run.started), None
+        )
         if before is None or before.build.sha256 != run.build.sha256 or _numbers(before) == _numbers(run):
             continue
         found += [one for one in differences(before, run) if one not in found] or ["nothing that is recorded"]
@@ -303,8 +306,6 @@ def _verdict(nights: list[BuildNight], settings: NightlySettings) -> Verdict:
 
 
 def _remove_old(settings: NightlySettings, log: Log) -> None:
-    import shutil
-
     nights = sorted(path for path in settings.work.iterdir() if path.is_dir() and _is_date(path.name))
     for path in nights[: -settings.keep_nights]:
         log(f"{path.name}: removed; the history keeps its runs")

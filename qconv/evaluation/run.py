@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from qconv import __version__
+from qconv.build import REPORT_NAME
+from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import OutputError, UsageError
 from qconv.evaluation import text_task
@@ -26,7 +28,7 @@ from qconv.evaluation.engines import open_engine
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, rerun_merged, verdict
 from qconv.evaluation.judging import judge
-from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, Task, write_run
+from qconv.evaluation.record import RUN_NAME, Artifact, FileRef, Gate, Run, Task, store_json, write_run
 from qconv.evaluation.reference import Kept
 from qconv.evaluation.suites import Suite, TextSettings
 from qconv.evaluation.tasks import Bench, Kind, Log, Progress, Subject, settings_of
@@ -107,6 +109,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
             command=request.command,
             build=build,
             reference=reference,
+            build_report=_kept_report(request.build, request.out),
             suite=request.suite_name,
             suite_sha256=request.suite.digest(),
             engine=dict(subjects[0].engine.identity),
@@ -287,6 +290,12 @@ def _require_key(work: Path, key: Mapping[str, str]) -> None:
         require_same(work.parent, json.loads(file.read_text()), key)
     else:
         write_atomically(file, json.dumps(key).encode())
+
+
+def _kept_report(build: Path, out: Path) -> FileRef | None:
+    """A copy of the build's own report, which outlives the build."""
+    path = (build if build.is_dir() else build.parent) / REPORT_NAME
+    return store_json(out, read_json(path)) if path.is_file() else None
 
 
 def _versions() -> dict[str, str]:
