@@ -14,7 +14,7 @@ from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
-    from qconv.evaluation.nightly import BuildNight
+    from qconv.nightly import BuildNight
 
 
 @click.command(short_help="Make, measure and judge builds, night after night.")
@@ -26,9 +26,9 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
     night_date = _date(date)
     with reporting(quiet=as_json, remedy="Run the same command again to continue this night.") as reporter:
         from qconv.evaluation.history import History
-        from qconv.evaluation.nightly import load_nightly, require_any_run, run_night
         from qconv.evaluation.report.page import write_report
         from qconv.evaluation.report.view import view
+        from qconv.nightly import load_nightly, require_any_run, run_night
 
         settings = load_nightly(config)
         night = run_night(settings, night_date, progress=reporter.progress, log=reporter.log)

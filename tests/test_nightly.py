@@ -13,10 +13,10 @@ import yaml
 from qconv.errors import UsageError
 from qconv.evaluation.blaming import BLAME_NAME, blame_run
 from qconv.evaluation.history import History
-from qconv.evaluation.nightly import Night, load_nightly, run_night
 from qconv.evaluation.report.page import html
 from qconv.evaluation.report.view import view
 from qconv.evaluation.run import evaluate
+from qconv.nightly import Night, load_nightly, run_night
 from tests.evaluation.test_blame import change
 from tests.evaluation.test_run import corpus, suite_on  # noqa: F401 - a fixture
 
@@ -102,7 +102,7 @@ def test_a_failing_build_is_not_measured_on_dearer_suites(config: Path, moe: Pat
 def test_a_spent_budget_is_inconclusive(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(config, budget_minutes=10.0)
     clock = iter(range(0, 10**6, 240))  # four minutes pass at every look
-    monkeypatch.setattr("qconv.evaluation.nightly.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("qconv.nightly.time.monotonic", lambda: float(next(clock)))
     found = night(config)
     assert found.verdict.outcome == "inconclusive"
     assert any("budget" in reason for build in found.builds for reason in build.skipped.values())
@@ -131,7 +131,7 @@ def test_a_canary_that_moves_tells_of_the_stack(config: Path, monkeypatch: pytes
         moved = task.model_copy(update={"metrics": {**task.metrics, "ppl": metric}})
         return run.model_copy(update={"tasks": (moved,), "versions": {**run.versions, "torch": "next"}})
 
-    monkeypatch.setattr("qconv.evaluation.nightly.evaluate", shifted)
+    monkeypatch.setattr("qconv.nightly.evaluate", shifted)
     found = night(config, "2026-01-02")
     assert "the canary canary moved, so the stack has changed: versions: torch" in found.verdict.sentence
 
