@@ -164,5 +164,5 @@ def test_a_wrong_configuration_names_its_key(config: Path, changes: dict[str, An
 
 
 def test_the_packaged_configuration_is_well_formed() -> None:
-    settings = load_nightly(Path(__file__).resolve().parents[2] / "evals/nightly.yaml")
+    settings = load_nightly(Path(__file__).resolve().parents[1] / "evals/nightly.yaml")
     assert all(Path(build.reference).is_dir() for build in settings.builds)
