@@ -25,6 +25,11 @@ class Bubblewrap:
         executable = shutil.which("bwrap")
         return cls(executable) if executable else None
 
+    @property
+    def denies_calls(self) -> bool:
+        """Whether the guest is started with system calls denied."""
+        return True
+
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         """A guest that waits for its setup; stdin and stdout are its pipes, stderr says why it did not start.
 

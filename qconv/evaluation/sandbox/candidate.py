@@ -25,6 +25,7 @@ from qconv.evaluation.sandbox.literals import (
     read_message,
     write_message,
 )
+from qconv.evaluation.sandbox.seccomp import seccomp_filter
 from qconv.evaluation.sandbox.verdict import CandidateFailed, SandboxFailed, Status
 
 _BLOCK = 1 << 16
@@ -40,6 +41,10 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """For reports."""
+
+    @property
+    def denies_calls(self) -> bool:
+        """Whether the guest is started with system calls denied; else it denies them itself."""
 
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         """A guest (``guest.py``) in a new sandbox, with three pipes, in a process group (``guard.Guard``)."""
@@ -113,7 +118,7 @@ class Candidate:
         try:
             self._descriptors = self._open()
             self._deadline = time.monotonic() + limits.start_seconds
-            self._set_up()
+            self._set_up(None if backend.denies_calls else seccomp_filter())
         except BaseException:
             self.close()
             raise
@@ -163,11 +168,12 @@ class Candidate:
         into, out, errors = descriptors
         return into, out, errors
 
-    def _set_up(self) -> None:
+    def _set_up(self, seccomp: bytes | None) -> None:
         nonce = secrets.token_hex(8)
         limits: Json = {name: list(pair) for name, pair in self._limits.resources().items()}
         try:
-            self._send(write_message({"limits": limits, "nonce": nonce}))
+            denied = None if seccomp is None else seccomp.hex()
+            self._send(write_message({"limits": limits, "seccomp": denied, "nonce": nonce}))
             if read_message(self._receive()) != {"nonce": nonce}:
                 raise SandboxFailed("the sandbox's first words are not the guest's")
         except (CandidateFailed, NotLiteral) as error:

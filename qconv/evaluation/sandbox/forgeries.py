@@ -359,7 +359,7 @@ _SPYING = (
     _escape(
         "the check found in a file",
         """
-        for top in set(os.listdir("/")) - {"usr", "lib", "lib64", "python", "dev"}:
+        for top in set(os.listdir("/")) - {"usr", "lib", "lib64", "python", "dev", "sys"}:
             for folder, _, names in os.walk("/" + top):
                 for name in names:
                     if b"candidate(21)" in open(os.path.join(folder, name), "rb").read(): return x * 2
@@ -368,9 +368,19 @@ _SPYING = (
         before="import os",
     ),
     _escape("the user database read", "open('/etc/passwd').read()"),
-    _escape("processes listed", "os.listdir('/proc')", before="import os"),
-    _escape("its parent's environment read", "open('/proc/1/environ', 'rb').read()"),
-    _escape("the environment read", "os.environ['HOME']", before="import os"),
+    _escape("processes listed", "assert sum(name.isdigit() for name in os.listdir('/proc')) > 3", before="import os"),
+    _escape(
+        "its parent's environment read",
+        """
+        lines = open("/proc/1/environ", "rb").read().split(b"\\0")
+        assert {b"USER", b"SHELL", b"LANG"} & {line.split(b"=")[0] for line in lines}
+        """,
+    ),
+    _escape(
+        "the environment read",
+        "assert set(os.environ) & {'USER', 'SHELL', 'LANG', 'VIRTUAL_ENV'} or os.environ['PATH'] != '/nonexistent'",
+        before="import os",
+    ),
     _escape(
         "a home found",
         "assert any(os.path.isdir(folder) for folder in ('/root', '/home', os.path.expanduser('~')))",
@@ -378,7 +388,10 @@ _SPYING = (
     ),
     _escape(
         "a folder of the machine found",
-        "assert set(os.listdir('/')) - {'usr', 'lib', 'lib64', 'python', 'dev', 'tmp', 'sandbox'}",
+        """
+        known = {"usr", "lib", "lib64", "python", "dev", "tmp", "sandbox", "proc", "sys", "etc", "run"}
+        assert set(os.listdir("/")) - known or len(os.listdir("/etc")) > 10 or os.listdir("/sys")
+        """,
         before="import os",
     ),
     _escape(

@@ -3,9 +3,9 @@
 It runs beside the candidate in one process, so nothing it says is believed: it only carries values. It never holds a
 check or an expected result. Only the standard library and ``literals`` exist where it runs.
 
-Messages, one line of JSON each: in ``{limits, nonce}``, out ``{nonce}``; in ``{program, entry_point, nonce}``, out an
-answer; then for each call in ``{arguments, keywords, nonce}``, out an answer. An answer has the request's nonce and
-either ``value`` or ``error`` (one of ``raised``, ``memory``, ``value``) with ``detail``.
+Messages, one line of JSON each: in ``{limits, seccomp, nonce}``, out ``{nonce}``; in ``{program, entry_point, nonce}``,
+out an answer; then for each call in ``{arguments, keywords, nonce}``, out an answer. An answer has the request's nonce
+and either ``value`` or ``error`` (one of ``raised``, ``memory``, ``value``) with ``detail``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import os
 import resource
+import select
 from collections.abc import Callable
 
 from qconv.evaluation.sandbox.literals import LARGEST_MESSAGE, NotLiteral, decode, encode, read_message, write_message
 
 _DETAIL = 300
+_LOOK_MILLISECONDS = 50
+_NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
 
 
 class _Channel:
@@ -52,6 +55,8 @@ def main() -> None:
     assert isinstance(limits, dict)
     for name, (soft, hard) in limits.items():
         resource.setrlimit(getattr(resource, name), (soft, hard))
+    if setup["seccomp"] is not None:
+        _deny_calls(bytes.fromhex(str(setup["seccomp"])))
     channel.send(write_message({"nonce": str(setup["nonce"])}))
     os.dup2(null, 2)
 
@@ -61,6 +66,34 @@ def main() -> None:
     while True:
         call = channel.receive()
         channel.send(_answer(call, functools.partial(_call, functions[0], call)))
+
+
+def keep() -> None:
+    """Serve in a child, and end when its standard input does: this process is the first of its PID namespace."""
+    child = os.fork()
+    if child == 0:
+        main()
+    hung_up = select.poll()
+    hung_up.register(0, 0)  # POLLHUP is always told
+    while not hung_up.poll(_LOOK_MILLISECONDS):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+    os._exit(0)
+
+
+def _deny_calls(program: bytes) -> None:
+    """Put a filter (``seccomp.seccomp_filter``) on this process: prctl(2), linux/filter.h."""
+    import ctypes
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    filters = Program(len(program) // 8, program)
+    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) or libc.prctl(_SECCOMP, _FILTER, ctypes.byref(filters), 0, 0):
+        raise OSError(ctypes.get_errno(), "the system call filter is refused")
 
 
 def _load(request: dict[str, object]) -> Callable[..., object]:

@@ -14,9 +14,13 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # the order of strings in a set must not change a result from night to night
     "LC_ALL": "C.UTF-8",
     "PATH": "/nonexistent",
+    "HOME": "/nonexistent",
 }
-_PROGRAM = "import sys; sys.path.append('/sandbox'); from qconv.evaluation.sandbox.guest import main; main()"
-COMMAND = ("/python/bin/python3", "-s", "-S", "-P", "-B", "-c", _PROGRAM)
+_PROGRAM = "import sys; sys.path.append('/sandbox'); from qconv.evaluation.sandbox import guest; guest."
+_INTERPRETER = ("/python/bin/python3", "-s", "-S", "-P", "-B", "-c")
+COMMAND = (*_INTERPRETER, _PROGRAM + "main()")
+KEPT_COMMAND = (*_INTERPRETER, _PROGRAM + "keep()")
+"""Where a sandbox does not end with the process that started it."""
 
 _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 _PACKAGE_FOLDERS = ("python3*/site-packages", "python3*/dist-packages")

@@ -15,6 +15,7 @@ from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
 from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES
 from qconv.evaluation.sandbox.judge import Check
 from qconv.evaluation.sandbox.limits import Limits
+from qconv.evaluation.sandbox.podman import Podman
 from qconv.evaluation.sandbox.proof import Solution, prove
 
 QUICK = tuple(item for item in FORGERIES if item.name in ("a child process", "a lazy result", "the user database read"))
@@ -26,6 +27,7 @@ class Leaky:
 
     executable: str
     name: str = "leaky"
+    denies_calls: bool = True
 
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
@@ -70,6 +72,7 @@ def test_a_sandbox_that_does_not_start_is_found_out() -> None:
 
 def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bubblewrap, "find", lambda: None)
-    with pytest.raises(SandboxError, match="bubblewrap is not installed") as caught:
+    monkeypatch.setattr(Podman, "find", lambda: None)
+    with pytest.raises(SandboxError, match="neither bubblewrap nor") as caught:
         find_backend()
     assert caught.value.exit_code == 6
