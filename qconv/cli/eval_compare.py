@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import print_json, print_table, say, stdout
-from qconv.cli.eval_options import check_device, suite_of, suite_options
+from qconv.cli.eval_options import check_device, engine_of, engine_options, located, suite_of, suite_options
 from qconv.cli.eval_run import number
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
@@ -19,7 +19,7 @@ from qconv.cli.progress import reporting
 @click.argument("first")
 @click.argument("second")
 @click.option("--reference", metavar="MODEL", help="Against which builds are measured; runs bring their own numbers.")
-@click.option("--engine", default="local", show_default=True, help="What computes builds.")
+@engine_options
 @suite_options
 @json_option
 def command(
@@ -27,6 +27,7 @@ def command(
     second: str,
     reference: str | None,
     engine: str,
+    stream: bool,
     suite: str,
     dtype: str | None,
     device: str,
@@ -50,11 +51,11 @@ def command(
                 return read_run(Path(name))
             check_device(device)
             request = Request(
-                build=locate(name),
+                build=located(name, engine),
                 reference=None if reference is None else locate(reference),
                 suite=suite_of(suite, dtype, seed),
                 suite_name=suite,
-                engine=engine,
+                engine=engine_of(engine, stream),
                 device=device,
                 out=Path(folder) / str(number),
                 cache=Cache(cache or default_folder()),

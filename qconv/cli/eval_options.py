@@ -28,6 +28,44 @@ _OPTIONS = (
 )
 
 
+_ENGINE_OPTIONS = (
+    click.option(
+        "--engine",
+        default="local",
+        show_default=True,
+        metavar="NAME",
+        help="What computes builds: local, llamacpp (GGUF), openai:URL or openai-chat:URL.",
+    ),
+    click.option("--stream", is_flag=True, help="Layer by layer, for models larger than memory; cannot generate."),
+)
+
+
+def engine_options(function: Function) -> Function:
+    """Add the options that decide what computes builds."""
+    for option in reversed(_ENGINE_OPTIONS):
+        function = option(function)
+    return function
+
+
+def engine_of(engine: str, stream: bool) -> str:
+    """The engine's name.
+
+    Raises:
+        UsageError: only the local engine streams.
+    """
+    if stream and engine not in ("local", "stream"):
+        raise UsageError(f"--stream: engine {engine} cannot.", hint="Leave out --engine.")
+    return "stream" if stream else engine
+
+
+def located(name: str, engine: str) -> Path:
+    """The build's folder or file; what an endpoint serves need not be here."""
+    from qconv.evaluation.artifacts import locate
+    from qconv.evaluation.engines import is_endpoint
+
+    return Path(name) if is_endpoint(engine) and not Path(name).exists() else locate(name)
+
+
 def suite_options(function: Function) -> Function:
     """Add the options that decide what is measured."""
     for option in reversed(_OPTIONS):

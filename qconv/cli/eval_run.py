@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.console import duration, print_json, print_table, say, stdout
-from qconv.cli.eval_options import check_device, suite_of, suite_options
+from qconv.cli.eval_options import check_device, engine_of, engine_options, located, suite_of, suite_options
 from qconv.cli.options import json_option, out_option
 from qconv.cli.progress import reporting
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--gates", metavar="NAME", help="Packaged gates' name or a YAML file, in place of the suite's.")
 @click.option("--no-gate", is_flag=True, help="Only measure.")
-@click.option("--engine", default="local", show_default=True, help="What computes the build.")
+@engine_options
 @suite_options
 @out_option("The run's folder.")
 @click.option("--restart", is_flag=True, help="Discard the run that the folder holds.")
@@ -41,6 +41,7 @@ def command(
     gates: str | None,
     no_gate: bool,
     engine: str,
+    stream: bool,
     suite: str,
     dtype: str | None,
     device: str,
@@ -65,11 +66,11 @@ def command(
         judged = None if no_gate else gates or chosen.gates
         require_gatable(reference, judged)
         request = Request(
-            build=locate(build),
+            build=located(build, engine),
             reference=None if reference is None else locate(reference),
             suite=chosen,
             suite_name=suite,
-            engine=engine,
+            engine=engine_of(engine, stream),
             device=device,
             out=out,
             cache=Cache(cache or default_folder()),

@@ -88,7 +88,7 @@ class Entry:
         data = self._read(name)
         if data is not None:
             return data
-        with self._held():
+        with self.held():
             data = self._read(name)
             if data is None:
                 data = make()
@@ -112,7 +112,8 @@ class Entry:
         return self.path / f"{name}.sha256"
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of a shared entry; they wait."""
         if not self.shared:
             yield
             return

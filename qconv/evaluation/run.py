@@ -22,9 +22,9 @@ from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import OutputError, UsageError
 from qconv.evaluation import text_task
-from qconv.evaluation.artifacts import check_integrity, identify
+from qconv.evaluation.artifacts import check_integrity, endpoint, identify
 from qconv.evaluation.cache import Cache, Entry
-from qconv.evaluation.engines import open_engine
+from qconv.evaluation.engines import is_endpoint, open_engine
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, rerun_merged, verdict
 from qconv.evaluation.judging import judge
@@ -82,7 +82,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
     kinds = settings_of(request.suite, request.suite_name)
     judges = None if request.gates is None else load_gates(request.gates)
     log(f"{request.build}: hashing")
-    build = identify(request.build)
+    build = _identified(request)
     build_class = None if judges is None else class_of(judges, build)
     reference = None if request.reference is None else identify(request.reference)
     _enter(request.out, restart)
@@ -90,7 +90,8 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
         work = request.out / WORK_FOLDER
         subjects = _subjects(request, build, reference)
         _require_key(work, _key(request, build, reference, subjects[0].engine))
-        gates = [_integrity_gate(build, Entry(work), progress)] if judges is not None else []
+        checked = judges is not None and build.kind != "endpoint"
+        gates = [_integrity_gate(build, progress)] if checked else []
         tasks: list[Task] = []
         if all(gate.status == "pass" for gate in gates):
             bench = partial(_bench, request, *subjects, progress, log)
@@ -208,7 +209,7 @@ def _bench(
 
 
 def _subjects(request: Request, build: Artifact, reference: Artifact | None) -> tuple[Subject, Subject | None]:
-    """The build on the engine that was asked for, the reference on the local one."""
+    """The build on the engine that was asked for; the reference on the local one, or streamed if the build is."""
 
     def opener(name: str, path: Path, dtype: str | None, rows: int | None) -> Engine:
         return open_engine(
@@ -222,7 +223,11 @@ def _subjects(request: Request, build: Artifact, reference: Artifact | None) -> 
     made = Subject(request.build, build, partial(opener, request.engine, request.build))
     if reference is None or request.reference is None:
         return made, None
-    return made, Subject(request.reference, reference, partial(opener, "local", request.reference))
+    return made, Subject(
+        request.reference,
+        reference,
+        partial(opener, "stream" if request.engine == "stream" else "local", request.reference),
+    )
 
 
 def _dtype(request: Request) -> str:
@@ -232,7 +237,14 @@ def _dtype(request: Request) -> str:
     return "float32" if torch.device(request.device).type == "cpu" else "bfloat16"
 
 
-def _integrity_gate(build: Artifact, work: Entry, progress: Progress) -> Gate:
+def _identified(request: Request) -> Artifact:
+    """The build by its files, or where they are not here, by the endpoint that serves them."""
+    if is_endpoint(request.engine) and not request.build.exists():
+        return endpoint(request.engine.partition(":")[2], str(request.build))
+    return identify(request.build)
+
+
+def _integrity_gate(build: Artifact, progress: Progress) -> Gate:
     """Whether the build is what it claims; never measured a second time."""
     result = check_integrity(build, progress)
     sentence = "; ".join(result.problems[:3]) if result.problems else "; ".join(result.checked)

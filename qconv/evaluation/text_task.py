@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,15 @@ from pydantic import JsonValue
 from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.cache import Entry
-from qconv.evaluation.divergence import Reference, TokenScores, negative_log_likelihood, token_scores
-from qconv.evaluation.engines.base import Engine
+from qconv.evaluation.divergence import Floats32, Reference, TokenScores, negative_log_likelihood, token_scores
+from qconv.evaluation.engines.base import Engine, LikelihoodEngine
 from qconv.evaluation.metrics import Scores, by_confidence, text_items, text_metrics
 from qconv.evaluation.record import Metric, Task, store_arrays
 from qconv.evaluation.reference import Kept, ReferenceText, part_ranges, scored_logits
 from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
-from qconv.evaluation.windows import WindowedText
+from qconv.evaluation.windows import Window, WindowedText
 from qconv.models.base import Config
 
 SETTINGS = TextSettings
@@ -39,7 +40,7 @@ def measure(settings: TextSettings, bench: Bench) -> Task:
     text = windowed_text(settings, bench.model_dir, bench.seed, exclude=overlap)
     bench.log(f"{settings.name}: {text.scored:,} tokens of {len(text.units)} {text.unit}s, {text.source}")
     noise: dict[str, Metric] = {}
-    if bench.reference is None:
+    if bench.reference is None or isinstance(bench.build.engine, LikelihoodEngine):
         scores = _alone(bench, text)
     else:
         reference = open_reference(bench, bench.reference, text)
@@ -120,14 +121,20 @@ def _alone(bench: Bench, text: WindowedText) -> Scores:
 
         def make(windows: range = windows) -> dict[str, NDArray[Any]]:
             chosen = [text.windows[one] for one in windows]
-            answers = scored_logits(bench.build.engine, chosen)
-            found = [
-                negative_log_likelihood(logits, window.targets) for window, logits in zip(chosen, answers, strict=True)
-            ]
-            return {"nll": np.concatenate(found)}
+            return {"nll": np.concatenate(list(_likelihoods(bench.build.engine, chosen)))}
 
         parts.append(work.arrays(_work_name("alone", index), make)["nll"])
     return Scores(np.concatenate(parts), None)
+
+
+def _likelihoods(engine: Engine, windows: list[Window]) -> Iterator[Floats32]:
+    """Negative log-likelihood of each window's scored tokens, float32 [scored]."""
+    if isinstance(engine, LikelihoodEngine):
+        answers = engine.likelihoods([window.ids.tolist() for window in windows])
+        yield from (-found[window.first - 1 :] for window, found in zip(windows, answers, strict=True))
+        return
+    for window, logits in zip(windows, scored_logits(engine, windows), strict=True):
+        yield negative_log_likelihood(logits, window.targets)
 
 
 def _require_same_vocabulary(bench: Bench, expected: int | None, found: int) -> None:

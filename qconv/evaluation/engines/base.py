@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model; the engine cannot be used again."""
+
+
+@runtime_checkable
+class LikelihoodEngine(Protocol):
+    """An engine that tells how probable given tokens are, though not whole distributions."""
+
+    def likelihoods(self, sequences: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        """Log-probability of each token but the first of each sequence, float32 [tokens - 1].
+
+        Raises:
+            UsageError: this one does not.
+            EngineError: the engine failed.
+        """
 
 
 def stop_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:

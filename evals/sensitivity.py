@@ -1,0 +1,242 @@
+"""Whether the gates see damage, and nothing where there is none.
+
+Damages a build of the model in three ways that leave every file well-formed, with checksums made anew: one expert's
+down_proj zeroed, the scales of one layer shifted by one group, one layer's router with its rows permuted. Each must end
+in a regression (exit code 3) against the sound build as baseline. An identical rebuild must pass. So must builds that are
+as good as each other, calibrated by GPTQ on different samples and measured on different texts: the A/A runs, where every
+alarm is false.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from qconv.build import Build
+from qconv.checkpoint.header import TensorSpec
+from qconv.checkpoint.writer import ShardWriter, sha256_of
+from qconv.errors import QconvError, UsageError
+from qconv.evaluation.cache import Cache
+from qconv.evaluation.record import Run
+from qconv.evaluation.run import Request, evaluate
+from qconv.evaluation.suites import Suite
+from qconv.models.base import Layer, Linear, Moe
+from qconv.qtensor import QTensor
+from qconv.verify import CHECKSUMS_NAME, build_files, render_checksums
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = REPOSITORY / "evals/models/tiny-coder-moe"
+SUITE = Suite.model_validate(
+    {
+        "noise": {"tokens": 2048},
+        "tasks": [
+            {"kind": "text", "name": "stdlib", "context": 512, "stride": 256, "tokens": 16384, "document_tokens": 512},
+        ],
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One evaluation: what of, what was expected and what came out."""
+
+    case: str
+    expected: int
+    exit_code: int
+    kld: float | None
+    sentence: str
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
+    default=TINY,
+    show_default=True,
+)
+@click.option("--fmt", default="w4a16", show_default=True)
+@click.option("--method", default="rtn", show_default=True)
+@click.option("--rebuilds", type=click.IntRange(min=0), default=5, show_default=True, help="Builds of the A/A runs.")
+@click.option("--samples", type=click.IntRange(min=0), default=4, show_default=True, help="Texts of the A/A runs.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
+    default=REPOSITORY / "build/sensitivity",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def main(model: Path, fmt: str, method: str, rebuilds: int, samples: int, work: Path, as_json: bool) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    torch.set_num_threads(1)  # the model is so small that threads only wait for each other
+    try:
+        sound, again = (quantized(model, work / name, fmt, method) for name in ("sound", "again"))
+        damaged = {name: damage(sound, work / name, change) for name, change in DAMAGES.items()}
+        alike = [
+            quantized(model, work / f"alike-{seed}", fmt, "gptq", "--seed", str(seed), "--tokens", "16384")
+            for seed in range(rebuilds + 1 if rebuilds and samples else 0)
+        ]
+        bench = Bench(model, SUITE, work / "runs")
+        results = [*trial(bench, sound, again, damaged), *a_a(bench, alike, range(1, samples + 1))]
+    except QconvError as error:
+        click.echo(f"sensitivity.py: {error}", err=True)
+        sys.exit(error.exit_code)
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in results], indent=2))
+    else:
+        _print(results)
+    sys.exit(0 if all(one.exit_code == one.expected for one in results) else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Evaluates builds of a model on a suite, each run in a folder of ``work``."""
+
+    model: Path
+    suite: Suite
+    work: Path
+
+    def run(self, name: str, build: Path, baseline: Run | None, seed: int = 0) -> Run:
+        """Measure and judge; ``seed`` chooses the text."""
+        request = Request(
+            build=build,
+            reference=self.model,
+            suite=self.suite.model_copy(update={"seed": seed}),
+            suite_name="sensitivity",
+            out=self.work / name.replace(" ", "-"),
+            cache=Cache(self.work / "cache"),
+            gates="default",
+            baseline=baseline,
+        )
+        return evaluate(request, progress=lambda *_: None, log=lambda _: None)
+
+
+def trial(bench: Bench, sound: Path, again: Path, damaged: Mapping[str, Path]) -> list[Result]:
+    """The sound build, every damaged one, and the rebuild, against the sound build as baseline."""
+    baseline = bench.run("sound", sound, None)
+    results = [_result("sound build", 0, baseline)]
+    results += [_result(name, 3, bench.run(name, build, baseline)) for name, build in damaged.items()]
+    results.append(_result("identical rebuild", 0, bench.run("again", again, baseline)))
+    return results
+
+
+def a_a(bench: Bench, alike: Sequence[Path], seeds: Sequence[int]) -> list[Result]:
+    """Every build but the first, against the first as baseline, on the text of every seed."""
+    results = []
+    for seed in seeds:
+        baseline = bench.run(f"text {seed} baseline", alike[0], None, seed)
+        for number, build in enumerate(alike[1:], start=1):
+            run = bench.run(f"text {seed} build {number}", build, baseline, seed)
+            results.append(_result(f"A/A, text {seed}, build {number}", 0, run))
+    return results
+
+
+def quantized(model: Path, out: Path, fmt: str, method: str, *options: str) -> Path:
+    """A build, through the command line.
+
+    Raises:
+        QconvError: it failed.
+    """
+    command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, "--method", method, "-o", str(out)]
+    command += options
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise QconvError(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()}")
+    return out
+
+
+def zeroed_expert(build: Build) -> dict[str, Tensor]:
+    """The down_proj of the first expert in the middle layer, all weights zero."""
+    down = _moe(build).experts[0].down
+    weight = build.qtensor(down)
+    zero = weight.grid.mid if weight.zero_points is None else 0
+    zero_points = None if weight.zero_points is None else torch.zeros_like(weight.zero_points)
+    return _packed(build, down, replace(weight, codes=torch.full_like(weight.codes, zero), zero_points=zero_points))
+
+
+def shifted_scales(build: Build) -> dict[str, Tensor]:
+    """Every linear of the middle layer with the scales of its groups moved on by one group."""
+    tensors: dict[str, Tensor] = {}
+    for linear in _middle(build).linears():
+        if build.is_quantized(linear):
+            weight = build.qtensor(linear)
+            tensors |= _packed(build, linear, replace(weight, scales=weight.scales.roll(1, dims=1)))
+    return tensors
+
+
+def permuted_router(build: Build) -> dict[str, Tensor]:
+    """The middle layer's router with each row in its neighbour's place: tokens go to wrong experts."""
+    router = _moe(build).router
+    return {router.weight: build.checkpoint.read(router.weight).roll(1, dims=0)}
+
+
+DAMAGES: Mapping[str, Callable[[Build], dict[str, Tensor]]] = {
+    "expert zeroed": zeroed_expert,
+    "scales shifted": shifted_scales,
+    "router permuted": permuted_router,
+}
+"""By name, the tensors that are replaced."""
+
+
+def damage(build_path: Path, out: Path, change: Callable[[Build], dict[str, Tensor]]) -> Path:
+    """A copy of a build with some tensors replaced and its checksums made anew."""
+    shutil.copytree(build_path, out)
+    build = Build.open(build_path)
+    replaced = change(build)
+    entries = build.checkpoint.entries
+    for file in {entries[name].file for name in replaced}:
+        inside = sorted((one for one in entries.values() if one.file == file), key=lambda one: one.offset)
+        specs = [TensorSpec(one.name, one.dtype, one.shape) for one in inside]
+        with ShardWriter(out / file.name, specs) as writer:
+            for one in inside:
+                tensor = replaced[one.name] if one.name in replaced else build.checkpoint.read(one.name)
+                writer.write(one.name, tensor)
+            writer.finish()
+            writer.publish()
+    sums = {name: sha256_of(out / name) for name in build_files(out)}
+    (out / CHECKSUMS_NAME).write_text(render_checksums(sums))
+    return out
+
+
+def _middle(build: Build) -> Layer:
+    return build.architecture.layers[len(build.architecture.layers) // 2]
+
+
+def _moe(build: Build) -> Moe:
+    mlp = _middle(build).mlp
+    if not isinstance(mlp, Moe):
+        raise UsageError(f"{build.path}: the middle layer has no experts.", hint="Give a mixture of experts.")
+    return mlp
+
+
+def _packed(build: Build, linear: Linear, weight: QTensor) -> dict[str, Tensor]:
+    return dict(build.format.pack(linear.name, weight))
+
+
+def _result(case: str, expected: int, run: Run) -> Result:
+    kld = run.tasks[0].metrics["kld.mean"].value if run.tasks else None
+    return Result(case, expected, run.verdict.exit_code, kld, run.verdict.sentence)
+
+
+def _print(results: Sequence[Result]) -> None:
+    table = Table("case", "expected", "exit code", "mean KLD", "verdict")
+    for one in results:
+        kld = "" if one.kld is None else f"{one.kld:.5f}"
+        table.add_row(one.case, str(one.expected), str(one.exit_code), kld, one.sentence)
+    console = Console(width=200)
+    console.print(table)
+    wrong = [one for one in results if one.exit_code != one.expected]
+    console.print(f"{len(results) - len(wrong)} of {len(results)} as expected", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

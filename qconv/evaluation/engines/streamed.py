@@ -1,0 +1,48 @@
+"""Models larger than memory: all sequences of a call pass one layer before the next is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from qconv.errors import UsageError
+from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling
+from qconv.evaluation.engines.local import DTYPES, LocalEngine
+from qconv.runtime.stream import stream_logits
+
+
+class StreamEngine:
+    """qconv's runtime, streaming. A call reads every weight once for each window of tokens: calls should be large."""
+
+    def __init__(self, path: Path, *, dtype: str = "float32", device: str = "cpu", rows: int = 8) -> None:
+        """As of :class:`~qconv.evaluation.engines.local.LocalEngine`; ``rows`` only counts sequences of a batch."""
+        self.path = path
+        self.rows = rows
+        self._dtype, self._device = dtype, device
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """See :class:`~qconv.evaluation.engines.base.Engine`."""
+        local = LocalEngine(self.path, dtype=self._dtype, device=self._device, rows=self.rows)
+        return {**local.identity, "engine": "stream"}
+
+    def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """Of each sequence, in order."""
+        ids = [torch.tensor(list(sequence)) for sequence in sequences]
+        for found in stream_logits(self.path, ids, dtype=DTYPES[self._dtype], device=self._device):
+            yield found.numpy()
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+        """A model that does not fit into memory is not generated with.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "--stream: generation would read the whole model for every token.", hint="Choose another suite."
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""

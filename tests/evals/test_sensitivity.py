@@ -1,0 +1,76 @@
+"""The gates see three kinds of damage to a build that is well-formed in every file, and nothing in a sound one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from evals.sensitivity import DAMAGES, Bench, a_a, damage, quantized, trial
+from qconv.build import Build
+from qconv.evaluation.suites import Suite
+from qconv.verify import verify
+from tests.conftest import BUNDLED
+
+SUITE = Suite.model_validate(
+    {
+        "noise": None,
+        "tasks": [
+            # Sixty documents of 96 tokens.
+            {"kind": "text", "name": "text", "context": 96, "stride": 48, "tokens": 5700, "document_tokens": 96},
+        ],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model rounded to w4a16; do not write to it."""
+    return quantized(BUNDLED, tmp_path_factory.mktemp("sound") / "build", "w4a16", "rtn")
+
+
+@pytest.fixture(scope="module")
+def damaged(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("damaged")
+    return {name: damage(sound, folder / name, change) for name, change in DAMAGES.items()}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_leaves_a_build_that_verifies_and_changes_what_it_says(
+    name: str, sound: Path, damaged: dict[str, Path]
+) -> None:
+    assert verify(damaged[name]).problems == []
+    before, after = Build.open(sound), Build.open(damaged[name])
+    middle = before.architecture.layers[2]
+    changed = {
+        linear.name
+        for layer in before.architecture.layers
+        for linear in (*layer.linears(), *layer.routers())
+        if not torch.equal(_weight(before, linear), _weight(after, linear))
+    }
+    expected = {
+        "expert zeroed": {f"{middle.name}.mlp.experts.0.down_proj"},
+        "scales shifted": {linear.name for linear in middle.linears()},
+        "router permuted": {f"{middle.name}.mlp.gate"},
+    }
+    assert changed == expected[name]
+    if name == "expert zeroed":
+        zeroed = next(linear for linear in middle.linears() if linear.name in changed)
+        assert not after.qtensor(zeroed).dequantize().any()
+
+
+def test_every_damage_is_a_regression_and_nothing_else_is(
+    sound: Path, damaged: dict[str, Path], tmp_path: Path
+) -> None:
+    bench = Bench(BUNDLED, SUITE, tmp_path / "runs")
+    results = [*trial(bench, sound, sound, damaged), *a_a(bench, [sound, sound], [1])]
+    assert {one.case: one.exit_code for one in results} == {one.case: one.expected for one in results}
+    assert [one.expected for one in results] == [0, 3, 3, 3, 0, 0]
+
+
+def _weight(build: Build, linear: object) -> torch.Tensor:
+    from qconv.models.base import Linear
+
+    assert isinstance(linear, Linear)
+    return build.qtensor(linear).dequantize() if build.is_quantized(linear) else build.checkpoint.read(linear.weight)
