@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint kernels kernels-nightly gpu-check interop kill-resume scale clean
+.PHONY: help demo test lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ kill-resume: $(STAMP)  ## kill a run at KILLS random moments (default 20); resum
 
 scale: $(STAMP)  ## speed and peak memory on layers of the 480B model's true shapes
 	$(BIN)/python evals/scale.py
+
+sensitivity: $(STAMP)  ## damage a build three ways: the gates must see each, and nothing in 20 runs of sound builds
+	$(BIN)/python evals/sensitivity.py
 
 clean:  ## remove build/, dist/ and caches; environments stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

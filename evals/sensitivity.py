@@ -1,10 +1,10 @@
 """Whether the gates see damage, and nothing where there is none.
 
 Damages a build of the model in three ways that leave every file well-formed, with checksums made anew: one expert's
-down_proj zeroed, the scales of one layer shifted by one group, one layer's router with its rows permuted. Each must end
-in a regression (exit code 3) against the sound build as baseline. An identical rebuild must pass. So must builds that are
-as good as each other, calibrated by GPTQ on different samples and measured on different texts: the A/A runs, where every
-alarm is false.
+down_proj zeroed, the scales of one layer shifted by one group, one layer's router with its rows permuted. Each must
+end in a regression (exit code 3) against the sound build as baseline. An identical rebuild must pass. So must builds
+that are as good as each other, calibrated by GPTQ on different samples and measured on different texts: the A/A runs,
+where every alarm is false.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def trial(bench: Bench, sound: Path, again: Path, damaged: Mapping[str, Path]) -
 
 def a_a(bench: Bench, alike: Sequence[Path], seeds: Sequence[int]) -> list[Result]:
     """Every build but the first, against the first as baseline, on the text of every seed."""
-    results = []
-    for seed in seeds:
+    results: list[Result] = []
+    for seed in seeds if len(alike) > 1 else ():
         baseline = bench.run(f"text {seed} baseline", alike[0], None, seed)
         for number, build in enumerate(alike[1:], start=1):
             run = bench.run(f"text {seed} build {number}", build, baseline, seed)

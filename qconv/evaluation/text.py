@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from qconv.build import REPORT_NAME
-from qconv.calibration.corpus import build_tokens, leading_bos, load_tokenizer, render_chat
+from qconv.calibration.corpus import build_tokens, leading_bos, render_chat
 from qconv.calibration.documents import STDLIB, Document, documents
 from qconv.checkpoint.reader import read_json
 from qconv.errors import QconvError, UsageError
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.windows import Encoded, WindowedText, cut, encode
 from qconv.recipe import CalibrationSettings
+from qconv.runtime.tokenizer import load_tokenizer
 
 HELD_BACK = 192
 """Documents of the standard library that are calibration's; the packaged recipes use 64."""
@@ -33,7 +34,7 @@ def windowed_text(settings: TextSettings, model_dir: Path, seed: int, exclude: C
 
     Args:
         settings: Corpus, rule, sizes.
-        model_dir: The checkpoint whose tokenizer counts: the reference's.
+        model_dir: The model whose tokenizer counts: the reference's if there is one.
         seed: Which documents, where there are more than are needed.
         exclude: Names of documents to leave out.
 

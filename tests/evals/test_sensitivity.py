@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evals.sensitivity import DAMAGES, Bench, a_a, damage, quantized, trial
+from evals.sensitivity import SUITE as ORDINARY
 from qconv.build import Build
 from qconv.evaluation.suites import Suite
 from qconv.verify import verify
@@ -17,8 +18,8 @@ SUITE = Suite.model_validate(
     {
         "noise": None,
         "tasks": [
-            # Sixty documents of 96 tokens.
-            {"kind": "text", "name": "text", "context": 96, "stride": 48, "tokens": 5700, "document_tokens": 96},
+            # Thirty documents of 96 tokens.
+            {"kind": "text", "name": "text", "context": 96, "stride": 48, "tokens": 2850, "document_tokens": 96},
         ],
     }
 )
@@ -60,13 +61,20 @@ def test_damage_leaves_a_build_that_verifies_and_changes_what_it_says(
         assert not after.qtensor(zeroed).dequantize().any()
 
 
-def test_every_damage_is_a_regression_and_nothing_else_is(
+def test_damage_is_a_regression_and_nothing_else_is(sound: Path, damaged: dict[str, Path], tmp_path: Path) -> None:
+    some = {name: path for name, path in damaged.items() if name != "expert zeroed"}  # that needs more text
+    bench = Bench(BUNDLED, SUITE, tmp_path / "runs")
+    results = [*trial(bench, sound, sound, some), *a_a(bench, [sound, sound], [1])]
+    assert {one.case: one.exit_code for one in results} == {one.case: one.expected for one in results}
+    assert [one.expected for one in results] == [0, 3, 3, 0, 0]
+
+
+@pytest.mark.slow
+def test_every_damage_is_a_regression_on_a_suite_of_ordinary_size(
     sound: Path, damaged: dict[str, Path], tmp_path: Path
 ) -> None:
-    bench = Bench(BUNDLED, SUITE, tmp_path / "runs")
-    results = [*trial(bench, sound, sound, damaged), *a_a(bench, [sound, sound], [1])]
-    assert {one.case: one.exit_code for one in results} == {one.case: one.expected for one in results}
-    assert [one.expected for one in results] == [0, 3, 3, 3, 0, 0]
+    results = trial(Bench(BUNDLED, ORDINARY, tmp_path / "runs"), sound, sound, damaged)
+    assert [one.exit_code for one in results] == [0, 3, 3, 3, 0]
 
 
 def _weight(build: Build, linear: object) -> torch.Tensor:

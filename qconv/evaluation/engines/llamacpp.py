@@ -57,7 +57,8 @@ class LlamaCppEngine:
         """Of each sequence, in order."""
         for sequence in sequences:
             shape = tuple(self._ask({"logits": [int(one) for one in sequence]})["shape"])
-            yield np.frombuffer(self._read(4 * shape[0] * shape[1]), dtype=np.float32).reshape(shape)
+            data = bytearray(self._read(4 * shape[0] * shape[1]))  # torch warns of arrays that cannot be written
+            yield np.frombuffer(data, dtype=np.float32).reshape(shape)
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """Every sample of every prompt, in order; llama.cpp tokenizes."""

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from qconv import __version__
-from qconv.calibration.corpus import load_tokenizer
 from qconv.errors import EngineError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling
 from qconv.evaluation.engines.decoding import Decoder
 from qconv.runtime.loading import load
+from qconv.runtime.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from qconv.calibration.corpus import load_tokenizer
 from qconv.evaluation.humaneval.dataset import SHA256, Problem, load_problems
 from qconv.evaluation.humaneval.flips import flips
 from qconv.evaluation.humaneval.prompts import Message, Render, render_prompt
@@ -23,6 +22,7 @@ from qconv.evaluation.sandbox.backends import find_backend
 from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.statistics import ratio_interval, wilson
 from qconv.evaluation.tasks import Bench, Subject
+from qconv.runtime.tokenizer import load_tokenizer
 
 SETTINGS = HumanEvalSettings
 
