@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qconv.registration import register_with_transformers
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -19,3 +21,6 @@ def __getattr__(name: str) -> Any:
         # Not an import statement: every module here imports the package, which must not be seen to import them.
         return importlib.import_module("qconv.runtime.loading").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_with_transformers()

@@ -12,6 +12,9 @@ scores models that are larger than memory: all sequences (int64 [length] each) p
 and the logits (float32 [length, vocabulary], or windows of them from ``stream_windows``) come out one sequence at a
 time. ``tokenizer.load_tokenizer(PATH)`` gives the tokenizer, of GGUF files too.
 
+After ``import qconv`` also transformers' own ``AutoModelForCausalLM.from_pretrained`` loads AWQ and GPTQ builds that it
+has no loader for (``register``; it waits until transformers is imported, so that ``import qconv`` stays light).
+
 How it is made: ``files`` opens what is on disk as the linears of an architecture, ``packed`` holds weights as their
 files do, ``backends`` multiply with them, ``skeleton`` puts ``modules`` that do so into transformers' model.
 ``dense`` writes the dequantized model that a build stands for.

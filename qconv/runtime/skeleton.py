@@ -106,9 +106,13 @@ class Installer:
         """One decoder layer."""
         self.around_experts(layer)
         if isinstance(layer.mlp, Moe):
-            name = experts_name(layer.mlp)
-            mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in layer.mlp.experts]
-            self.replace(name, PackedExperts(self.backend.experts(mlps, self.activation(name))))
+            self.experts(layer.mlp)
+
+    def experts(self, moe: Moe) -> None:
+        """The experts of a sparse block."""
+        name = experts_name(moe)
+        mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in moe.experts]
+        self.replace(name, PackedExperts(self.backend.experts(mlps, self.activation(name))))
 
     def around_experts(self, layer: Layer) -> None:
         """All of a decoder layer but its routed experts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from qconv.qtensor import CHANNEL
 from qconv.runtime.packed import BlockWeight, DenseWeight, FloatWeight, IntegerWeight, PackedWeight
 
 LIBRARY = "runtime"
+KEPT_BYTES = 2**26
+"""The most memory that a thread keeps for dense weights: two projections of an expert of the 480B."""
 
 _pointer, _int, _count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _AWQ, _GPTQ, _ROWS, _E4M3 = range(4)
@@ -58,6 +61,23 @@ _EXPERTS = ctypes.CFUNCTYPE(
 )  # gates, ups, downs, x, dtype, expert, token, factor, pairs, y, scratch, threads
 
 
+class Scratch:
+    """Memory for one dense weight, kept from weight to weight: fresh pages cost more than filling them does."""
+
+    def __init__(self) -> None:
+        self._kept = threading.local()
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory of that shape, the same for all callers of a thread unless it is large."""
+        nbytes = shape[0] * shape[1] * dtype.itemsize
+        if nbytes > KEPT_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        buffer: Tensor | None = getattr(self._kept, "buffer", None)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._kept.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return buffer[:nbytes].view(dtype).view(shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """The library's functions."""
@@ -65,6 +85,7 @@ class Compiled:
     dequantize_function: ctypes._CFunctionType
     product_function: ctypes._CFunctionType
     experts_function: ctypes._CFunctionType
+    scratch: Scratch
 
     @classmethod
     def load(cls) -> Compiled | None:
@@ -76,13 +97,17 @@ class Compiled:
             _DEQUANTIZE(("qconv_dequantize", library)),
             _PRODUCT(("qconv_product", library)),
             _EXPERTS(("qconv_experts", library)),
+            Scratch(),
         )
 
     def dequantize(self, weights: Sequence[CompiledWeight], dtype: torch.dtype) -> Tensor:
-        """Weights of one layout below each other, float32 or bfloat16 [all out_features, in_features], any strides."""
+        """Weights of one layout below each other, float32 or bfloat16 [all out_features, in_features], any strides.
+
+        It is valid until this thread asks for the next one.
+        """
         columns, transposed = weights[0].shape[1], weights[0].transposed
         rows = sum(weight.shape[0] for weight in weights)
-        out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype)
+        out = self.scratch.take((columns, rows) if transposed else (rows, columns), dtype)
         start = 0
         for weight in weights:
             part = out[:, start:] if transposed else out[start:]

@@ -10,6 +10,9 @@ from torch import Tensor
 ExpertFunction = Callable[[int, Tensor], Tensor]
 """Computes expert number e for its tokens, [tokens, hidden] to [tokens, hidden]."""
 
+_WINDOW = 4096
+"""Answers that are widened to float32 at once."""
+
 
 def routed(inputs: Tensor, chosen: Tensor, weights: Tensor, experts: int, expert: ExpertFunction) -> Tensor:
     """``sum_k weights[t, k] * expert(chosen[t, k], inputs[t])``, summed in float32.
@@ -28,13 +31,16 @@ def routed(inputs: Tensor, chosen: Tensor, weights: Tensor, experts: int, expert
     order = torch.argsort(flat, stable=True)
     tokens = order // chosen.shape[1]
     counts = torch.bincount(flat, minlength=experts).tolist()
-    scale = weights.flatten()[order].float().unsqueeze(-1)
-    total = torch.zeros(inputs.shape, dtype=torch.float32, device=inputs.device)
+    answers = inputs[tokens]  # what an expert is asked, and in its place what it answers
     start = 0
     for number, count in enumerate(counts):
         if count:
-            part = slice(start, start + count)
-            answer = expert(number, inputs[tokens[part]])
-            total.index_add_(0, tokens[part], answer.float() * scale[part])
+            part = answers[start : start + count]
+            part.copy_(expert(number, part))
             start += count
+    scale = weights.flatten()[order].float().unsqueeze(-1)
+    total = torch.zeros(inputs.shape, dtype=torch.float32, device=inputs.device)
+    for start in range(0, len(tokens), _WINDOW):
+        window = slice(start, start + _WINDOW)
+        total.index_add_(0, tokens[window], answers[window].float() * scale[window])
     return total.to(inputs.dtype)
