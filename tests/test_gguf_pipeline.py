@@ -14,12 +14,14 @@ import torch
 from qconv import gguf_pipeline
 from qconv.build import REPORT_NAME
 from qconv.errors import CheckpointError, OutputError, RecipeError, StaleJournalError, UsageError
+from qconv.ggml import GgmlType, encode
 from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from qconv.gguf.reader import GgufModel
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
-from qconv.gguf_verify import verify_gguf
+from qconv.gguf_verify import decoded, floor_db, verify_gguf
 from qconv.output import Outcome
+from qconv.qtensor import SquaredError
 from qconv.recipe import OutputSettings, TextSettings
 from qconv.verify import CHECKSUMS_NAME
 from tests.conftest import BUNDLED, folder_bytes, random_model, save_model
@@ -184,6 +186,25 @@ def test_an_imatrix_is_used_and_an_expert_without_tokens_survives(sparse: Path, 
         if name.endswith("_exps.weight"):
             assert bool(values.view(entry.shape)[2].any()), "a row of zeros in the imatrix must not erase an expert"
             assert not torch.equal(values, torch.cat(list(plain.dequantized(name))))
+
+
+@pytest.mark.parametrize("type", ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lattices_have_a_floor_between_zeros_and_the_worst_sound_weights(type: str, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(8, 1024, generator=generator)
+    importance = torch.exp(2.0 * torch.randn(1024, generator=generator)) if weighted else None
+    kinds = {
+        "normal": normal,
+        "cauchy": normal / torch.randn(8, 1024, generator=generator),
+        "sparse": normal * (torch.rand(8, 1024, generator=generator) < 0.03),
+        "outlying columns": normal * torch.exp(2.0 * torch.randn(1024, generator=generator)),
+    }
+    floor = floor_db(GgmlType[type].value, weighted)
+    assert floor > 0.0
+    for name, weight in kinds.items():
+        approximation = decoded(encode(weight, GgmlType[type], importance), GgmlType[type].value)
+        assert SquaredError.between_(weight, approximation).snr_db > floor, name
 
 
 @pytest.mark.parametrize("file_type", ["IQ3_M", "IQ2_XXS"])

@@ -19,7 +19,6 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from qconv.errors import UsageError
 from qconv.gguf.mixture import MIXTURES
 from qconv.gguf.plan import plan_gguf, write_file
 from qconv.gguf.tokenizer import PRE_TOKENIZERS
@@ -164,16 +163,11 @@ def test_every_architecture_computes_what_transformers_computes(name: str, llama
 
 @pytest.mark.parametrize("file_type", MIXTURES)
 def test_every_file_type_loads_and_generates(file_type: str, llama: Llama, tmp_path: Path) -> None:
-    try:
-        (file,) = write(MODEL, tmp_path / "quantized", file_type)
-    except UsageError as error:
-        if "no encoder" not in error.message:
-            raise
-        pytest.skip(error.message)
+    (file,) = write(MODEL, tmp_path / "quantized", file_type)
     tokens = sequences(2048)
     answer = llama(file, tokens, generate=16)
     assert len(answer.generated) == 16
-    # Measured 0.08 for Q2_K; equal probabilities for all tokens are 2.8 away.
+    # Measured 0.08 for Q2_K and 0.10 for IQ2_XXS, without an imatrix; equal probabilities for all tokens are 2.8 away.
     assert divergence(bundled_logits(tokens), answer.logits) < 0.2
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from qconv.gguf.imatrix import read_imatrix
+from qconv.gguf.plan import plan_gguf, write_file
+from qconv.gguf.tensors import importance_of, uniform
+from qconv.source import Source
 from tests.interop.conftest import MODEL, Client
 from tests.interop.environments import CHECKOUT
 from tests.interop.test_gguf import Llama, bundled_logits, divergence, sequences
@@ -48,6 +51,34 @@ def test_llama_cpp_reads_what_was_collected(calibrated: Path, client: Client, tm
         assert counts_shape == [1, experts]
         assert sums == pytest.approx(float(entry.sums.double().sum()))
         assert counts == TOKENS * (4 if experts == 16 else 1)  # the router chooses 4 of 16 experts
+
+
+def code(tokens: int) -> list[list[int]]:
+    """Token ids of code that the model was not calibrated on."""
+    from transformers import AutoTokenizer
+
+    text = (CHECKOUT / "qconv/pipeline.py").read_text()
+    ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
+    return [ids[:tokens], ids[tokens : 2 * tokens]]
+
+
+@pytest.mark.parametrize("file_type", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"])
+def test_types_that_need_an_imatrix_gain_by_it(
+    file_type: str, calibrated: Path, client: Client, tmp_path: Path
+) -> None:
+    source = Source.open(MODEL)
+    importance = importance_of(read_imatrix(calibrated / "imatrix.gguf"), 64.0)
+    llama, tokens, diverged = Llama(client, tmp_path), code(256), {}
+    expected = bundled_logits(tokens)
+    for name, of in (("plain", uniform), ("weighted", importance)):
+        (tmp_path / name).mkdir()
+        plan = plan_gguf(source, file_type, "model", importance=True)
+        write_file(tmp_path / name, plan, plan.files[0], source, of)
+        answer = llama(tmp_path / name / plan.files[0].name, tokens, generate=8)
+        assert len(answer.generated) == 8
+        diverged[name] = divergence(expected, answer.logits)
+    # Measured 7 to 13 % less, from 0.063 (IQ2_XXS) to 0.018 (IQ3_XXS) nats.
+    assert diverged["weighted"] < diverged["plain"] < 0.1
 
 
 def test_llama_cpp_loads_the_set_beside_its_imatrix(calibrated: Path, client: Client, tmp_path: Path) -> None:
