@@ -25,17 +25,14 @@ from qconv.verify import Progress, Verification, check_sums, snr_floor_db
 _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 """Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""
 
-_LATTICE_FLOORS = {
-    "IQ3_S": (8.0, 2.0),
-    "IQ3_XXS": (7.0, 2.0),
-    "IQ2_S": (3.5, 0.5),
-    "IQ2_XS": (3.5, 0.5),
-    "IQ2_XXS": (2.0, 0.5),
-}
-"""Plain, and with importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9 and 9.6 dB. The worst that a search came to,
-on weights from a Cauchy distribution or three of a hundred not zero, is about one above these floors: no level is zero,
-so what is small beside its neighbours gets an error of its own size. Importance over many orders of magnitude costs up
-to four more. Zeros have 0 dB, a wrong tensor has -3 and swapped bits not more."""
+_LATTICE_FLOORS = {"IQ3_S": 8.0, "IQ3_XXS": 7.0, "IQ2_S": 3.5, "IQ2_XS": 3.5, "IQ2_XXS": 2.0}
+"""Without importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9 and 9.6 dB. The worst that a search came to, on
+weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so what is
+small beside its neighbours gets an error of its own size."""
+
+_WEIGHTED_LATTICE_FLOOR = -1.0
+"""With importance, trained weights lose up to four dB. But a few outliers can hold most of the signal, and if they matter
+to no output they may become the lowest level, even with the wrong sign. A wrong tensor has -3 dB."""
 
 
 def floor_db(type: GGMLQuantizationType, weighted: bool) -> float:
@@ -48,7 +45,7 @@ def floor_db(type: GGMLQuantizationType, weighted: bool) -> float:
     if type.name in _FLOAT_FLOORS:
         return _FLOAT_FLOORS[type.name]
     if type.name in _LATTICE_FLOORS:
-        return _LATTICE_FLOORS[type.name][weighted]
+        return _WEIGHTED_LATTICE_FLOOR if weighted else _LATTICE_FLOORS[type.name]
     bits = int(next(character for character in type.name if character.isdigit()))
     return snr_floor_db(bits, compensated=weighted)
 
