@@ -27,12 +27,12 @@ _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 
 _LATTICE_FLOORS = {"IQ3_S": 8.0, "IQ3_XXS": 7.0, "IQ2_S": 3.5, "IQ2_XS": 3.5, "IQ2_XXS": 2.0}
 """Without importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9 and 9.6 dB. The worst that a search came to, on
-weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so what is
-small beside its neighbours gets an error of its own size."""
+weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so what
+is small beside its neighbours gets an error of its own size."""
 
 _WEIGHTED_LATTICE_FLOOR = -1.0
-"""With importance, trained weights lose up to four dB. But a few outliers can hold most of the signal, and if they matter
-to no output they may become the lowest level, even with the wrong sign. A wrong tensor has -3 dB."""
+"""With importance, trained weights lose up to four dB. But a few outliers can hold most of the signal, and if they
+matter to no output they may become the lowest level, even with the wrong sign. A wrong tensor has -3 dB."""
 
 
 def floor_db(type: GGMLQuantizationType, weighted: bool) -> float:
