@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import cache
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels.proof.launcher import PtxLauncher
-from qconv.runtime.backends.cuda.products import Rows, multiply
+from qconv.runtime.backends.cuda.compiler import compile_source
+from qconv.runtime.backends.cuda.products import HELPERS, Rows, multiply
 from qconv.runtime.backends.cuda.routing import route
+from qconv.runtime.backends.cuda.sources import source_of
 from qconv.runtime.kernel_interface import ROW_TILES, TILE_BYTES
 from tests.kernels.launchers import EmulatorLauncher
 from tests.kernels.products import case, depth_of, int4
@@ -21,9 +24,9 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),
 ]
 
-# One PTX for each way in which the targets' compilers differ: sm_80 and sm_89 have the older instruction selection,
-# sm_90 has its own, sm_100 and sm_120 share one.
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 100)
+SAME = {89: 80, 90: 80, 120: 100}
+"""Targets whose PTX is another's to the letter."""
 COLUMNS = 160  # a whole block of columns and a part of one
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -55,6 +58,15 @@ def assert_right(outputs: list[Tensor], exact: Tensor, dtype: torch.dtype) -> No
     """The same bits from both launchers, within one rounding of float64."""
     assert torch.equal(*outputs)
     assert float((outputs[0].double() - exact).norm() / exact.norm()) < ROUNDING[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*TILE_BYTES, HELPERS])
+@pytest.mark.parametrize("architecture", SAME)
+def test_other_targets_have_the_same_ptx(architecture: int, layout: str) -> None:
+    texts = [compile_source(source_of(layout), each, "ptx").decode() for each in (architecture, SAME[architecture])]
+    mine, other = (re.sub(r"\.target sm_\d+", "", text) for text in texts)
+    assert mine == other
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
