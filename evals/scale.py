@@ -44,6 +44,8 @@ CASES = {
     "awq": Case(("--fmt", "awq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
     "gptq": Case(("--fmt", "gptq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
     "gguf": Case(("--fmt", "gguf:Q4_K_M"), memory_limit=4, speed_limit=0),
+    "gguf-q8_0": Case(("--fmt", "gguf:Q8_0"), memory_limit=4, speed_limit=100e6),
+    "gguf-q4_0": Case(("--fmt", "gguf:Q4_0"), memory_limit=4, speed_limit=100e6),
 }
 
 
