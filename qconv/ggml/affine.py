@@ -192,9 +192,10 @@ def _refit(source: Source, moments: Moments, k: Tensor, m: Tensor, d: Tensor, dm
     dm = -(k * m * moments.q).sum(0)
     shared = dm * reciprocal(dd)
     new_dmin = dmin + (slope_dmin - shared * slope_d) * inverse_determinant(mm, shared * dm)
-    new_dmin = as_half(new_dmin.clamp_(min=0.0))
+    new_dmin = as_half(new_dmin.clamp_(min=0.0) + 0.0)  # clamping may leave -0
     by_dmin = new_dmin - dmin
-    new_d = as_half((d + (slope_d - dm * by_dmin) * reciprocal(dd)).clamp_(min=0.0))  # given the dmin that is stored
+    new_d = d + (slope_d - dm * by_dmin) * reciprocal(dd)  # given the dmin that is stored
+    new_d = as_half(new_d.clamp_(min=0.0) + 0.0)
     by_d = new_d - d
     cost = by_d * by_d * dd + 2.0 * by_d * by_dmin * dm + by_dmin * by_dmin * mm
     better = 2.0 * (by_d * slope_d + by_dmin * slope_dmin) > cost

@@ -232,7 +232,7 @@ def _refit(multiples: Tensor, moments: Moments, step: Tensor, unit: float) -> Te
     """The least-squares step for given multiples and points, where it is an improvement after rounding."""
     qq, xq = multiples * multiples * moments.qq, multiples * moments.xq
     sums = Moments(sum_of_halves(qq), sum_of_halves(xq))
-    optimum = as_half(sums.optimum().clamp_(min=0.0) / unit) * unit
+    optimum = as_half(sums.optimum().clamp_(min=0.0) / unit + 0.0) * unit  # clamping may leave -0
     return torch.where(sums.gain(optimum) > sums.gain(step), optimum, step)
 
 
