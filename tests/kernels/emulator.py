@@ -18,7 +18,18 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = REPOSITORY / "kernels"
 CACHE = REPOSITORY / "build/kernels"
-FLAGS = ("-std=c++20", "-O2", "-march=x86-64-v3", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-march=x86-64-v3",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fPIC",
+    "-shared",
+    "-fno-gnu-unique",
+)
+"""Without the last of them all libraries of a process would share one emulated machine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qconv.runtime.kernel_interface import ROW_TILES
-from tests.kernels.emulator import SCHEDULES
+from tests.kernels.emulator import SCHEDULES, Schedule
 from tests.kernels.products import CASES, Result, activations, case, depth_of, route, run_dense, run_experts
 
 pytestmark = pytest.mark.kernels
@@ -88,3 +88,26 @@ def test_experts_with_a_row_each() -> None:
     routing = route(experts, 8)
     result = run_experts(case("awq", 128, 192, 64, 4), activations(5, 192, torch.float16), routing, 8, 1)
     assert_right(result, torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2560, 6144), (6144, 2560)], ids=["gate", "down"])
+def test_true_shapes(layout: str, shape: tuple[int, int]) -> None:
+    """One expert of the 480B model, 16 tokens; in one slice and in the slices that a small batch gets."""
+    tokens = activations(16, shape[1], torch.bfloat16)
+    for slices in (1, 8):
+        assert_right(run_dense(case(layout, *shape, 128), tokens, 16, slices, check=False), torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_interleavings(layout: str) -> None:
+    """Thirty random schedules of every row tile, over depths that end in every stage."""
+    for seed in range(30):
+        for row_tile in ROW_TILES:
+            tiles, slices = ((4 + seed % 4, 1), (20, 3 + seed % 2))[depth_of(layout) == 256]
+            tokens = activations(row_tile, tiles * 64, torch.float16, seed)
+            weight = case(layout, 128, tiles * 64, 64)
+            schedule = Schedule(2, 100 + seed)
+            assert_right(run_dense(weight, tokens, row_tile, slices, schedule=schedule), torch.float16)
