@@ -21,7 +21,7 @@ from qconv.build import REPORT_NAME
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import OutputError, UsageError
-from qconv.evaluation import text_task
+from qconv.evaluation import text_task, tokenizers
 from qconv.evaluation.artifacts import check_integrity, endpoint, identify
 from qconv.evaluation.cache import Cache, Entry
 from qconv.evaluation.engines import is_endpoint, open_engine
@@ -91,7 +91,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
         subjects = _subjects(request, build, reference)
         _require_key(work, _key(request, build, reference, subjects[0].engine))
         checked = judges is not None and build.kind != "endpoint"
-        gates = [_integrity_gate(build, progress)] if checked else []
+        gates = [_integrity_gate(build, reference, progress)] if checked else []
         tasks: list[Task] = []
         if all(gate.status == "pass" for gate in gates):
             bench = partial(_bench, request, *subjects, progress, log)
@@ -244,9 +244,12 @@ def _identified(request: Request) -> Artifact:
     return identify(request.build)
 
 
-def _integrity_gate(build: Artifact, progress: Progress) -> Gate:
+def _integrity_gate(build: Artifact, reference: Artifact | None, progress: Progress) -> Gate:
     """Whether the build is what it claims; never measured a second time."""
     result = check_integrity(build, progress)
+    if not result.problems and reference is not None:
+        problem = tokenizers.difference(build, reference)
+        result.problems += [] if problem is None else [problem]
     sentence = "; ".join(result.problems[:3]) if result.problems else "; ".join(result.checked)
     status = "fail" if result.problems else "pass"
     return Gate.model_validate(
