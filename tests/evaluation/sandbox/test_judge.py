@@ -12,6 +12,7 @@ import pytest
 from qconv.evaluation.sandbox import judge as judge_module
 from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
 from qconv.evaluation.sandbox.candidate import Candidate
+from qconv.evaluation.sandbox.inside import hidden_folders
 from qconv.evaluation.sandbox.judge import ATTEMPTS, Check, judge
 from qconv.evaluation.sandbox.limits import Limits
 from qconv.evaluation.sandbox.verdict import CandidateFailed, Status, Verdict
@@ -198,3 +199,17 @@ def test_candidates_run_beside_each_other(backend: Bubblewrap) -> None:
         thread.join()
     assert [verdict.status for verdict in verdicts] == [Status.PASS] * 4
     assert time.monotonic() - began < 3.5  # one after the other would take 4
+
+
+def test_processor_time_decides_and_not_the_clock(backend: Bubblewrap) -> None:
+    verdict = judge(backend, check("candidate()"), "def f():\n    while True: pass", Limits(1, wall_seconds=60.0))
+    assert verdict == Verdict(Status.TIMEOUT, "more than 1 s of processor time")
+    slow = judge(backend, check("candidate()"), "import time\ndef f(): time.sleep(60)", Limits(1, wall_seconds=0.5))
+    assert slow == Verdict(Status.TIMEOUT, "no answer within 0.5 s")
+
+
+def test_installed_packages_are_hidden(backend: Bubblewrap) -> None:
+    assert hidden_folders(), "an interpreter has a folder for packages, even if it is empty"
+    with Candidate(backend, LIMITS) as candidate:
+        candidate.load("import os\ndef f(folders): return [os.listdir(folder) for folder in folders]", "f")
+        assert candidate.call(list(hidden_folders())) == [[] for _ in hidden_folders()]
