@@ -213,3 +213,13 @@ def test_installed_packages_are_hidden(backend: Bubblewrap) -> None:
     with Candidate(backend, LIMITS) as candidate:
         candidate.load("import os\ndef f(folders): return [os.listdir(folder) for folder in folders]", "f")
         assert candidate.call(list(hidden_folders())) == [[] for _ in hidden_folders()]
+
+
+def test_every_limit_is_in_force_and_final(backend: Bubblewrap) -> None:
+    limits = Limits(cpu_seconds=3, memory=256 << 20)
+    program = "import resource\ndef f(name): return resource.getrlimit(getattr(resource, name))"
+    with Candidate(backend, limits) as candidate:
+        candidate.load(program, "f")
+        assert {name: candidate.call(name) for name in limits.resources()} == limits.resources()
+    assert limits.resources()["RLIMIT_CPU"] == (3, 4)
+    assert limits.resources()["RLIMIT_AS"] == (256 << 20, 256 << 20)
