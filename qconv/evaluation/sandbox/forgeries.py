@@ -28,7 +28,7 @@ CHECK = Check(
 _FAIL, _TIMEOUT, _MEMORY, _PROTOCOL = Status.FAIL, Status.TIMEOUT, Status.MEMORY, Status.PROTOCOL
 
 
-LIMITS = Limits(cpu_seconds=1, wall_seconds=6.0)
+LIMITS = Limits(cpu_seconds=1, wall_seconds=20.0)
 """No forgery needs longer to succeed, and some use all they get."""
 _IDLE = Limits(cpu_seconds=1, wall_seconds=1.5)
 
