@@ -8,8 +8,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from qconv.ggml import GgmlType, encode, lattice, signed, signed_types
@@ -135,16 +133,15 @@ def test_even_signs_are_kept(type: GgmlType) -> None:
 
 
 @every_type
-@given(row=st.integers(0, 10**6), factor=st.sampled_from([0.94, 0.98, 1.02, 1.06]))
-def test_no_other_scale_of_the_super_block_is_better(type: GgmlType, row: int, factor: float) -> None:
-    """With signs and points as they are, d stands at its optimum: a part of every format that a search can forget."""
-    weight, importance = bell_weights(2, 256, seed=row), column_importance(256, seed=row)
+@pytest.mark.parametrize("factor", [0.99, 0.996, 1.004, 1.01])
+def test_no_other_scale_of_the_super_block_is_better(type: GgmlType, factor: float) -> None:
+    weight, importance = bell_weights(64, 256), column_importance(256)
     encoded = encode(weight, type, importance)
     other = encoded.clone()
-    d = other[:, :2].contiguous().view(torch.float16).float() * factor
+    d = other[:, :2].contiguous().view(torch.float16).float() * factor  # 0.001 more or less is float16's rounding
     other[:, :2] = d.half().view(torch.uint8)
     ours, theirs = (squared_error(weight, each, type, importance) for each in (encoded, other))
-    assert bool((ours <= theirs * 1.002).all())
+    assert bool((ours < theirs).all())
 
 
 def test_two_levels_of_one_magnitude_are_exact_where_the_lattice_has_them() -> None:
