@@ -1,4 +1,5 @@
-// The two activation types: how codes become exact numbers of that type, two at a time, and the product on tensor cores.
+// The two activation types: how codes become exact numbers of that type, two at a time, and the product on tensor
+// cores.
 //
 // Codes are never scaled here: an integer or an E4M3 number fits both types exactly, so products are exact in f32 and
 // the scales come in afterwards, in f32.
@@ -9,8 +10,12 @@ struct F16 {
   enum : u32 { ONES = 0x3C003C00u };
   enum : u32 { E4M3_SCALE_BITS = 0x43800000u };  // e4m3_pair gives 2^-8 of the number: 256.0f makes up for it
 
-  static QC_DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(d, a, b0, b1, d[0], d[1], d[2], d[3]); }
-  static QC_DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(d, a, b0, b1, 0.f, 0.f, 0.f, 0.f); }
+  static QC_DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma_f16(d, a, b0, b1, d[0], d[1], d[2], d[3]);
+  }
+  static QC_DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma_f16(d, a, b0, b1, 0.f, 0.f, 0.f, 0.f);
+  }
   static QC_DEVICE u32 pack(float low, float high) { return pack_f16x2(low, high); }
 
   // What int4_pair must add for a zero point of 0..16: -(1024 + zero) twice.
@@ -45,8 +50,12 @@ struct BF16 {
   enum : u32 { ONES = 0x3F803F80u };
   enum : u32 { E4M3_SCALE_BITS = 0x3F800000u };
 
-  static QC_DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(d, a, b0, b1, d[0], d[1], d[2], d[3]); }
-  static QC_DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(d, a, b0, b1, 0.f, 0.f, 0.f, 0.f); }
+  static QC_DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma_bf16(d, a, b0, b1, d[0], d[1], d[2], d[3]);
+  }
+  static QC_DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma_bf16(d, a, b0, b1, 0.f, 0.f, 0.f, 0.f);
+  }
   static QC_DEVICE u32 pack(float low, float high) { return pack_bf16x2(low, high); }
 
   // -(128 + zero) twice.

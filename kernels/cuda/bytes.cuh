@@ -31,7 +31,8 @@ struct ByteWeights {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const u32x4 v = load_shared_u32x4(shared + octet_offset<8>(octet, at.half * 32 + at.g * 4 + i));
-      square.words[4 * i] = v.x, square.words[4 * i + 1] = v.y, square.words[4 * i + 2] = v.z, square.words[4 * i + 3] = v.w;
+      square.words[4 * i] = v.x, square.words[4 * i + 1] = v.y, square.words[4 * i + 2] = v.z,
+                       square.words[4 * i + 3] = v.w;
     }
     return square;
   }
@@ -68,7 +69,8 @@ struct Fp8 : ByteWeights {
 
   static QC_DEVICE void decode(const Square& square, const Columns&, int j, u32 (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = Act::e4m3_pair(square.words[2 * j + i / 2] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u), i & 1);
+    for (int i = 0; i < 4; i++)
+      pairs[i] = Act::e4m3_pair(square.words[2 * j + i / 2] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u), i & 1);
   }
 };
 
@@ -94,11 +96,13 @@ struct Q8_0 : ByteWeights {
     const u32x4 scales = load_shared_u32x4(shared + at.slab * SCALE_ROW + (at.half * 64 + at.g * 8) * 2);
     const u32 pairs[4] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
-    for (int j = 0; j < 8; j++) columns.scale[0][j] = float_from_f16(j & 1 ? pairs[j / 2] >> 16 : pairs[j / 2] & 0xFFFF);
+    for (int j = 0; j < 8; j++)
+      columns.scale[0][j] = float_from_f16(j & 1 ? pairs[j / 2] >> 16 : pairs[j / 2] & 0xFFFF);
   }
 
   static QC_DEVICE void decode(const Square& square, const Columns&, int j, u32 (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = Act::int8_pair(square.words[2 * j + i / 2] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u), i & 1);
+    for (int i = 0; i < 4; i++)
+      pairs[i] = Act::int8_pair(square.words[2 * j + i / 2] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u), i & 1);
   }
 };

@@ -73,7 +73,9 @@ QC_DEVICE void gemm(GemmArgs args) {
     for (int i = 0; i < COPIES; i++) {
       const u32 index = thread + i * THREADS;
       const bool valid = source[i] != ABSENT && chunk < chunks;
-      if (index < ROWS * 8) copy_async_16(stage + activation_offset(index >> 3, index & 7), args.activations + (u64)(source[i] + chunk) * 16, valid);
+      if (index < ROWS * 8)
+        copy_async_16(stage + activation_offset(index >> 3, index & 7),
+                      args.activations + (u64)(source[i] + chunk) * 16, valid);
     }
     copier.start(stage + Layout::WEIGHTS_AT, stage + Layout::PARAMETERS_AT, tile);
   };
@@ -94,8 +96,10 @@ QC_DEVICE void gemm(GemmArgs args) {
   typename Format::Columns columns;
   columns.group = -1;
   for (int tile = first; tile < last; tile++) {
-    if (QC_PLANTED(SHORT_WAIT)) copy_async_wait<STAGES - 1>();
-    else copy_async_wait<STAGES - 2>();
+    if (QC_PLANTED(SHORT_WAIT))
+      copy_async_wait<STAGES - 1>();
+    else
+      copy_async_wait<STAGES - 2>();
     if (QC_PLANTED(EARLY_COPY) && tile + STAGES - 1 < last) copy_tile(tile + STAGES - 1);
     if (!QC_PLANTED(NO_BARRIER_IN_LOOP)) sync_threads();
     if (tile + STAGES - 1 < last && !QC_PLANTED(EARLY_COPY)) copy_tile(tile + STAGES - 1);
@@ -129,14 +133,17 @@ QC_DEVICE void gemm(GemmArgs args) {
         for (int pair = 0; pair < 4; pair++) {
           float product[Format::RUNS][4];
           Act::mma_first(product[0], codes[pair][0], tokens.x, tokens.y);
-          if (Format::RUNS == 1) Act::mma(product[0], codes[pair][1], tokens.z, tokens.w);
-          else Act::mma_first(product[Format::RUNS - 1], codes[pair][1], tokens.z, tokens.w);
+          if (Format::RUNS == 1)
+            Act::mma(product[0], codes[pair][1], tokens.z, tokens.w);
+          else
+            Act::mma_first(product[Format::RUNS - 1], codes[pair][1], tokens.z, tokens.w);
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const int column = 2 * pair + i / 2;
             float& sum = sums[pair][octet][i];
 #pragma unroll
-            for (int run = 0; run < Format::RUNS; run++) sum = fma_f32(columns.scale[run][column], product[run][i], sum);
+            for (int run = 0; run < Format::RUNS; run++)
+              sum = fma_f32(columns.scale[run][column], product[run][i], sum);
             if (Format::MINIMUMS && !QC_PLANTED(NO_MINIMUM)) sum = fma_f32(-columns.minimum[column], totals[i], sum);
           }
         }
@@ -153,7 +160,7 @@ QC_DEVICE void gemm(GemmArgs args) {
       for (int pair = 0; pair < 4; pair++)
 #pragma unroll
         for (int octet = 0; octet < OCTETS; octet++) {
-          const float(&sum)[4] = sums[pair][octet];
+          const float (&sum)[4] = sums[pair][octet];
           store_shared_f32x4(mine + (pair * OCTETS + octet) * 1024, f32x4{sum[0], sum[1], sum[2], sum[3]});
         }
     if (QC_PLANTED(DIVERGENT_BARRIER) && at.slab == 1) return;
@@ -164,7 +171,7 @@ QC_DEVICE void gemm(GemmArgs args) {
 #pragma unroll
       for (int octet = 0; octet < OCTETS; octet++) {
         const f32x4 other = load_shared_f32x4(mine + (pair * OCTETS + octet) * 1024);
-        float(&sum)[4] = sums[pair][octet];
+        float (&sum)[4] = sums[pair][octet];
         sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
       }
   }
@@ -187,23 +194,24 @@ QC_DEVICE void gemm(GemmArgs args) {
         store_global_f32x4(args.output + element * 4, f32x4{values[0], values[1], values[2], values[3]});
         store_global_f32x4(args.output + element * 4 + 16, f32x4{values[4], values[5], values[6], values[7]});
       } else {
-        store_global_u32x4(args.output + element * 2, u32x4{Act::pack(values[0], values[1]), Act::pack(values[2], values[3]),
-                                                            Act::pack(values[4], values[5]), Act::pack(values[6], values[7])});
+        store_global_u32x4(args.output + element * 2,
+                           u32x4{Act::pack(values[0], values[1]), Act::pack(values[2], values[3]),
+                                 Act::pack(values[4], values[5]), Act::pack(values[6], values[7])});
       }
     }
 }
 
 // The entry points of a format: qconv_FORMAT_mROWS_ACTIVATIONS.
-#define QC_GEMM(Format, format, octets, rows, Act, act)                                                              \
-  QC_KERNEL(qconv_##format##_m##rows##_##act, THREADS, 1, (SharedLayout<Format<Act>, octets>::BYTES), GemmArgs) {    \
-    gemm<Format, Act, octets>(args);                                                                                 \
+#define QC_GEMM(Format, format, octets, rows, Act, act)                                                           \
+  QC_KERNEL(qconv_##format##_m##rows##_##act, THREADS, 1, (SharedLayout<Format<Act>, octets>::BYTES), GemmArgs) { \
+    gemm<Format, Act, octets>(args);                                                                              \
   }
-#define QC_GEMMS(Format, format)           \
-  QC_GEMM(Format, format, 1, 8, F16, f16)     \
-  QC_GEMM(Format, format, 2, 16, F16, f16)    \
-  QC_GEMM(Format, format, 4, 32, F16, f16)    \
-  QC_GEMM(Format, format, 8, 64, F16, f16)    \
-  QC_GEMM(Format, format, 1, 8, BF16, bf16)   \
-  QC_GEMM(Format, format, 2, 16, BF16, bf16)  \
-  QC_GEMM(Format, format, 4, 32, BF16, bf16)  \
+#define QC_GEMMS(Format, format)             \
+  QC_GEMM(Format, format, 1, 8, F16, f16)    \
+  QC_GEMM(Format, format, 2, 16, F16, f16)   \
+  QC_GEMM(Format, format, 4, 32, F16, f16)   \
+  QC_GEMM(Format, format, 8, 64, F16, f16)   \
+  QC_GEMM(Format, format, 1, 8, BF16, bf16)  \
+  QC_GEMM(Format, format, 2, 16, BF16, bf16) \
+  QC_GEMM(Format, format, 4, 32, BF16, bf16) \
   QC_GEMM(Format, format, 8, 64, BF16, bf16)

@@ -34,7 +34,7 @@ struct GatherArgs {
   const int* row_ids;                // as in GemmArgs
   const int* tile_experts;           // null: one linear
   int rows, depth, rows_per_input;
-  int row_tile;                      // rows of a tile of row_ids
+  int row_tile;  // rows of a tile of row_ids
 };
 
 // output[r, i] = activations[r / rows_per_input, gather[expert of r, i]]. Grid: x over eights of columns, y over tiles.
@@ -54,7 +54,10 @@ QC_KERNEL(qconv_gather_columns, HELPER_THREADS, 1, 0, GatherArgs) {
     const unsigned char* input = args.activations + (size_t)(row / args.rows_per_input) * args.depth * 2;
     u32 pairs[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) pairs[j] = load_global_u16(input + (size_t)from[2 * j] * 2) | load_global_u16(input + (size_t)from[2 * j + 1] * 2) << 16;
-    store_global_u32x4(args.output + ((size_t)row * args.depth + column) * 2, u32x4{pairs[0], pairs[1], pairs[2], pairs[3]});
+    for (int j = 0; j < 4; j++)
+      pairs[j] = load_global_u16(input + (size_t)from[2 * j] * 2) | load_global_u16(input + (size_t)from[2 * j + 1] * 2)
+                                                                        << 16;
+    store_global_u32x4(args.output + ((size_t)row * args.depth + column) * 2,
+                       u32x4{pairs[0], pairs[1], pairs[2], pairs[3]});
   }
 }

@@ -33,7 +33,8 @@ struct Int4Parameters {
 
   // `nibble_of(j)`: where output 8g + j lies in a word of zero points.
   template <class NibbleOf>
-  static QC_DEVICE void refresh_groups(const GemmArgs& args, Columns& columns, u32 shared, int k0, const Place& at, NibbleOf nibble_of) {
+  static QC_DEVICE void refresh_groups(const GemmArgs& args, Columns& columns, u32 shared, int k0, const Place& at,
+                                       NibbleOf nibble_of) {
     const int group = (k0 + (int)at.slab * SLAB) >> args.group_shift;
     if (group == columns.group || (QC_PLANTED(STALE_SCALES) && columns.group >= 0)) return;
     columns.group = group;
@@ -51,7 +52,8 @@ struct Int4Parameters {
   }
 };
 
-// AutoAWQ's checkpoint layout as it is: words [K][N/8] of 8 outputs, nibble i holding output ORDER[i] of 0,2,4,6,1,3,5,7.
+// AutoAWQ's checkpoint layout as it is: words [K][N/8] of 8 outputs, nibble i holding output ORDER[i] of
+// 0,2,4,6,1,3,5,7.
 template <class Act>
 struct Awq : Int4Parameters<Act> {
   typedef Int4Parameters<Act> Base;
@@ -60,7 +62,8 @@ struct Awq : Int4Parameters<Act> {
     u32 even[4], odd[4];  // [pair of inputs]: nibble c of the lower and upper half is output 2c (odd: 2c + 1)
   };
 
-  // Two rows of 64 bytes share a line. Lanes t = 0..3 read rows 8t + i, so t picks which quarter of the line is swapped.
+  // Two rows of 64 bytes share a line. Lanes t = 0..3 read rows 8t + i, so t picks which quarter of the line is
+  // swapped.
   static QC_DEVICE u32 word_offset(u32 row, u32 chunk) {
     const u32 flip = QC_PLANTED(WEIGHTS_UNSWIZZLED) ? 0 : (row >> 3 & 3) << 1;
     return (row >> 1) * 128 + ((((row & 1) * 4 + chunk) ^ flip) << 4);
@@ -93,7 +96,8 @@ struct Awq : Int4Parameters<Act> {
     }
   };
 
-  static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0, const Place& at) {
+  static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0,
+                                const Place& at) {
     Base::refresh_groups(args, columns, shared, k0, at, [](int j) { return (j & 1) * 4 + j / 2; });
   }
 
@@ -102,7 +106,8 @@ struct Awq : Int4Parameters<Act> {
     const u32 first = shared + word_offset(at.slab * SLAB + octet * 8, word / 4) + word % 4 * 4;
     u32 words[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) words[i] = load_shared_u32((i & 1 ? first ^ 64 : first) + i / 2 * 128);  // word_offset(row + i)
+    for (int i = 0; i < 8; i++)
+      words[i] = load_shared_u32((i & 1 ? first ^ 64 : first) + i / 2 * 128);  // word_offset(row + i)
     Square square;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -115,7 +120,8 @@ struct Awq : Int4Parameters<Act> {
   static QC_DEVICE void decode(const Square& square, const typename Base::Columns& columns, int j, u32 (&pairs)[4]) {
     const int nibble = QC_PLANTED(WRONG_NIBBLE) ? j & 3 : j / 2;
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = Act::int4_pair(j & 1 ? square.odd[i] : square.even[i], nibble, columns.offset[j]);
+    for (int i = 0; i < 4; i++)
+      pairs[i] = Act::int4_pair(j & 1 ? square.odd[i] : square.even[i], nibble, columns.offset[j]);
   }
 };
 
@@ -133,7 +139,8 @@ struct Int4 : Int4Parameters<Act> {
     OctetCopy<4> codes;
     ParameterCopy parameters;
 
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : codes(args, args.weights, at), parameters(Base::copy_groups(args, at)) {}
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at)
+        : codes(args, args.weights, at), parameters(Base::copy_groups(args, at)) {}
 
     QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
       codes.start(weights_at, tile);
@@ -141,7 +148,8 @@ struct Int4 : Int4Parameters<Act> {
     }
   };
 
-  static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0, const Place& at) {
+  static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0,
+                                const Place& at) {
     Base::refresh_groups(args, columns, shared, k0, at, [](int j) { return j; });
   }
 
@@ -154,6 +162,7 @@ struct Int4 : Int4Parameters<Act> {
 
   static QC_DEVICE void decode(const Square& square, const typename Base::Columns& columns, int j, u32 (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = Act::int4_pair(square.words[j], QC_PLANTED(WRONG_NIBBLE) ? 3 - i : i, columns.offset[j]);
+    for (int i = 0; i < 4; i++)
+      pairs[i] = Act::int4_pair(square.words[j], QC_PLANTED(WRONG_NIBBLE) ? 3 - i : i, columns.offset[j]);
   }
 };

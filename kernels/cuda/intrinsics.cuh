@@ -26,7 +26,7 @@ struct alignas(16) f32x4 {
 // Bugs planted for the tests of the emulator's checks; they exist in its builds only.
 #define QC_PLANTED(bug) false
 
-// ---- shared memory: addresses are 32-bit offsets in the shared window ------------------------------------------------
+// ---- shared memory: addresses are 32-bit offsets in the shared window ----
 
 QC_DEVICE u32 shared_base() {
   extern __shared__ __align__(1024) unsigned char qc_shared[];
@@ -64,7 +64,8 @@ QC_DEVICE f32x4 load_shared_f32x4(u32 address) {
 }
 
 QC_DEVICE void store_shared_f32x4(u32 address, f32x4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 }
 
 // Copies 16 bytes from global to shared memory in the background; writes zeros where `valid` is false.
@@ -83,7 +84,7 @@ QC_DEVICE void copy_async_wait() {
 
 QC_DEVICE void sync_threads() { asm volatile("bar.sync 0;" ::: "memory"); }
 
-// ---- global memory --------------------------------------------------------------------------------------------------
+// ---- global memory ----
 
 QC_DEVICE int load_global_i32(const int* address) {
   int value;
@@ -99,17 +100,13 @@ QC_DEVICE u32 load_global_u16(const void* address) {
 
 QC_DEVICE u32x4 load_global_u32x4(const void* address) {
   u32x4 v;
-  asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
+  asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
   return v;
 }
 
 QC_DEVICE f32x4 load_global_f32x4(const void* address) {
   f32x4 v;
-  asm volatile("ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(address));
+  asm volatile("ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address));
   return v;
 }
 
@@ -118,26 +115,28 @@ QC_DEVICE void store_global_u32x2(void* address, u32x2 v) {
 }
 
 QC_DEVICE void store_global_u32x4(void* address, u32x4 v) {
-  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 QC_DEVICE void store_global_f32x4(void* address, f32x4 v) {
-  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 }
 
-// ---- tensor cores: d = a * b + c, a 16 x 16 row-major, b 16 x 8 column-major, f32 sums -------------------------------
+// ---- tensor cores: d = a * b + c, a 16 x 16 row-major, b 16 x 8 column-major, f32 sums ----
 
-#define QC_MMA(name, type)                                                                                        \
-  QC_DEVICE void name(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, float c0, float c1, float c2, float c3) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                    \
-        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                          \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));      \
+#define QC_MMA(name, type)                                                                                       \
+  QC_DEVICE void name(float (&d)[4], const u32(&a)[4], u32 b0, u32 b1, float c0, float c1, float c2, float c3) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                   \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                         \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));     \
   }
 QC_MMA(mma_f16, "f16")
 QC_MMA(mma_bf16, "bf16")
 
-// ---- bits and numbers -----------------------------------------------------------------------------------------------
+// ---- bits and numbers ----
 
 // Byte i of the result is byte SELECT[4i..4i+2] of the eight bytes low, high.
 template <u32 SELECT>

@@ -60,7 +60,8 @@ struct Q4K {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       // 0x6400 | byte is the float16 number 1024 + byte.
-      const u32 bits = j & 1 ? permute_bytes<0x4342>(pairs[j / 2], 0x64646464u) : permute_bytes<0x4140>(pairs[j / 2], 0x64646464u);
+      const u32 bits =
+          j & 1 ? permute_bytes<0x4342>(pairs[j / 2], 0x64646464u) : permute_bytes<0x4140>(pairs[j / 2], 0x64646464u);
       const u32 integers = add_f16x2(bits, 0xE400E400u);
       columns.scale[0][j] = mul_f32(float_from_f16(factors[j] & 0xFFFF), float_from_f16(integers & 0xFFFF));
       columns.minimum[j] = mul_f32(float_from_f16(factors[j] >> 16), float_from_f16(integers >> 16));
@@ -71,13 +72,14 @@ struct Q4K {
 
   static QC_DEVICE void decode(const Square& square, const Columns&, int j, u32 (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = Act::int4_pair(square.words[j], QC_PLANTED(WRONG_NIBBLE) ? 3 - i : i, Act::int4_offset(0));
+    for (int i = 0; i < 4; i++)
+      pairs[i] = Act::int4_pair(square.words[j], QC_PLANTED(WRONG_NIBBLE) ? 3 - i : i, Act::int4_offset(0));
   }
 };
 
-// Q6_K: weight = (d * scale) * (code - 32) in runs of 16. A lane's octet is four inputs of each run of its slab, so that
-// each mma stays within one run. Lower four bits of codes as in the int4 layout; upper two: 16 bits [K/8][N], byte 0
-// for the first inputs of the four pairs, byte 1 for the second ones, lowest bits first. Scales: int8 [K/16][N];
+// Q6_K: weight = (d * scale) * (code - 32) in runs of 16. A lane's octet is four inputs of each run of its slab, so
+// that each mma stays within one run. Lower four bits of codes as in the int4 layout; upper two: 16 bits [K/8][N], byte
+// 0 for the first inputs of the four pairs, byte 1 for the second ones, lowest bits first. Scales: int8 [K/16][N];
 // offsets: float16 d [K/256][N].
 template <class Act>
 struct Q6K {
@@ -106,7 +108,8 @@ struct Q6K {
     OctetCopy<2> high;
     ParameterCopy parameters;
 
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : low(args, args.weights, at), high(args, args.weights_high, at) {
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at)
+        : low(args, args.weights, at), high(args, args.weights_high, at) {
       parameters.plane<16, 1, 0>(args, args.offsets, 8, args.depth / 256, 0, at);
       parameters.plane<8, 4, 32>(args, args.scales, 4, args.depth / 16, RUNS_AT, at);
     }
@@ -144,7 +147,8 @@ struct Q6K {
   }
 
   static QC_DEVICE void decode(const Square& square, const Columns&, int j, u32 (&pairs)[4]) {
-    const u32 high = j & 1 ? permute_bytes<0x4342>(square.high[j / 2], 0) : permute_bytes<0x4140>(square.high[j / 2], 0);
+    const u32 high =
+        j & 1 ? permute_bytes<0x4342>(square.high[j / 2], 0) : permute_bytes<0x4140>(square.high[j / 2], 0);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const u32 upper = QC_PLANTED(HIGH_BITS_LOST) ? 0 : i < 3 ? high << (4 - 2 * i) : high >> 2;

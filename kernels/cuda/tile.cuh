@@ -8,21 +8,21 @@
 #include "intrinsics.cuh"
 
 struct GemmArgs {
-  const unsigned char* activations;  // [input rows, depth], float16 or bfloat16
-  const unsigned char* weights;      // codes; with experts, one after the other, as all that follows
-  const unsigned char* weights_high; // Q6_K: the upper two bits
-  const unsigned char* scales;       // the scales of runs of inputs
-  const unsigned char* offsets;      // int4: zero points; Q4_K, Q6_K: factors of super-blocks
-  unsigned char* output;             // [rows, columns] of the activations' type; gridDim.z > 1: float32 [gridDim.z, rows, columns]
-  const int* row_ids;                // experts: rows sorted by expert, each expert's padded to whole row tiles by ids >= rows
-  const int* tile_experts;           // experts: the expert of each row tile, -1 for none; null: a dense linear
-  int rows;                          // rows of the output
-  int columns;                       // N, a multiple of 32
-  int depth;                         // K, a multiple of 32
-  int rows_per_input;                // row r of the output is computed from row r / rows_per_input of the activations
-  int group_shift;                   // log2 of the inputs that share a scale, 5 to 31
-  int zero_offset;                   // int4: added to every stored zero point
-  int scales_bf16;                   // 16-bit scales are bfloat16, not float16
+  const unsigned char* activations;   // [input rows, depth], float16 or bfloat16
+  const unsigned char* weights;       // codes; with experts, one after the other, as all that follows
+  const unsigned char* weights_high;  // Q6_K: the upper two bits
+  const unsigned char* scales;        // the scales of runs of inputs
+  const unsigned char* offsets;       // int4: zero points; Q4_K, Q6_K: factors of super-blocks
+  unsigned char* output;  // [rows, columns] of the activations' type; gridDim.z > 1: float32 [gridDim.z, rows, columns]
+  const int* row_ids;     // experts: rows sorted by expert, each expert's padded to whole row tiles by ids >= rows
+  const int* tile_experts;  // experts: the expert of each row tile, -1 for none; null: a dense linear
+  int rows;                 // rows of the output
+  int columns;              // N, a multiple of 32
+  int depth;                // K, a multiple of 32
+  int rows_per_input;       // row r of the output is computed from row r / rows_per_input of the activations
+  int group_shift;          // log2 of the inputs that share a scale, 5 to 31
+  int zero_offset;          // int4: added to every stored zero point
+  int scales_bf16;          // 16-bit scales are bfloat16, not float16
 };
 
 constexpr int TILE_N = 128;
@@ -53,7 +53,8 @@ struct Place {
 };
 
 // The 16-byte chunks of a row of 64 activations are permuted so that the lanes of a quarter warp, which read the same
-// chunks of neighbouring rows, touch all banks; rows 0..3 also spread over the four quarters of the line for 8-byte reads.
+// chunks of neighbouring rows, touch all banks; rows 0..3 also spread over the four quarters of the line for 8-byte
+// reads.
 QC_DEVICE u32 activation_offset(u32 row, u32 chunk) {
   if (QC_PLANTED(ACTIVATIONS_UNSWIZZLED)) return row * 128 + chunk * 16;
   return row * 128 + ((chunk ^ ((row & 1) << 2 | (row & 2))) << 4);
@@ -103,13 +104,14 @@ struct OctetCopy {
 struct ParameterCopy {
   const unsigned char* from = 0;
   u32 to = 0, stride = 0;
-  int shift = 0;   // log2 of the inputs of a row of the plane
-  int rows = -1;   // rows that there are from this thread's on: 0 where the outputs have ended, -1 for idle threads
+  int shift = 0;  // log2 of the inputs of a row of the plane
+  int rows = -1;  // rows that there are from this thread's on: 0 where the outputs have ended, -1 for idle threads
 
-  // A plane of BITS for every output, of which a tile needs ROWS rows, the first being that of its first input. They lie
-  // at `offset` in shared memory. Rows and outputs past the end become zeros.
+  // A plane of BITS for every output, of which a tile needs ROWS rows, the first being that of its first input. They
+  // lie at `offset` in shared memory. Rows and outputs past the end become zeros.
   template <int BITS, int ROWS, int FIRST_THREAD>
-  QC_DEVICE void plane(const GemmArgs& args, const unsigned char* plane, int row_shift, int plane_rows, u32 offset, const Place& at) {
+  QC_DEVICE void plane(const GemmArgs& args, const unsigned char* plane, int row_shift, int plane_rows, u32 offset,
+                       const Place& at) {
     constexpr int CHUNKS = TILE_N * BITS / 128, ALL = ROWS * CHUNKS;
     static_assert(FIRST_THREAD + ALL <= THREADS, "one chunk a thread");
     const u32 index = at.thread - FIRST_THREAD;

@@ -17,7 +17,8 @@ inline bool check_global(const void* pointer, u32 size, bool write, Where where)
       continue;
     }
     const uint64_t offset = address - buffer.base;
-    for (uint64_t sector = offset / 32; sector <= (offset + size - 1) / 32; sector++) buffer.touched[sector / 64] |= 1ull << (sector % 64);
+    for (uint64_t sector = offset / 32; sector <= (offset + size - 1) / 32; sector++)
+      buffer.touched[sector / 64] |= 1ull << (sector % 64);
     if (!write) return true;
     if (!buffer.writable) {
       error("write to a read-only buffer", where, offset);
@@ -56,10 +57,12 @@ inline bool check_shared(u32 address, u32 size, bool write, Where where, bool st
       continue;
     }
     if (word.last_writer >= 0 && !ordered(word.last_writer, word.write_epoch))
-      error(write ? "shared race: write after unordered write" : "shared race: read after unordered write", where, address);
+      error(write ? "shared race: write after unordered write" : "shared race: read after unordered write", where,
+            address);
     if (write) {
       const bool read_now = word.read_epoch == machine.epoch;
-      const bool by_others = word.readers & ~(1u << current->warp) || word.last_reader != static_cast<int>(current->flat);
+      const bool by_others =
+          word.readers & ~(1u << current->warp) || word.last_reader != static_cast<int>(current->flat);
       if (read_now && by_others) error("shared race: write after unordered read", where, address);
       word.last_writer = static_cast<int16_t>(current->flat), word.write_epoch = machine.epoch, word.initialised = true;
     } else {

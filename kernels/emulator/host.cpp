@@ -45,7 +45,8 @@ int emulator_reset(int schedule, u64 seed, int count_traffic, int check, const c
 // Makes memory known as one allocation; every access outside of all of them is an error.
 void emulator_buffer(const char* name, void* base, u64 bytes, int writable) {
   machine.buffers.push_back({name, reinterpret_cast<uint64_t>(base), bytes, writable != 0,
-                             std::vector<uint64_t>(bytes / 32 / 64 + 2), std::vector<u32>(writable ? bytes / 4 + 1 : 0)});
+                             std::vector<uint64_t>(bytes / 32 / 64 + 2),
+                             std::vector<u32>(writable ? bytes / 4 + 1 : 0)});
 }
 
 // Returns the number of errors, or -1 if there is no such kernel or its arguments are of another size.
@@ -62,14 +63,16 @@ const char* emulator_kernels() {
   std::ostringstream out;
   out << '{';
   list(out, emu::kernels(), [&](const auto& kernel) {
-    out << quoted(kernel.first) << ": [" << kernel.second.threads << ", " << kernel.second.shared_bytes << ", " << kernel.second.argument_bytes << ']';
+    out << quoted(kernel.first) << ": [" << kernel.second.threads << ", " << kernel.second.shared_bytes << ", "
+        << kernel.second.argument_bytes << ']';
   });
   out << '}';
   text = out.str();
   return text.c_str();
 }
 
-// JSON: error_count, errors, executed, sites [kind, file, line, requests, lanes, units, ideal, phases], touched bytes by buffer.
+// JSON: error_count, errors, executed, sites [kind, file, line, requests, lanes, units, ideal, phases], touched bytes
+// by buffer.
 const char* emulator_report() {
   std::ostringstream out;
   out << "{\"error_count\": " << machine.error_count << ", \"errors\": [";
@@ -80,8 +83,9 @@ const char* emulator_report() {
   list(out, machine.sites, [&](const auto& entry) {
     const u32 id = entry.first.second;
     const emu::Site& site = entry.second;
-    out << '[' << quoted(entry.first.first) << ", " << quoted(emu::base_name(machine.files[id / 65536])) << ", " << id % 65536
-        << ", " << site.requests << ", " << site.lanes << ", " << site.units << ", " << site.ideal << ", " << site.phases << ']';
+    out << '[' << quoted(entry.first.first) << ", " << quoted(emu::base_name(machine.files[id / 65536])) << ", "
+        << id % 65536 << ", " << site.requests << ", " << site.lanes << ", " << site.units << ", " << site.ideal << ", "
+        << site.phases << ']';
   });
   out << "], \"touched\": {";
   list(out, machine.buffers, [&](const emu::Buffer& buffer) {

@@ -1,4 +1,5 @@
-// The emulator's bodies of the functions of cuda/intrinsics.cuh: the same signatures, and the caller's place in the source.
+// The emulator's bodies of the functions of cuda/intrinsics.cuh: the same signatures, and the caller's place in the
+// source.
 #pragma once
 #include "planted.h"
 #include "registry.h"
@@ -15,9 +16,9 @@ struct alignas(16) f32x4 {
 };
 
 #define QC_DEVICE inline __attribute__((always_inline))
-#define QC_KERNEL(name, threads, min_blocks, shared_bytes, Args)                             \
-  static void name(const Args args);                                                         \
-  static const emu::Registration name##_registration(#name, threads, shared_bytes, sizeof(Args), \
+#define QC_KERNEL(name, threads, min_blocks, shared_bytes, Args)                                                       \
+  static void name(const Args args);                                                                                   \
+  static const emu::Registration name##_registration(#name, threads, shared_bytes, sizeof(Args),                       \
                                                      [](const void* args) { name(*static_cast<const Args*>(args)); }); \
   static void name(const Args args)
 
@@ -26,7 +27,7 @@ struct alignas(16) f32x4 {
 #define gridDim (emu::machine.grid)
 #define blockDim (emu::machine.block)
 
-// ---- shared memory --------------------------------------------------------------------------------------------------
+// ---- shared memory ----
 
 inline u32 shared_base() { return 0; }
 
@@ -47,7 +48,8 @@ inline u32x4 load_shared_u32x4(u32 address, QC_HERE) { return emu::load_shared<u
 inline f32x4 load_shared_f32x4(u32 address, QC_HERE) { return emu::load_shared<f32x4>(address, where); }
 inline void store_shared_f32x4(u32 address, f32x4 value, QC_HERE) {
   emu::log_access(false, true, address, sizeof value, where);
-  if (emu::check_shared(address, sizeof value, true, where)) memcpy(emu::machine.shared + address, &value, sizeof value);
+  if (emu::check_shared(address, sizeof value, true, where))
+    memcpy(emu::machine.shared + address, &value, sizeof value);
 }
 
 // The bytes are read now and written when the copy is waited for; until then the target is poisoned. So both a read
@@ -82,7 +84,7 @@ inline void copy_async_wait(QC_HERE) {
 
 inline void sync_threads(QC_HERE) { emu::barrier(where); }
 
-// ---- global memory --------------------------------------------------------------------------------------------------
+// ---- global memory ----
 
 namespace emu {
 template <class T>
@@ -107,7 +109,7 @@ inline void store_global_u32x2(void* address, u32x2 value, QC_HERE) { emu::store
 inline void store_global_u32x4(void* address, u32x4 value, QC_HERE) { emu::store_global(address, value, where); }
 inline void store_global_f32x4(void* address, f32x4 value, QC_HERE) { emu::store_global(address, value, where); }
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores ----
 
 namespace emu {
 struct MmaLane {
@@ -126,7 +128,8 @@ void mma(void** lanes) {
     const MmaLane& part = *static_cast<const MmaLane*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; i++)
-      for (int half = 0; half < 2; half++) a[g + (i & 1) * 8][t * 2 + half + (i >> 1) * 8] = Number::load(part.a[i] >> (16 * half) & 0xFFFF);
+      for (int half = 0; half < 2; half++)
+        a[g + (i & 1) * 8][t * 2 + half + (i >> 1) * 8] = Number::load(part.a[i] >> (16 * half) & 0xFFFF);
     for (int i = 0; i < 2; i++)
       for (int half = 0; half < 2; half++) b[t * 2 + half + i * 8][g] = Number::load(part.b[i] >> (16 * half) & 0xFFFF);
     for (int i = 0; i < 4; i++) c[g + (i >> 1) * 8][t * 2 + (i & 1)] = part.c[i];
@@ -137,7 +140,8 @@ void mma(void** lanes) {
     _mm256_store_ps(c[row], sums);
   }
   for (int lane = 0; lane < 32; lane++)
-    for (int i = 0; i < 4; i++) static_cast<MmaLane*>(lanes[lane])->d[i] = c[lane / 4 + (i >> 1) * 8][lane % 4 * 2 + (i & 1)];
+    for (int i = 0; i < 4; i++)
+      static_cast<MmaLane*>(lanes[lane])->d[i] = c[lane / 4 + (i >> 1) * 8][lane % 4 * 2 + (i & 1)];
 }
 }  // namespace emu
 
@@ -145,12 +149,13 @@ inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, float c0, 
   emu::MmaLane lane{d, a, {b0, b1}, {c0, c1, c2, c3}};
   emu::warp_instruction("mma.m16n8k16.f16", emu::mma<emu::Half>, &lane, where);
 }
-inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, float c0, float c1, float c2, float c3, QC_HERE) {
+inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, float c0, float c1, float c2, float c3,
+                     QC_HERE) {
   emu::MmaLane lane{d, a, {b0, b1}, {c0, c1, c2, c3}};
   emu::warp_instruction("mma.m16n8k16.bf16", emu::mma<emu::Bfloat>, &lane, where);
 }
 
-// ---- bits and numbers -----------------------------------------------------------------------------------------------
+// ---- bits and numbers ----
 
 template <u32 SELECT>
 inline u32 permute_bytes(u32 low, u32 high) {

@@ -21,8 +21,7 @@ struct Where {
   const char* file;
   int line;
 };
-#define QC_HERE \
-  emu::Where where = { __builtin_FILE(), __builtin_LINE() }
+#define QC_HERE emu::Where where = {__builtin_FILE(), __builtin_LINE()}
 
 struct Buffer {
   std::string name;
@@ -54,9 +53,9 @@ struct Thread {
   Dim index;
   u32 flat = 0, lane = 0, warp = 0;
   Where where{"", 0};
-  const char* operation = nullptr;           // the warp instruction it waits at, ...
+  const char* operation = nullptr;          // the warp instruction it waits at, ...
   void (*execute)(void** lanes) = nullptr;  // ... what that does once all lanes have come ...
-  void* argument = nullptr;                  // ... and this lane's part
+  void* argument = nullptr;                 // ... and this lane's part
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> committed;
 };

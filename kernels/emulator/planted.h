@@ -1,32 +1,32 @@
 // The bugs that tests plant to see them caught. Each is a condition in the kernels' sources, false in a device build.
 #pragma once
 
-#define QC_BUGS(X)               \
-  X(ACTIVATIONS_UNSWIZZLED)      \
-  X(COLUMNS_OVERRUN)             \
-  X(DEPTH_OVERRUN)               \
-  X(DIVERGENT_BARRIER)           \
-  X(EARLY_COPY)                  \
-  X(ELEMENTS_OVERRUN)            \
-  X(FIRST_SLICE_LOST)            \
-  X(HIGH_BITS_LOST)              \
-  X(NO_BARRIER_BEFORE_EXCHANGE)  \
-  X(NO_BARRIER_IN_LOOP)          \
-  X(NO_MINIMUM)                  \
-  X(PADDING_WRITTEN)             \
-  X(PARAMETERS_HALF_COPIED)      \
-  X(ROWS_OVERRUN)                \
-  X(RUNS_SWAPPED)                \
-  X(SHORT_WAIT)                  \
-  X(SIGN_LOST)                   \
-  X(SLICES_COLLIDE)              \
-  X(SLICES_OVERLAP)              \
-  X(STALE_SCALES)                \
-  X(WEIGHTS_OVERRUN)             \
-  X(WEIGHTS_UNSWIZZLED)          \
-  X(WRONG_EXPERT)                \
-  X(WRONG_LANE)                  \
-  X(WRONG_NIBBLE)                \
+#define QC_BUGS(X)              \
+  X(ACTIVATIONS_UNSWIZZLED)     \
+  X(COLUMNS_OVERRUN)            \
+  X(DEPTH_OVERRUN)              \
+  X(DIVERGENT_BARRIER)          \
+  X(EARLY_COPY)                 \
+  X(ELEMENTS_OVERRUN)           \
+  X(FIRST_SLICE_LOST)           \
+  X(HIGH_BITS_LOST)             \
+  X(NO_BARRIER_BEFORE_EXCHANGE) \
+  X(NO_BARRIER_IN_LOOP)         \
+  X(NO_MINIMUM)                 \
+  X(PADDING_WRITTEN)            \
+  X(PARAMETERS_HALF_COPIED)     \
+  X(ROWS_OVERRUN)               \
+  X(RUNS_SWAPPED)               \
+  X(SHORT_WAIT)                 \
+  X(SIGN_LOST)                  \
+  X(SLICES_COLLIDE)             \
+  X(SLICES_OVERLAP)             \
+  X(STALE_SCALES)               \
+  X(WEIGHTS_OVERRUN)            \
+  X(WEIGHTS_UNSWIZZLED)         \
+  X(WRONG_EXPERT)               \
+  X(WRONG_LANE)                 \
+  X(WRONG_NIBBLE)               \
   X(ZERO_OFFSET_LOST)
 
 namespace emu {

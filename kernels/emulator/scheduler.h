@@ -93,10 +93,12 @@ inline void run_block() {
                                                         : random_u32() % machine.warps);
     if (machine.dead) return;
     u32 at_barrier = 0, done = 0;
-    for (const Thread& thread : machine.threads) at_barrier += thread.state == State::AT_BARRIER, done += thread.state == State::DONE;
+    for (const Thread& thread : machine.threads)
+      at_barrier += thread.state == State::AT_BARRIER, done += thread.state == State::DONE;
     if (done == machine.threads_per_block) return;
     if (at_barrier + done < machine.threads_per_block) continue;
-    // bar.sync counts the threads that have not exited; waiting at different barriers, or for threads that have gone, is a bug.
+    // bar.sync counts the threads that have not exited; waiting at different barriers, or for threads that have gone,
+    // is a bug.
     const Thread* waiting = nullptr;
     for (Thread& thread : machine.threads) {
       if (thread.state != State::AT_BARRIER) continue;
@@ -118,12 +120,14 @@ inline void launch(Dim grid, u32 threads, u32 shared_bytes, const std::function<
   machine.accesses.assign(machine.warps, {});
   machine.shared_bytes = shared_bytes;
   machine.memory.resize(shared_bytes + 1024);
-  machine.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(machine.memory.data()) + 1023) & ~uintptr_t(1023));
+  machine.shared =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(machine.memory.data()) + 1023) & ~uintptr_t(1023));
   machine.words.assign(shared_bytes / 4 + 1, Word());
   const u32 blocks = grid.x * grid.y * grid.z;
   for (u32 i = 0; i < blocks; i++) {
     machine.flat_block = machine.schedule == Schedule::BACKWARD ? blocks - 1 - i : i;
-    machine.block_index = {machine.flat_block % grid.x, machine.flat_block / grid.x % grid.y, machine.flat_block / (grid.x * grid.y)};
+    machine.block_index = {machine.flat_block % grid.x, machine.flat_block / grid.x % grid.y,
+                           machine.flat_block / (grid.x * grid.y)};
     run_block();
   }
 }

@@ -48,7 +48,8 @@ inline void count_shared(Site& site, const uint64_t* addresses, int lanes, u32 s
 inline void count_global(Site& site, const uint64_t* addresses, int lanes, u32 size) {
   std::vector<u64> sectors, bytes;
   for (int lane = 0; lane < lanes; lane++)
-    for (u32 i = 0; i < size; i += 2) sectors.push_back((addresses[lane] + i) / 32), bytes.push_back((addresses[lane] + i) / 2);
+    for (u32 i = 0; i < size; i += 2)
+      sectors.push_back((addresses[lane] + i) / 32), bytes.push_back((addresses[lane] + i) / 2);
   std::sort(sectors.begin(), sectors.end());
   std::sort(bytes.begin(), bytes.end());
   site.units += std::unique(sectors.begin(), sectors.end()) - sectors.begin();
@@ -72,13 +73,17 @@ inline void flush_accesses(u32 warp) {
   for (size_t first = 0, next; first < log.size(); first = next) {
     uint64_t addresses[32];
     int lanes = 0;
-    for (next = first; next < log.size() && lanes < 32 && key(log[next]) == key(log[first]); next++) addresses[lanes++] = log[next].address;
+    for (next = first; next < log.size() && lanes < 32 && key(log[next]) == key(log[first]); next++)
+      addresses[lanes++] = log[next].address;
     const Access& access = log[first];
-    const char* kind = access.global ? (access.store ? "st.global" : "ld.global") : (access.store ? "st.shared" : "ld.shared");
+    const char* kind =
+        access.global ? (access.store ? "st.global" : "ld.global") : (access.store ? "st.shared" : "ld.shared");
     Site& site = machine.sites[{kind, access.site}];
     site.requests++, site.lanes += lanes;
-    if (access.global) count_global(site, addresses, lanes, access.size);
-    else count_shared(site, addresses, lanes, access.size);
+    if (access.global)
+      count_global(site, addresses, lanes, access.size);
+    else
+      count_shared(site, addresses, lanes, access.size);
   }
   log.clear();
 }
