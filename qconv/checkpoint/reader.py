@@ -194,7 +194,7 @@ def map_tensor(entry: TensorEntry) -> Tensor:
         with entry.file.open("rb") as file:
             # MAP_PRIVATE pages stay the page cache's own as long as nobody writes to them.
             view = mmap.mmap(file.fileno(), skip + entry.nbytes, access=mmap.ACCESS_COPY, offset=page_start)
-        _populate(view)
+        populate(view)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{entry.file}: cannot read tensor {entry.name!r}: {error}.",
@@ -206,18 +206,20 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     return raw.view(entry.dtype).view(entry.shape)
 
 
-def _populate(view: mmap.mmap) -> None:
-    """Read a mapping in now: a failing disk is an OSError here, and would be a fatal signal at a later access.
+def populate(view: mmap.mmap, start: int = 0, nbytes: int | None = None) -> None:
+    """Read a mapping, or a part of it, in now: a failing disk is an OSError here, and a fatal signal later.
 
     Raises:
         OSError: the disk failed, or the file became shorter.
     """
+    first = start - start % mmap.PAGESIZE
+    length = (len(view) if nbytes is None else start + nbytes) - first
     try:
-        view.madvise(_MADV_POPULATE_READ)
+        view.madvise(_MADV_POPULATE_READ, first, length)
     except OSError as error:
         if error.errno != errno.EINVAL:  # kernels before 5.14 do not know the advice
             raise
-        view.madvise(mmap.MADV_WILLNEED)
+        view.madvise(mmap.MADV_WILLNEED, first, length)
 
 
 def require_finite(tensor: Tensor, entry: TensorEntry, first_row: int = 0) -> Tensor:

@@ -127,9 +127,11 @@ class AwqFormat:
         Raises:
             CheckpointError: not the GEMM version, or not 4 bits with zero points.
         """
-        if section.get("version", "gemm") != "gemm" or section.get("bits") != 4 or not section.get("zero_point"):
+        # AutoAWQ's own file beside config.json says w_bit and q_group_size, and GEMM.
+        bits, version = section.get("bits", section.get("w_bit")), str(section.get("version", "gemm")).lower()
+        if version != "gemm" or bits != 4 or not section.get("zero_point"):
             raise CheckpointError("config.json: only AWQ's 4-bit gemm layout with zero points is known.")
-        group_size = section.get("group_size")
+        group_size = section.get("group_size", section.get("q_group_size"))
         if not isinstance(group_size, int) or group_size < 1:
             raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
         return Grid(4, group_size, False, torch.float16), skip_list(section, "modules_to_not_convert")

@@ -18,6 +18,7 @@ from qconv.build import Build, strip_quantization
 from qconv.checkpoint.fp8 import WHOLE, Fp8Scheme
 from qconv.checkpoint.fp8 import Dequantized as Fp8Checkpoint
 from qconv.checkpoint.header import TensorEntry
+from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Checkpoint, map_rows, map_tensor, read_json
 from qconv.errors import CheckpointError
 from qconv.formats import detect, formats
@@ -95,6 +96,7 @@ class DenseFiles:
     checkpoint: Checkpoint
     config: dict[str, Any]
     architecture: Architecture
+    mapped: MapTensor
 
     @property
     def path(self) -> Path:
@@ -107,7 +109,7 @@ class DenseFiles:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A dense tensor, mapped."""
-        return map_tensor(self._entry(name, shape))
+        return self.mapped(self._entry(name, shape))
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
         """Dense rows, mapped."""
@@ -167,7 +169,7 @@ class IntegerFiles(DenseFiles):
     def _part(self, linear: Linear, grid: Grid, name: str) -> Tensor:
         """One of a weight's tensors. ``g_idx`` may be absent where inputs are grouped in their order."""
         if name in self.checkpoint.entries:
-            return map_tensor(self.checkpoint.entries[name])
+            return self.mapped(self.checkpoint.entries[name])
         if name.endswith(".g_idx") and not grid.act_order:
             return torch.arange(linear.in_features, dtype=torch.int32) // grid.width(linear.in_features)
         raise CheckpointError(
@@ -194,8 +196,8 @@ class FloatFiles(DenseFiles):
                 hint="config.json belongs to another model, or the shard is wrong.",
             )
         grid = _float_grid(self.codes.scheme, scale)
-        scales = map_tensor(scale).view(grid.scale_shape(*shape))
-        return FloatWeight(linear.name, QTensor(grid, map_tensor(entry), scales, None))
+        scales = self.mapped(scale).view(grid.scale_shape(*shape))
+        return FloatWeight(linear.name, QTensor(grid, self.mapped(entry), scales, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,11 +252,12 @@ class Dequantized:
         return self.files.inverse_frequency_divisors()
 
 
-def open_files(path: Path) -> ModelFiles:
+def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     """Open whatever lies at a path.
 
     Args:
         path: A folder with safetensors and config.json, a GGUF file (of a set, any one), or a folder that holds one.
+        mapped: How tensors are mapped: by default each on its own, so that it takes no memory once it is dropped.
 
     Raises:
         CheckpointError: damaged, incomplete, of an unknown architecture, or quantized in a way that qconv does not
@@ -263,7 +266,7 @@ def open_files(path: Path) -> ModelFiles:
     if is_gguf(path):
         from qconv.runtime.gguf_files import GgufFiles
 
-        return GgufFiles.open(path)
+        return GgufFiles.open(path, mapped)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder.", hint="Give the folder of a model, or a GGUF file.")
     checkpoint = Checkpoint.open(path)
@@ -271,18 +274,18 @@ def open_files(path: Path) -> ModelFiles:
     config = strip_quantization(checkpoint.config)
     model = architecture(config)
     if section is None:
-        return DenseFiles(checkpoint, config, model)
+        return DenseFiles(checkpoint, config, model, mapped)
     checkpoint = replace(checkpoint, config=config | {"quantization_config": section})
     scheme = Fp8Scheme.parse(section)
     if scheme is not None:
         codes = Fp8Checkpoint.of(checkpoint, scheme, weight_dtype(path, config))
-        return FloatFiles(checkpoint, config, model, codes)
+        return FloatFiles(checkpoint, config, model, mapped, codes)
     if detect(checkpoint.config) is None:
         raise CheckpointError(
             f"{path / 'config.json'}: quantization_config is of a kind that qconv does not run: {_described(section)}.",
             hint=f"It runs {', '.join(formats())} and GGUF.",
         )
-    return IntegerFiles(checkpoint, config, model, Build.of(checkpoint))
+    return IntegerFiles(checkpoint, config, model, mapped, Build.of(checkpoint))
 
 
 def is_gguf(path: Path) -> bool:

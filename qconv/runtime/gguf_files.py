@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
+from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Tensors, map_tensor
 from qconv.errors import CheckpointError
 from qconv.gguf.config import config_of
@@ -37,16 +38,18 @@ class GgufFiles:
         model: Its files.
         config: A config.json made from its metadata.
         architecture: Its linears and norms.
+        mapped: How tensors are mapped.
         places: Of each tensor of the checkpoint, the tensor that holds it and which of its equal parts it is.
     """
 
     model: GgufModel
     config: dict[str, Any]
     architecture: Architecture
+    mapped: MapTensor
     places: dict[str, tuple[GgufTensor, int]] = field(repr=False)
 
     @classmethod
-    def open(cls, path: Path) -> GgufFiles:
+    def open(cls, path: Path, mapped: MapTensor = map_tensor) -> GgufFiles:
         """Open a model.
 
         Raises:
@@ -58,7 +61,7 @@ class GgufFiles:
         places = {
             source: (tensor, part) for tensor in gguf_tensors(resolved) for part, source in enumerate(tensor.sources)
         }
-        return cls(model, config, resolved, places)
+        return cls(model, config, resolved, mapped, places)
 
     @property
     def path(self) -> Path:
@@ -87,7 +90,7 @@ class GgufFiles:
         """Rows of the embedding or the head, which are never permuted."""
         entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
         size = row_bytes(entry.type, linear.in_features)
-        rows = map_tensor(_bytes(entry, start, stop - start, size))
+        rows = self.mapped(_bytes(entry, start, stop - start, size))
         if entry.type in _DENSE:
             return DenseWeight(linear.name, rows.view(_DENSE[entry.type]))
         return BlockWeight(linear.name, (stop - start, linear.in_features), entry.type, rows)
@@ -107,14 +110,14 @@ class GgufFiles:
         count = self.architecture.head_dim // 2
         if entry.type is not GGMLQuantizationType.F32 or entry.numel != count:
             raise _misshapen(entry, (count,))
-        return map_tensor(_bytes(entry, 0, 1, entry.nbytes)).view(torch.float32).view(count)
+        return self.mapped(_bytes(entry, 0, 1, entry.nbytes)).view(torch.float32).view(count)
 
     def _rows(self, name: str, shape: tuple[int, int], *, vector: bool = False) -> tuple[Tensor, GGMLQuantizationType]:
         """A tensor of the checkpoint as rows of bytes, uint8 [rows, bytes], with their type."""
         tensor, part = self.places[name]
         entry, (rows, columns) = self._entry(name, shape), shape
         size = row_bytes(entry.type, columns)
-        found = map_tensor(_bytes(entry, part * rows, rows, size))
+        found = self.mapped(_bytes(entry, part * rows, rows, size))
         if tensor.heads:
             # A vector's elements are what a matrix's rows are.
             found = original_heads(found.view(-1, 4) if vector else found, tensor.heads).view(found.shape)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconv.checkpoint.maps import SharedMaps
 from qconv.errors import UsageError
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import ModelFiles, open_files
@@ -42,7 +43,7 @@ def load(
         CheckpointError: the files are damaged, incomplete or of a kind that qconv does not run.
         UsageError: no such backend, device or dtype.
     """
-    files = open_files(Path(path))
+    files = open_files(Path(path), SharedMaps())
     placed = get_backend(backend, device)
     chosen = chosen_dtype(files, dtype)
     model = empty_model(files, chosen)

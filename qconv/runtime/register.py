@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qconv.checkpoint.maps import SharedMaps
 from qconv.errors import UsageError
 from qconv.models.base import Moe
 from qconv.runtime.backends import get_backend
@@ -101,7 +102,7 @@ def install_packed(model: Any, checkpoint_files: Sequence[str], dtype: torch.dty
         CheckpointError: the build is damaged.
         UsageError: the model is to be spread over devices.
     """
-    files = open_files(Path(checkpoint_files[0]).parent)
+    files = open_files(Path(checkpoint_files[0]).parent, SharedMaps())
     installer = Installer(model, files, get_backend("auto", _device(device_map)), dtype)
     for layer in files.architecture.layers:
         for linear in layer.linears():

@@ -306,7 +306,7 @@ def test_a_disk_that_cannot_read_is_an_error_and_no_signal(folder: Path) -> None
         view = mmap.mmap(file.fileno(), 3 * mmap.PAGESIZE, access=mmap.ACCESS_COPY)
     os.truncate(path, 100)
     with pytest.raises(OSError, match=r"."):
-        reader._populate(view)
+        reader.populate(view)
 
 
 @given(rows=st.lists(st.integers(0, 1), max_size=6))
