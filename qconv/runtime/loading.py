@@ -67,8 +67,9 @@ def memory(model: nn.Module) -> int:
             tensors.extend(module.operator.tensors())
         elif isinstance(module, PackedEmbedding):
             tensors.extend(module.packed.tensors())
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    # By address: tensors of one shard are views of one mapping, and tied ones are the same.
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(sizes.values())
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
