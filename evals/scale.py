@@ -2,8 +2,9 @@
 
 Makes a random slice of the model (``qconv bench slice``), reads it once so that it lies in the page cache where memory
 allows, and runs ``qconv quantize`` on it as a child process: round-to-nearest to w4a16, AWQ and GPTQ with 16,384
-calibration tokens, and GGUF. Peak memory is the child's own maximum resident set, mapped file pages included. Speed is
-quantized weights over the whole run's wall time, so it pays for start-up, embeddings, head and verification too.
+calibration tokens, and GGUF without an imatrix and with one collected on as many. Peak memory is the child's own
+maximum resident set, mapped file pages included. Speed is quantized weights over the whole run's wall time, so it pays
+for start-up, embeddings, head and verification too.
 
 Results are kept by case in evals/results/scale.json, so that cases can be run one at a time; scale.md is made from it.
 Exits with 1 if a case exceeds its limit.
@@ -46,6 +47,7 @@ CASES = {
     "gguf": Case(("--fmt", "gguf:Q4_K_M"), memory_limit=4, speed_limit=0),
     "gguf-q8_0": Case(("--fmt", "gguf:Q8_0"), memory_limit=4, speed_limit=100e6),
     "gguf-q4_0": Case(("--fmt", "gguf:Q4_0"), memory_limit=4, speed_limit=100e6),
+    "gguf-imatrix": Case(("--fmt", "gguf:Q4_K_M", "--tokens", "16384"), memory_limit=4, speed_limit=0),
 }
 
 
