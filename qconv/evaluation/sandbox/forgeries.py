@@ -170,25 +170,8 @@ _VALUES = (
         """,
     ),
     _program("a string for every type", "def double(x): return repr(x * 2)"),
-    _program(
-        "a result nested without end",
-        """
-        def double(x):
-            value = []
-            value.append(value)
-            return value
-        """,
-    ),
-    _program(
-        "a result nested deeply",
-        """
-        def double(x):
-            value = x * 2
-            for _ in range(100_000):
-                value = [value]
-            return value
-        """,
-    ),
+    _program("a result nested without end", "def double(x):\n    x = []\n    x.append(x)\n    return x"),
+    _program("a result nested deeply", "def double(x):\n    for _ in range(100_000): x = [x]\n    return x"),
     _program("a huge string", "def double(x): return 'x' * 50_000_000"),
     _program("a huge number", "def double(x): return 1 << 50_000_000"),
     _program("a huge list", "def double(x): return [0] * 1_000_000", _FAIL, _MEMORY),
@@ -451,9 +434,7 @@ _ESCAPES = (
     ),
     _escape(
         "another process traced",
-        """
-        if ctypes.CDLL(None, use_errno=True).ptrace(16, 1, 0, 0) != 0: raise OSError(ctypes.get_errno())
-        """,
+        "if ctypes.CDLL(None).ptrace(16, 1, 0, 0) != 0: raise OSError",
         before="import ctypes",
     ),
     _escape(
