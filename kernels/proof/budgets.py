@@ -22,10 +22,11 @@ from kernels.proof.memory import Traffic
 from kernels.proof.model import Launched, estimate, resident_blocks
 from kernels.proof.sass import MachineCode, read_cubin
 from qconv.runtime.backends.cuda.cache import cached_cubin
-from qconv.runtime.backends.cuda.products import HELPER_THREADS, HELPERS, Rows, multiply
+from qconv.runtime.backends.cuda.products import HELPERS, Rows, multiply
 from qconv.runtime.backends.cuda.sources import source_of
 from qconv.runtime.kernel_interface import (
     ACTIVATIONS,
+    HELPER_THREADS,
     ROW_TILES,
     STAGES,
     THREADS,

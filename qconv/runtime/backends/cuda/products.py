@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,49 +12,28 @@ from qconv.runtime.backends.cuda.launch import Launch, Launcher
 from qconv.runtime.backends.cuda.sources import source_of
 from qconv.runtime.kernel_interface import (
     ACTIVATIONS,
+    HELPER_THREADS,
     ROW_TILES,
     THREADS,
     TILE_COLUMNS,
     TILE_DEPTH,
+    GatherArgs,
     KernelWeight,
+    SumSlicesArgs,
     entry_name,
+    gather_grid,
     gemm_args,
     grid,
     shared_bytes,
+    sum_grid,
 )
 
 HELPERS = "helpers"
-HELPER_THREADS = 256
+_MOST_BLOCKS = 65535
+"""Of a grid along y."""
 _LEAST_TILES = 8
 """A slice of k below this many tiles spends most of its time filling its pipeline."""
 _MOST_SLICES = 16
-
-
-class SumSlicesArgs(ctypes.Structure):
-    """The argument of ``qconv_sum_slices_ACT``, as kernels/cuda/helpers.cu declares it."""
-
-    _fields_ = [
-        ("partials", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-        ("elements", ctypes.c_uint64),
-        ("slices", ctypes.c_int),
-    ]
-
-
-class GatherArgs(ctypes.Structure):
-    """The argument of ``qconv_gather_columns``, as kernels/cuda/helpers.cu declares it."""
-
-    _fields_ = [
-        ("activations", ctypes.c_void_p),
-        ("gather", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-        ("row_ids", ctypes.c_void_p),
-        ("tile_experts", ctypes.c_void_p),
-        ("rows", ctypes.c_int),
-        ("depth", ctypes.c_int),
-        ("rows_per_input", ctypes.c_int),
-        ("row_tile", ctypes.c_int),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +140,7 @@ def _sum_slices(launcher: Launcher, partials: Tensor, output: Tensor) -> None:
         Launch(
             source=source_of(HELPERS),
             kernel=f"qconv_sum_slices_{ACTIVATIONS[output.dtype]}",
-            grid=(-(-elements // (4 * HELPER_THREADS)), 1, 1),
+            grid=sum_grid(elements),
             threads=HELPER_THREADS,
             shared_bytes=0,
             arguments=bytes(arguments),
@@ -176,7 +154,8 @@ def _gathered(launcher: Launcher, gather: Tensor, inputs: Tensor, rows: Rows) ->
     """Each row's activations in its weight's order of inputs, [rows.count, depth]."""
     depth = inputs.shape[1]
     output = inputs.new_empty(rows.count, depth)
-    tile, tiles = (1, rows.count) if rows.experts is None else (rows.tile, rows.tiles)
+    tile = rows.tile if rows.experts is not None else -(-rows.count // _MOST_BLOCKS)
+    tiles = rows.tiles if rows.experts is not None else -(-rows.count // tile)
     read = {"activations": inputs, "gather": gather, "row_ids": rows.ids, "tile_experts": rows.experts}
     addresses = (read["activations"], read["gather"], output, read["row_ids"], read["tile_experts"])
     arguments = GatherArgs(
@@ -190,7 +169,7 @@ def _gathered(launcher: Launcher, gather: Tensor, inputs: Tensor, rows: Rows) ->
         Launch(
             source=source_of(HELPERS),
             kernel="qconv_gather_columns",
-            grid=(-(-depth // (8 * HELPER_THREADS)), tiles, 1),
+            grid=gather_grid(depth, tiles),
             threads=HELPER_THREADS,
             shared_bytes=0,
             arguments=bytes(arguments),

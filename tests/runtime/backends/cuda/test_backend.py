@@ -164,6 +164,16 @@ def test_arguments_are_laid_out_as_the_kernel_reads_them() -> None:
     assert all(tensor.data_ptr() % 16 == 0 for tensor in launch.inputs.values())
 
 
+def test_more_rows_than_a_grid_has_blocks() -> None:
+    recorder = Recorder(multiprocessors=1)
+    operator = CudaBackend(CPU, recorder).linear(integer("gptq", act_order=True))
+    operator(torch.zeros(70000, 128, dtype=torch.float16))
+    gather, product = recorder.launches
+    assert gather.grid == (1, 35000, 1)
+    assert struct.unpack("<4i", gather.arguments[40:]) == (70000, 128, 1, 2)
+    assert product.grid == (1, 1094, 1)
+
+
 def mlp(seed: int) -> PackedMlp:
     gate, up, down = (integer("gptq", *shape) for shape in ((96, 128), (96, 128), (128, 96)))
     return PackedMlp(gate, up, down)
