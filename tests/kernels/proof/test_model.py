@@ -57,7 +57,7 @@ def test_what_a_branch_skips_counts_for_its_share() -> None:
         ("BRA", 10), "LDS", ("BRA", 8), "PRMT", ("BRA", 10), "SHF",  # parameters: two alternatives inside
         ("BRA", 0),
     ).main_loop()  # fmt: skip
-    assert frequencies(loop, 0.5) == [1, 1, 1, 1, 1, 0.5, 0.5, 0.25, 0.5, 0.25, 1]
+    assert frequencies(loop, 0.25) == [1, 1, 1, 1, 1, 0.25, 0.25, 0.125, 0.25, 0.125, 1]
 
 
 def test_a_loop_with_a_barrier_counts_the_one_in_it_as_often_as_it_runs() -> None:

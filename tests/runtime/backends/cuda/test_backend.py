@@ -206,13 +206,15 @@ def test_gate_and_up_with_orders_of_their_own_stay_apart() -> None:
 
 def test_weights_beside_each_other_are_those_weights() -> None:
     for name in ("awq", "gptq", "fp8", "Q8_0", "Q4_K", "Q6_K"):
-        weight = pack(WEIGHTS[name][0])
-        both = beside(weight, weight)
+        first = pack(WEIGHTS[name][0])
+        second = replace(first, weights=first.weights + 1, scales=first.scales.flip(0))
+        both = beside(first, second)
         assert both is not None
-        for key, value in tensors(weight).items():
+        assert both.columns == 2 * first.columns
+        for key, value in tensors(first).items():
             half = value.shape[1]
             assert torch.equal(tensors(both)[key][:, :half], value), (name, key)
-            assert torch.equal(tensors(both)[key][:, half:], value), (name, key)
+            assert torch.equal(tensors(both)[key][:, half:], tensors(second)[key]), (name, key)
 
 
 def test_experts_that_differ_do_not_stack() -> None:
