@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity clean
+.PHONY: help demo quality test lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,9 +27,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## quantize the bundled model to AWQ, verify the build, print the result table
-	$(BIN)/qconv quantize $(TINY) --fmt awq -o build/demo/awq --restart
+demo: $(STAMP)  ## quantize the bundled model, verify a build, measure five builds against bf16, make the report
+	rm -rf build/demo
+	$(BIN)/qconv quantize $(TINY) --fmt awq -o build/demo/awq
 	$(BIN)/qconv verify build/demo/awq --against $(TINY)
+	$(BIN)/qconv nightly evals/demo.yaml
+
+quality: $(STAMP)  ## KL divergence of every method and format beside rounding on the same grid
 	$(BIN)/python evals/quality.py
 
 test: lint  ## lint, then every test that needs nothing but .venv

@@ -135,7 +135,8 @@ def load_nightly(path: Path) -> NightlySettings:
     settings = parse_settings(NightlySettings, values, str(path))
     base = path.resolve().parent
     builds = tuple(one.model_copy(update=_placed(one, base)) for one in settings.builds)
-    changed = {"work": base / settings.work, "history": base / settings.history, "builds": builds}
+    work, history = ((base / path).resolve() for path in (settings.work, settings.history))
+    changed = {"work": work, "history": history, "builds": builds}
     return settings.model_copy(update=changed)
 
 

@@ -27,7 +27,7 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
     with reporting(quiet=as_json, remedy="Run the same command again to continue this night.") as reporter:
         from qconv.evaluation.history import History
         from qconv.evaluation.report.page import write_report
-        from qconv.evaluation.report.view import view
+        from qconv.evaluation.report.view import summary, view
         from qconv.nightly import load_nightly, require_any_run, run_night
 
         settings = load_nightly(config)
@@ -42,10 +42,12 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
         print_json({"date": night_date, "verdict": verdict, "builds": builds, "report": [str(path) for path in files]})
     else:
         console = stdout()
-        rows = [(one.name, one.outcome, ", ".join(one.runs), _why(one)) for one in night.builds]
-        print_table(console, ("build", "outcome", "measured on", "why not further"), rows)
+        print_table(console, *summary(views))
+        for one in night.builds:
+            if _why(one):
+                say(console, f"{one.name}: {_why(one)}")
         say(console, "")
-        say(console, str(files[0]))
+        say(console, f"report: {files[0]}")
         say(console, night.verdict.sentence, style="" if night.verdict.exit_code == 0 else "bold red")
     return night.verdict.exit_code
 

@@ -79,7 +79,7 @@ def junit(views: Sequence[RunView]) -> str:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=f"{one.run.build.name} {one.run.suite}",
+            name=f"{one.name} {one.run.suite}",
             tests=str(len(statuses)),
             failures=str(statuses.count("fail")),
             skipped=str(len(statuses) - statuses.count("fail") - statuses.count("pass")),
@@ -103,7 +103,7 @@ def as_json(views: Sequence[RunView]) -> str:
 
 def _title(views: Sequence[RunView]) -> str:
     if len(views) == 1:
-        return f"{views[0].run.build.name}: {views[0].run.verdict.outcome}"
+        return f"{views[0].name}: {views[0].run.verdict.outcome}"
     return f"{len(views)} builds"
 
 

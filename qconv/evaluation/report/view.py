@@ -79,9 +79,10 @@ class Flip:
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """A run."""
+    """A run; ``name`` is what its build is followed under."""
 
     run: Run
+    name: str
     heading: str
     facts: tuple[tuple[str, str], ...]
     gates: tuple[Gate, ...]
@@ -120,7 +121,8 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
     maps, worst = _maps(folder, run)
     return RunView(
         run=run,
-        heading=f"{run.build.name}: {_described(run)}",
+        name=followed,
+        heading=f"{followed}: {_described(run)}",
         facts=_facts(run),
         gates=run.gates,
         tasks=tuple(_task(folder, task) for task in run.tasks),
@@ -145,7 +147,7 @@ def summary(views: Sequence[RunView]) -> tuple[tuple[str, ...], list[tuple[str, 
     head = ("build", "bits per weight", *names, "verdict")
     rows = []
     for one in views:
-        cells = [one.run.build.name, number(one.run.build.bits_per_weight)]
+        cells = [one.name, number(one.run.build.bits_per_weight)]
         for name, metric in columns:
             measured = one.run.task(name)
             cells.append(_interval(None if measured is None else measured.metrics.get(metric)))
