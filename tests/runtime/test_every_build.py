@@ -57,8 +57,8 @@ def test_logits_and_tokens_are_the_dequantized_models(kind: str, tmp_path: Path)
     with torch.no_grad():
         wanted = exact(IDS).logits
         assert float((packed(IDS).logits - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
-        # In bf16 the packed model is as far from the exact one as transformers' own bf16 is. The typical token tells: of
-        # these, one or another meets a near tie of its router and takes another expert than in float32, in either model.
+        # In bf16 the packed model is as far from the exact one as transformers' own bf16 is. The typical token tells:
+        # a single one may meet a near tie of its router and take another expert than in float32, in either model.
         ours = error(qconv.load(out, dtype=torch.bfloat16)(IDS).logits, wanted)
         theirs = error(dense(torch.bfloat16)(IDS).logits, wanted)
     assert ours < 1.1 * theirs

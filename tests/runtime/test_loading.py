@@ -133,8 +133,8 @@ def test_bf16_is_as_near_to_the_model_as_transformers_bf16(awq_build: Path, tmp_
     def error(model: Any) -> float:
         return float((logits(model.eval()).float() - exact).square().mean(-1).sqrt().median())
 
-    # Both round activations in the same places but for the sum over experts, which ours does in float32. The median over
-    # tokens, since a near tie of a router makes single ones take another expert, in either model.
+    # Both round activations in the same places but for the sum over experts, which ours does in float32. The median
+    # over tokens, since a near tie of a router makes single ones take another expert, in either model.
     assert error(qconv.load(awq_build, dtype=torch.bfloat16)) < 1.1 * error(dense)
 
 
