@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,10 @@ quality: $(STAMP)  ## KL divergence of every method and format beside rounding o
 	$(BIN)/python evals/quality.py
 
 test: lint  ## lint, then every test that needs nothing but .venv
-	$(BIN)/python -m pytest -m 'not interop and not slow and not kernels' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not interop and not slow and not kernels' $(PYTEST_ARGS)
+
+slow: $(STAMP)  ## the tests that take minutes: every build type's logits, streaming's memory, the sensitivity of gates
+	$(BIN)/python -m pytest -n 2 -m 'slow and not interop and not kernels' $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -56,7 +59,7 @@ gpu-check: $(STAMP)  ## the CUDA kernels on this machine's GPU: correctness, tim
 
 interop: $(STAMP)  ## other people's readers and loaders on our builds, each in its own environment
 	$(BIN)/python tests/interop/environments.py
-	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m interop $(PYTEST_ARGS)
 
 kill-resume: $(STAMP)  ## kill a run at KILLS random moments (default 20); resumed, it must end byte-identical
 	$(BIN)/python evals/kill_resume.py --kills $(KILLS)
