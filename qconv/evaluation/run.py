@@ -105,7 +105,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
                 subject.close()
         run = Run(
             qconv=__version__,
-            started=started.isoformat(timespec="seconds"),
+            started=started.isoformat(timespec="milliseconds"),
             seconds=round(time.monotonic() - clock, 3),
             command=request.command,
             build=build,

@@ -31,7 +31,7 @@ class Leaky:
 
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
-        options = ["--dev-bind", "/", "/", "--tmpfs", "/tmp", "--die-with-parent"]
+        options = ["--dev-bind", "/", "/", "--die-with-parent"]
         guest = [sys.executable, "-c", "from qconv.evaluation.sandbox.guest import main; main()"]
         command = [self.executable, *options, *guest]
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, process_group=group)
