@@ -41,10 +41,11 @@ class Server:
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
                 try:
-                    self._send(*answer(self.path, body))
+                    status, value = answer(self.path, body)
                 finally:
-                    with lock:
+                    with lock:  # before the answer goes out: whoever has it may ask again at once
                         server.at_once -= 1
+                self._send(status, value)
 
             def _send(self, status: int, value: Any) -> None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -103,7 +104,7 @@ def test_completions_come_in_order_and_stop_here_if_the_server_does_not(serve: C
 
 def test_no_more_requests_at_once_than_rows(serve: Callable[[Answer], Server]) -> None:
     def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        time.sleep(0.05)
+        time.sleep(0.1)
         return echo(path, body)
 
     server = serve(slow)
