@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from qconv.evaluation.statistics import ratio_standard_error
 from qconv.folding import Folds
 from qconv.models.base import Layer, Linear, Moe, Norm
 from qconv.runtime.backends import get_backend
@@ -226,7 +226,7 @@ class _Bench:
             self._install(part, restore=True)
         lengths = np.array([len(one) for one in self.sequences], dtype=np.float64)
         part = parts[0] if len(parts) == 1 else Part("build", None, frozenset())
-        return Cost(part, float(sums.sum() / lengths.sum()), _standard_error(sums, lengths))
+        return Cost(part, float(sums.sum() / lengths.sum()), ratio_standard_error(sums, lengths))
 
     def _install(self, part: Part, *, restore: bool) -> None:
         if part.layer is None:
@@ -285,12 +285,3 @@ def _parts(layer: Layer) -> Iterator[Part]:
 
 def _modules(layer: Layer) -> list[Linear | Norm]:
     return [*layer.norms(), *layer.routers(), *layer.linears()]
-
-
-def _standard_error(sums: NDArray[np.float64], lengths: NDArray[np.float64]) -> float:
-    """Of the ratio of the two sums over sequences (Cochran 1977, section 6.3)."""
-    count = len(sums)
-    if count < 2:
-        return float("nan")
-    residual = sums - sums.sum() / lengths.sum() * lengths
-    return float(np.sqrt(count / (count - 1) * np.square(residual).sum()) / lengths.sum())
