@@ -7,17 +7,17 @@ two errors are draws from one distribution:
 
 RMS
     :data:`RMS_RATIO` times ``rounded``'s. A token's mean square error scatters by about its own size between tokens, so
-    the ratio of two root mean squares over n tokens has a standard error of ``sqrt(2) / (2 sqrt(n))`` or less, 3.6 %
-    for 384, and less since the models have part of their roundings in common. Measured on eleven build types of the bundled
-    model: 0.967 to 1.029. A tenth is three standard errors.
+    the ratio of two root mean squares over n tokens has a standard error of ``sqrt(2) / (2 sqrt(n))`` or less; for 384
+    tokens, paired, it is 2 %. A tenth is five of those. Measured on eleven build types of the bundled model: 0.967 to
+    1.029.
 Largest
     :data:`LARGEST_RATIO` times ``rounded``'s. The largest of N = 786,432 normal errors stands at ``sqrt(2 ln N)`` = 5.2
-    standard deviations and scatters by 0.2 of one, but a token's own scale differs between two bf16 models by up to a
-    half. Measured: 0.75 to 1.22; one wrong expert costs 3 to 15.
+    standard deviations and scatters by 0.2 of one, but one token's scale differs between two bf16 models by up to 1.9
+    times (in 98 of 100). Measured: 0.75 to 1.22; a wrong expert costs 3 to 17.
 
 Both hold only while the same experts compute. Where the last expert chosen and the first one left out are closer than
 bf16 tells apart, a model in bf16 takes the other one than in float32, whoever computes it, and the logits of that token
-and of those that see it move by a hundred times the rounding: that, and no bug, is why free-running models of equal
+and of those that see it move by up to forty times the rounding: that, and no bug, is why free-running models of equal
 quality differ by a factor of two in RMS. So all three models replay the experts that ``exact`` chooses, and what a
 router would have chosen itself is held against a bound of its own.
 
