@@ -2,9 +2,10 @@
 
 Damages a build of the model in three ways that leave every file well-formed, with checksums made anew: one expert's
 down_proj zeroed, the scales of one layer shifted by one group, one layer's router with its rows permuted. Each must
-end in a regression (exit code 3) against the sound build as baseline. An identical rebuild must pass. So must builds
-that are as good as each other, calibrated by GPTQ on different samples and measured on different texts: the A/A runs,
-where every alarm is false.
+end in a regression (exit code 3) against the sound build as baseline, and `qconv eval blame` must then name what was
+damaged: the layer, and in it the expert or the router. An identical rebuild must pass. So must builds that are as good
+as each other, calibrated by GPTQ on different samples and measured on different texts: the A/A runs, where every alarm
+is false.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from qconv.build import Build
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, sha256_of
 from qconv.errors import QconvError, UsageError
+from qconv.evaluation.blame import Blame, Cost
+from qconv.evaluation.blaming import blame_run
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.record import Run
 from qconv.evaluation.run import Request, evaluate
@@ -47,15 +50,49 @@ SUITE = Suite.model_validate(
 )
 
 
+BLAME_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a part costs by blame, nats a token, with its 95 % interval."""
+
+    part: str
+    kld: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """What was damaged, and what blame named first: of layers, and of the parts of the dearest."""
+
+    damaged: str
+    layers: tuple[Named, ...]
+    parts: tuple[Named, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether the damaged layer came first, and where one of its parts was damaged, that part."""
+        layer, part = self.layers[0].part, self.parts[0].part
+        return self.damaged == layer or (self.damaged == part and part.startswith(f"{layer}."))
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One evaluation: what of, what was expected and what came out."""
+    """One evaluation: what of, what was expected and what came out; of damaged builds, what blame said."""
 
     case: str
     expected: int
     exit_code: int
     kld: float | None
     sentence: str
+    blame: Blamed | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether it came out as expected."""
+        return self.exit_code == self.expected and (self.blame is None or self.blame.right)
 
 
 @click.command(help=__doc__)
@@ -80,7 +117,7 @@ def main(model: Path, fmt: str, method: str, rebuilds: int, samples: int, work: 
     torch.set_num_threads(1)  # the model is so small that threads only wait for each other
     try:
         sound, again = (quantized(model, work / name, fmt, method) for name in ("sound", "again"))
-        damaged = {name: damage(sound, work / name, change) for name, change in DAMAGES.items()}
+        damaged = {name: damage(sound, work / name, one.change) for name, one in DAMAGES.items()}
         alike = [
             quantized(model, work / f"alike-{seed}", fmt, "gptq", "--seed", str(seed), "--tokens", "16384")
             for seed in range(rebuilds + 1 if rebuilds and samples else 0)
@@ -94,7 +131,7 @@ def main(model: Path, fmt: str, method: str, rebuilds: int, samples: int, work: 
         click.echo(json.dumps([asdict(one) for one in results], indent=2))
     else:
         _print(results)
-    sys.exit(0 if all(one.exit_code == one.expected for one in results) else 1)
+    sys.exit(0 if all(one.right for one in results) else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +149,34 @@ class Bench:
             reference=self.model,
             suite=self.suite.model_copy(update={"seed": seed}),
             suite_name="sensitivity",
-            out=self.work / name.replace(" ", "-"),
+            out=self.folder(name),
             cache=Cache(self.work / "cache"),
             gates="default",
             baseline=baseline,
         )
         return evaluate(request, progress=lambda *_: None, log=lambda _: None)
 
+    def blame(self, name: str, tokens: int) -> Blame:
+        """What costs most in the build of a run."""
+        folder = self.folder(name)
+        return blame_run(folder, tokens=tokens, worst_layers=1, progress=lambda *_: None, log=lambda _: None)
 
-def trial(bench: Bench, sound: Path, again: Path, damaged: Mapping[str, Path]) -> list[Result]:
-    """The sound build, every damaged one, and the rebuild, against the sound build as baseline."""
+    def folder(self, name: str) -> Path:
+        """A run's."""
+        return self.work / name.replace(" ", "-")
+
+
+def trial(
+    bench: Bench, sound: Path, again: Path, damaged: Mapping[str, Path], blame_tokens: int = BLAME_TOKENS
+) -> list[Result]:
+    """The sound build, every damaged one with its blame, and the rebuild, against the sound build as baseline."""
     baseline = bench.run("sound", sound, None)
     results = [_result("sound build", 0, baseline)]
-    results += [_result(name, 3, bench.run(name, build, baseline)) for name, build in damaged.items()]
+    for name, build in damaged.items():
+        run = bench.run(name, build, baseline)
+        found = bench.blame(name, blame_tokens)
+        blamed = Blamed(DAMAGES[name].of(Build.open(build)), _named(found.layers), _named(found.parts))
+        results.append(replace(_result(name, 3, run), blame=blamed))
     results.append(_result("identical rebuild", 0, bench.run("again", again, baseline)))
     return results
 
@@ -179,12 +231,19 @@ def permuted_router(build: Build) -> dict[str, Tensor]:
     return {router.weight: build.checkpoint.read(router.weight).roll(1, dims=0)}
 
 
-DAMAGES: Mapping[str, Callable[[Build], dict[str, Tensor]]] = {
-    "expert zeroed": zeroed_expert,
-    "scales shifted": shifted_scales,
-    "router permuted": permuted_router,
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What is done to a build: the tensors that are replaced, and the name of the layer or part that they are of."""
+
+    change: Callable[[Build], dict[str, Tensor]]
+    of: Callable[[Build], str]
+
+
+DAMAGES: Mapping[str, Damage] = {
+    "expert zeroed": Damage(zeroed_expert, lambda build: _moe(build).experts[0].down.name.rpartition(".")[0]),
+    "scales shifted": Damage(shifted_scales, lambda build: _middle(build).name),
+    "router permuted": Damage(permuted_router, lambda build: _moe(build).router.name),
 }
-"""By name, the tensors that are replaced."""
 
 
 def damage(build_path: Path, out: Path, change: Callable[[Build], dict[str, Tensor]]) -> Path:
@@ -227,15 +286,32 @@ def _result(case: str, expected: int, run: Run) -> Result:
     return Result(case, expected, run.verdict.exit_code, kld, run.verdict.sentence)
 
 
+def _named(costs: Sequence[Cost]) -> tuple[Named, ...]:
+    """The two dearest, with 1.96 standard errors on either side."""
+    return tuple(
+        Named(one.part.name, one.kld, one.kld - 1.96 * one.error, one.kld + 1.96 * one.error) for one in costs[:2]
+    )
+
+
 def _print(results: Sequence[Result]) -> None:
     table = Table("case", "expected", "exit code", "mean KLD", "verdict")
     for one in results:
         kld = "" if one.kld is None else f"{one.kld:.5f}"
         table.add_row(one.case, str(one.expected), str(one.exit_code), kld, one.sentence)
+    blamed = Table("case", "damaged", "named first", "KLD (interval)", "next", "KLD (interval)")
+    for one in results:
+        if one.blame is not None:
+            for costs in (one.blame.layers, one.blame.parts):
+                cells = [cell for cost in costs for cell in (cost.part, _interval(cost))]
+                blamed.add_row(one.case, one.blame.damaged, *cells)
     console = Console(width=200)
     console.print(table)
-    wrong = [one for one in results if one.exit_code != one.expected]
-    console.print(f"{len(results) - len(wrong)} of {len(results)} as expected", highlight=False)
+    console.print(blamed)
+    console.print(f"{sum(one.right for one in results)} of {len(results)} as expected", highlight=False)
+
+
+def _interval(cost: Named) -> str:
+    return f"{cost.kld:.5f} ({cost.low:.5f} to {cost.high:.5f})"
 
 
 if __name__ == "__main__":

@@ -8,29 +8,40 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.console import print_json, print_table, say, stdout
+from qconv.cli.eval_options import check_device
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 
 if TYPE_CHECKING:
-    from qconv.evaluation.blame import Cost
+    from qconv.evaluation.blame import Blame, Cost
 
 
 @click.command(short_help="Name the layers and experts that cost most.")
 @click.argument("run", type=click.Path(exists=True, path_type=Path), metavar="RUN")
 @click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Tokens to score.")
 @click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Layers to look into.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @json_option
-def command(run: Path, tokens: int, layers: int, as_json: bool) -> None:
+def command(run: Path, tokens: int, layers: int, device: str, as_json: bool) -> None:
     """Put single parts of the build of a finished RUN into its reference and measure what each one costs.
 
-    Holds the reference in memory as float32. The result lies in the run's folder, where `eval report` shows it.
+    Works layer by layer, so that neither model need fit into memory; activations lie in a folder for temporary files
+    ($TMPDIR). The result lies in the run's folder, where `eval report` shows it.
     """
+    check_device(device)
     with reporting(quiet=as_json, remedy="Run the same command again.") as reporter:
         from qconv.evaluation.blaming import blame_run
         from qconv.evaluation.record import RUN_NAME
 
         folder = run.parent if run.name == RUN_NAME else run
-        found = blame_run(folder, tokens=tokens, worst_layers=layers, progress=reporter.progress, log=reporter.log)
+        found = blame_run(
+            folder,
+            tokens=tokens,
+            worst_layers=layers,
+            device=device,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
     if as_json:
         print_json(found.as_values())
         return
@@ -40,10 +51,20 @@ def command(run: Path, tokens: int, layers: int, as_json: bool) -> None:
     say(console, "")
     print_table(console, ("layer", "KL divergence", "+-"), [_row(one) for one in found.layers[:10]])
     say(console, "")
-    print_table(console, ("part", "KL divergence", "+-"), [_row(one) for one in found.parts[:15]])
+    header = ("part", "KL divergence", "+-", "its layer without it")
+    print_table(console, header, [(*_row(one), _without(one)) for one in found.parts[:15]])
     say(console, "")
+    say(console, f"dearest: {_sentence(found)}")
+
+
+def _sentence(found: Blame) -> str:
+    """The dearest part, and whether its layer gets cheaper without it."""
     worst = found.parts[0] if found.parts else found.layers[0]
-    say(console, f"dearest: {worst.part.name}, {_cost(worst)}")
+    layer = next((one for one in found.layers if one.part.layer == worst.part.layer), worst)
+    if worst.without is None:
+        return f"{worst.part.name}, {_cost(worst)}"
+    named = f"{worst.part.name}, {_cost(worst)}; its layer costs {layer.kld:.3g}, and {worst.without:.3g} without it"
+    return named if worst.without < layer.kld else f"{named}: that part is wrong only beside the others"
 
 
 def _cost(cost: Cost) -> str:
@@ -52,3 +73,7 @@ def _cost(cost: Cost) -> str:
 
 def _row(cost: Cost) -> tuple[str, str, str]:
     return cost.part.name, f"{cost.kld:.3g}", f"{cost.error:.1g}"
+
+
+def _without(cost: Cost) -> str:
+    return "" if cost.without is None else f"{cost.without:.3g}"

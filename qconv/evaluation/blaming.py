@@ -27,14 +27,17 @@ Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
 
 
-def blame_run(folder: Path, *, tokens: int, worst_layers: int, progress: Progress, log: Log) -> Blame:
+def blame_run(
+    folder: Path, *, tokens: int, worst_layers: int, device: str = "cpu", progress: Progress, log: Log
+) -> Blame:
     """Find what costs most in the build of a run; writes ``blame.json`` into its folder.
 
     Args:
         folder: The run's.
         tokens: At least so many are scored, in whole windows.
         worst_layers: So many layers are looked into.
-        progress: Told the part at work, how many are done, and how many there are.
+        device: A torch device.
+        progress: Told what is at work, how many steps of it are done, and how many there are.
         log: Told about steps.
 
     Raises:
@@ -58,6 +61,7 @@ def blame_run(folder: Path, *, tokens: int, worst_layers: int, progress: Progres
         folds_of(build),
         sequences,
         worst_layers=worst_layers,
+        device=device,
         progress=progress,
     )
     write_atomically(folder / BLAME_NAME, json.dumps(found.as_values(), indent=1).encode() + b"\n")

@@ -68,6 +68,12 @@ def test_a_regression_exits_with_3_and_no_gate_with_0(
     values = json.loads(failed.stdout)
     assert values["verdict"]["outcome"] == "regression"
     assert [gate["reruns"] for gate in values["gates"] if gate["status"] == "fail"] == [1]
+    blamed = invoke("eval", "blame", tmp_path / "gated", "--tokens", 64, "--layers", 1)
+    assert blamed.exit_code == 0, blamed.output
+    kept = json.loads((tmp_path / "gated" / "blame.json").read_text())
+    dearest, layer = kept["parts"][0], kept["layers"][0]
+    assert f"dearest: {dearest['part']}, {dearest['kld']:.3g} +- " in blamed.stdout
+    assert f"its layer costs {layer['kld']:.3g}, and {dearest['layer_without']:.3g} without it" in blamed.stdout
     assert invoke(*options, "-o", tmp_path / "measured", "--no-gate").exit_code == 0
 
 

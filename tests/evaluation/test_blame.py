@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
 from qconv.build import Build
+from qconv.evaluation import variants
 from qconv.evaluation.blame import Blame, find_blame
 from qconv.folding import Folds
 from qconv.models.base import Layer
@@ -33,6 +37,11 @@ def change(folder: Path, name: str, edit: Callable[[Tensor], Tensor]) -> None:
             save_file(tensors, shard, metadata)
             return
     raise AssertionError(f"no tensor {name}")
+
+
+def put(new: Tensor, old: Tensor) -> Tensor:
+    """An edit: another tensor altogether."""
+    return new.to(old.dtype)
 
 
 def blame(model: Path, made: Path) -> Blame:
@@ -76,6 +85,70 @@ def test_a_permuted_router_is_named(moe: Path, made: Path) -> None:
     found = blame(moe, made)
     assert found.layers[0].part.name == "model.layers.0"
     assert found.parts[0].part.name == "model.layers.0.mlp.gate"
+
+
+def test_the_dearest_part_is_measured_the_other_way_round_too(moe: Path, made: Path) -> None:
+    change(made, "model.layers.0.mlp.gate.weight", lambda weight: weight.roll(1, 0))
+    found = blame(moe, made)
+    layer, router = found.layers[0], found.parts[0]
+    assert router.without is not None
+    assert router.without < 0.5 * layer.kld, "without the damaged part the layer is cheaper"
+    assert sum(one.without is not None for one in found.parts) == 5
+
+
+def test_parts_that_are_wrong_only_beside_others_are_told_apart(moe: Path, moe_copy: Path) -> None:
+    """Router and experts permuted alike compute the same: either alone is dear, and the layer is dearer without it."""
+    files = open_files(moe)
+    layer = files.architecture.layers[0]
+    change(moe_copy, "model.layers.0.mlp.gate.weight", lambda weight: weight.roll(1, 0))
+    for mlp, before in zip(layer.mlps(), (layer.mlps()[-1], *layer.mlps()[:-1]), strict=True):
+        for linear, other in zip(mlp.linears(), before.linears(), strict=True):
+            change(moe_copy, linear.weight, partial(put, files.weight(other).dequantize(torch.bfloat16)))
+    found = find_blame(
+        files, open_files(moe_copy), lambda _: Folds.none(), SEQUENCES, worst_layers=2, progress=lambda *_: None
+    )
+    assert max(one.kld for one in found.layers) < 1e-6
+    router = next(one for one in found.parts if one.part.name == "model.layers.0.mlp.gate")
+    assert router.kld > 1e-4
+    assert router.without is not None
+    assert router.without > 1e-4, "no part of a layer that costs nothing is to blame"
+
+
+def test_costs_are_those_of_transformers_with_the_weights_exchanged(moe: Path, rtn_build: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def log_probabilities(folder: Path) -> list[Tensor]:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            return [functional.log_softmax(model(one[None]).logits[0], dim=-1) for one in SEQUENCES]
+
+    found = blame(moe, rtn_build)
+    part = next(one for one in found.parts if ".experts." in one.part.name)
+    opened = Build.open(rtn_build)
+    exchanged = rtn_build.parent / "exchanged"
+    shutil.copytree(moe, exchanged)
+    for layer in opened.architecture.layers:
+        for linear in layer.linears():
+            if linear.name in part.part.modules:
+                change(exchanged, linear.weight, partial(put, opened.qtensor(linear).dequantize()))
+    pairs = zip(log_probabilities(exchanged), log_probabilities(moe), strict=True)
+    sums = [float(functional.kl_div(one, other, reduction="sum", log_target=True)) for one, other in pairs]
+    # The exchanged checkpoint is rounded to bfloat16, which is finer than its four bits.
+    assert sum(sums) / found.tokens == pytest.approx(part.kld, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("SCRATCH_BYTES", 1), ("WINDOW_VALUES", 1000), ("LOGIT_BYTES", 9000)])
+def test_costs_do_not_depend_on_how_much_is_done_at_once(
+    moe: Path, rtn_build: Path, name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = blame(moe, rtn_build)
+    monkeypatch.setattr(variants, name, value)
+    found = blame(moe, rtn_build)
+    costs = {one.part.name: one.kld for one in (*found.layers, *found.parts)}
+    # Other shapes round otherwise in float32.
+    assert costs == pytest.approx(
+        {one.part.name: one.kld for one in (*expected.layers, *expected.parts)}, rel=1e-3, abs=1e-7
+    )
 
 
 def test_a_part_costs_nothing_where_it_is_the_reference(moe: Path, made: Path) -> None:

@@ -89,7 +89,7 @@ class RunView:
     tasks: tuple[TaskView, ...]
     charts: tuple[Chart, ...]
     worst: tuple[tuple[str, str], ...]
-    blame: tuple[tuple[str, str], ...]
+    blame: tuple[tuple[str, str, str], ...]
     command: str
     changes: tuple[str, ...] = field(default=())
     since: str | None = None
@@ -275,14 +275,16 @@ def _maps(folder: Path, run: Run) -> tuple[list[Chart], tuple[tuple[str, str], .
     return charts, tuple((name, f"{error:.3g} %") for name, error in maps.worst)
 
 
-def _blame(folder: Path) -> tuple[tuple[str, str], ...]:
-    """Layers, then parts, with what each costs; empty where nobody asked for blame."""
+def _blame(folder: Path) -> tuple[tuple[str, str, str], ...]:
+    """Layers, then parts: what each costs, and its layer without it; empty where nobody asked for blame."""
     path = folder / BLAME_NAME
     if not path.exists():
         return ()
     found = read_json(path)
     rows = [found["whole"] | {"part": "the whole build"}, *found["layers"][:_BLAMED], *found["parts"][:_BLAMED]]
-    return tuple((row["part"], f"{number(row['kld'])} +- {row['error']:.1g}") for row in rows)
+    return tuple(
+        (row["part"], f"{number(row['kld'])} +- {row['error']:.1g}", number(row.get("layer_without"))) for row in rows
+    )
 
 
 def _interval(metric: Metric | None) -> str:
