@@ -13,8 +13,11 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-WIDTH, HEIGHT = 640, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+WIDTH, HEIGHT = 420, 220
+"""So few units that text is still legible where the whole width is a phone's."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 10, 14, 36
+_MARK_ROWS = 4
+"""Lines above a histogram's bars, for the names of its marks: neighbours never share one."""
 SHADES = 8
 """Steps of a heat map's colours."""
 
@@ -65,7 +68,7 @@ def histogram(values: NDArray[np.float32], marks: Sequence[tuple[str, float]], *
     across = Scale(low, high, _LEFT, WIDTH - _RIGHT, log=True)
     edges = np.geomspace(low, high, 41)
     counts, _ = np.histogram(finite.clip(low, high), edges)
-    up = Scale(0.0, float(counts.max()), HEIGHT - _BOTTOM, _TOP)
+    up = Scale(0.0, float(counts.max()), HEIGHT - _BOTTOM, _TOP + 13 * _MARK_ROWS)
     parts = _axes(across, up, unit, "tokens")
     for count, start, stop in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
@@ -74,7 +77,7 @@ def histogram(values: NDArray[np.float32], marks: Sequence[tuple[str, float]], *
     for index, (name, place) in enumerate(sorted(marks, key=lambda mark: mark[1])):
         x = across(place)
         parts.append(_line("mark", x, _TOP, x, HEIGHT - _BOTTOM))
-        parts.append(_text(x - 3, _TOP + 10 + 13 * (index % 4), name, "end"))
+        parts.append(_text(x - 3, _TOP + 10 + 13 * (index % _MARK_ROWS), name, "end"))
     return _frame(parts, f"histogram over {len(values):,} tokens")
 
 
