@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,10 @@ class Build:
                 f"{path}: config.json has no quantization_config that qconv reads.",
                 hint="Is this an unquantized checkpoint?",
             )
-        model = architecture(checkpoint.config)
-        embedding = checkpoint.entry(model.embedding.weight).dtype
-        grid, skipped = found.read_config(checkpoint.config["quantization_config"], embedding)
+        with in_config(path):
+            model = architecture(checkpoint.config)
+            embedding = checkpoint.entry(model.embedding.weight).dtype
+            grid, skipped = found.read_config(checkpoint.config["quantization_config"], embedding)
         build = cls(checkpoint, model, found, grid, tuple(skipped))
         for linear in (linear for layer in model.layers for linear in layer.linears()):
             problem = found.check(linear.out_features, linear.in_features, grid)
@@ -123,6 +125,21 @@ class Build:
             CheckpointError: the scales file is damaged.
         """
         return read_scales(scales_path(self.path, layer.index))
+
+
+@contextmanager
+def in_config(folder: Path) -> Iterator[None]:
+    """Errors about a config.json say in which folder it lies, which those who read it do not know.
+
+    Raises:
+        CheckpointError: what the body raises.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if not error.message.startswith("config.json"):
+            raise
+        raise CheckpointError(f"{folder / error.message}", hint=error.hint) from error
 
 
 def scales_path(folder: Path, layer: int) -> Path:

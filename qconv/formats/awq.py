@@ -130,10 +130,17 @@ class AwqFormat:
         # AutoAWQ's own file beside config.json says w_bit and q_group_size, and GEMM.
         bits, version = section.get("bits", section.get("w_bit")), str(section.get("version", "gemm")).lower()
         if version != "gemm" or bits != 4 or not section.get("zero_point"):
-            raise CheckpointError("config.json: only AWQ's 4-bit gemm layout with zero points is known.")
+            raise CheckpointError(
+                f"config.json: quantization_config says AWQ of version {version!r} with {bits} bits and zero_point "
+                f"{section.get('zero_point')!r}.",
+                hint="AWQ is read in version gemm with 4 bits and zero points: save it so, or quantize the original.",
+            )
         group_size = section.get("group_size", section.get("q_group_size"))
         if not isinstance(group_size, int) or group_size < 1:
-            raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
+            raise CheckpointError(
+                f"config.json: quantization_config.group_size is {group_size!r}, not a positive integer.",
+                hint="Repair config.json.",
+            )
         return Grid(4, group_size, False, torch.float16), skip_list(section, "modules_to_not_convert")
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:

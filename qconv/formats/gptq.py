@@ -206,19 +206,23 @@ class GptqFormat:
         """
         bits, group_size, symmetric = section.get("bits"), section.get("group_size"), section.get("sym", True)
         if not isinstance(bits, int) or bits not in BITS:
-            raise CheckpointError(f"config.json: quantization_config.bits is {bits!r}; GPTQ is read with 2, 3, 4 or 8.")
+            raise _not_read("bits", bits, "2, 3, 4 or 8")
         if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
-            raise CheckpointError(f"config.json: quantization_config.group_size is {group_size!r}.")
+            raise _not_read("group_size", group_size, "a positive integer, or -1 for a whole row")
         if not isinstance(symmetric, bool):
-            raise CheckpointError(f"config.json: quantization_config.sym is {symmetric!r}.")
+            raise _not_read("sym", symmetric, "true or false")
         act_order = section.get("desc_act", False)
         if not isinstance(act_order, bool):
-            raise CheckpointError(f"config.json: quantization_config.desc_act is {act_order!r}.")
-        layout = section.get("checkpoint_format", V1)
+            raise _not_read("desc_act", act_order, "true or false")
+        layout = section.get("checkpoint_format", section.get("format", V1))
         if layout not in (V1, V2):
-            raise CheckpointError(f"config.json: checkpoint_format {layout!r} is not known, only {V1} and {V2} are.")
+            raise _not_read("checkpoint_format", layout, f"{V1} or {V2}")
+        if section.get("is_marlin_format"):
+            raise _not_read("is_marlin_format", True, "false: Marlin's layout is one of a kernel's, not GPTQ's")
         if section.get("lm_head"):
-            raise CheckpointError("config.json: a quantized lm_head is not supported.")
+            raise _not_read("lm_head", section["lm_head"], "false: a quantized head is not supported")
+        if section.get("pack_dtype", "int32") != "int32":
+            raise _not_read("pack_dtype", section["pack_dtype"], "int32")
         as_written = layout == (V1 if symmetric else V2)
         kind = Grid if as_written else ForeignGrid
         grid = kind(bits, group_size, symmetric, torch.float16, act_order=act_order)
@@ -309,13 +313,23 @@ def _exclusions(dynamic: Any) -> list[str]:
     for rule in dynamic:
         pattern = rule.removeprefix("-:")
         if pattern == rule:
-            raise CheckpointError(f"config.json: dynamic rule {rule!r} sets options of single modules: not supported.")
+            raise CheckpointError(
+                f"config.json: quantization_config.dynamic has the rule {rule!r}: options of single modules.",
+                hint="Only rules that leave modules alone (-:PATTERN) are read: quantize all others in the same way.",
+            )
         try:
             re.compile(pattern)
         except re.error as error:
             raise CheckpointError(f"config.json: dynamic rule {rule!r} is no regular expression: {error}.") from error
         patterns.append(pattern)
     return patterns
+
+
+def _not_read(key: str, value: object, known: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: quantization_config.{key} is {value!r}; GPTQ is read with {known}.",
+        hint="Repair config.json if it is wrong; else quantize the original model in a way that is read.",
+    )
 
 
 FORMAT = GptqFormat()

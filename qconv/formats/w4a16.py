@@ -2,7 +2,9 @@
 
 ``weight_packed`` int32 [out, in*bits/32], low bits first along the input dimension, values offset to unsigned;
 ``weight_scale`` [out, groups] in the weight's dtype; ``weight_shape`` int64 [2]; asymmetric builds add
-``weight_zero_point`` int32 [out*bits/32, groups], packed along the output dimension.
+``weight_zero_point`` int32 [out*bits/32, groups], packed along the output dimension. Builds with ``actorder: group``,
+which compressed-tensors wrote until 2026 and qconv only reads, add ``weight_g_idx`` int32 [in], each input's group;
+codes keep the inputs' own order.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
 PACK_QUANTIZED = "pack-quantized"
+ACT_ORDER = ("group", "dynamic", True)
+"""How ``actorder`` says that groups are of inputs in an order of their own; other values leave groups as they are."""
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
@@ -74,7 +78,7 @@ class PackQuantizedFormat:
         return None
 
     def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
-        """weight_packed, weight_scale, weight_zero_point (asymmetric), weight_shape."""
+        """weight_packed, weight_scale, weight_zero_point (asymmetric), weight_shape, weight_g_idx (act-order)."""
         per_word, groups = 32 // grid.bits, grid.groups(in_features)
         specs = [
             TensorSpec(f"{module}.weight_packed", torch.int32, (out_features, in_features // per_word)),
@@ -83,6 +87,8 @@ class PackQuantizedFormat:
         if not grid.symmetric:
             specs.append(TensorSpec(f"{module}.weight_zero_point", torch.int32, (out_features // per_word, groups)))
         specs.append(TensorSpec(f"{module}.weight_shape", torch.int64, (2,)))
+        if grid.act_order:
+            specs.append(TensorSpec(f"{module}.weight_g_idx", torch.int32, (in_features,)))
         return specs
 
     def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
@@ -93,12 +99,15 @@ class PackQuantizedFormat:
         if weight.zero_points is not None:
             yield f"{module}.weight_zero_point", pack_rows(weight.zero_points.t(), bits).t().contiguous()
         yield f"{module}.weight_shape", torch.tensor(weight.shape, dtype=torch.int64)
+        if weight.group_index is not None:
+            yield f"{module}.weight_g_idx", weight.group_index
 
     def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
         """Codes, scales and zero points of a linear of ``shape``.
 
         Raises:
-            CheckpointError: a tensor is absent or misshapen, or weight_shape says something else.
+            CheckpointError: a tensor is absent or misshapen, weight_shape says something else, or weight_g_idx names
+                no group.
         """
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         if tensors["weight_shape"].tolist() != list(shape):
@@ -107,7 +116,13 @@ class PackQuantizedFormat:
         if not grid.symmetric:
             zero_points = unpack_rows(tensors["weight_zero_point"].t(), grid.bits).t().contiguous()
         codes = unpack_rows(tensors["weight_packed"], grid.bits)
-        return QTensor(grid, codes, tensors["weight_scale"], zero_points)
+        index = tensors.get("weight_g_idx")
+        if index is not None and bool(((index < 0) | (index >= grid.groups(shape[1]))).any()):
+            raise CheckpointError(
+                f"{module}.weight_g_idx: names a group that there is not; there are {grid.groups(shape[1])}.",
+                hint="The build is damaged, or was saved before it was quantized.",
+            )
+        return QTensor(grid, codes, tensors["weight_scale"], zero_points, index)
 
     def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
         """As compressed-tensors says it."""
@@ -130,26 +145,41 @@ class PackQuantizedFormat:
         """Grid and skipped modules.
 
         Raises:
-            CheckpointError: not exactly one group of integer weights.
+            CheckpointError: not exactly one group of integer weights, or of a kind that is not read.
         """
         groups = section.get("config_groups")
         if not isinstance(groups, dict) or len(groups) != 1:
-            raise CheckpointError("config.json: quantization_config needs exactly one config group.")
+            raise _not_read("config_groups", "not exactly one group: linears that are quantized in different ways")
         group = next(iter(groups.values()))
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
-            raise CheckpointError("config.json: quantization_config's config group describes no weights.")
-        bits, strategy = weights.get("num_bits"), weights.get("strategy")
-        if weights.get("type") != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
-            raise CheckpointError("config.json: only 4- and 8-bit integer weights by group or channel are known.")
+            raise _not_read("config_groups", "a group that describes no weights")
+        bits, strategy, number = weights.get("num_bits"), weights.get("strategy"), weights.get("type", "int")
+        if number != "int" or bits not in (4, 8):
+            raise _not_read("weights", f"{bits}-bit {number}; integers of 4 and 8 bits are read")
+        if strategy not in ("group", "channel"):
+            raise _not_read("weights.strategy", f"{strategy!r}; group and channel are read")
+        # Rotated or pruned weights are not the model's own, whatever their codes say.
+        for key, plain in (("transform_config", (None, {})), ("sparsity_config", (None, {}, {"format": "dense"}))):
+            if section.get(key) not in plain:
+                raise _not_read(key, repr(section[key]))
         group_size = CHANNEL if strategy == "channel" else weights.get("group_size")
-        if not isinstance(group_size, int) or group_size == 0:
-            raise CheckpointError(f"config.json: quantization_config group_size is {group_size!r}.")
-        return Grid(bits, group_size, bool(weights.get("symmetric")), weight_dtype), skip_list(section, "ignore")
+        if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
+            raise _not_read("weights.group_size", repr(group_size))
+        symmetric, act_order = bool(weights.get("symmetric", True)), weights.get("actorder") in ACT_ORDER
+        grid = Grid(bits, group_size, symmetric, weight_dtype, act_order=act_order and group_size != CHANNEL)
+        return grid, skip_list(section, "ignore")
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """compressed-tensors' own matching."""
         return compressed_tensors.is_skipped(module, skipped)
+
+
+def _not_read(key: str, value: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: quantization_config.{key} is {value}.",
+        hint="Quantize the original model in a way that is read, or give the unquantized checkpoint.",
+    )
 
 
 FORMAT = PackQuantizedFormat()

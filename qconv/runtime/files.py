@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qconv.build import Build, strip_quantization
+from qconv.build import Build, in_config, strip_quantization
 from qconv.checkpoint.fp8 import WHOLE, Fp8Scheme
 from qconv.checkpoint.fp8 import Dequantized as Fp8Checkpoint
 from qconv.checkpoint.header import TensorEntry
@@ -23,6 +23,7 @@ from qconv.checkpoint.reader import Checkpoint, map_rows, map_tensor, read_json
 from qconv.errors import CheckpointError
 from qconv.formats import detect, formats
 from qconv.formats.base import read_tensors
+from qconv.formats.w4a16 import PACK_QUANTIZED
 from qconv.models import Architecture, architecture
 from qconv.models.base import Linear
 from qconv.qtensor import CHANNEL, Grid, QTensor
@@ -32,7 +33,11 @@ from qconv.source import WEIGHT_DTYPES, weight_dtype
 GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
 """Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
 
+INT_QUANTIZED = "int-quantized"
+"""compressed-tensors' format of whole int8 numbers, one after the other, where ``pack-quantized`` has words."""
+
 _SCALES = {"awq": "scales", "gptq": "scales", "w4a16": "weight_scale"}
+_BY_ROW = ("weight_packed", "weight_scale")
 
 
 class ModelFiles(Protocol):
@@ -166,6 +171,30 @@ class IntegerFiles(DenseFiles):
         read = partial(self._part, linear, grid)
         return IntegerWeight(linear.name, shape, self.build.format.name, grid, read_tensors(specs, linear.name, read))
 
+    def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
+        """Packed rows of a quantized head, where a row's words stand together, or dense ones.
+
+        Raises:
+            CheckpointError: as :meth:`weight`; the format has no rows.
+        """
+        if not self.build.is_quantized(linear):
+            return DenseFiles.rows(self, linear, start, stop)
+        weight = self.weight(linear)
+        assert isinstance(weight, IntegerWeight)
+        if weight.format != "w4a16":
+            raise CheckpointError(
+                f"{self.path}: {linear.name} is quantized in a format that is not read row by row.",
+                hint="Load the model as a whole.",
+            )
+        parts = {name: part[start:stop] for name, part in weight.parts.items() if name in _BY_ROW}
+        if "weight_zero_point" in weight.parts:
+            per_word = 32 // weight.grid.bits
+            parts["weight_zero_point"] = weight.parts["weight_zero_point"][start // per_word : -(-stop // per_word)]
+        shape = (stop - start, linear.in_features)
+        whole = {name: part for name, part in weight.parts.items() if name not in parts}
+        parts |= whole | {"weight_shape": torch.tensor(shape)}
+        return IntegerWeight(linear.name, shape, weight.format, weight.grid, parts)
+
     def _part(self, linear: Linear, grid: Grid, name: str) -> Tensor:
         """One of a weight's tensors. ``g_idx`` may be absent where inputs are grouped in their order."""
         if name in self.checkpoint.entries:
@@ -176,6 +205,33 @@ class IntegerFiles(DenseFiles):
             f"{self.path}: tensor {name!r} is missing.",
             hint="The build is incomplete, or config.json belongs to another one.",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WholeNumberFiles(IntegerFiles):
+    """A safetensors build of int8 numbers: as a packed one of 8 bits, whose words are four codes with 128 added."""
+
+    def weight(self, linear: Linear) -> PackedWeight:
+        """The weight, packed in memory, or the dense one of a linear that the build leaves alone."""
+        entry, shape = self.checkpoint.entries.get(linear.weight), (linear.out_features, linear.in_features)
+        if entry is None or entry.dtype != torch.int8:
+            return DenseFiles.weight(self, linear)
+        problem = self.build.format.check(*shape, self.build.grid)
+        if entry.shape != shape or problem is not None:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name!r} is int8 {list(entry.shape)}, config.json implies {list(shape)}"
+                f"{f': {problem}' if problem else ''}.",
+                hint="config.json belongs to another model, or the shard is wrong.",
+            )
+        codes = self.mapped(entry).view(torch.uint8).bitwise_xor(0x80)
+        scale = self.tensor(f"{linear.name}.weight_scale", (shape[0], self.build.grid.groups(shape[1])))
+        parts = {
+            "weight_packed": codes.view(torch.int32),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(shape),
+        }
+        grid = replace(self.build.grid, scale_dtype=scale.dtype)
+        return IntegerWeight(linear.name, shape, self.build.format.name, grid, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +328,22 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     checkpoint = Checkpoint.open(path)
     section = _quantization(path, checkpoint.config)
     config = strip_quantization(checkpoint.config)
-    model = architecture(config)
-    if section is None:
-        return DenseFiles(checkpoint, config, model, mapped)
+    with in_config(path):
+        model = architecture(config)
+        if section is None:
+            return DenseFiles(checkpoint, config, model, mapped)
+        scheme = Fp8Scheme.parse(section)
+    if section.get("format") == INT_QUANTIZED:
+        as_packed = {"quantization_config": section | {"format": PACK_QUANTIZED}}
+        build = Build.of(replace(checkpoint, config=config | as_packed))
+        if not build.grid.symmetric or build.grid.bits != 8:
+            raise CheckpointError(
+                f"{path / 'config.json'}: int-quantized weights of {build.grid.bits} bits, symmetric "
+                f"{build.grid.symmetric}; they are read with 8 bits and without zero points.",
+                hint="Quantize the original model in a way that is read.",
+            )
+        return WholeNumberFiles(checkpoint, config, model, mapped, build)
     checkpoint = replace(checkpoint, config=config | {"quantization_config": section})
-    scheme = Fp8Scheme.parse(section)
     if scheme is not None:
         codes = Fp8Checkpoint.of(checkpoint, scheme, weight_dtype(path, config))
         return FloatFiles(checkpoint, config, model, mapped, codes)
