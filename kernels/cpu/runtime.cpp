@@ -8,6 +8,7 @@
 #include "runtime/product.h"
 #include "runtime/product_bf16.h"
 #include "runtime/product_blocks.h"
+#include "runtime/tile_products.h"
 
 namespace qconv {
 namespace {
@@ -173,4 +174,62 @@ EXPORTED void qconv_experts(const qconv::Weight* gates, const qconv::Weight* ups
       for (int64_t n = first; n < last; ++n) to[n] += factor[i] * down[i * hidden + n];
     }
   });
+}
+
+// What products of tiles may use: 0 nothing, and they are not to be called; 1 AVX-512; 2 AMX too.
+EXPORTED int32_t qconv_tile_units() {
+#ifdef QCONV_BF16
+  return int32_t(qconv::units());
+#else
+  return 0;
+#endif
+}
+
+// Whether the weight may be multiplied with by tiles.
+EXPORTED int32_t qconv_has_tiles(const qconv::Weight* weight) {
+#ifdef QCONV_BF16
+  return qconv::has_tiles(*weight);
+#else
+  return 0;
+#endif
+}
+
+// out = x times the weight, both bfloat16: x [rows, inputs], out [rows, outputs].
+EXPORTED void qconv_tile_product(const qconv::Weight* weight, const uint16_t* x, int64_t rows, uint16_t* out,
+                                 int32_t units, int32_t threads) {
+#ifdef QCONV_BF16
+  using namespace qconv;
+  threads = threads_for(weight->outputs * weight->inputs * rows / 16, threads);
+  tile_product(*weight, Units(units), x, rows, out, threads);
+#endif
+}
+
+// As qconv_experts for many tokens: adds to y, float32 [tokens, hidden]. chosen and factor are [tokens, top_k], x is
+// bfloat16 [tokens, hidden]. Gates, ups and downs are all of layouts with inputs outermost, or all not.
+EXPORTED void qconv_tile_experts(const qconv::Weight* gates, const qconv::Weight* ups, const qconv::Weight* downs,
+                                 int64_t experts, const uint16_t* x, const int64_t* chosen, const float* factor,
+                                 int64_t tokens, int64_t top_k, float* y, int32_t units, int32_t threads) {
+#ifdef QCONV_BF16
+  using namespace qconv;
+  constexpr int64_t kBatch = 4096;  // pairs that are enough to keep threads busy
+  const int64_t pairs = tokens * top_k;
+  threads = threads_for(3 * pairs * gates[0].inputs * gates[0].outputs / 16, threads);
+  std::vector<int64_t> end(experts + 1), order(pairs);
+  for (int64_t p = 0; p < pairs; ++p) ++end[chosen[p] + 1];
+  for (int64_t e = 0; e < experts; ++e) end[e + 1] += end[e];
+  std::vector<int64_t> next(end.begin(), end.end() - 1);
+  for (int64_t p = 0; p < pairs; ++p) order[next[chosen[p]]++] = p;
+  const TileExperts all = {gates, ups, downs, Units(units), threads};
+  std::vector<Turn> turns;
+  int64_t tiles = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t rows = end[e + 1] - end[e];
+    if (rows > 0) turns.push_back({e, order.data() + end[e], rows, tiles});
+    tiles += tiles_of(rows);
+    if (turns.empty() || (tiles * kTileRows < kBatch && e + 1 < experts)) continue;
+    all.add(turns, x, top_k, factor, y);
+    turns.clear();
+    tiles = 0;
+  }
+#endif
 }

@@ -49,39 +49,46 @@ inline float row_zero(const Weight& w, int64_t n, int64_t group) {
   return float((w.zeros[bit / 32 * w.groups() + group] >> (bit % 32)) & ((1u << w.bits) - 1));
 }
 
-// One output's weights; layouts with outputs outermost.
-inline void decode_row(const Weight& w, int64_t n, float* out) {
+// One output's weights for inputs [first, last); layouts with outputs outermost. Both are multiples of 256, or `last` is
+// all inputs.
+inline void decode_row(const Weight& w, int64_t n, int64_t first, int64_t last, float* out) {
   switch (w.layout) {
     case Layout::kRows: {
       const auto* words = static_cast<const uint32_t*>(w.codes) + n * w.inputs * w.bits / 32;
       const auto* bytes = reinterpret_cast<const uint8_t*>(words);
-      for (int64_t g = 0; g < w.groups(); ++g) {
+      for (int64_t k = first, end; k < last; k = end) {
+        const int64_t g = k / w.group;
+        end = std::min(last, (g + 1) * w.group);
         const float scale = read_float(w.scales, w.scale_dtype, n * w.groups() + g), zero = row_zero(w, n, g);
         if (w.bits == 4) {
-          widen_nibbles(kPlainShift, words + g * w.group / 8, w.group, zero, scale, out + g * w.group);
+          widen_nibbles(kPlainShift, words + k / 8, end - k, zero, scale, out + k - first);
         } else {
-          for (int64_t k = g * w.group; k < (g + 1) * w.group; ++k) out[k] = (float(int32_t(bytes[k])) - zero) * scale;
+          for (int64_t i = k; i < end; ++i) out[i - first] = (float(int32_t(bytes[i])) - zero) * scale;
         }
       }
       return;
     }
     case Layout::kE4m3: {
       const auto* bytes = static_cast<const uint8_t*>(w.codes) + n * w.inputs;
-      for (int64_t g = 0; g < w.groups(); ++g) {
+      for (int64_t k = first, end; k < last; k = end) {
+        const int64_t g = k / w.group;
+        end = std::min(last, (g + 1) * w.group);
         const float scale = read_float(w.scales, w.scale_dtype, n / w.block_rows * w.groups() + g);
-        const int64_t last = std::min(w.inputs, (g + 1) * w.group);
-        for (int64_t k = g * w.group; k < last; ++k) out[k] = of_e4m3(bytes[k]) * scale;
+        for (int64_t i = k; i < end; ++i) out[i - first] = of_e4m3(bytes[i]) * scale;
       }
       return;
     }
     default: {
       with_block_type(w.layout, [&](auto type) {
         using Type = decltype(type);
-        const auto* at = static_cast<const uint8_t*>(w.codes) + n * (w.inputs / Type::kElements) * Type::kBytes;
-        for (int64_t k = 0; k < w.inputs; k += Type::kElements, at += Type::kBytes) Type::decode(at, out + k);
+        const auto* row = static_cast<const uint8_t*>(w.codes) + n * (w.inputs / Type::kElements) * Type::kBytes;
+        const auto* at = row + first / Type::kElements * Type::kBytes;
+        for (int64_t k = first; k < last; k += Type::kElements, at += Type::kBytes) Type::decode(at, out + k - first);
       });
     }
   }
 }
+
+inline void decode_row(const Weight& w, int64_t n, float* out) { decode_row(w, n, 0, w.inputs, out); }
 
 }  // namespace qconv

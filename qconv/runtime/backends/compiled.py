@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,21 @@ _PRODUCT = ctypes.CFUNCTYPE(None, _pointer, _pointer, _int, _count, _pointer, _i
 _EXPERTS = ctypes.CFUNCTYPE(
     None, *[_pointer] * 4, _int, *[_pointer] * 3, _count, _pointer, _pointer, _int
 )  # gates, ups, downs, x, dtype, expert, token, factor, pairs, y, scratch, threads
+_TILE_UNITS = ctypes.CFUNCTYPE(_int)
+_HAS_TILES = ctypes.CFUNCTYPE(_int, _pointer)
+_TILE_PRODUCT = ctypes.CFUNCTYPE(None, _pointer, _pointer, _count, _pointer, _int, _int)
+_TILE_EXPERTS = ctypes.CFUNCTYPE(
+    None, *[_pointer] * 3, _count, *[_pointer] * 3, _count, _count, _pointer, _int, _int
+)  # gates, ups, downs, experts, x, chosen, factor, tokens, top_k, y, units, threads
+
+
+class Units(enum.IntEnum):
+    """What products of many rows are computed with, as ``enum class Units`` numbers them."""
+
+    TORCH = 0
+    """A dense weight and torch's own operation."""
+    AVX512 = 1
+    AMX = 2
 
 
 class Scratch:
@@ -85,7 +101,12 @@ class Compiled:
     dequantize_function: ctypes._CFunctionType
     product_function: ctypes._CFunctionType
     experts_function: ctypes._CFunctionType
+    has_tiles_function: ctypes._CFunctionType
+    tile_product_function: ctypes._CFunctionType
+    tile_experts_function: ctypes._CFunctionType
     scratch: Scratch
+    units: Units
+    """The best of what this process may use."""
 
     @classmethod
     def load(cls) -> Compiled | None:
@@ -97,7 +118,11 @@ class Compiled:
             _DEQUANTIZE(("qconv_dequantize", library)),
             _PRODUCT(("qconv_product", library)),
             _EXPERTS(("qconv_experts", library)),
+            _HAS_TILES(("qconv_has_tiles", library)),
+            _TILE_PRODUCT(("qconv_tile_product", library)),
+            _TILE_EXPERTS(("qconv_tile_experts", library)),
             Scratch(),
+            Units(_TILE_UNITS(("qconv_tile_units", library))()),
         )
 
     def dequantize(self, weights: Sequence[CompiledWeight], dtype: torch.dtype) -> Tensor:
@@ -153,6 +178,56 @@ class Compiled:
         )
         return out
 
+    def has_tiles(self, weight: CompiledWeight, dtype: torch.dtype) -> bool:
+        """Whether :meth:`tile_product` takes this weight and activations of this dtype on this machine."""
+        return self.units > Units.TORCH and dtype == torch.bfloat16 and bool(self.has_tiles_function(weight.address))
+
+    def tile_product(self, weight: CompiledWeight, inputs: Tensor) -> Tensor:
+        """``inputs @ weight.T`` for many rows, which meet each part of the weight soon after it is decoded.
+
+        Args:
+            weight: One for which :meth:`has_tiles`.
+            inputs: bfloat16 [rows, in_features].
+
+        Returns:
+            bfloat16 [rows, out_features].
+        """
+        inputs = inputs.contiguous()
+        out = torch.empty(len(inputs), weight.shape[0], dtype=torch.bfloat16)
+        self.tile_product_function(
+            weight.address, inputs.data_ptr(), len(inputs), out.data_ptr(), self.units, torch.get_num_threads()
+        )
+        return out
+
+    def tile_experts(self, experts: CompiledExperts, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """As an :class:`qconv.runtime.backends.base.ExpertsOperator`, with SiLU, for many tokens.
+
+        Args:
+            experts: Of weights for which :meth:`has_tiles`, all transposed or none.
+            inputs: bfloat16 [tokens, hidden].
+            chosen: int64 [tokens, top_k].
+            weights: [tokens, top_k].
+
+        Returns:
+            float32 [tokens, hidden].
+        """
+        inputs, chosen, factor = inputs.contiguous(), chosen.contiguous(), weights.float().contiguous()
+        tokens, top_k = chosen.shape
+        out = torch.zeros(inputs.shape)
+        self.tile_experts_function(
+            *(ctypes.addressof(array) for array in experts.arrays),
+            len(experts.weights),
+            inputs.data_ptr(),
+            chosen.data_ptr(),
+            factor.data_ptr(),
+            tokens,
+            top_k,
+            out.data_ptr(),
+            self.units,
+            torch.get_num_threads(),
+        )
+        return out
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledWeight:
@@ -190,6 +265,11 @@ class CompiledExperts:
     weights: Sequence[Sequence[CompiledWeight]]
     arrays: tuple[ctypes.Array[_Weight], ...]
     width: int
+
+    @property
+    def alike(self) -> bool:
+        """Whether all weights are transposed, or none is."""
+        return len({weight.transposed for mlp in self.weights for weight in mlp}) == 1
 
     def gate_and_up(self, expert: int) -> Sequence[CompiledWeight]:
         """Of one expert."""

@@ -43,6 +43,9 @@ class CpuLinear:
         if rows <= FEW_TOKENS:
             output = self.library.product(self.weight, inputs.reshape(rows, inputs.shape[-1]))
             return output.to(inputs.dtype).view(*inputs.shape[:-1], self.weight.shape[0])
+        if self.library.has_tiles(self.weight, inputs.dtype):
+            output = self.library.tile_product(self.weight, inputs.reshape(rows, inputs.shape[-1]))
+            return output.view(*inputs.shape[:-1], self.weight.shape[0])
         return functional.linear(inputs, dense(self.library, [self.weight], inputs.dtype))
 
     def tensors(self) -> Iterator[Tensor]:
@@ -62,7 +65,12 @@ class CpuExperts:
     def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         if self.fused is not None and len(inputs) <= FEW_TOKENS:
             return self.library.experts(self.fused, inputs, chosen, weights).to(inputs.dtype)
+        if self.fused is not None and self._tiled(self.fused, inputs.dtype):
+            return self.library.tile_experts(self.fused, inputs, chosen, weights).to(inputs.dtype)
         return routed(inputs, chosen, weights, len(self.mlps), self._expert)
+
+    def _tiled(self, fused: CompiledExperts, dtype: torch.dtype) -> bool:
+        return fused.alike and all(self.library.has_tiles(weight, dtype) for mlp in fused.weights for weight in mlp)
 
     def _expert(self, expert: int, inputs: Tensor) -> Tensor:
         gate, up, down = self.mlps[expert]

@@ -1,0 +1,258 @@
+// Products of packed weights with many rows of bfloat16 activations: weights are decoded into tiles, 128 outputs and 512
+// inputs at a time, which the caches hold until all rows have met them.
+#pragma once
+
+#include <array>
+
+#include "parallel.h"
+#include "tile_columns.h"
+
+#ifdef QCONV_BF16
+
+namespace qconv {
+
+constexpr int64_t kTilesAtOnce = 32;       // of activations, that meet a panel before it is decoded again
+constexpr int64_t kBlockSums = 2 * kSums;  // of a block and a tile of activations
+
+inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+inline int64_t steps_of(int64_t inputs) { return (inputs + kTileInputs - 1) / kTileInputs; }
+
+// Weights whose outputs are outermost are left tiles, the others right ones.
+inline bool weights_left(const Weight& w) { return !inputs_outermost(w.layout); }
+
+inline bool has_tiles(const Weight& w) { return w.layout != Layout::kAwq || w.inputs % 2 == 0; }
+
+// Activations as tiles, sixteen rows each, the steps of a row's inputs behind each other.
+struct Tiles {
+  const uint16_t* at;
+  int64_t steps;
+  const uint16_t* tile(int64_t number) const { return at + number * steps * kTileElements; }
+};
+
+// One tile's rows, of which `row(i)` is number i < count; inputs beyond the last and rows beyond `count` are zeros.
+template <class Row>
+void pack(bool weights_left, const Row& row, int64_t count, int64_t inputs, uint16_t* out) {
+  for (int64_t k = 0; k < inputs; k += kTileInputs, out += kTileElements) {
+    const int64_t there = std::min<int64_t>(kTileInputs, inputs - k);
+    const __mmask32 mask = there == 32 ? ~0u : (1u << there) - 1;
+    Ints rows[kTileRows];
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      rows[i] = i < count ? _mm512_maskz_loadu_epi16(mask, row(i) + k) : _mm512_setzero_si512();
+    }
+    if (weights_left) transpose(rows);
+    for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(out + kTileInputs * i, rows[i]);
+  }
+}
+
+// A thread's place of work: tile registers, decoded numbers, sums.
+class Worker {
+ public:
+  explicit Worker(Units units) : units_(units), registers_(units), decoded_(kBlock * kChunk * 2) {}
+
+  // Calls `use(n, end, tile, count, sums)` for all panels of outputs [first, last) of the weights, which are alike, and
+  // all tiles of activations from `start`, some at a time: by weight, block of outputs and tile, two tiles of sums.
+  template <int kWeights, class Use>
+  void products(const std::array<const Weight*, kWeights>& weights, Tiles x, int64_t start, int64_t tiles, int64_t first,
+                int64_t last, const Use& use) {
+    std::vector<Columns> columns;
+    if (!weights_left(*weights[0])) {
+      for (const Weight* w : weights) columns.emplace_back(*w);
+    }
+    for (int64_t n = first; n < last; n += kPanel) {
+      const int64_t end = std::min(last, n + kPanel);
+      for (int64_t t = 0; t < tiles; t += kTilesAtOnce) {
+        const int64_t count = std::min(tiles - t, kTilesAtOnce);
+        std::array<float*, kWeights> sums;
+        for (int i = 0; i < kWeights; ++i) {
+          sums[i] = sums_.as<float>() + i * kPanelSums;
+          product(*weights[i], columns.empty() ? nullptr : &columns[i], x, start + t, count, n, end, sums[i]);
+        }
+        for (int64_t i = 0; i < blocks_of(end - n) * count; ++i) {
+          for (float*& each : sums) each += i > 0 ? kBlockSums : 0;
+          use(n + i / count * kBlock, t + i % count, sums);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kPanelSums = kPanel / kBlock * kTilesAtOnce * kBlockSums;
+
+  void product(const Weight& w, Columns* columns, Tiles x, int64_t tile, int64_t count, int64_t first, int64_t last,
+               float* sums) {
+    uint16_t* const weights = decoded_.as<uint16_t>();
+    if (columns) columns->open(first, last);
+    for (int64_t k = 0; k < w.inputs; k += kChunk) {
+      const int64_t steps = steps_of(std::min(kChunk, w.inputs - k));
+      for (int64_t n = first; n < last; n += kBlock) {
+        columns ? columns->decode((n - first) / kBlock, k, steps, weights)
+                : block_of_rows(w, n, std::min(last, n + kBlock), k, steps, weights);
+        for (int64_t m = 0; m < count; m += 2) {
+          Step step = {weights, {}, steps, {}, k > 0};
+          for (int64_t j = 0; j < std::min<int64_t>(2, count - m); ++j) {
+            step.x[j] = x.tile(tile + m + j) + k / kTileInputs * kTileElements;
+            step.sums[j] = sums + ((n - first) / kBlock * count + m + j) * kBlockSums;
+          }
+          columns ? multiply<false>(units_, step) : multiply<true>(units_, step);
+        }
+      }
+    }
+  }
+
+  static void block_of_rows(const Weight& w, int64_t first, int64_t last, int64_t k, int64_t steps, uint16_t* out) {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      uint16_t* row = out + i / kTileRows * kTileElements + i % kTileRows * kTileInputs;
+      if (first + i < last) {
+        row_of_tiles(w, first + i, k, steps, row);
+      } else {
+        for (int64_t s = 0; s < steps; ++s) put(row, s, _mm512_setzero_si512());
+      }
+    }
+  }
+
+  const Units units_;
+  const TileRegisters registers_;
+  const Buffer decoded_, sums_ = Buffer(2 * kPanelSums * 4);
+};
+
+// Calls `use(row, low, high)` with the 32 sums of each row that a block and a tile of activations have.
+template <class Use>
+void by_row(Layout layout, const float* sums, int64_t rows, const Use& use) {
+  if (inputs_outermost(layout)) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const Halves row = in_order(layout, {_mm512_load_ps(sums + 16 * i), _mm512_load_ps(sums + kSums + 16 * i)});
+      use(i, row.low, row.high);
+    }
+    return;
+  }
+  Ints low[16], high[16];
+  for (int i = 0; i < 16; ++i) {
+    low[i] = load(sums + 16 * i);
+    high[i] = load(sums + kSums + 16 * i);
+  }
+  transpose(low);
+  transpose(high);
+  for (int64_t i = 0; i < rows; ++i) use(i, _mm512_castsi512_ps(low[i]), _mm512_castsi512_ps(high[i]));
+}
+
+// e^x for sixteen numbers, to a few units in the last place; saturates instead of overflowing.
+inline Sums exponential(Sums x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+  const Sums whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  // x less whole * log 2, which is subtracted in two parts: the first has zeros for last bits.
+  Sums rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
+  rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), rest);
+  Sums value = _mm512_set1_ps(1.0f / 720);
+  for (const float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) {
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(factor));
+  }
+  return _mm512_scalef_ps(value, whole);
+}
+
+inline Sums silu_of(Sums x) {
+  const Sums one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// silu(gate) * up of a block and a tile of activations, rounded: a step of the next product's activations.
+inline void activate(Layout layout, const float* gate, const float* up, uint16_t* out) {
+  const auto row = [&](int at) { return _mm512_mul_ps(silu_of(_mm512_load_ps(gate + at)), _mm512_load_ps(up + at)); };
+  for (int i = 0; i < kTileRows; ++i) {
+    if (inputs_outermost(layout)) {
+      const Halves ordered = in_order(layout, {row(16 * i), row(kSums + 16 * i)});
+      _mm512_store_si512(out + 32 * i, rounded(ordered.low, ordered.high));
+    } else {  // rows are outputs, in pairs
+      const int at = i / 8 * kSums + i % 8 * 32;
+      _mm512_store_si512(out + 32 * i, paired(row(at), row(at + 16)));
+    }
+  }
+}
+
+// out = x times the weight, rounded: x [rows, inputs], out [rows, outputs].
+inline void tile_product(const Weight& w, Units units, const uint16_t* x, int64_t rows, uint16_t* out, int threads) {
+  const int64_t steps = steps_of(w.inputs), tiles = tiles_of(rows);
+  const Buffer packed(tiles * steps * kTileElements * 2);
+  in_parallel(tiles, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const auto row = [&](int64_t i) { return x + (t * kTileRows + i) * w.inputs; };
+      pack(weights_left(w), row, rows - t * kTileRows, w.inputs, packed.as<uint16_t>() + t * steps * kTileElements);
+    }
+  });
+  in_parallel(w.outputs, kBlock, threads, [&](int64_t first, int64_t last) {
+    const auto use = [&](int64_t n, int64_t tile, const std::array<float*, 1>& sums) {
+      const int64_t row = tile * kTileRows;
+      const __mmask32 mask = last - n >= kBlock ? ~0u : (1u << (last - n)) - 1;
+      by_row(w.layout, sums[0], std::min<int64_t>(kTileRows, rows - row), [&](int64_t m, Sums low, Sums high) {
+        _mm512_mask_storeu_epi16(out + (row + m) * w.outputs + n, mask, rounded(low, high));
+      });
+    };
+    Worker(units).products<1>({&w}, {packed.as<uint16_t>(), steps}, 0, tiles, first, last, use);
+  });
+}
+
+// The rows of one expert among those of a batch; they begin at a tile's start.
+struct Turn {
+  int64_t expert;
+  const int64_t* pairs;  // numbers of pairs of token and expert
+  int64_t rows;
+  int64_t tile;  // its first
+};
+
+// A sparse block's experts. A thread takes a range of outputs through all experts of a batch, so sums come about in the
+// same order however many threads there are.
+struct TileExperts {
+  const Weight *gates, *ups, *downs;
+  Units units;
+  int threads;
+
+  // Adds to y, float32 [tokens, hidden], what experts answer: pair p is of token p / top_k and counts factor[p]. x is
+  // [tokens, hidden].
+  void add(const std::vector<Turn>& turns, const uint16_t* x, int64_t top_k, const float* factor, float* y) const {
+    const int64_t hidden = gates[0].inputs, width = gates[0].outputs;
+    const int64_t tiles = turns.back().tile + tiles_of(turns.back().rows);
+    const Buffer asked(tiles * steps_of(hidden) * kTileElements * 2), between(tiles * steps_of(width) * kTileElements * 2);
+    in_parallel(int64_t(turns.size()), 1, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t start = 0; start < turns[i].rows; start += kTileRows) {
+          const auto row = [&](int64_t m) { return x + turns[i].pairs[start + m] / top_k * hidden; };
+          uint16_t* const out = asked.as<uint16_t>() + (turns[i].tile + start / kTileRows) * steps_of(hidden) * kTileElements;
+          pack(weights_left(gates[0]), row, turns[i].rows - start, hidden, out);
+        }
+      }
+    });
+    in_parallel(width, kBlock, threads, [&](int64_t first, int64_t last) {
+      Worker worker(units);
+      for (const Turn& turn : turns) {
+        const auto use = [&](int64_t n, int64_t tile, const std::array<float*, 2>& sums) {
+          const int64_t at = (turn.tile + tile) * steps_of(width) + n / kBlock;
+          activate(gates[0].layout, sums[0], sums[1], between.as<uint16_t>() + at * kTileElements);
+        };
+        worker.products<2>({gates + turn.expert, ups + turn.expert}, {asked.as<uint16_t>(), steps_of(hidden)}, turn.tile,
+                           tiles_of(turn.rows), first, last, use);
+      }
+    });
+    in_parallel(hidden, kBlock, threads, [&](int64_t first, int64_t last) {
+      Worker worker(units);
+      for (const Turn& turn : turns) {
+        const auto use = [&](int64_t n, int64_t tile, const std::array<float*, 1>& sums) {
+          const int64_t* pairs = turn.pairs + tile * kTileRows;
+          const __mmask16 masks[2] = {mask_of(last - n), mask_of(last - n - 16)};
+          const int64_t rows = std::min<int64_t>(kTileRows, turn.rows - tile * kTileRows);
+          by_row(downs[0].layout, sums[0], rows, [&](int64_t m, Sums low, Sums high) {
+            float* to = y + pairs[m] / top_k * hidden + n;
+            const Sums much = _mm512_set1_ps(factor[pairs[m]]);
+            _mm512_mask_storeu_ps(to, masks[0], _mm512_fmadd_ps(much, low, _mm512_maskz_loadu_ps(masks[0], to)));
+            to += 16;
+            _mm512_mask_storeu_ps(to, masks[1], _mm512_fmadd_ps(much, high, _mm512_maskz_loadu_ps(masks[1], to)));
+          });
+        };
+        worker.products<1>({downs + turn.expert}, {between.as<uint16_t>(), steps_of(width)}, turn.tile,
+                           tiles_of(turn.rows), first, last, use);
+      }
+    });
+  }
+};
+
+}  // namespace qconv
+
+#endif
