@@ -30,6 +30,19 @@ class PackedLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {type(self.operator).__name__}"
 
 
+class DenseLinear(nn.Linear):
+    """A linear whose weight is not packed.
+
+    torch folds the leading dimensions of inputs that are a view (the last token's, say) only if the weight wants a
+    gradient; else it copies the weight, which takes far longer than multiplying with it. Here they are folded always.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        output = functional.linear(inputs.reshape(-1, self.in_features), self.weight, self.bias)
+        return output.view(*inputs.shape[:-1], self.out_features)
+
+
 class PackedExperts(nn.Module):
     """The experts of a sparse block, in place of transformers' fused ones; called as those are."""
 

@@ -1,8 +1,8 @@
 """transformers' model without weights, and how a part of it is given those that it computes with.
 
 The model is built on the meta device, where it costs nothing. Linears with packed weights and all experts are replaced
-by modules of ours; norms, routers, embeddings and unquantized linears stay transformers' own, with the file's tensors
-as their parameters.
+by modules of ours; norms, routers and embeddings stay transformers' own, with the file's tensors as their
+parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qconv.errors import CheckpointError
 from qconv.models.base import Layer, Linear, Moe, Norm
 from qconv.runtime.backends.base import Activation, Backend
 from qconv.runtime.files import ModelFiles
-from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
+from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
 
 _SPARSE_BLOCK = re.compile(r"(?<=\.)block_sparse_moe(?=\.|$)")
@@ -98,7 +98,9 @@ class Installer:
         weight = self.files.weight(architecture.embedding)
         if isinstance(weight, DenseWeight):
             embedding = self.model.get_submodule(architecture.embedding.name)
-            self.model.get_submodule("lm_head").register_parameter("weight", embedding.get_parameter("weight"))
+            head = DenseLinear(*reversed(weight.shape), bias=False, device="meta")
+            head.register_parameter("weight", embedding.get_parameter("weight"))
+            self.replace("lm_head", head)
         else:
             self._packed("lm_head", weight, None)
 
@@ -133,9 +135,11 @@ class Installer:
         return act
 
     def linear(self, linear: Linear) -> None:
-        """A linear: packed, or transformers' own with the dense weight."""
+        """A linear, packed or dense."""
         weight, bias = self.files.weight(linear), self.files.bias(linear)
         if isinstance(weight, DenseWeight):
+            dense = DenseLinear(*reversed(weight.shape), bias=bias is not None, device="meta")
+            self.replace(linear.name, dense)
             self._assign(linear.name, weight=weight.weight, **({} if bias is None else {"bias": bias}))
         else:
             self._packed(linear.name, weight, bias)

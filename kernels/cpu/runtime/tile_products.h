@@ -81,12 +81,13 @@ class Worker {
   void product(const Weight& w, Columns* columns, Tiles x, int64_t tile, int64_t count, int64_t first, int64_t last,
                float* sums) {
     uint16_t* const weights = decoded_.as<uint16_t>();
+    const Rows rows(w);
     if (columns) columns->open(first, last);
     for (int64_t k = 0; k < w.inputs; k += kChunk) {
       const int64_t steps = steps_of(std::min(kChunk, w.inputs - k));
       for (int64_t n = first; n < last; n += kBlock) {
         columns ? columns->decode((n - first) / kBlock, k, steps, weights)
-                : block_of_rows(w, n, std::min(last, n + kBlock), k, steps, weights);
+                : rows.decode(n, std::min(last, n + kBlock), k, steps, weights);
         for (int64_t m = 0; m < count; m += 2) {
           Step step = {weights, {}, steps, {}, k > 0};
           for (int64_t j = 0; j < std::min<int64_t>(2, count - m); ++j) {
@@ -95,17 +96,6 @@ class Worker {
           }
           columns ? multiply<false>(units_, step) : multiply<true>(units_, step);
         }
-      }
-    }
-  }
-
-  static void block_of_rows(const Weight& w, int64_t first, int64_t last, int64_t k, int64_t steps, uint16_t* out) {
-    for (int64_t i = 0; i < kBlock; ++i) {
-      uint16_t* row = out + i / kTileRows * kTileElements + i % kTileRows * kTileInputs;
-      if (first + i < last) {
-        row_of_tiles(w, first + i, k, steps, row);
-      } else {
-        for (int64_t s = 0; s < steps; ++s) put(row, s, _mm512_setzero_si512());
       }
     }
   }

@@ -4,6 +4,8 @@
 // least 32 codes of four or five bits, the numbers that they can mean are computed and rounded, and codes look theirs up.
 #pragma once
 
+#include <cmath>
+
 #include "tiles.h"
 
 #ifdef QCONV_BF16
@@ -28,47 +30,79 @@ inline Sums widened(__m128i signed_bytes) { return _mm512_cvtepi32_ps(_mm512_cvt
 inline __m128i load_16(const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
 inline __m256i load_32(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
-inline void row_of_nibbles(const Weight& w, int64_t n, int64_t first, int64_t steps, uint16_t* out) {
-  const Ints nibbles = _mm512_set1_epi64(0x0c0c080804040000);  // where in its word each of four begins
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + (n * w.inputs + first) / 2;
-  Ints values = _mm512_setzero_si512();
-  int64_t left = 0;
-  for (int64_t s = 0; s < steps; ++s, left -= kTileInputs) {
-    if (left == 0 || s == 0) {
-      const int64_t k = first + s * kTileInputs, g = k / w.group;
-      left = (g + 1) * w.group - k;
-      const Sums scale = _mm512_set1_ps(read_float(w.scales, w.scale_dtype, n * w.groups() + g));
-      values = table_of(_mm512_mul_ps(_mm512_sub_ps(counted(), _mm512_set1_ps(row_zero(w, n, g))), scale));
+// The steps of a chunk of inputs, and where in the groups they begin.
+struct Span {
+  int64_t first, steps;
+  int64_t groups;         // of a row
+  int64_t group, in_group;  // the first step's group, and how many of its steps are left
+
+  Span(const Weight& w, int64_t first, int64_t steps)
+      : first(first), steps(steps), groups(w.groups()), group(first / w.group),
+        in_group(((group + 1) * w.group - first) / kTileInputs) {}
+
+  // Calls `use(group, step, end)` for the groups, with each one's steps.
+  template <class Use>
+  void by_group(const Weight& w, const Use& use) const {
+    int64_t g = group;
+    for (int64_t s = 0, end = in_group; s < steps; s = end, end += w.group / kTileInputs, ++g) {
+      use(g, s, std::min(end, steps));
     }
-    const Ints words = _mm512_cvtepu16_epi64(load_16(codes + 16 * s));
-    put(out, s, look_up(values, _mm512_multishift_epi64_epi8(nibbles, words)));
   }
-}
+};
 
-inline void row_of_bytes(const Weight& w, int64_t n, int64_t first, int64_t steps, uint16_t* out) {
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + n * w.inputs + first;
-  for (int64_t s = 0; s < steps; ++s, codes += kTileInputs) {
-    const int64_t g = (first + s * kTileInputs) / w.group;
-    const Sums scale = _mm512_set1_ps(read_float(w.scales, w.scale_dtype, n * w.groups() + g));
+inline void row_of_nibbles(const Weight& w, int64_t n, const Span& span, uint16_t* out) {
+  const Ints nibbles = _mm512_set1_epi64(0x0c0c080804040000);  // where in its word each of four begins
+  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + (n * w.inputs + span.first) / 2;
+  span.by_group(w, [&](int64_t g, int64_t s, int64_t end) {
+    const Sums scale = _mm512_set1_ps(read_float(w.scales, w.scale_dtype, n * span.groups + g));
     const Sums zero = _mm512_set1_ps(row_zero(w, n, g));
-    const Sums low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(codes)));
-    const Sums high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(codes + 16)));
-    put(out, s, rounded(_mm512_mul_ps(_mm512_sub_ps(low, zero), scale), _mm512_mul_ps(_mm512_sub_ps(high, zero), scale)));
-  }
+    const Ints values = table_of(_mm512_mul_ps(_mm512_sub_ps(counted(), zero), scale));
+    for (; s < end; ++s) {
+      const Ints words = _mm512_cvtepu16_epi64(load_16(codes + 16 * s));
+      put(out, s, look_up(values, _mm512_multishift_epi64_epi8(nibbles, words)));
+    }
+  });
 }
 
-// An E4M3 number's bits, moved, are a half's of 1/256 of its size, which is exact for subnormal ones too.
-inline void row_of_e4m3(const Weight& w, int64_t n, int64_t first, int64_t steps, uint16_t* out) {
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + n * w.inputs + first;
-  for (int64_t s = 0; s < steps; ++s, codes += kTileInputs) {
-    const int64_t g = (first + s * kTileInputs) / w.group;
-    const Sums scale = _mm512_set1_ps(256.0f * read_float(w.scales, w.scale_dtype, n / w.block_rows * w.groups() + g));
-    const Ints signs_first = _mm512_slli_epi16(bytes_as_lanes(codes), 8);
-    const Ints halves = _mm512_and_si512(_mm512_srai_epi16(signs_first, 1), _mm512_set1_epi16(int16_t(0xbfff)));
-    const Sums low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-    const Sums high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-    put(out, s, rounded(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
-  }
+inline void row_of_bytes(const Weight& w, int64_t n, const Span& span, uint16_t* out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + n * w.inputs + span.first;
+  span.by_group(w, [&](int64_t g, int64_t s, int64_t end) {
+    const Sums scale = _mm512_set1_ps(read_float(w.scales, w.scale_dtype, n * span.groups + g));
+    const Sums zero = _mm512_set1_ps(row_zero(w, n, g));
+    for (; s < end; ++s) {
+      const Sums low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(codes + 32 * s)));
+      const Sums high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(codes + 32 * s + 16)));
+      const Sums first_half = _mm512_mul_ps(_mm512_sub_ps(low, zero), scale);
+      put(out, s, rounded(first_half, _mm512_mul_ps(_mm512_sub_ps(high, zero), scale)));
+    }
+  });
+}
+
+// How a product of an E4M3 number and a scale is rounded depends on the fraction only, whatever the exponent: rounded
+// products are looked up by fraction, and the exponent and the sign are added to their bits. Subnormal numbers have a
+// table of their own. Nothing overflows as long as scales are of a usual size.
+inline bool usual_size(float scale) { return std::abs(scale) > 0x1p-100f && std::abs(scale) < 0x1p100f; }
+
+inline void row_of_e4m3(const Weight& w, int64_t n, const Span& span, uint16_t* out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + n * w.inputs + span.first;
+  const Sums least = _mm512_setr_ps(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  const int64_t scales = n / w.block_rows * span.groups;
+  const Ints fraction = _mm512_set1_epi64(0x0003000200010000), four = _mm512_set1_epi16(4);
+  const Ints eighths = _mm512_mask_add_epi16(fraction, 0xf0f0f0f0, fraction, four);  // 0 to 7, four times
+  const Ints sign_and_exponent = _mm512_set1_epi16(int16_t(0x8780)), exponent = _mm512_set1_epi16(0x78);
+  span.by_group(w, [&](int64_t g, int64_t s, int64_t end) {
+    const Sums scale = _mm512_set1_ps(read_float(w.scales, w.scale_dtype, scales + g));
+    const Ints both = table_of(_mm512_mul_ps(_mm512_mul_ps(least, _mm512_set1_ps(0x1p-9f)), scale));
+    const Ints subnormal = look_up(both, _mm512_or_si512(eighths, _mm512_set1_epi16(8)));
+    // The least normal numbers have exponent 1, which is added.
+    const Ints normal = _mm512_sub_epi16(look_up(both, eighths), _mm512_set1_epi16(1 << 7));
+    for (; s < end; ++s) {
+      const Ints code = _mm512_cvtepi8_epi16(load_32(codes + 32 * s));
+      const Ints added = _mm512_and_si512(_mm512_slli_epi16(code, 4), sign_and_exponent);
+      const __mmask32 small = _mm512_testn_epi16_mask(code, exponent);
+      put(out, s, _mm512_add_epi16(_mm512_mask_permutexvar_epi16(look_up(normal, code), small, code, subnormal), added));
+    }
+  });
 }
 
 inline void row_of_blocks(Q8_0, const uint8_t* block, int64_t steps, uint16_t* out) {
@@ -161,36 +195,65 @@ inline void row_of_blocks(Q6_K, const uint8_t* block, int64_t steps, uint16_t* o
 }
 
 // Any layout; where inputs end within the last step, zeros follow.
-inline void row_of_any(const Weight& w, int64_t n, int64_t first, int64_t steps, uint16_t* out) {
+inline void row_of_any(const Weight& w, int64_t n, const Span& span, uint16_t* out) {
   float values[kChunk];
-  const int64_t last = std::min(w.inputs, first + steps * kTileInputs);
-  decode_row(w, n, first, last, values);
-  std::fill(values + (last - first), values + steps * kTileInputs, 0.0f);
-  for (int64_t s = 0; s < steps; ++s) {
+  const int64_t last = std::min(w.inputs, span.first + span.steps * kTileInputs);
+  decode_row(w, n, span.first, last, values);
+  std::fill(values + (last - span.first), values + span.steps * kTileInputs, 0.0f);
+  for (int64_t s = 0; s < span.steps; ++s) {
     const float* at = values + s * kTileInputs;
     put(out, s, rounded(_mm512_loadu_ps(at), _mm512_loadu_ps(at + 16)));
   }
 }
 
-// Output n's numbers for `steps` steps from input `first`, a multiple of kChunk.
-inline void row_of_tiles(const Weight& w, int64_t n, int64_t first, int64_t steps, uint16_t* out) {
-  const bool whole_steps = w.inputs % kTileInputs == 0 && w.group % kTileInputs == 0;
-  switch (w.layout) {
-    case Layout::kRows:
-      if (!whole_steps) break;
-      return w.bits == 4 ? row_of_nibbles(w, n, first, steps, out) : row_of_bytes(w, n, first, steps, out);
-    case Layout::kE4m3:
-      if (!whole_steps) break;
-      return row_of_e4m3(w, n, first, steps, out);
-    default:
-      return with_block_type(w.layout, [&](auto type) {
-        using Type = decltype(type);
-        const int64_t block = (n * w.inputs + first) / Type::kElements;
-        row_of_blocks(type, static_cast<const uint8_t*>(w.codes) + block * Type::kBytes, steps, out);
-      });
+// Decodes parts of rows, for one thread.
+class Rows {
+ public:
+  explicit Rows(const Weight& w)
+      : w_(w), whole_steps_(w.inputs % kTileInputs == 0 && w.group % kTileInputs == 0), row_bytes_(bytes_of_row(w)) {
+    if (w.layout != Layout::kE4m3 || !whole_steps_) return;
+    const int64_t scales = (w.outputs + w.block_rows - 1) / w.block_rows * w.groups();
+    for (int64_t i = 0; i < scales; ++i) whole_steps_ &= usual_size(read_float(w.scales, w.scale_dtype, i));
   }
-  row_of_any(w, n, first, steps, out);
-}
+
+  // Of outputs [first, last), at most 32, `steps` steps from input `k`, a multiple of kChunk; rows beyond are zeros.
+  void decode(int64_t first, int64_t last, int64_t k, int64_t steps, uint16_t* out) const {
+    const Span span(w_, k, steps);
+    for (int64_t i = 0; i < 2 * kTileRows; ++i) {
+      uint16_t* row = out + i / kTileRows * kTileElements + i % kTileRows * kTileInputs;
+      if (first + i < last) {
+        decode_row_of_tiles(first + i, span, row);
+      } else {
+        for (int64_t s = 0; s < steps; ++s) put(row, s, _mm512_setzero_si512());
+      }
+    }
+  }
+
+ private:
+  static int64_t bytes_of_row(const Weight& w) {
+    int64_t bytes = 0;
+    with_block_type(w.layout, [&](auto type) { bytes = w.inputs / decltype(type)::kElements * decltype(type)::kBytes; });
+    return bytes;
+  }
+
+  void decode_row_of_tiles(int64_t n, const Span& span, uint16_t* out) const {
+    switch (w_.layout) {
+      case Layout::kRows:
+        if (!whole_steps_) return row_of_any(w_, n, span, out);
+        return w_.bits == 4 ? row_of_nibbles(w_, n, span, out) : row_of_bytes(w_, n, span, out);
+      case Layout::kE4m3: return whole_steps_ ? row_of_e4m3(w_, n, span, out) : row_of_any(w_, n, span, out);
+      default:
+        return with_block_type(w_.layout, [&](auto type) {
+          const auto* row = static_cast<const uint8_t*>(w_.codes) + n * row_bytes_;
+          row_of_blocks(type, row + span.first / type.kElements * type.kBytes, span.steps, out);
+        });
+    }
+  }
+
+  const Weight& w_;
+  bool whole_steps_;
+  int64_t row_bytes_;  // of ggml's blocks
+};
 
 }  // namespace qconv
 
