@@ -37,6 +37,10 @@ class DenseLinear(nn.Linear):
     gradient; else it copies the weight, which takes far longer than multiplying with it. Here they are folded always.
     """
 
+    def __init__(self, shape: tuple[int, int], *, bias: bool) -> None:
+        """Without weights yet; the shape is (out_features, in_features)."""
+        super().__init__(shape[1], shape[0], bias, device="meta")
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         output = functional.linear(inputs.reshape(-1, self.in_features), self.weight, self.bias)

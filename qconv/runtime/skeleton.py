@@ -98,7 +98,7 @@ class Installer:
         weight = self.files.weight(architecture.embedding)
         if isinstance(weight, DenseWeight):
             embedding = self.model.get_submodule(architecture.embedding.name)
-            head = DenseLinear(*reversed(weight.shape), bias=False, device="meta")
+            head = DenseLinear(weight.shape, bias=False)
             head.register_parameter("weight", embedding.get_parameter("weight"))
             self.replace("lm_head", head)
         else:
@@ -138,8 +138,7 @@ class Installer:
         """A linear, packed or dense."""
         weight, bias = self.files.weight(linear), self.files.bias(linear)
         if isinstance(weight, DenseWeight):
-            dense = DenseLinear(*reversed(weight.shape), bias=bias is not None, device="meta")
-            self.replace(linear.name, dense)
+            self.replace(linear.name, DenseLinear(weight.shape, bias=bias is not None))
             self._assign(linear.name, weight=weight.weight, **({} if bias is None else {"bias": bias}))
         else:
             self._packed(linear.name, weight, bias)

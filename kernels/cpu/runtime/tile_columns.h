@@ -35,11 +35,6 @@ inline Sums read_floats(const void* at, Dtype dtype, int64_t index, __mmask16 th
 
 inline __mmask16 mask_of(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
 
-constexpr int64_t kBlock = 32;          // outputs of two tiles
-constexpr int64_t kPanel = 4 * kBlock;  // outputs that are decoded together
-
-inline int64_t blocks_of(int64_t outputs) { return (outputs + kBlock - 1) / kBlock; }
-
 // Decodes a panel's blocks, for one thread.
 class Columns {
  public:

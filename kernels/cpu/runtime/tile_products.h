@@ -54,9 +54,14 @@ class Worker {
   template <int kWeights, class Use>
   void products(const std::array<const Weight*, kWeights>& weights, Tiles x, int64_t start, int64_t tiles, int64_t first,
                 int64_t last, const Use& use) {
+    std::vector<Rows> rows;
     std::vector<Columns> columns;
-    if (!weights_left(*weights[0])) {
-      for (const Weight* w : weights) columns.emplace_back(*w);
+    for (const Weight* w : weights) {
+      if (weights_left(*w)) {
+        rows.emplace_back(*w);
+      } else {
+        columns.emplace_back(*w);
+      }
     }
     for (int64_t n = first; n < last; n += kPanel) {
       const int64_t end = std::min(last, n + kPanel);
@@ -65,7 +70,9 @@ class Worker {
         std::array<float*, kWeights> sums;
         for (int i = 0; i < kWeights; ++i) {
           sums[i] = sums_.as<float>() + i * kPanelSums;
-          product(*weights[i], columns.empty() ? nullptr : &columns[i], x, start + t, count, n, end, sums[i]);
+          const int64_t tile = start + t;
+          columns.empty() ? product<true>(rows[i], weights[i]->inputs, x, tile, count, n, end, sums[i])
+                          : product<false>(columns[i], weights[i]->inputs, x, tile, count, n, end, sums[i]);
         }
         for (int64_t i = 0; i < blocks_of(end - n) * count; ++i) {
           for (float*& each : sums) each += i > 0 ? kBlockSums : 0;
@@ -78,23 +85,21 @@ class Worker {
  private:
   static constexpr int64_t kPanelSums = kPanel / kBlock * kTilesAtOnce * kBlockSums;
 
-  void product(const Weight& w, Columns* columns, Tiles x, int64_t tile, int64_t count, int64_t first, int64_t last,
+  template <bool kWeightsLeft, class Decoder>
+  void product(Decoder& weights, int64_t inputs, Tiles x, int64_t tile, int64_t count, int64_t first, int64_t last,
                float* sums) {
-    uint16_t* const weights = decoded_.as<uint16_t>();
-    const Rows rows(w);
-    if (columns) columns->open(first, last);
-    for (int64_t k = 0; k < w.inputs; k += kChunk) {
-      const int64_t steps = steps_of(std::min(kChunk, w.inputs - k));
-      for (int64_t n = first; n < last; n += kBlock) {
-        columns ? columns->decode((n - first) / kBlock, k, steps, weights)
-                : rows.decode(n, std::min(last, n + kBlock), k, steps, weights);
+    weights.open(first, last);
+    for (int64_t k = 0; k < inputs; k += kChunk) {
+      const int64_t steps = steps_of(std::min(kChunk, inputs - k));
+      for (int64_t block = 0; block < blocks_of(last - first); ++block) {
+        weights.decode(block, k, steps, decoded_.as<uint16_t>());
         for (int64_t m = 0; m < count; m += 2) {
-          Step step = {weights, {}, steps, {}, k > 0};
+          Step step = {decoded_.as<uint16_t>(), {}, steps, {}, k > 0};
           for (int64_t j = 0; j < std::min<int64_t>(2, count - m); ++j) {
             step.x[j] = x.tile(tile + m + j) + k / kTileInputs * kTileElements;
-            step.sums[j] = sums + ((n - first) / kBlock * count + m + j) * kBlockSums;
+            step.sums[j] = sums + (block * count + m + j) * kBlockSums;
           }
-          columns ? multiply<false>(units_, step) : multiply<true>(units_, step);
+          multiply<kWeightsLeft>(units_, step);
         }
       }
     }
@@ -105,12 +110,17 @@ class Worker {
   const Buffer decoded_, sums_ = Buffer(2 * kPanelSums * 4);
 };
 
+// Row i of a block's and a tile's sums, where rows are activations.
+inline Halves row_of(Layout layout, const float* sums, int64_t i) {
+  return in_order(layout, {_mm512_load_ps(sums + 16 * i), _mm512_load_ps(sums + kSums + 16 * i)});
+}
+
 // Calls `use(row, low, high)` with the 32 sums of each row that a block and a tile of activations have.
 template <class Use>
 void by_row(Layout layout, const float* sums, int64_t rows, const Use& use) {
   if (inputs_outermost(layout)) {
     for (int64_t i = 0; i < rows; ++i) {
-      const Halves row = in_order(layout, {_mm512_load_ps(sums + 16 * i), _mm512_load_ps(sums + kSums + 16 * i)});
+      const Halves row = row_of(layout, sums, i);
       use(i, row.low, row.high);
     }
     return;
@@ -144,16 +154,18 @@ inline Sums silu_of(Sums x) {
   return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
+inline Sums activated(Sums gate, Sums up) { return _mm512_mul_ps(silu_of(gate), up); }
+
 // silu(gate) * up of a block and a tile of activations, rounded: a step of the next product's activations.
-inline void activate(Layout layout, const float* gate, const float* up, uint16_t* out) {
-  const auto row = [&](int at) { return _mm512_mul_ps(silu_of(_mm512_load_ps(gate + at)), _mm512_load_ps(up + at)); };
+inline void activate(const Weight& gate_weight, const float* gate, const Weight& up_weight, const float* up, uint16_t* out) {
   for (int i = 0; i < kTileRows; ++i) {
-    if (inputs_outermost(layout)) {
-      const Halves ordered = in_order(layout, {row(16 * i), row(kSums + 16 * i)});
-      _mm512_store_si512(out + 32 * i, rounded(ordered.low, ordered.high));
-    } else {  // rows are outputs, in pairs
-      const int at = i / 8 * kSums + i % 8 * 32;
-      _mm512_store_si512(out + 32 * i, paired(row(at), row(at + 16)));
+    if (weights_left(gate_weight)) {  // rows are outputs, in pairs
+      const int even = i / 8 * kSums + i % 8 * 32, odd = even + 16;
+      const Sums one = activated(_mm512_load_ps(gate + even), _mm512_load_ps(up + even));
+      _mm512_store_si512(out + 32 * i, paired(one, activated(_mm512_load_ps(gate + odd), _mm512_load_ps(up + odd))));
+    } else {
+      const Halves g = row_of(gate_weight.layout, gate, i), u = row_of(up_weight.layout, up, i);
+      _mm512_store_si512(out + 32 * i, rounded(activated(g.low, u.low), activated(g.high, u.high)));
     }
   }
 }
@@ -215,7 +227,7 @@ struct TileExperts {
       for (const Turn& turn : turns) {
         const auto use = [&](int64_t n, int64_t tile, const std::array<float*, 2>& sums) {
           const int64_t at = (turn.tile + tile) * steps_of(width) + n / kBlock;
-          activate(gates[0].layout, sums[0], sums[1], between.as<uint16_t>() + at * kTileElements);
+          activate(gates[turn.expert], sums[0], ups[turn.expert], sums[1], between.as<uint16_t>() + at * kTileElements);
         };
         worker.products<2>({gates + turn.expert, ups + turn.expert}, {asked.as<uint16_t>(), steps_of(hidden)}, turn.tile,
                            tiles_of(turn.rows), first, last, use);
@@ -228,7 +240,7 @@ struct TileExperts {
           const int64_t* pairs = turn.pairs + tile * kTileRows;
           const __mmask16 masks[2] = {mask_of(last - n), mask_of(last - n - 16)};
           const int64_t rows = std::min<int64_t>(kTileRows, turn.rows - tile * kTileRows);
-          by_row(downs[0].layout, sums[0], rows, [&](int64_t m, Sums low, Sums high) {
+          by_row(downs[turn.expert].layout, sums[0], rows, [&](int64_t m, Sums low, Sums high) {
             float* to = y + pairs[m] / top_k * hidden + n;
             const Sums much = _mm512_set1_ps(factor[pairs[m]]);
             _mm512_mask_storeu_ps(to, masks[0], _mm512_fmadd_ps(much, low, _mm512_maskz_loadu_ps(masks[0], to)));

@@ -12,8 +12,12 @@
 
 namespace qconv {
 
-constexpr int64_t kChunk = 512;                  // inputs that are decoded before they are multiplied with
+constexpr int64_t kChunk = 512;                     // inputs that are decoded before they are multiplied with
+constexpr int64_t kBlock = 32;                      // outputs of two tiles
+constexpr int64_t kPanel = 4 * kBlock;              // outputs of decoded blocks that meet the same activations
 constexpr int64_t kStepStride = 2 * kTileElements;  // between a row's steps: tiles come in twos
+
+inline int64_t blocks_of(int64_t outputs) { return (outputs + kBlock - 1) / kBlock; }
 
 inline void put(uint16_t* out, int64_t step, Ints values) { _mm512_store_si512(out + step * kStepStride, values); }
 
@@ -216,13 +220,17 @@ class Rows {
     for (int64_t i = 0; i < scales; ++i) whole_steps_ &= usual_size(read_float(w.scales, w.scale_dtype, i));
   }
 
-  // Of outputs [first, last), at most 32, `steps` steps from input `k`, a multiple of kChunk; rows beyond are zeros.
-  void decode(int64_t first, int64_t last, int64_t k, int64_t steps, uint16_t* out) const {
+  // What to decode: outputs [first, last), at most a panel.
+  void open(int64_t first, int64_t last) { first_ = first, last_ = last; }
+
+  // Of block number `block`, `steps` steps from input `k`, a multiple of kChunk; rows beyond the last are zeros.
+  void decode(int64_t block, int64_t k, int64_t steps, uint16_t* out) const {
     const Span span(w_, k, steps);
-    for (int64_t i = 0; i < 2 * kTileRows; ++i) {
+    for (int64_t i = 0; i < kBlock; ++i) {
       uint16_t* row = out + i / kTileRows * kTileElements + i % kTileRows * kTileInputs;
-      if (first + i < last) {
-        decode_row_of_tiles(first + i, span, row);
+      const int64_t n = first_ + block * kBlock + i;
+      if (n < last_) {
+        decode_row_of_tiles(n, span, row);
       } else {
         for (int64_t s = 0; s < steps; ++s) put(row, s, _mm512_setzero_si512());
       }
@@ -251,6 +259,7 @@ class Rows {
   }
 
   const Weight& w_;
+  int64_t first_ = 0, last_ = 0;
   bool whole_steps_;
   int64_t row_bytes_;  // of ggml's blocks
 };
