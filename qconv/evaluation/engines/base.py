@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+Step: TypeAlias = Callable[[float], None]
+"""Told the share of a batch that is done."""
 Logits: TypeAlias = NDArray[np.float32]
 """[tokens, vocabulary]: row t is the distribution of the token after token t, not normalized."""
 
@@ -82,6 +84,10 @@ class Completion:
     finish: Literal["stop", "length"]
 
 
+def silent(share: float) -> None:
+    """Nobody is told."""
+
+
 class Engine(Protocol):
     """Something that computes a model.
 
@@ -105,8 +111,14 @@ class Engine(Protocol):
             EngineError: the engine failed.
         """
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """Every sample of every prompt, in batches of neighbouring prompts, so that a caller can save its progress.
+
+        Args:
+            prompts: What is to be completed.
+            sampling: How.
+            step: Told after every token of a batch which share of the most that it may take is done; engines that hand
+                over completions one by one need not.
 
         Raises:
             EngineError: the engine failed.

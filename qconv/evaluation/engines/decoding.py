@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.evaluation.engines.base import Completion, Prompt, Sampling, stop_at
+from qconv.evaluation.engines.base import Completion, Prompt, Sampling, Step, stop_at
 
 
 @dataclass(slots=True)
@@ -26,8 +26,8 @@ class _Row:
     stopped: bool = False
 
     def completion(self) -> Completion:
-        finish = "stop" if self.stopped else "length"
-        return Completion(self.prompt, self.sample, self.text, tuple(self.tokens), finish)  # type: ignore[arg-type]
+        tokens = tuple(self.tokens)
+        return Completion(self.prompt, self.sample, self.text, tokens, "stop" if self.stopped else "length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Decoder:
     rows: int
 
     @torch.inference_mode()
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step) -> Iterator[Completion]:
         """Every sample of every prompt, in order."""
         jobs = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.samples)]
         for start in range(0, len(jobs), self.rows):
             rows = [self._row(index, prompts[index], sample, sampling) for index, sample in jobs[start:][: self.rows]]
-            self._decode(rows, sampling)
+            self._decode(rows, sampling, step)
             yield from (row.completion() for row in rows)
 
     def _row(self, index: int, prompt: Prompt, sample: int, sampling: Sampling) -> _Row:
@@ -62,7 +62,7 @@ class Decoder:
         generator = torch.Generator().manual_seed(sampling.seed_of(prompt, sample))
         return _Row(index, sample, ids or [self.tokenizer.eos_token_id], generator)
 
-    def _decode(self, rows: list[_Row], sampling: Sampling) -> None:
+    def _decode(self, rows: list[_Row], sampling: Sampling, tell: Step) -> None:
         device = self.model.device
         longest = max(len(row.ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -74,7 +74,7 @@ class Decoder:
         mask, positions = mask.to(device), positions.to(device)
         step, length, cache = ids.to(device), longest, None
         ends = self._end_tokens()
-        for _ in range(sampling.max_tokens):
+        for number in range(1, sampling.max_tokens + 1):
             out = self.model(
                 input_ids=step,
                 attention_mask=mask[:, :length],
@@ -87,6 +87,7 @@ class Decoder:
             chosen = [self._choose(row, logits, sampling) for row, logits in zip(rows, out.logits[:, -1], strict=True)]
             for row, token in zip(rows, chosen, strict=True):
                 self._append(row, token, ends, sampling.stop)
+            tell(number / sampling.max_tokens)
             if all(row.done for row in rows):
                 return
             step, length = torch.tensor(chosen, device=device)[:, None], length + 1

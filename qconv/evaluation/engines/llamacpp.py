@@ -15,7 +15,7 @@ import numpy as np
 
 import qconv
 from qconv.errors import EngineError, UsageError
-from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling
+from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
 
 INTERPRETER_VARIABLE = "QCONV_LLAMACPP_PYTHON"
 """Names the interpreter that has xllamacpp, if qconv's own has not."""
@@ -60,7 +60,7 @@ class LlamaCppEngine:
             data = bytearray(self._read(4 * shape[0] * shape[1]))  # torch warns of arrays that cannot be written
             yield np.frombuffer(data, dtype=np.float32).reshape(shape)
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """Every sample of every prompt, in order; llama.cpp tokenizes."""
         for index, prompt in enumerate(prompts):
             for sample in range(sampling.samples):

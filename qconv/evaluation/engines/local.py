@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +15,15 @@ import torch
 
 from qconv import __version__
 from qconv.errors import EngineError
-from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling
+from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
 from qconv.evaluation.engines.decoding import Decoder
+from qconv.runtime.files import open_files
 from qconv.runtime.loading import load
 from qconv.runtime.tokenizer import load_tokenizer
 
+LEAST_SHARED = 1024
+"""Hidden size from which a step is worth sharing between threads. Threads wait for each other a hundred times a token,
+longer than a small product takes, and without end where other programs use the cores."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,7 +57,7 @@ class LocalEngine:
             "torch": torch.__version__,
             "transformers": importlib.metadata.version("transformers"),
             "dtype": self._dtype,
-            "device": device_name(self._device),
+            "device": device_name(self._device, self._thread_count),
             "rows": str(self.rows),
         }
 
@@ -62,23 +68,44 @@ class LocalEngine:
             group = sequences[start : start + self.rows]
             ids, mask = right_padded(group)
             try:
-                found = self._loaded()(
-                    input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False
-                ).logits
+                with self._threads():
+                    found = self._loaded()(
+                        input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False
+                    ).logits
             except (RuntimeError, ValueError, IndexError) as error:
                 raise EngineError(f"{self.path}: the model fails on a batch of {list(ids.shape)}: {error}.") from error
             for row, sequence in zip(found, group, strict=True):
                 yield row[: len(sequence)].float().cpu().numpy()
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """Every sample of every prompt; ``rows`` completions are decoded at once."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
-        yield from Decoder(self._loaded(), self._tokenizer, self.rows).complete(prompts, sampling)
+        found = Decoder(self._loaded(), self._tokenizer, self.rows).complete(prompts, sampling, step)
+        while True:
+            with self._threads():
+                completion = next(found, None)
+            if completion is None:
+                return
+            yield completion
 
     def close(self) -> None:
         """Free the model."""
         self._model = None
+
+    @functools.cached_property
+    def _thread_count(self) -> int:
+        """Decided by the model alone, so that a small one gives the same numbers on any number of cores."""
+        return 1 if open_files(self.path).architecture.hidden_size < LEAST_SHARED else torch.get_num_threads()
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._thread_count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _loaded(self) -> Any:
         """The model.
@@ -101,8 +128,9 @@ def right_padded(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torc
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def device_name(device: str) -> str:
-    """What computes: the processor's or the GPU's name."""
+def device_name(device: str, threads: int | None = None) -> str:
+    """What computes: the GPU's name, or the processor's kind and the number of threads, by default torch's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    count = threads or torch.get_num_threads()
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {count} threads"

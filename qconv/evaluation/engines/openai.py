@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.errors import EngineError, UsageError
-from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, stop_at
+from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent, stop_at
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ATTEMPTS = 6
@@ -111,7 +111,7 @@ class OpenAIEngine:
 
         return self._each(score, sequences)
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """One request for each sample, in order."""
         jobs = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.samples)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from qconv.errors import UsageError
-from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling
-from qconv.evaluation.engines.local import DTYPES, LocalEngine
+from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
+from qconv.evaluation.engines.local import DTYPES, LocalEngine, device_name
 from qconv.runtime.stream import stream_logits
 
 
@@ -26,7 +26,7 @@ class StreamEngine:
     def identity(self) -> Mapping[str, str]:
         """See :class:`~qconv.evaluation.engines.base.Engine`."""
         local = LocalEngine(self.path, dtype=self._dtype, device=self._device, rows=self.rows)
-        return {**local.identity, "engine": "stream"}
+        return {**local.identity, "engine": "stream", "device": device_name(self._device)}
 
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
         """Of each sequence, in order."""
@@ -34,7 +34,7 @@ class StreamEngine:
         for found in stream_logits(self.path, ids, dtype=DTYPES[self._dtype], device=self._device):
             yield found.numpy()
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """A model that does not fit into memory is not generated with.
 
         Raises:

@@ -118,8 +118,9 @@ def _complete(
     pool: JudgePool,
     progress: Progress,
 ) -> None:
-    total, sampling = len(problems) * settings.samples, settings.sampling(seed)
-    known = set(journal.samples)
+    # In tokens, so that a bar moves while a batch is decoded.
+    total, sampling = len(problems) * settings.samples * settings.max_tokens, settings.sampling(seed)
+    known, reached = set(journal.samples), 0
     waiting: dict[Future[Verdict], tuple[Problem, Completion]] = {}
 
     def collect(seconds: float | None) -> None:
@@ -127,13 +128,21 @@ def _complete(
         for future in ended:
             problem, completion = waiting.pop(future)
             journal.add(_sample(problem, completion, future.result()))
-        progress("HumanEval", len(journal.samples), total)
+        step(0.0)
+
+    def step(share: float) -> None:
+        nonlocal reached
+        answered = len(journal.samples) + len(waiting)
+        decoding = share * min(engine.rows, total / settings.max_tokens - answered)
+        # The answers of a batch are handed over one by one after it.
+        reached = max(reached, int((answered + decoding) * settings.max_tokens))
+        progress("HumanEval", reached, total)
 
     for group in _groups(problems, prompts, settings.samples, engine.rows):
         # A group is completed whole or not at all: its batches, and with them its numbers, stay as they were.
         if all((problem.task_id, sample) in known for problem in group for sample in range(settings.samples)):
             continue
-        for completion in engine.complete([prompts[problem.task_id] for problem in group], sampling):
+        for completion in engine.complete([prompts[problem.task_id] for problem in group], sampling, step):
             problem = group[completion.prompt]
             if (problem.task_id, completion.sample) not in known:
                 program = program_of(problem, settings.prompt, completion.text)

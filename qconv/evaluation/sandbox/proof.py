@@ -14,6 +14,9 @@ from qconv.evaluation.sandbox.limits import Limits
 from qconv.evaluation.sandbox.pool import JudgePool
 from qconv.evaluation.sandbox.verdict import Status, Verdict
 
+WORKERS = 4
+"""Candidates at once: some forgeries sleep until their time is up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -55,7 +58,7 @@ def prove(
     right = [Solution(f"honest program '{item.name}'", item.program, CHECK) for item in HONEST] + list(solutions)
     total = len(FORGERIES) + len(right)
     done = 0
-    with JudgePool(backend) as pool:
+    with JudgePool(backend, WORKERS) as pool:
         # The corpus ends with those that use up their time; first in the queue, they run beside the others.
         forged = [pool.submit(CHECK, item.program, item.limits) for item in reversed(FORGERIES)]
         solved = [pool.submit(item.check, item.program, limits) for item in right]

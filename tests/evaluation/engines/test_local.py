@@ -133,3 +133,27 @@ def test_an_unknown_engine_is_named(bundled: Path) -> None:
 def test_the_earliest_stop_string_counts() -> None:
     assert stop_at("abcdef", ["ef", "cd", ""]) == ("ab", True)
     assert stop_at("abcdef", ["x"]) == ("abcdef", False)
+
+
+def test_a_small_model_computes_on_one_thread_and_leaves_torch_as_it_was(bundled: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = LocalEngine(bundled, rows=2)
+        assert made.identity["device"].endswith(", 1 threads")
+        seen: list[tuple[float, int]] = []
+        answers = list(made.complete(PROMPTS[:2], Sampling(max_tokens=5), lambda share: seen.append((share, _count()))))
+        assert seen == [(share, 1) for share in (0.2, 0.4, 0.6, 0.8, 1.0)], "a step for every token of the batch"
+        assert len(answers) == 2
+        assert _count() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_large_model_shares_its_work_between_threads(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qconv.evaluation.engines.local.LEAST_SHARED", 256)
+    assert LocalEngine(bundled).identity["device"].endswith(f", {_count()} threads")
+
+
+def _count() -> int:
+    return torch.get_num_threads()

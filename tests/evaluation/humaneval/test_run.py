@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from qconv.errors import SandboxError, StaleJournalError
-from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling
+from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
 from qconv.evaluation.humaneval import run as run_module
 from qconv.evaluation.humaneval.dataset import Problem
 from qconv.evaluation.humaneval.run import Outcome, run
@@ -50,7 +50,7 @@ class Scripted:
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
         raise NotImplementedError
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         self.asked.append(len(prompts))
         by_prompt = {problem.prompt: problem for problem in self.problems}
         for index, prompt in enumerate(prompts):
@@ -276,3 +276,25 @@ def test_a_killed_run_leaves_no_process_and_continues(
 def test_settings_that_cannot_work_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         HumanEvalSettings.model_validate(values)
+
+
+def test_progress_moves_while_a_batch_is_decoded(backend: Bubblewrap, ten: tuple[Problem, ...], tmp_path: Path) -> None:
+    class Telling(Scripted):
+        def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
+            for share in (0.25, 0.5):
+                step(share)
+            yield from super().complete(prompts, sampling)
+
+    seen: list[tuple[int, int]] = []
+    settings = HumanEvalSettings(cpu_seconds=1, max_tokens=100)
+
+    def told(what: str, done: int, total: int) -> None:
+        if what == "HumanEval":
+            seen.append((done, total))
+
+    run(Telling(ten), ten, settings, tmp_path, backend=backend, seed=0, progress=told)
+    done = [one for one, _ in seen]
+    assert done == sorted(done)
+    assert {total for _, total in seen} == {1000}
+    assert {100, 200, 500, 600, 850} <= set(done), "a quarter and a half of each batch of four; the last has two"
+    assert done[-1] == 1000
