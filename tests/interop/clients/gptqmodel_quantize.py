@@ -8,6 +8,7 @@ the stored float16 scales times exact integers.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 def main(source: str, cases: str, out: str) -> None:
     ids = torch.randint(3, 2048, (4, 64), generator=torch.Generator().manual_seed(0))
     calibration = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    os.chdir(out)  # it leaves a folder of logs where it runs
     for name, settings in json.loads(cases).items():
         config = GPTQConfig(**{"bits": 4, "group_size": 32, "device": "cpu", **settings})
         model = GPTQModel.load(source, config, dtype=torch.bfloat16)
