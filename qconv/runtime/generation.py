@@ -115,7 +115,8 @@ def _settings(max_tokens: int, temperature: float, pad: int, ends: list[int]) ->
 
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     options: dict[str, Any] = {"max_new_tokens": max_tokens, "pad_token_id": pad, "eos_token_id": ends or None}
-    return GenerationConfig(**options, **sampling)  # type: ignore[no-untyped-call]
+    untyped: Any = GenerationConfig
+    return untyped(**options, **sampling)
 
 
 def _streamer(tokenizer: Any, listener: Callable[[str], None]) -> Any:

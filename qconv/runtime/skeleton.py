@@ -32,11 +32,12 @@ def empty_model(files: ModelFiles, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    untyped: Any = AutoModelForCausalLM
     try:
         values = {key: value for key, value in files.config.items() if key != "model_type"}
         config = AutoConfig.for_model(files.config["model_type"], **values)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model = untyped.from_config(config, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{files.path}: transformers does not accept its config: {error}.", hint="Repair config.json."
@@ -131,7 +132,8 @@ class Installer:
 
     def activation(self, name: str) -> Activation:
         """The activation of transformers' experts of that name, which :meth:`replace` then replaces."""
-        act: Activation = self.model.get_submodule(module_path(name)).act_fn  # type: ignore[assignment]
+        experts: Any = self.model.get_submodule(module_path(name))
+        act: Activation = experts.act_fn
         return act
 
     def linear(self, linear: Linear) -> None:
