@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qconv.calibration.documents import documents
-from qconv.errors import EngineError
+from qconv.errors import EngineError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.engines.base import Prompt, Sampling
@@ -133,6 +133,30 @@ def test_a_run_through_a_real_servers_endpoint(server: str, gguf: Path, tmp_path
     passed = served.tasks[0].metrics["pass@1"].value
     assert passed is not None
     assert passed > 0.5  # the model has learnt them
+
+
+def test_a_chat_through_a_real_servers_endpoint(server: str, gguf: Path, tmp_path: Path) -> None:
+    """The server renders the chat by the template in the file, qconv by the same: the answers are the same."""
+    task = {"kind": "humaneval", "name": "humaneval", "prompt": "chat", "problems": 6, "max_tokens": 96}
+    served = run(gguf, tmp_path / "served", {"tasks": [task]}, reference=None, engine=f"openai-chat:{server}")
+    local = run(gguf, tmp_path / "local", {"tasks": [task]}, reference=None)
+    assert served.engine["engine"] == "openai-chat"
+    assert served.tasks[0].inputs_sha256 == local.tasks[0].inputs_sha256, "prompts are hashed as rendered"
+    answers = [texts(tmp_path / "served", served), texts(tmp_path / "local", local)]
+    # A server may cut white space off an answer's ends.
+    same = [problem for problem, text in answers[0].items() if text.strip() == answers[1][problem].strip()]
+    assert len(same) >= 5
+    assert any(len(text) > 40 for text in answers[0].values())
+
+
+def test_a_server_that_does_not_score_prompts_is_told_apart(
+    server: str, gguf: Path, text: Path, tmp_path: Path
+) -> None:
+    """llama.cpp's server gives log-probabilities of what it generates alone: perplexity is refused, not made up."""
+    task = {"kind": "text", "name": "text", "rule": "llama.cpp", "corpus": f"text:{text}", "tokens": 1000}
+    with pytest.raises(UsageError, match="does not echo prompts with log-probabilities") as caught:
+        run(gguf, tmp_path / "run", {"noise": None, "tasks": [task]}, reference=None, engine=f"openai:{server}")
+    assert "only generates" in str(caught.value.hint)
 
 
 def test_an_endpoint_without_files_is_known_by_its_address(server: str, tmp_path: Path) -> None:
