@@ -30,10 +30,9 @@ from rich.table import Table
 from torch import Tensor
 
 from evals.ggml_speed import Ggml, installed_library
+from evals.options import REPOSITORY, model_option, work_option
 from evals.quality import (
     CALIBRATION,
-    REPOSITORY,
-    TINY,
     WINDOW,
     Difference,
     Measured,
@@ -97,19 +96,12 @@ class Result:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    default=TINY,
-    show_default=True,
-)
+@model_option
 @click.option("--type", "file_types", multiple=True, default=("Q4_K_M",), show_default=True, help="Repeatable.")
 @click.option("--tokens", type=click.IntRange(min=WINDOW), default=32768, show_default=True, help="Held-out tokens.")
 @click.option("--seeds", type=click.IntRange(min=1), default=4, show_default=True, help="Of the calibration text.")
 @click.option("--library", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="libggml-base.so.")
-@click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path, resolve_path=True), default=REPOSITORY / "build/gguf"
-)
+@work_option("build/gguf")
 @click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path, resolve_path=True),

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from evals.options import REPOSITORY, json_option, model_option, work_option
 from qconv.build import Build
 from qconv.calibration.corpus import build_tokens, load_tokenizer
 from qconv.calibration.documents import STDLIB, documents
@@ -35,8 +36,6 @@ from qconv.errors import QconvError, UsageError
 from qconv.recipe import CalibrationSettings
 from qconv.runtime.dense import write_dense
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = REPOSITORY / "evals/models/tiny-coder-moe"
 CASES = {
     "rtn awq": ("awq", "rtn"),
     "awq awq": ("awq", "awq"),
@@ -100,18 +99,11 @@ class Difference:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    default=TINY,
-    show_default=True,
-)
+@model_option
 @click.option("--tokens", type=click.IntRange(min=WINDOW), default=16384, show_default=True, help="Held-out tokens.")
 @click.option("--builds", multiple=True, metavar="NAME=PATH", help="Measure these; the first is the baseline.")
-@click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path, resolve_path=True), default=REPOSITORY / "build/quality"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@work_option("build/quality")
+@json_option
 def main(model: Path, tokens: int, builds: tuple[str, ...], work: Path, as_json: bool) -> None:
     try:
         if builds:

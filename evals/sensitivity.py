@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from evals.options import REPOSITORY, json_option, model_option, work_option
 from qconv.build import Build
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, sha256_of
@@ -38,8 +39,6 @@ from qconv.models.base import Layer, Linear, Moe
 from qconv.qtensor import QTensor
 from qconv.verify import CHECKSUMS_NAME, build_files, render_checksums
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = REPOSITORY / "evals/models/tiny-coder-moe"
 SUITE = Suite.model_validate(
     {
         "noise": {"tokens": 2048},
@@ -96,22 +95,13 @@ class Result:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    default=TINY,
-    show_default=True,
-)
+@model_option
 @click.option("--fmt", default="w4a16", show_default=True)
 @click.option("--method", default="rtn", show_default=True)
 @click.option("--rebuilds", type=click.IntRange(min=0), default=5, show_default=True, help="Builds of the A/A runs.")
 @click.option("--samples", type=click.IntRange(min=0), default=4, show_default=True, help="Texts of the A/A runs.")
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
-    default=REPOSITORY / "build/sensitivity",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@work_option("build/sensitivity")
+@json_option
 def main(model: Path, fmt: str, method: str, rebuilds: int, samples: int, work: Path, as_json: bool) -> None:
     shutil.rmtree(work, ignore_errors=True)
     torch.set_num_threads(1)  # the model is so small that threads only wait for each other

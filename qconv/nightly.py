@@ -26,7 +26,7 @@ from qconv.evaluation.cache import Cache, default_folder
 from qconv.evaluation.history import History, differences
 from qconv.evaluation.record import EXIT_CODES, RUN_NAME, Outcome, Run, Verdict, read_run
 from qconv.evaluation.run import Request, evaluate
-from qconv.evaluation.suites import Section, load_suite, parse_settings
+from qconv.evaluation.suites import Section, Suite, load_suite, parse_settings
 from qconv.gguf.recipe import FORMAT as GGUF
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
@@ -163,7 +163,7 @@ def run_night(settings: NightlySettings, date: str, *, progress: Progress, log: 
             with _reported(night, log):
                 made[build.name] = _made(build, folder, progress, log)
         # Suite by suite over all builds, so that a short night has at least the cheap answers for every one.
-        for name in suites:
+        for name, suite in suites.items():
             for build, night in zip(settings.builds, nights, strict=True):
                 reason = _reason_to_skip(night, deadline)
                 if reason is not None:
@@ -171,7 +171,7 @@ def run_night(settings: NightlySettings, date: str, *, progress: Progress, log: 
                     log(f"{build.name}: {name} skipped: {reason}")
                     continue
                 with _reported(night, log):
-                    _measure(settings, build, made[build.name], name, folder, history, night, progress, log)
+                    _measure(settings, build, made[build.name], name, suite, folder, history, night, progress, log)
         for build, night in zip(settings.builds, nights, strict=True):
             if build.canary:
                 night.changes = _moved(history, night)
@@ -244,36 +244,36 @@ def _measure(
     settings: NightlySettings,
     build: BuildSettings,
     made: Path,
-    suite: str,
+    suite_name: str,
+    suite: Suite,
     folder: Path,
     history: History,
     night: BuildNight,
     progress: Progress,
     log: Log,
 ) -> None:
-    out = folder / build.name / f"run-{Path(suite).stem}"
+    out = folder / build.name / f"run-{Path(suite_name).stem}"
     if (out / RUN_NAME).exists():
         run = read_run(out)
     else:
-        chosen = load_suite(suite)
-        before = history.baseline(build.name, chosen.digest())
+        before = history.baseline(build.name, suite.digest())
         request = Request(
             build=made,
             reference=locate(build.reference),
-            suite=chosen,
-            suite_name=suite,
+            suite=suite,
+            suite_name=suite_name,
             out=out,
             cache=Cache(default_folder()),
             engine=settings.engine,
-            gates=chosen.gates,
+            gates=suite.gates,
             baseline=None if before is None else before.run,
-            command=("qconv", "eval", "run", str(made), "--reference", build.reference, "--suite", suite),
+            command=("qconv", "eval", "run", str(made), "--reference", build.reference, "--suite", suite_name),
         )
-        log(f"{build.name}: measuring on {suite}")
+        log(f"{build.name}: measuring on {suite_name}")
         run = evaluate(request, progress=progress, log=log)
     history.add(out, run, name=build.name)
-    night.runs[suite] = out, run
-    log(f"{build.name}: {suite}: {run.verdict.sentence}")
+    night.runs[suite_name] = out, run
+    log(f"{build.name}: {suite_name}: {run.verdict.sentence}")
 
 
 def _moved(history: History, night: BuildNight) -> tuple[str, ...]:

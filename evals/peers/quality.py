@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from evals.options import TINY
 from evals.peers import client
-from evals.quality import CALIBRATION, TINY
+from evals.quality import CALIBRATION
 from qconv.build import Build
 from qconv.calibration.corpus import build_tokens
 from qconv.errors import QconvError

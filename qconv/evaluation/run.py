@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import importlib.metadata
-import json
-import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +13,8 @@ from pathlib import Path
 import torch
 
 from qconv import __version__
-from qconv.build import REPORT_NAME
-from qconv.checkpoint.reader import read_json
-from qconv.checkpoint.writer import output_errors, write_atomically
-from qconv.errors import OutputError, UsageError
+from qconv.checkpoint.writer import output_errors
+from qconv.errors import UsageError
 from qconv.evaluation import text_task, tokenizers
 from qconv.evaluation.artifacts import check_integrity, endpoint, identify
 from qconv.evaluation.cache import Cache, Entry
@@ -28,14 +22,12 @@ from qconv.evaluation.engines import is_endpoint, open_engine
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, rerun_merged, verdict
 from qconv.evaluation.judging import judge
-from qconv.evaluation.record import RUN_NAME, Artifact, FileRef, Gate, Run, Task, store_json, write_run
+from qconv.evaluation.record import Artifact, Gate, Run, Task, write_run
 from qconv.evaluation.reference import Kept
+from qconv.evaluation.run_folder import device_facts, enter, kept_report, require_key, run_key, versions
 from qconv.evaluation.suites import Suite, TextSettings
 from qconv.evaluation.tasks import Bench, Kind, Log, Progress, Subject, settings_of
-from qconv.manifest import WORK_FOLDER, locked, require_same
-
-KEY_NAME = "key.json"
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "gguf")
+from qconv.manifest import WORK_FOLDER, locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +77,11 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
     build = _identified(request)
     build_class = None if judges is None else class_of(judges, build)
     reference = None if request.reference is None else identify(request.reference)
-    _enter(request.out, restart)
+    enter(request.out, restart)
     with locked(request.out):
         work = request.out / WORK_FOLDER
         subjects = _subjects(request, build, reference)
-        _require_key(work, _key(request, build, reference, subjects[0].engine))
+        require_key(work, run_key(request.suite, build, reference, subjects[0].engine))
         checked = judges is not None and build.kind != "endpoint"
         gates = [_integrity_gate(build, reference, progress)] if checked else []
         tasks: list[Task] = []
@@ -110,13 +102,13 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
             command=request.command,
             build=build,
             reference=reference,
-            build_report=_kept_report(request.build, request.out),
+            build_report=kept_report(request.build, request.out),
             suite=request.suite_name,
             suite_sha256=request.suite.digest(),
             engine=dict(subjects[0].engine.identity),
             reference_engine={} if subjects[1] is None else dict(subjects[1].engine.identity),
-            versions=_versions(),
-            device=_device(request.device),
+            versions=versions(),
+            device=device_facts(request.device),
             seed=request.suite.seed,
             tasks=tuple(tasks),
             gates=tuple(gates),
@@ -264,64 +256,6 @@ def _integrity_gate(build: Artifact, reference: Artifact | None, progress: Progr
             "sentence": sentence,
         }
     )
-
-
-def _enter(out: Path, restart: bool) -> None:
-    """Make the folder, or check that it holds a run.
-
-    Raises:
-        OutputError: it holds something else.
-    """
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in out.iterdir()}
-        if not found:
-            return
-        if RUN_NAME not in found and WORK_FOLDER not in found:
-            raise OutputError(f"{out}: holds something else than a run.", hint="Choose another folder.")
-        if restart:
-            for name in found:
-                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-        elif RUN_NAME in found:
-            raise OutputError(f"{out}: holds a finished run.", hint="Choose another folder, or give --restart.")
-
-
-def _key(request: Request, build: Artifact, reference: Artifact | None, engine: Engine) -> dict[str, str]:
-    """What an interrupted run must share with the one that continues it."""
-    return {
-        "build": build.sha256,
-        "reference": "none" if reference is None else reference.sha256,
-        "suite": request.suite.digest(),
-        "engine": hashlib.sha256(json.dumps(dict(engine.identity), sort_keys=True).encode()).hexdigest(),
-        "qconv": __version__,
-    }
-
-
-def _require_key(work: Path, key: Mapping[str, str]) -> None:
-    with output_errors(work):
-        work.mkdir(exist_ok=True)
-    file = work / KEY_NAME
-    if file.exists():
-        require_same(work.parent, json.loads(file.read_text()), key)
-    else:
-        write_atomically(file, json.dumps(key).encode())
-
-
-def _kept_report(build: Path, out: Path) -> FileRef | None:
-    """A copy of the build's own report, which outlives the build."""
-    path = (build if build.is_dir() else build.parent) / REPORT_NAME
-    return store_json(out, read_json(path)) if path.is_file() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"qconv": __version__, "python": platform.python_version(), **found}
-
-
-def _device(device: str) -> dict[str, str]:
-    from qconv.evaluation.engines.local import device_name
-
-    return {"device": device_name(device), "machine": platform.machine(), "system": platform.system()}
 
 
 def require_gatable(reference: object, gates: str | None) -> None:

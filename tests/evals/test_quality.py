@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evals.quality import CALIBRATION, TINY, WINDOW, Measured, compare, difference, held_out_text, log_probabilities
+from evals.options import TINY
+from evals.quality import CALIBRATION, WINDOW, Measured, compare, difference, held_out_text, log_probabilities
 from qconv.calibration.corpus import build_tokens
 
 

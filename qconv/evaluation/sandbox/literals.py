@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 Literal: TypeAlias = (
@@ -131,9 +132,9 @@ def _decode(encoded: object, depth: int, budget: _Budget) -> Literal:
     raise NotLiteral("an unknown form")
 
 
-def _parsed(parse: object, *arguments: object) -> Literal:
+def _parsed(parse: Callable[..., Literal], *arguments: object) -> Literal:
     try:
-        return parse(*arguments)  # type: ignore[operator,no-any-return]
+        return parse(*arguments)
     except ValueError as error:
         raise NotLiteral(str(error)) from None
 

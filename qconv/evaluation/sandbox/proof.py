@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from qconv.errors import SandboxError
 from qconv.evaluation.sandbox.candidate import Backend
-from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES, HONEST
+from qconv.evaluation.sandbox.forgeries import FORGERIES, HONEST
+from qconv.evaluation.sandbox.forgery import CHECK
 from qconv.evaluation.sandbox.judge import Check
 from qconv.evaluation.sandbox.limits import Limits
 from qconv.evaluation.sandbox.pool import JudgePool

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qconv.evaluation.sandbox.candidate import Backend
-from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES, HONEST, Forgery
+from qconv.evaluation.sandbox.forgeries import FORGERIES, HONEST
+from qconv.evaluation.sandbox.forgery import CHECK, Forgery
 from qconv.evaluation.sandbox.judge import judge
 from qconv.evaluation.sandbox.verdict import Status
 

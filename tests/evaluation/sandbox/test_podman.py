@@ -12,7 +12,8 @@ import pytest
 from qconv.evaluation.sandbox import proof
 from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
 from qconv.evaluation.sandbox.candidate import Candidate
-from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES, HONEST
+from qconv.evaluation.sandbox.forgeries import FORGERIES, HONEST
+from qconv.evaluation.sandbox.forgery import CHECK
 from qconv.evaluation.sandbox.inside import COMMAND, KEPT_COMMAND
 from qconv.evaluation.sandbox.judge import judge
 from qconv.evaluation.sandbox.limits import Limits

@@ -12,7 +12,8 @@ from qconv.errors import SandboxError
 from qconv.evaluation.sandbox import forgeries, judge, proof
 from qconv.evaluation.sandbox.backends import find_backend
 from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
-from qconv.evaluation.sandbox.forgeries import CHECK, FORGERIES
+from qconv.evaluation.sandbox.forgeries import FORGERIES
+from qconv.evaluation.sandbox.forgery import CHECK
 from qconv.evaluation.sandbox.judge import Check
 from qconv.evaluation.sandbox.limits import Limits
 from qconv.evaluation.sandbox.podman import Podman
