@@ -16,6 +16,7 @@ from qconv.evaluation.history import History
 from qconv.evaluation.report.page import html
 from qconv.evaluation.report.view import view
 from qconv.evaluation.run import evaluate
+from qconv.manifest import WORK_FOLDER
 from qconv.nightly import Night, load_nightly, run_night
 from tests.evaluation.test_blame import change
 from tests.evaluation.test_run import corpus, suite_on  # noqa: F401 - a fixture
@@ -96,6 +97,7 @@ def test_a_failing_build_is_not_measured_on_dearer_suites(config: Path, moe: Pat
     assert blamed.parts[0].part.name == "model.layers.0.mlp.experts.3"
     assert all(one.kld == 0.0 for one in blamed.layers[1:]), "nothing else is not the reference's"
     assert (folder / BLAME_NAME).exists()
+    assert not (folder / WORK_FOLDER).exists(), "activations are gone"
     assert "What costs most, alone in the reference" in html([view(folder, run)])
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def command(run: Path, tokens: int, layers: int, device: str, as_json: bool) -> None:
     """Put single parts of the build of a finished RUN into its reference and measure what each one costs.
 
-    Works layer by layer, so that neither model need fit into memory; activations lie in a folder for temporary files
-    ($TMPDIR). The result lies in the run's folder, where `eval report` shows it.
+    Works layer by layer, so that neither model need fit into memory; activations lie in the run's folder meanwhile. The
+    result stays there, and `eval report` shows it.
     """
     check_device(device)
     with reporting(quiet=as_json, remedy="Run the same command again.") as reporter:

@@ -11,7 +11,6 @@ cost nothing, each of them alone costs much, and the layer gets dearer without e
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +86,9 @@ def find_blame(
     build: ModelFiles,
     folds: Callable[[Layer], Folds],
     sequences: Sequence[Tensor],
+    scratch: Path,
     *,
     worst_layers: int = 2,
-    scratch: Path | None = None,
     device: str = "cpu",
     progress: Progress,
 ) -> Blame:
@@ -102,8 +101,8 @@ def find_blame(
         build: The build.
         folds: What the build folded into a layer.
         sequences: Token ids, int64 [length] each.
+        scratch: An empty folder with room for activations, the caller's to remove.
         worst_layers: So many layers are looked into.
-        scratch: A folder with room for activations; by default the system's for temporary files.
         device: A torch device.
         progress: Told what is at work, how many steps of it are done, and how many there are.
 
@@ -111,12 +110,7 @@ def find_blame(
         CheckpointError: the two are not the same model, or damaged.
         OutputError: the scratch folder is full.
     """
-    with tempfile.TemporaryDirectory(prefix="qconv-", dir=scratch) as folder:
-        bench = _Bench(Variants(reference, build, folds, sequences, Path(folder), device), progress)
-        return _found(bench, reference, sequences, worst_layers)
-
-
-def _found(bench: _Bench, reference: ModelFiles, sequences: Sequence[Tensor], worst_layers: int) -> Blame:
+    bench = _Bench(Variants(reference, build, folds, sequences, scratch, device), progress)
     architecture = reference.architecture
     layers = [*whole_layers(architecture), *outside_layers(architecture)]
     everything = Part("build", None, frozenset().union(*(layer.modules for layer in layers)))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from qconv.build import Build
-from qconv.checkpoint.writer import write_atomically
+from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import ArtifactError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.blame import Blame, find_blame
@@ -18,6 +20,7 @@ from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.folding import Folds
 from qconv.formats import detect
+from qconv.manifest import WORK_FOLDER, locked
 from qconv.models.base import Layer
 from qconv.runtime.files import ModelFiles, open_files
 
@@ -43,6 +46,7 @@ def blame_run(
     Raises:
         UsageError: the run has no reference, or no text task.
         ArtifactError: the run is not finished; the build or reference is not what was measured any more.
+        OutputError: the run's folder is in use, or has no room for activations.
     """
     run = read_run(folder)
     if run.reference is None:
@@ -55,17 +59,37 @@ def blame_run(
     build, reference = Path(run.build.path), Path(run.reference.path)
     sequences = _sequences(task, build, reference, run.seed, tokens)
     log(f"{run.build.name}: parts of it in {run.reference.name}, {sum(map(len, sequences)):,} tokens")
-    found = find_blame(
-        open_files(reference),
-        open_files(build),
-        folds_of(build),
-        sequences,
-        worst_layers=worst_layers,
-        device=device,
-        progress=progress,
-    )
+    with _scratch(folder) as scratch:
+        found = find_blame(
+            open_files(reference),
+            open_files(build),
+            folds_of(build),
+            sequences,
+            scratch,
+            worst_layers=worst_layers,
+            device=device,
+            progress=progress,
+        )
     write_atomically(folder / BLAME_NAME, json.dumps(found.as_values(), indent=1).encode() + b"\n")
     return found
+
+
+@contextlib.contextmanager
+def _scratch(run: Path) -> Iterator[Path]:
+    """A folder for activations within the run's: a system's folder for temporary files may be memory.
+
+    Raises:
+        OutputError: another process works on the run, or its folder cannot be written.
+    """
+    with locked(run):
+        folder = run / WORK_FOLDER
+        shutil.rmtree(folder, ignore_errors=True)  # what was killed left it
+        with output_errors(folder):
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def folds_of(path: Path) -> Callable[[Layer], Folds]:

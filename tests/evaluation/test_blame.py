@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,13 @@ from torch.nn import functional
 from qconv.build import Build
 from qconv.evaluation import variants
 from qconv.evaluation.blame import Blame, find_blame
+from qconv.evaluation.blaming import folds_of
 from qconv.folding import Folds
+from qconv.gguf.recipe import GgufRecipe
+from qconv.gguf_pipeline import quantize_gguf
 from qconv.models.base import Layer
 from qconv.runtime.files import open_files
-from tests.conftest import build, small_recipe
+from tests.conftest import build, random_model, save_model, small_recipe
 
 SEQUENCES = [torch.randint(3, 2048, (48,), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -50,7 +54,16 @@ def blame(model: Path, made: Path) -> Blame:
     def folds(layer: Layer) -> Folds:
         return Folds.of(opened.architecture, layer, opened.fold_scales(layer))
 
-    return find_blame(open_files(model), open_files(made), folds, SEQUENCES, worst_layers=1, progress=lambda *_: None)
+    with tempfile.TemporaryDirectory() as scratch:
+        return find_blame(
+            open_files(model),
+            open_files(made),
+            folds,
+            SEQUENCES,
+            Path(scratch),
+            worst_layers=1,
+            progress=lambda *_: None,
+        )
 
 
 @pytest.fixture(params=["rtn_build", "awq_build"])
@@ -96,7 +109,7 @@ def test_the_dearest_part_is_measured_the_other_way_round_too(moe: Path, made: P
     assert sum(one.without is not None for one in found.parts) == 5
 
 
-def test_parts_that_are_wrong_only_beside_others_are_told_apart(moe: Path, moe_copy: Path) -> None:
+def test_parts_that_are_wrong_only_beside_others_are_told_apart(moe: Path, moe_copy: Path, tmp_path: Path) -> None:
     """Router and experts permuted alike compute the same: either alone is dear, and the layer is dearer without it."""
     files = open_files(moe)
     layer = files.architecture.layers[0]
@@ -105,7 +118,13 @@ def test_parts_that_are_wrong_only_beside_others_are_told_apart(moe: Path, moe_c
         for linear, other in zip(mlp.linears(), before.linears(), strict=True):
             change(moe_copy, linear.weight, partial(put, files.weight(other).dequantize(torch.bfloat16)))
     found = find_blame(
-        files, open_files(moe_copy), lambda _: Folds.none(), SEQUENCES, worst_layers=2, progress=lambda *_: None
+        files,
+        open_files(moe_copy),
+        lambda _: Folds.none(),
+        SEQUENCES,
+        tmp_path,
+        worst_layers=2,
+        progress=lambda *_: None,
     )
     assert max(one.kld for one in found.layers) < 1e-6
     router = next(one for one in found.parts if one.part.name == "model.layers.0.mlp.gate")
@@ -165,8 +184,31 @@ def test_a_part_costs_nothing_where_it_is_the_reference(moe: Path, made: Path) -
     assert found.tokens == 3 * 48
 
 
-def test_the_reference_against_itself_costs_nothing(moe: Path) -> None:
+def test_the_reference_against_itself_costs_nothing(moe: Path, tmp_path: Path) -> None:
     files = open_files(moe)
-    found = find_blame(files, files, lambda _: Folds.none(), SEQUENCES, progress=lambda *_: None)
+    found = find_blame(files, files, lambda _: Folds.none(), SEQUENCES, tmp_path, progress=lambda *_: None)
     assert found.whole.kld == 0.0
     assert {one.kld for one in (*found.layers, *found.parts)} == {0.0}
+
+
+@pytest.mark.parametrize(("file_type", "tied"), [("BF16", True), ("Q8_0", False), ("Q8_0", True)])
+def test_a_gguf_file_is_blamed_as_any_build(tmp_path: Path, file_type: str, tied: bool) -> None:
+    changes = {"norm_topk_prob": True, "tie_word_embeddings": tied}
+    model = save_model(random_model("qwen3_moe", **changes), tmp_path / "model")
+    quiet: dict[str, Any] = {"threads": 1, "progress": lambda *_: None, "log": lambda _: None}
+    made = Path(quantize_gguf(model, tmp_path / "out", GgufRecipe(type=file_type), **quiet).out)
+    found = find_blame(
+        open_files(model),
+        open_files(made),
+        folds_of(made),
+        SEQUENCES,
+        tmp_path,
+        worst_layers=1,
+        progress=lambda *_: None,
+    )
+    costs = [one.kld for one in (found.whole, *found.layers, *found.parts)]
+    if file_type == "BF16":  # the source's own numbers
+        assert max(map(abs, costs)) < 1e-9
+    else:
+        embedding = next(one for one in found.layers if one.part.name == "model.embed_tokens")
+        assert 1e-6 < embedding.kld < found.whole.kld < 0.1, "in GGUF the embedding is quantized too"
