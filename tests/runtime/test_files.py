@@ -14,7 +14,7 @@ from torch import Tensor
 
 import qconv
 from qconv.errors import CheckpointError
-from qconv.formats import get_format
+from qconv.formats import get_format, gptq
 from qconv.formats.w4a16 import unpack_rows
 from qconv.qtensor import Grid
 from qconv.runtime.files import open_files
@@ -52,6 +52,23 @@ def eight_bits(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``moe`` rounded to eight bits in compressed-tensors' words."""
     recipe = small_recipe(grid={"bits": 8})
     return build(moe, tmp_path_factory.mktemp("files") / "build", recipe).out
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_gptqs_asymmetric_zero_points_less_one(moe: Path, tmp_path: Path, desc_act: bool) -> None:
+    """``checkpoint_format: gptq`` of a grid that qconv itself writes as ``gptq_v2``."""
+    ordering = {"ordering": "desc_act" if desc_act else "static"}
+    recipe = small_recipe("gptq" if desc_act else "rtn", "gptq", grid={"symmetric": False}, gptq=ordering)
+    made = build(moe, tmp_path / "build", recipe).out
+
+    def less_one(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".qzeros")]:
+            zeros = gptq.unpack_words(tensors[name], 4)
+            assert int(zeros.min()) > 0
+            tensors[name] = gptq.pack_words(zeros - 1, 4)
+
+    out = rewrite(made, tmp_path / "v1", less_one, checkpoint_format="gptq")
+    assert torch.equal(logits(out), logits(made))
 
 
 def to_whole_numbers(tensors: dict[str, Tensor]) -> None:
