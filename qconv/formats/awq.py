@@ -1,7 +1,8 @@
 """AutoAWQ's GEMM layout (``quant_method: awq``), as every AWQ reader understands it.
 
 With K = in_features and N = out_features: ``qweight`` int32 [K, N/8], ``qzeros`` int32 [K/g, N/8], ``scales`` float16
-[K/g, N]. Nibble i (bits 4i) of word c holds column ``8c + ORDER[i]``; W[n, k] = (q - z) * s.
+[K/g, N]. Nibble i (bits 4i) of word c holds column ``8c + ORDER[i]``; W[n, k] = (q - z) * s. ``zero_point: false``,
+GPTQModel's default, says how they were chosen: ``qzeros`` is stored, and read, all the same.
 """
 
 from __future__ import annotations
@@ -125,15 +126,14 @@ class AwqFormat:
         """Grid and skipped modules.
 
         Raises:
-            CheckpointError: not the GEMM version, or not 4 bits with zero points.
+            CheckpointError: not the GEMM version, or not 4 bits.
         """
         # AutoAWQ's own file beside config.json says w_bit and q_group_size, and GEMM.
         bits, version = section.get("bits", section.get("w_bit")), str(section.get("version", "gemm")).lower()
-        if version != "gemm" or bits != 4 or not section.get("zero_point"):
+        if version != "gemm" or bits != 4:
             raise CheckpointError(
-                f"config.json: quantization_config says AWQ of version {version!r} with {bits} bits and zero_point "
-                f"{section.get('zero_point')!r}.",
-                hint="AWQ is read in version gemm with 4 bits and zero points: save it so, or quantize the original.",
+                f"config.json: quantization_config says AWQ of version {version!r} with {bits!r} bits.",
+                hint="AWQ is read in version gemm with 4 bits: save it so, or quantize the original model.",
             )
         group_size = section.get("group_size", section.get("q_group_size"))
         if not isinstance(group_size, int) or group_size < 1:

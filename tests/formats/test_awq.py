@@ -151,7 +151,6 @@ def test_relative_names_are_listed_for_autoawq_where_that_is_safe() -> None:
     [
         {"version": "gemv"},
         {"bits": 8},
-        {"zero_point": False},
         {"group_size": None},
         {"group_size": 0},
         {"modules_to_not_convert": 5},

@@ -44,6 +44,8 @@ GPTQ: dict[str, dict[str, Any]] = {
     "8-channel": {"bits": 8, "group_size": -1, "act_group_aware": False},
     "3": {"bits": 3},
     "2-asymmetric": {"bits": 2, "sym": False, "format": "gptq_v2"},
+    "awq": {"method": "awq"},
+    "awq-asymmetric": {"method": "awq", "sym": False},
     "without-down": {"dynamic": {r"-:.*\.down_proj$": {}}},
     "down-in-8": {"dynamic": {r"+:.*\.down_proj$": {"bits": 8}}},
     "head": {"lm_head": True},

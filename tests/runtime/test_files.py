@@ -71,6 +71,16 @@ def test_gptqs_asymmetric_zero_points_less_one(moe: Path, tmp_path: Path, desc_a
     assert torch.equal(logits(out), logits(made))
 
 
+def test_groups_in_their_order_need_no_g_idx(moe: Path, tmp_path: Path) -> None:
+    made = build(moe, tmp_path / "build", small_recipe("rtn", "gptq")).out
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            del tensors[name]
+
+    assert torch.equal(logits(rewrite(made, tmp_path / "bare", drop)), logits(made))
+
+
 def to_whole_numbers(tensors: dict[str, Tensor]) -> None:
     """Words of four codes, each with 128 added, become int8."""
     for name in [name for name in tensors if name.endswith(".weight_packed")]:
@@ -151,7 +161,7 @@ def test_groups_of_inputs_in_an_order_of_their_own(rtn_build: Path, tmp_path: Pa
     ("section", "error"),
     [
         ({"quant_method": "awq", "version": "gemv", "bits": 4, "zero_point": True}, "AWQ of version 'gemv'"),
-        ({"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": False}, "zero_point False"),
+        ({"quant_method": "awq", "version": "gemm", "bits": 3, "zero_point": True}, "'gemm' with 3 bits"),
         ({"quant_method": "awq", "bits": 4, "zero_point": True, "group_size": 0}, "group_size is 0"),
         ({"quant_method": "gptq", "bits": 5, "group_size": 32}, "bits is 5; GPTQ is read with 2, 3, 4 or 8"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "is 'marlin'"),
@@ -175,6 +185,12 @@ def test_what_is_not_read_is_refused_by_file_key_and_remedy(
         qconv.load(out)
     assert str(refusal.value).startswith(f"{out / 'config.json'}: ")
     assert refusal.value.hint
+
+
+def test_awqs_zero_points_are_read_whatever_config_says_of_them(awq_build: Path, tmp_path: Path) -> None:
+    assert torch.equal(
+        logits(rewrite(awq_build, tmp_path / "out", lambda _: None, zero_point=False)), logits(awq_build)
+    )
 
 
 def test_keys_that_say_nothing_about_weights_are_no_reason(rtn_build: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Quantize a model with GPTQModel, several times. Arguments: MODEL CASES OUT.
 
-CASES is a JSON object of names and arguments of GPTQModel's ``GPTQConfig``. OUT/NAME becomes the build, OUT/NAME.dense
-a safetensors file of what GPTQModel's own layer makes of every quantized weight, float32 [out_features, in_features]:
-the stored float16 scales times exact integers.
+CASES is a JSON object of names and arguments of GPTQModel's ``GPTQConfig`` or, with ``method: awq``, ``AWQConfig``.
+OUT/NAME becomes the build, OUT/NAME.dense a safetensors file of what GPTQModel's own code makes of every quantized
+weight, float32 [out_features, in_features]: the stored float16 scales times exact integers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from gptqmodel import BACKEND, GPTQModel
-from gptqmodel.quantization.config import GPTQConfig
-from safetensors.torch import save_file
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+from gptqmodel.quantization.config import AWQConfig, GPTQConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -25,11 +26,26 @@ def main(source: str, cases: str, out: str) -> None:
     calibration = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     os.chdir(out)  # it leaves a folder of logs where it runs
     for name, settings in json.loads(cases).items():
-        config = GPTQConfig(**{"bits": 4, "group_size": 32, "device": "cpu", **settings})
+        awq = settings.get("method") == "awq"
+        config = (AWQConfig if awq else GPTQConfig)(**{"bits": 4, "group_size": 32, "device": "cpu", **settings})
         model = GPTQModel.load(source, config, dtype=torch.bfloat16)
-        model.quantize(calibration, batch_size=1, backend=BACKEND.GPTQ_TORCH)
+        model.quantize(calibration, batch_size=1, **({} if awq else {"backend": BACKEND.GPTQ_TORCH}))
         model.save(str(Path(out) / name))
-        save_file(dequantized(Path(out) / name), Path(out) / f"{name}.dense")
+        save_file((dequantized_awq if awq else dequantized)(Path(out) / name), Path(out) / f"{name}.dense")
+
+
+def dequantized_awq(build: Path) -> dict[str, Tensor]:
+    """Every quantized weight as GPTQModel's function for AWQ's words computes it."""
+    tensors: dict[str, Tensor] = {}
+    for shard in build.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    weights = {}
+    for module in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
+        packed = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
+        scales = tensors[f"{module}.scales"].float()
+        group_size = len(packed[0]) // len(scales)
+        weights[f"{module}.weight"] = dequantize_gemm(*packed, scales, 4, group_size).t().contiguous()
+    return weights
 
 
 def dequantized(build: Path) -> dict[str, Tensor]:
