@@ -35,6 +35,15 @@ Ints table(const Value& value) {
 
 inline Ints look_up(Ints table, Ints codes) { return _mm512_permutexvar_epi16(codes, table); }
 
+inline Sums read_floats(const void* at, Dtype dtype, int64_t index, __mmask16 there) {
+  if (dtype == Dtype::kFloat32) return _mm512_maskz_loadu_ps(there, static_cast<const float*>(at) + index);
+  const __m256i halves = _mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(at) + index);
+  if (dtype == Dtype::kFloat16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline __mmask16 mask_of(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
+
 // Activations as a layout's product wants them, made once for a row.
 struct Activations {
   const uint16_t* x;
@@ -79,6 +88,8 @@ inline void product_awq(const Weight& w, const Activations& a, float* y, int64_t
   const auto* words = static_cast<const uint32_t*>(w.codes);
   const int64_t row_words = w.outputs / 8;
   const Ints low_half = _mm512_set1_epi32(0xffff);
+  // Where among sums by nibble and word those of sixteen outputs are.
+  const Ints order = _mm512_setr_epi32(0, 64, 16, 80, 32, 96, 48, 112, 1, 65, 17, 81, 33, 97, 49, 113);
   for (int64_t n = first; n < last; n += 128) {
     const int64_t end = std::min(n + 128, last);
     const __mmask16 there = __mmask16((1u << ((end - n) / 8)) - 1);
@@ -111,11 +122,12 @@ inline void product_awq(const Weight& w, const Activations& a, float* y, int64_t
         const Ints zero = _mm512_and_si512(_mm512_srlv_epi32(zeros, _mm512_set1_epi32(4 * i)), _mm512_set1_epi32(15));
         _mm512_store_ps(by_nibble[i], _mm512_fnmadd_ps(_mm512_cvtepi32_ps(zero), total, sums[i]));
       }
-      for (int64_t c = n; c < end; c += 8) {
-        for (int i = 0; i < 8; ++i) {
-          const float scale = read_float(w.scales, w.scale_dtype, g * w.outputs + c + i);
-          y[c + i] += scale * by_nibble[kAwqShift[i] / 4][(c - n) / 8];
-        }
+      for (int64_t c = n; c < end; c += 16) {
+        const __mmask16 outputs = mask_of(end - c);
+        const Sums its = _mm512_i32gather_ps(_mm512_add_epi32(order, _mm512_set1_epi32(int(c - n) / 8)), by_nibble, 4);
+        const Sums scale = read_floats(w.scales, w.scale_dtype, g * w.outputs + c, outputs);
+        const Sums before = _mm512_maskz_loadu_ps(outputs, y + c);
+        _mm512_mask_storeu_ps(y + c, outputs, _mm512_fmadd_ps(scale, its, before));
       }
     }
   }

@@ -26,15 +26,6 @@ inline Halves in_order(Layout layout, Halves sums) {
   return {_mm512_permutex2var_ps(sums.low, low, sums.high), _mm512_permutex2var_ps(sums.low, high, sums.high)};
 }
 
-inline Sums read_floats(const void* at, Dtype dtype, int64_t index, __mmask16 there) {
-  if (dtype == Dtype::kFloat32) return _mm512_maskz_loadu_ps(there, static_cast<const float*>(at) + index);
-  const __m256i halves = _mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(at) + index);
-  if (dtype == Dtype::kFloat16) return _mm512_cvtph_ps(halves);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-inline __mmask16 mask_of(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
-
 // Decodes a panel's blocks, for one thread.
 class Columns {
  public:

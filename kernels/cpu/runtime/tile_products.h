@@ -1,4 +1,4 @@
-// Products of packed weights with many rows of bfloat16 activations: weights are decoded into tiles, 128 outputs and 512
+// Products of packed weights with many rows of bfloat16 activations: weights are decoded into tiles, 256 outputs and 512
 // inputs at a time, which the caches hold until all rows have met them.
 #pragma once
 
@@ -22,27 +22,41 @@ inline bool weights_left(const Weight& w) { return !inputs_outermost(w.layout); 
 
 inline bool has_tiles(const Weight& w) { return w.layout != Layout::kAwq || w.inputs % 2 == 0; }
 
-// Activations as tiles, sixteen rows each, the steps of a row's inputs behind each other.
-struct Tiles {
-  const uint16_t* at;
-  int64_t steps;
-  const uint16_t* tile(int64_t number) const { return at + number * steps * kTileElements; }
-};
+// Activations as tiles of sixteen rows. All tiles' steps that a chunk of inputs makes lie together, since they are read
+// together.
+class Tiles {
+ public:
+  Tiles(int64_t count, int64_t inputs)
+      : count_(count), steps_(steps_of(inputs)), memory_(count * steps_ * kTileElements * 2) {}
 
-// One tile's rows, of which `row(i)` is number i < count; inputs beyond the last and rows beyond `count` are zeros.
-template <class Row>
-void pack(bool weights_left, const Row& row, int64_t count, int64_t inputs, uint16_t* out) {
-  for (int64_t k = 0; k < inputs; k += kTileInputs, out += kTileElements) {
-    const int64_t there = std::min<int64_t>(kTileInputs, inputs - k);
-    const __mmask32 mask = there == 32 ? ~0u : (1u << there) - 1;
-    Ints rows[kTileRows];
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      rows[i] = i < count ? _mm512_maskz_loadu_epi16(mask, row(i) + k) : _mm512_setzero_si512();
-    }
-    if (weights_left) transpose(rows);
-    for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(out + kTileInputs * i, rows[i]);
+  // A tile's step; those of the same chunk follow.
+  uint16_t* at(int64_t tile, int64_t step) const {
+    const int64_t chunk = step / kChunkSteps * kChunkSteps, in_chunk = std::min(kChunkSteps, steps_ - chunk);
+    return memory_.as<uint16_t>() + (chunk * count_ + tile * in_chunk + step - chunk) * kTileElements;
   }
-}
+
+  // Makes a tile of rows of which `row(i)` is number i < count; inputs beyond the last and rows beyond `count` are zeros.
+  template <class Row>
+  void pack(int64_t tile, bool weights_left, const Row& row, int64_t count, int64_t inputs) const {
+    for (int64_t step = 0; step < steps_; ++step) {
+      const int64_t k = step * kTileInputs, there = std::min<int64_t>(kTileInputs, inputs - k);
+      const __mmask32 mask = there == 32 ? ~0u : (1u << there) - 1;
+      Ints rows[kTileRows];
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        rows[i] = i < count ? _mm512_maskz_loadu_epi16(mask, row(i) + k) : _mm512_setzero_si512();
+      }
+      if (weights_left) transpose(rows);
+      uint16_t* out = at(tile, step);
+      for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(out + kTileInputs * i, rows[i]);
+    }
+  }
+
+ private:
+  static constexpr int64_t kChunkSteps = kChunk / kTileInputs;
+
+  int64_t count_, steps_;
+  Buffer memory_;
+};
 
 // A thread's place of work: tile registers, decoded numbers, sums.
 class Worker {
@@ -52,7 +66,7 @@ class Worker {
   // Calls `use(n, end, tile, count, sums)` for all panels of outputs [first, last) of the weights, which are alike, and
   // all tiles of activations from `start`, some at a time: by weight, block of outputs and tile, two tiles of sums.
   template <int kWeights, class Use>
-  void products(const std::array<const Weight*, kWeights>& weights, Tiles x, int64_t start, int64_t tiles, int64_t first,
+  void products(const std::array<const Weight*, kWeights>& weights, const Tiles& x, int64_t start, int64_t tiles, int64_t first,
                 int64_t last, const Use& use) {
     std::vector<Rows> rows;
     std::vector<Columns> columns;
@@ -86,7 +100,7 @@ class Worker {
   static constexpr int64_t kPanelSums = kPanel / kBlock * kTilesAtOnce * kBlockSums;
 
   template <bool kWeightsLeft, class Decoder>
-  void product(Decoder& weights, int64_t inputs, Tiles x, int64_t tile, int64_t count, int64_t first, int64_t last,
+  void product(Decoder& weights, int64_t inputs, const Tiles& x, int64_t tile, int64_t count, int64_t first, int64_t last,
                float* sums) {
     weights.open(first, last);
     for (int64_t k = 0; k < inputs; k += kChunk) {
@@ -96,7 +110,7 @@ class Worker {
         for (int64_t m = 0; m < count; m += 2) {
           Step step = {decoded_.as<uint16_t>(), {}, steps, {}, k > 0};
           for (int64_t j = 0; j < std::min<int64_t>(2, count - m); ++j) {
-            step.x[j] = x.tile(tile + m + j) + k / kTileInputs * kTileElements;
+            step.x[j] = x.at(tile + m + j, k / kTileInputs);
             step.sums[j] = sums + (block * count + m + j) * kBlockSums;
           }
           multiply<kWeightsLeft>(units_, step);
@@ -172,12 +186,12 @@ inline void activate(const Weight& gate_weight, const float* gate, const Weight&
 
 // out = x times the weight, rounded: x [rows, inputs], out [rows, outputs].
 inline void tile_product(const Weight& w, Units units, const uint16_t* x, int64_t rows, uint16_t* out, int threads) {
-  const int64_t steps = steps_of(w.inputs), tiles = tiles_of(rows);
-  const Buffer packed(tiles * steps * kTileElements * 2);
+  const int64_t tiles = tiles_of(rows);
+  const Tiles packed(tiles, w.inputs);
   in_parallel(tiles, 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const auto row = [&](int64_t i) { return x + (t * kTileRows + i) * w.inputs; };
-      pack(weights_left(w), row, rows - t * kTileRows, w.inputs, packed.as<uint16_t>() + t * steps * kTileElements);
+      packed.pack(t, weights_left(w), row, rows - t * kTileRows, w.inputs);
     }
   });
   in_parallel(w.outputs, kBlock, threads, [&](int64_t first, int64_t last) {
@@ -188,7 +202,7 @@ inline void tile_product(const Weight& w, Units units, const uint16_t* x, int64_
         _mm512_mask_storeu_epi16(out + (row + m) * w.outputs + n, mask, rounded(low, high));
       });
     };
-    Worker(units).products<1>({&w}, {packed.as<uint16_t>(), steps}, 0, tiles, first, last, use);
+    Worker(units).products<1>({&w}, packed, 0, tiles, first, last, use);
   });
 }
 
@@ -212,13 +226,12 @@ struct TileExperts {
   void add(const std::vector<Turn>& turns, const uint16_t* x, int64_t top_k, const float* factor, float* y) const {
     const int64_t hidden = gates[0].inputs, width = gates[0].outputs;
     const int64_t tiles = turns.back().tile + tiles_of(turns.back().rows);
-    const Buffer asked(tiles * steps_of(hidden) * kTileElements * 2), between(tiles * steps_of(width) * kTileElements * 2);
+    const Tiles asked(tiles, hidden), between(tiles, width);
     in_parallel(int64_t(turns.size()), 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         for (int64_t start = 0; start < turns[i].rows; start += kTileRows) {
           const auto row = [&](int64_t m) { return x + turns[i].pairs[start + m] / top_k * hidden; };
-          uint16_t* const out = asked.as<uint16_t>() + (turns[i].tile + start / kTileRows) * steps_of(hidden) * kTileElements;
-          pack(weights_left(gates[0]), row, turns[i].rows - start, hidden, out);
+          asked.pack(turns[i].tile + start / kTileRows, weights_left(gates[0]), row, turns[i].rows - start, hidden);
         }
       }
     });
@@ -226,11 +239,11 @@ struct TileExperts {
       Worker worker(units);
       for (const Turn& turn : turns) {
         const auto use = [&](int64_t n, int64_t tile, const std::array<float*, 2>& sums) {
-          const int64_t at = (turn.tile + tile) * steps_of(width) + n / kBlock;
-          activate(gates[turn.expert], sums[0], ups[turn.expert], sums[1], between.as<uint16_t>() + at * kTileElements);
+          uint16_t* const out = between.at(turn.tile + tile, n / kBlock);
+          activate(gates[turn.expert], sums[0], ups[turn.expert], sums[1], out);
         };
-        worker.products<2>({gates + turn.expert, ups + turn.expert}, {asked.as<uint16_t>(), steps_of(hidden)}, turn.tile,
-                           tiles_of(turn.rows), first, last, use);
+        worker.products<2>({gates + turn.expert, ups + turn.expert}, asked, turn.tile, tiles_of(turn.rows), first, last,
+                           use);
       }
     });
     in_parallel(hidden, kBlock, threads, [&](int64_t first, int64_t last) {
@@ -248,8 +261,7 @@ struct TileExperts {
             _mm512_mask_storeu_ps(to, masks[1], _mm512_fmadd_ps(much, high, _mm512_maskz_loadu_ps(masks[1], to)));
           });
         };
-        worker.products<1>({downs + turn.expert}, {between.as<uint16_t>(), steps_of(width)}, turn.tile,
-                           tiles_of(turn.rows), first, last, use);
+        worker.products<1>({downs + turn.expert}, between, turn.tile, tiles_of(turn.rows), first, last, use);
       }
     });
   }

@@ -14,7 +14,7 @@ namespace qconv {
 
 constexpr int64_t kChunk = 512;                     // inputs that are decoded before they are multiplied with
 constexpr int64_t kBlock = 32;                      // outputs of two tiles
-constexpr int64_t kPanel = 4 * kBlock;              // outputs of decoded blocks that meet the same activations
+constexpr int64_t kPanel = 8 * kBlock;              // outputs of decoded blocks that meet the same activations
 constexpr int64_t kStepStride = 2 * kTileElements;  // between a row's steps: tiles come in twos
 
 inline int64_t blocks_of(int64_t outputs) { return (outputs + kBlock - 1) / kBlock; }

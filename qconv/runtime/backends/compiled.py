@@ -61,7 +61,7 @@ _EXPERTS = ctypes.CFUNCTYPE(
     None, *[_pointer] * 4, _int, *[_pointer] * 3, _count, _pointer, _pointer, _int
 )  # gates, ups, downs, x, dtype, expert, token, factor, pairs, y, scratch, threads
 _TILE_UNITS = ctypes.CFUNCTYPE(_int)
-_HAS_TILES = ctypes.CFUNCTYPE(_int, _pointer)
+_TILES_FROM = ctypes.CFUNCTYPE(_int, _pointer)
 _TILE_PRODUCT = ctypes.CFUNCTYPE(None, _pointer, _pointer, _count, _pointer, _int, _int)
 _TILE_EXPERTS = ctypes.CFUNCTYPE(
     None, *[_pointer] * 3, _count, *[_pointer] * 3, _count, _count, _pointer, _int, _int
@@ -101,7 +101,7 @@ class Compiled:
     dequantize_function: ctypes._CFunctionType
     product_function: ctypes._CFunctionType
     experts_function: ctypes._CFunctionType
-    has_tiles_function: ctypes._CFunctionType
+    tiles_from_function: ctypes._CFunctionType
     tile_product_function: ctypes._CFunctionType
     tile_experts_function: ctypes._CFunctionType
     scratch: Scratch
@@ -118,7 +118,7 @@ class Compiled:
             _DEQUANTIZE(("qconv_dequantize", library)),
             _PRODUCT(("qconv_product", library)),
             _EXPERTS(("qconv_experts", library)),
-            _HAS_TILES(("qconv_has_tiles", library)),
+            _TILES_FROM(("qconv_tiles_from", library)),
             _TILE_PRODUCT(("qconv_tile_product", library)),
             _TILE_EXPERTS(("qconv_tile_experts", library)),
             Scratch(),
@@ -178,15 +178,15 @@ class Compiled:
         )
         return out
 
-    def has_tiles(self, weight: CompiledWeight, dtype: torch.dtype) -> bool:
-        """Whether :meth:`tile_product` takes this weight and activations of this dtype on this machine."""
-        return self.units > Units.TORCH and dtype == torch.bfloat16 and bool(self.has_tiles_function(weight.address))
+    def tiles_from(self, weight: CompiledWeight) -> int:
+        """From how many rows of bfloat16 on :meth:`tile_product` is the fastest; 0: it does not take this weight."""
+        return self.tiles_from_function(weight.address) if self.units > Units.TORCH else 0
 
     def tile_product(self, weight: CompiledWeight, inputs: Tensor) -> Tensor:
         """``inputs @ weight.T`` for many rows, which meet each part of the weight soon after it is decoded.
 
         Args:
-            weight: One for which :meth:`has_tiles`.
+            weight: One that :meth:`tiles_from` knows.
             inputs: bfloat16 [rows, in_features].
 
         Returns:
@@ -203,7 +203,7 @@ class Compiled:
         """As an :class:`qconv.runtime.backends.base.ExpertsOperator`, with SiLU, for many tokens.
 
         Args:
-            experts: Of weights for which :meth:`has_tiles`, all transposed or none.
+            experts: Of weights that :meth:`tiles_from` knows, all transposed or none.
             inputs: bfloat16 [tokens, hidden].
             chosen: int64 [tokens, top_k].
             weights: [tokens, top_k].

@@ -1,7 +1,8 @@
 """The backend of machines without a GPU: C++ on the packed weights, or torch where there is no compiler.
 
-Few tokens are multiplied with the packed weight itself, which reads a quarter of what a dense one takes. For more a
-weight is made dense, one at a time, and multiplied by torch's own operation, which has the processor's matrix units.
+Few tokens are multiplied with the packed weight itself, which reads a quarter of what a dense one takes. For more,
+parts of a weight are decoded into the caches and all tokens meet them there, by the processor's matrix unit or AVX-512.
+On other processors, and for float32 and float16, a weight is made dense, one at a time, and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -31,22 +32,29 @@ def dense(library: Compiled, weights: Sequence[CompiledWeight], dtype: torch.dty
     return library.dequantize(weights, made).to(dtype)
 
 
+def by_tiles(tiles_from: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether so many activations are multiplied by tiles."""
+    return 0 < tiles_from <= rows and dtype == torch.bfloat16
+
+
 @dataclass(frozen=True, slots=True)
 class CpuLinear:
     """One linear."""
 
     library: Compiled
     weight: CompiledWeight
+    tiles_from: int
+    """From how many rows of bfloat16 on it is multiplied by tiles; 0: never."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         rows = inputs.numel() // inputs.shape[-1]
-        if rows <= FEW_TOKENS:
-            output = self.library.product(self.weight, inputs.reshape(rows, inputs.shape[-1]))
-            return output.to(inputs.dtype).view(*inputs.shape[:-1], self.weight.shape[0])
-        if self.library.has_tiles(self.weight, inputs.dtype):
+        if by_tiles(self.tiles_from, rows, inputs.dtype):
             output = self.library.tile_product(self.weight, inputs.reshape(rows, inputs.shape[-1]))
-            return output.view(*inputs.shape[:-1], self.weight.shape[0])
-        return functional.linear(inputs, dense(self.library, [self.weight], inputs.dtype))
+        elif rows <= FEW_TOKENS:
+            output = self.library.product(self.weight, inputs.reshape(rows, inputs.shape[-1])).to(inputs.dtype)
+        else:
+            return functional.linear(inputs, dense(self.library, [self.weight], inputs.dtype))
+        return output.view(*inputs.shape[:-1], self.weight.shape[0])
 
     def tensors(self) -> Iterator[Tensor]:
         return self.weight.tensors()
@@ -61,16 +69,15 @@ class CpuExperts:
     """gate, up and down of each."""
     act: Activation
     fused: CompiledExperts | None
+    tiles_from: int
+    """From how many tokens of bfloat16 on all are computed by tiles; 0: never."""
 
     def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        if self.fused is not None and by_tiles(self.tiles_from, len(inputs), inputs.dtype):
+            return self.library.tile_experts(self.fused, inputs, chosen, weights).to(inputs.dtype)
         if self.fused is not None and len(inputs) <= FEW_TOKENS:
             return self.library.experts(self.fused, inputs, chosen, weights).to(inputs.dtype)
-        if self.fused is not None and self._tiled(self.fused, inputs.dtype):
-            return self.library.tile_experts(self.fused, inputs, chosen, weights).to(inputs.dtype)
         return routed(inputs, chosen, weights, len(self.mlps), self._expert)
-
-    def _tiled(self, fused: CompiledExperts, dtype: torch.dtype) -> bool:
-        return fused.alike and all(self.library.has_tiles(weight, dtype) for mlp in fused.weights for weight in mlp)
 
     def _expert(self, expert: int, inputs: Tensor) -> Tensor:
         gate, up, down = self.mlps[expert]
@@ -96,14 +103,19 @@ class CpuBackend:
     def linear(self, weight: PackedWeight) -> LinearOperator:
         """The operator of one linear."""
         described = describe(weight)
-        return ReferenceLinear(weight) if described is None else CpuLinear(self.library, described)
+        if described is None:
+            return ReferenceLinear(weight)
+        return CpuLinear(self.library, described, self.library.tiles_from(described))
 
     def experts(self, experts: Sequence[PackedMlp], act: Activation) -> ExpertsOperator:
         """The operator of a sparse block's experts."""
         mlps = [[self.linear(weight) for weight in mlp.weights()] for mlp in experts]
-        compiled = [[one.weight for one in mlp if isinstance(one, CpuLinear)] for mlp in mlps]
-        whole = type(act).__name__ in _SILU and all(len(mlp) == 3 for mlp in compiled)
-        return CpuExperts(self.library, mlps, act, CompiledExperts.of(compiled) if whole else None)
+        compiled = [[one for one in mlp if isinstance(one, CpuLinear)] for mlp in mlps]
+        if type(act).__name__ not in _SILU or any(len(mlp) < 3 for mlp in compiled):
+            return CpuExperts(self.library, mlps, act, None, 0)
+        fused = CompiledExperts.of([[one.weight for one in mlp] for mlp in compiled])
+        least = [one.tiles_from for mlp in compiled for one in mlp]
+        return CpuExperts(self.library, mlps, act, fused, max(least) if fused.alike and all(least) else 0)
 
 
 def create(device: torch.device) -> Backend:

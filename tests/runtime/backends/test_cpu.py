@@ -18,7 +18,7 @@ from qconv.ggml import GgmlType, encode
 from qconv.qtensor import CHANNEL, Grid
 from qconv.runtime.backends import get_backend
 from qconv.runtime.backends.compiled import Compiled, CompiledWeight, describe
-from qconv.runtime.backends.cpu import CpuBackend, CpuExperts, CpuLinear
+from qconv.runtime.backends.cpu import CpuBackend, CpuExperts, CpuLinear, by_tiles
 from qconv.runtime.backends.reference import ReferenceBackend, ReferenceLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, FloatWeight, IntegerWeight, PackedMlp, PackedWeight
 from tests.conftest import random_float_qtensor, random_qtensor
@@ -118,10 +118,12 @@ def test_products_against_float64(library: Compiled, kind: str, dtype: torch.dty
     for rows, columns in ((80, 256), (272, 768)):
         weight = WEIGHTS[kind](rows, columns)
         operator = backend.linear(weight)
-        for tokens in (1, 3, 9):  # the packed product, and the dense one
+        assert isinstance(operator, CpuLinear)
+        for tokens in (1, 3, 9):  # the packed product, and the one with the weight in the inputs' dtype
             inputs = torch.randn(1, tokens, columns, generator=torch.Generator().manual_seed(tokens))
             inputs = (0.1 * inputs).to(dtype)
-            dense = weight.dequantize(torch.float32 if tokens < 9 else dtype).double()
+            rounded = tokens == 9 or by_tiles(operator.tiles_from, tokens, dtype)
+            dense = weight.dequantize(dtype if rounded else torch.float32).double()
             wanted = inputs.double() @ dense.t()
             got = operator(inputs)
             assert (got.dtype, got.shape) == (dtype, (1, tokens, rows))

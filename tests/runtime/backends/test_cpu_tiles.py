@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from qconv.qtensor import Grid, QTensor
 from qconv.runtime.backends.compiled import Compiled, Units
-from qconv.runtime.backends.cpu import CpuBackend
+from qconv.runtime.backends.cpu import FEW_TOKENS, CpuBackend, CpuExperts, by_tiles
 from qconv.runtime.packed import BlockWeight, DenseWeight, FloatWeight, IntegerWeight, PackedMlp, PackedWeight
 from tests.conftest import random_float_qtensor
 from tests.runtime.backends.test_cpu import BF16, WEIGHTS, described, integer
@@ -213,14 +213,30 @@ def test_any_number_of_threads_computes_the_same_bits(library: Compiled, kind: s
         assert torch.equal(answers, outputs[0][1])
 
 
-def test_tiles_are_for_bfloat16_and_whole_pairs(best: Compiled) -> None:
-    weight = described(WEIGHTS["awq"](8, 32))
-    assert best.has_tiles(weight, BF16)
-    assert not best.has_tiles(weight, torch.float32)
-    assert not best.has_tiles(weight, torch.float16)
-    assert not replace(best, units=Units.TORCH).has_tiles(weight, BF16)
+def test_which_weights_and_activations_are_multiplied_by_tiles(best: Compiled) -> None:
+    tiles_from = {kind: best.tiles_from(described(WEIGHTS[kind](16, 256))) for kind in KINDS}
+    # Those without a product of their own for few rows take tiles for any number.
+    assert {kind for kind, least in tiles_from.items() if least == 1} >= {"gptq-act-order", "gptq-8", "w4a16-8"}
+    assert tiles_from["awq"] == tiles_from["w4a16"] == FEW_TOKENS + 1
+    assert 0 not in tiles_from.values()
     odd = described(integer("awq", Grid(4, 5, False, torch.float16))(8, 15))
-    assert not best.has_tiles(odd, BF16)
+    assert best.tiles_from(odd) == 0
+    assert replace(best, units=Units.TORCH).tiles_from(described(WEIGHTS["awq"](8, 32))) == 0
+    assert by_tiles(5, 5, BF16)
+    assert not by_tiles(5, 4, BF16)
+    assert not by_tiles(0, 9, BF16)
+    assert not by_tiles(5, 9, torch.float32)
+    assert not by_tiles(5, 9, torch.float16)
+
+
+def test_experts_of_which_some_lie_the_other_way_are_computed_one_by_one(best: Compiled) -> None:
+    experts = mlps(("awq", "w4a16-32", "awq"), 3, 64, 64)
+    operator = CpuBackend(best, torch.device("cpu")).experts(experts, torch.nn.SiLU())
+    assert isinstance(operator, CpuExperts)
+    assert operator.tiles_from == 0
+    inputs, chosen, weights = 0.1 * activations(9, 64), torch.arange(9).unsqueeze(1) % 3, torch.ones(9, 1)
+    wanted = wanted_answers(experts, inputs, chosen, weights)
+    assert float((operator(inputs, chosen, weights).double() - wanted).norm() / wanted.norm()) < 4 * 2.0**-8
 
 
 def test_the_shape_of_leading_dimensions_is_kept(library: Compiled) -> None:
