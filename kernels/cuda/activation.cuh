@@ -18,19 +18,23 @@ struct F16 {
   }
   static QC_DEVICE u32 pack(float low, float high) { return pack_f16x2(low, high); }
 
-  // What int4_pair must add for a zero point of 0..16: -(1024 + zero) twice.
-  static QC_DEVICE u32 int4_offset(u32 zero) { return 0xE400E400u + zero * 0x00010001u; }
-
-  // The codes in nibbles `i` and `i + 4` of a word, less the zero point. 0x6400 | code is 1024 + code, so a nibble is
-  // used where it lies: one that lies 4 bits higher reads as 1024 + 16 code, which one fma puts right.
-  static QC_DEVICE u32 int4_pair(u32 word, int i, u32 offset) {
-    const u32 bits = i & 2 ? word >> 8 : word;
-    if (i & 1) return fma_f16x2(and_or(bits, 0x00F000F0u, 0x64006400u), 0x2C002C00u, add_f16x2(offset, 0x63806380u));
-    return add_f16x2(and_or(bits, 0x000F000Fu, 0x64006400u), offset);
+  // A code is used where it lies in its half: from bit 0 on (low) it makes CODE the number 1024 + code, from bit 4 on
+  // (high) it makes HIGH_CODE 1024 + 16 code.
+  enum : u32 { CODE = 0x64006400u, HIGH_CODE = 0x64006400u };
+  // What low_code and high_code must add for a code less its zero point: -(1024 + zero) and -(64 + zero).
+  static QC_DEVICE u32 low_offset(u32 zero) { return 0xE400E400u + zero * 0x00010001u; }
+  static QC_DEVICE u32 high_offset(u32 zero) { return 0xD400D400u + zero * 0x00100010u; }
+  // The same of the zero point in byte BYTE of a word.
+  template <u32 BYTE>
+  static QC_DEVICE u32 low_offset_of(u32 zeros) {
+    return permute_bytes<0x4040 + BYTE * 0x0101>(zeros, 0xE4E4E4E4u);
   }
-
-  // Codes of six bits in the low bits of both halves, less 32.
-  static QC_DEVICE u32 int6_pair(u32 codes) { return add_f16x2(codes | 0x64006400u, 0xE420E420u); }
+  template <u32 BYTE>
+  static QC_DEVICE u32 high_offset_of(u32 zeros) {
+    return add_f16x2(low_offset_of<BYTE>(zeros), 0x63806380u);
+  }
+  static QC_DEVICE u32 low_code(u32 pattern, u32 offset) { return add_f16x2(pattern, offset); }
+  static QC_DEVICE u32 high_code(u32 pattern, u32 offset) { return fma_f16x2(pattern, 0x2C002C00u, offset); }
 
   // Signed bytes 2i and 2i + 1 of a word.
   static QC_DEVICE u32 int8_pair(u32 word, int i) {
@@ -58,15 +62,23 @@ struct BF16 {
   }
   static QC_DEVICE u32 pack(float low, float high) { return pack_bf16x2(low, high); }
 
-  // -(128 + zero) twice.
-  static QC_DEVICE u32 int4_offset(u32 zero) { return 0xC300C300u + zero * 0x00010001u; }
-
-  // 0x4300 | code is 128 + code; seven bits of mantissa leave no room for a nibble that lies higher.
-  static QC_DEVICE u32 int4_pair(u32 word, int i, u32 offset) {
-    return fma_bf16x2(and_or(word >> (4 * i), 0x000F000Fu, 0x43004300u), ONES, offset);
+  // Low codes as for F16, with 128 for 1024. Seven bits of mantissa leave no room for a code from bit 4 on: HIGH_CODE
+  // is CODE rotated left by four bits, and high_code rotates back.
+  enum : u32 { CODE = 0x43004300u, HIGH_CODE = 0x30043004u };
+  static QC_DEVICE u32 low_offset(u32 zero) { return 0xC300C300u + zero * 0x00010001u; }
+  static QC_DEVICE u32 high_offset(u32 zero) { return low_offset(zero); }
+  template <u32 BYTE>
+  static QC_DEVICE u32 low_offset_of(u32 zeros) {
+    return permute_bytes<0x4040 + BYTE * 0x0101>(zeros, 0xC3C3C3C3u);
   }
-
-  static QC_DEVICE u32 int6_pair(u32 codes) { return fma_bf16x2(codes | 0x43004300u, ONES, 0xC320C320u); }
+  template <u32 BYTE>
+  static QC_DEVICE u32 high_offset_of(u32 zeros) {
+    return low_offset_of<BYTE>(zeros);
+  }
+  static QC_DEVICE u32 low_code(u32 pattern, u32 offset) { return fma_bf16x2(pattern, ONES, offset); }
+  static QC_DEVICE u32 high_code(u32 pattern, u32 offset) {
+    return low_code(QC_PLANTED(ROTATION_LOST) ? pattern : rotate_right<4>(pattern), offset);
+  }
 
   // 128 + the low seven bits, less 128 or, where the sign bit is set, less 256: -128.0 and -256.0 differ in bit 7 only.
   static QC_DEVICE u32 int8_pair(u32 word, int i) {

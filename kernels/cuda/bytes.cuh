@@ -3,7 +3,7 @@
 #include "gemm.cuh"
 
 struct ByteWeights {
-  static constexpr int WEIGHT_BYTES = TILE_K * TILE_N, RUNS = 1;
+  static constexpr int WEIGHT_BYTES = TILE_K * TILE_N, RUNS = 1, DECODE_BLOCKS = 8;
   static constexpr bool SPLIT_OCTETS = false, MINIMUMS = false;
   struct Columns {
     float scale[1][8], minimum[8];
@@ -11,13 +11,19 @@ struct ByteWeights {
   };
   struct Square {
     u32 words[16];  // two for each output
+
+    QC_DEVICE u32 word(int output, int i) const {
+      return words[2 * output + i] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u);
+    }
   };
 
+  template <int THREADS>
   struct Copier {
-    OctetCopy<8> codes;
+    OctetCopy<8, THREADS> codes;
     ParameterCopy parameters;
 
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : codes(args, args.weights, at) {}
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at, const Slice& slice)
+        : codes(args, args.weights, at, slice) {}
 
     QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
       codes.start(weights_at, tile);
@@ -50,9 +56,11 @@ struct Fp8 : ByteWeights {
     args.scales += e * groups(args) * args.columns * 4;
   }
 
-  struct Copier : ByteWeights::Copier {
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : ByteWeights::Copier(args, at) {
-      parameters.plane<32, 2, 0>(args, args.scales, args.group_shift, groups(args), 0, at);
+  template <int THREADS>
+  struct Copier : ByteWeights::Copier<THREADS> {
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at, const Slice& slice)
+        : ByteWeights::Copier<THREADS>(args, at, slice) {
+      this->parameters.template plane<32, 2, 0>(args, args.scales, args.group_shift, groups(args), 0, at, slice);
     }
   };
 
@@ -67,10 +75,12 @@ struct Fp8 : ByteWeights {
     for (int j = 0; j < 8; j++) columns.scale[0][j] = mul_f32(scales[j], float_from_bits(Act::E4M3_SCALE_BITS));
   }
 
-  static QC_DEVICE void decode(const Square& square, const Columns&, int j, u32 (&pairs)[4]) {
+  static QC_DEVICE void decode(const Square& square, const Columns&, int pair, u32 (&first)[4], u32 (&second)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = Act::e4m3_pair(square.words[2 * j + i / 2] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u), i & 1);
+    for (int i = 0; i < 4; i++) {
+      first[i] = Act::e4m3_pair(square.word(first_of(pair), i / 2), i & 1);
+      second[i] = Act::e4m3_pair(square.word(second_of(pair), i / 2), i & 1);
+    }
   }
 };
 
@@ -84,9 +94,11 @@ struct Q8_0 : ByteWeights {
     args.scales += e * (args.depth / 32) * args.columns * 2;
   }
 
-  struct Copier : ByteWeights::Copier {
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : ByteWeights::Copier(args, at) {
-      parameters.plane<16, 2, 0>(args, args.scales, 5, args.depth / 32, 0, at);
+  template <int THREADS>
+  struct Copier : ByteWeights::Copier<THREADS> {
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at, const Slice& slice)
+        : ByteWeights::Copier<THREADS>(args, at, slice) {
+      this->parameters.template plane<16, 2, 0>(args, args.scales, 5, args.depth / 32, 0, at, slice);
     }
   };
 
@@ -100,9 +112,11 @@ struct Q8_0 : ByteWeights {
       columns.scale[0][j] = float_from_f16(j & 1 ? pairs[j / 2] >> 16 : pairs[j / 2] & 0xFFFF);
   }
 
-  static QC_DEVICE void decode(const Square& square, const Columns&, int j, u32 (&pairs)[4]) {
+  static QC_DEVICE void decode(const Square& square, const Columns&, int pair, u32 (&first)[4], u32 (&second)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = Act::int8_pair(square.words[2 * j + i / 2] & (QC_PLANTED(SIGN_LOST) ? 0x7F7F7F7Fu : ~0u), i & 1);
+    for (int i = 0; i < 4; i++) {
+      first[i] = Act::int8_pair(square.word(first_of(pair), i / 2), i & 1);
+      second[i] = Act::int8_pair(square.word(second_of(pair), i / 2), i & 1);
+    }
   }
 };

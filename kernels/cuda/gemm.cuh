@@ -9,12 +9,13 @@
 //   WEIGHT_BYTES, PARAMETER_BYTES   of a tile, in shared memory
 //   SPLIT_OCTETS                    a lane's octet is inputs 4t..4t+3 and 16+4t..16+4t+3 of the slab, not 8t..8t+7
 //   RUNS                            how many runs of inputs with scales of their own a slab has: 1, or 2 of 16
+//   DECODE_BLOCKS                   of 8 rows an SM at least: 8 leave 128 registers a thread, 6 leave 168
 //   MINIMUMS                        whether weights are scale * code - minimum
 //   expert(args, e)                 lets the pointers of args point to expert e
-//   Copier(args, place)             a thread's part in copying tiles: start(weights, parameters, tile)
+//   Copier(args, place, slice)      a thread's part in copying tiles: start(weights, parameters, tile)
 //   Square, load(shared, place)     a lane's codes
 //   Columns, refresh(...)           a lane's parameters: scale[RUNS][8], minimum[8], and what decode needs
-//   decode(square, columns, j, u32 (&pairs)[4])   output 8g + j, inputs in pairs
+//   decode(square, columns, pair, u32 (&first)[4], u32 (&second)[4])   two outputs of a lane, inputs in pairs
 #pragma once
 #include "activation.cuh"
 #include "tile.cuh"
@@ -33,13 +34,16 @@ template <template <class> class FormatOf, class Act, int ROW_OCTETS>
 QC_DEVICE void gemm(GemmArgs args) {
   typedef FormatOf<Act> Format;
   typedef SharedLayout<Format, ROW_OCTETS> Layout;
-  constexpr int ROWS = ROW_OCTETS * 8, COPIES = (ROWS * 8 + THREADS - 1) / THREADS;
-  // Up to 32 rows the warps split a tile's inputs and add their sums at the end. For 64 rows that would take more
-  // registers than there are: each warp goes through all inputs for half of the rows.
+  constexpr int THREADS = threads_of(ROW_OCTETS), ROWS = ROW_OCTETS * 8, COPIES = ROWS * 8 / THREADS;
+  // For 16 and 32 rows the warps split a tile's inputs and add their sums at the end. For 64 rows that would take more
+  // registers than there are: each warp goes through all inputs for half of the rows. For 8 rows there are two warps,
+  // so that what a tile costs besides its products is spent on twice as many of them.
+  constexpr bool SPLIT_INPUTS = ROW_OCTETS == 2 || ROW_OCTETS == 4;
   constexpr int ROW_PARTS = ROW_OCTETS == 8 ? 2 : 1, OCTETS = ROW_OCTETS / ROW_PARTS;
   const u32 shared = shared_base();
   const u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  Place at = {thread, lane, lane >> 2, lane & 3, warp & 1, warp >> 1, (int)blockIdx.x * TILE_N};
+  const u32 slab0 = SPLIT_INPUTS ? warp >> 1 : 0;
+  const Place at = {thread, lane, lane >> 2, lane & 3, warp & 1, slab0, (int)blockIdx.x * TILE_N};
   const int octet0 = ROW_PARTS == 2 ? (int)(warp >> 1) * OCTETS : 0;
   const bool grouped = args.tile_experts != 0;
   const int row0 = blockIdx.y * ROWS;
@@ -50,32 +54,28 @@ QC_DEVICE void gemm(GemmArgs args) {
   }
   // This block's slice of k.
   const int tiles = (args.depth + TILE_K - 1) / TILE_K, per_slice = (tiles + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * per_slice, end = first + per_slice + QC_PLANTED(SLICES_OVERLAP);
-  const int last = end < tiles ? end : tiles;
+  const int begin = blockIdx.z * per_slice, end = begin + per_slice + QC_PLANTED(SLICES_OVERLAP);
+  const Slice slice = {begin, end < tiles ? end : tiles};
 
-  // The activations that this thread copies: the same rows and chunk of every tile, counted in chunks of 16 bytes.
-  constexpr u32 ABSENT = ~0u;
-  u32 source[COPIES];
+  // The activations that this thread copies: the same rows and chunk of every tile.
+  const unsigned char* source[COPIES];
+  int limit[COPIES];  // the first tile without them
 #pragma unroll
   for (int i = 0; i < COPIES; i++) {
-    const int in_tile = (thread + i * THREADS) >> 3;
-    int row = row0 + in_tile;
-    if (grouped && in_tile < ROWS) row = load_global_i32(args.row_ids + row);
-    const bool present = in_tile < ROWS && (row < args.rows || QC_PLANTED(ROWS_OVERRUN));
-    source[i] = present ? (u32)(row / args.rows_per_input) * (args.depth / 8) + (thread & 7) : ABSENT;
+    int row = row0 + (int)((thread + i * THREADS) >> 3);
+    if (grouped) row = load_global_i32(args.row_ids + row);
+    const int present = (args.depth / 8 - (int)(thread & 7) + TILE_K / 8 - 1) / (TILE_K / 8);
+    const bool whole = QC_PLANTED(DEPTH_OVERRUN) || slice.last < present;
+    limit[i] = row >= args.rows && !QC_PLANTED(ROWS_OVERRUN) ? 0 : whole ? slice.last : present;
+    source[i] = args.activations + ((size_t)(row / args.rows_per_input) * (args.depth / 8) + (thread & 7)) * 16;
   }
-  const int chunks = QC_PLANTED(DEPTH_OVERRUN) ? 1 << 30 : args.depth / 8 - (int)(thread & 7);
-  const typename Format::Copier copier(args, at);
-  auto copy_tile = [&](int tile) {
-    const u32 stage = shared + (u32)(tile % STAGES) * Layout::STAGE;
-    const int chunk = tile * (TILE_K / 8);
+  const typename Format::template Copier<THREADS> copier(args, at, slice);
+  auto copy_tile = [&](int tile, u32 stage) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const u32 index = thread + i * THREADS;
-      const bool valid = source[i] != ABSENT && chunk < chunks;
-      if (index < ROWS * 8)
-        copy_async_16(stage + activation_offset(index >> 3, index & 7),
-                      args.activations + (u64)(source[i] + chunk) * 16, valid);
+      copy_async_16(stage + activation_offset(index >> 3, index & 7), source[i] + (u64)(u32)tile * (TILE_K * 2),
+                    tile < limit[i]);
     }
     copier.start(stage + Layout::WEIGHTS_AT, stage + Layout::PARAMETERS_AT, tile);
   };
@@ -88,41 +88,41 @@ QC_DEVICE void gemm(GemmArgs args) {
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[pair][octet][i] = 0.f;
 
+  // Tiles past the slice's end are copied too, as zeros, so that no tile is a special case.
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (first + i < last) copy_tile(first + i);
+    copy_tile(slice.first + i, shared + i * Layout::STAGE);
     copy_async_commit();
   }
   typename Format::Columns columns;
   columns.group = -1;
-  for (int tile = first; tile < last; tile++) {
+  constexpr u32 RING = STAGES * Layout::STAGE;
+  u32 stage = shared, spare = shared + RING - Layout::STAGE;  // of this tile, of the one that is copied meanwhile
+  for (int tile = slice.first; tile < slice.last; tile++) {
     if (QC_PLANTED(SHORT_WAIT))
       copy_async_wait<STAGES - 1>();
     else
       copy_async_wait<STAGES - 2>();
-    if (QC_PLANTED(EARLY_COPY) && tile + STAGES - 1 < last) copy_tile(tile + STAGES - 1);
+    if (QC_PLANTED(EARLY_COPY)) copy_tile(tile + STAGES - 1, spare);
     if (!QC_PLANTED(NO_BARRIER_IN_LOOP)) sync_threads();
-    if (tile + STAGES - 1 < last && !QC_PLANTED(EARLY_COPY)) copy_tile(tile + STAGES - 1);
+    if (!QC_PLANTED(EARLY_COPY)) copy_tile(tile + STAGES - 1, spare);
     copy_async_commit();
 
-    const u32 stage = shared + (u32)(tile % STAGES) * Layout::STAGE;
-#pragma unroll 1
-    for (int i = 0; i < ROW_PARTS; i++) {
-      if (ROW_PARTS == 2) at.slab = i;
-      Format::refresh(args, columns, stage + Layout::PARAMETERS_AT, tile * TILE_K, at);
-      const typename Format::Square square = Format::load(stage + Layout::WEIGHTS_AT, at);
+    auto multiply_slab = [&](const Place& place) {
+      Format::refresh(args, columns, stage + Layout::PARAMETERS_AT, tile * TILE_K, place);
+      const typename Format::Square square = Format::load(stage + Layout::WEIGHTS_AT, place);
       u32 codes[4][2][4];  // [pair of outputs][half of the octet]: the mma's left operands
 #pragma unroll
       for (int pair = 0; pair < 4; pair++) {
-        u32 even[4], odd[4];
-        Format::decode(square, columns, 2 * pair, even);
-        Format::decode(square, columns, 2 * pair + 1, odd);
+        u32 first[4], second[4];
+        Format::decode(square, columns, pair, first, second);
 #pragma unroll
-        for (int i = 0; i < 4; i++) codes[pair][i / 2][i % 2 * 2] = even[i], codes[pair][i / 2][i % 2 * 2 + 1] = odd[i];
+        for (int i = 0; i < 4; i++)
+          codes[pair][i / 2][i % 2 * 2] = first[i], codes[pair][i / 2][i % 2 * 2 + 1] = second[i];
       }
 #pragma unroll
       for (int octet = 0; octet < OCTETS; octet++) {
-        const u32x4 tokens = load_activations<Format::SPLIT_OCTETS>(stage, (octet0 + octet) * 8 + at.g, at);
+        const u32x4 tokens = load_activations<Format::SPLIT_OCTETS>(stage, (octet0 + octet) * 8 + place.g, place);
         float totals[4] = {};  // with minimums: the sum of a token's inputs, by a product with ones
         if (Format::MINIMUMS) {
           const u32 ones[4] = {Act::ONES, Act::ONES, Act::ONES, Act::ONES};
@@ -138,21 +138,36 @@ QC_DEVICE void gemm(GemmArgs args) {
           else
             Act::mma_first(product[Format::RUNS - 1], codes[pair][1], tokens.z, tokens.w);
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int column = 2 * pair + i / 2;
-            float& sum = sums[pair][octet][i];
+          for (int i = 0; i < 4; i += 2) {
+            const int column = i == 0 ? first_of(pair) : second_of(pair);
+            float (&sum)[4] = sums[pair][octet];
 #pragma unroll
-            for (int run = 0; run < Format::RUNS; run++)
-              sum = fma_f32(columns.scale[run][column], product[run][i], sum);
-            if (Format::MINIMUMS && !QC_PLANTED(NO_MINIMUM)) sum = fma_f32(-columns.minimum[column], totals[i], sum);
+            for (int run = 0; run < Format::RUNS; run++) {
+              const float scale = columns.scale[run][column];
+              fma_f32x2(scale, scale, product[run][i], product[run][i + 1], sum[i], sum[i + 1]);
+            }
+            const float minimum = -columns.minimum[column];
+            if (Format::MINIMUMS && !QC_PLANTED(NO_MINIMUM))
+              fma_f32x2(minimum, minimum, totals[i], totals[i + 1], sum[i], sum[i + 1]);
           }
         }
       }
+    };
+    if (SPLIT_INPUTS) {
+      multiply_slab(at);
+    } else if (ROW_PARTS == 1) {
+#pragma unroll
+      for (u32 slab = 0; slab < 2; slab++) multiply_slab(at.of_slab(QC_PLANTED(SLAB_TWICE) ? 0 : slab));
+    } else {
+#pragma unroll 1
+      for (u32 slab = 0; slab < 2; slab++) multiply_slab(at.of_slab(slab));
     }
+    spare = stage;
+    stage = stage + Layout::STAGE == shared + RING && !QC_PLANTED(RING_UNWRAPPED) ? shared : stage + Layout::STAGE;
   }
-  if (ROW_PARTS == 1) {
-    // Add the sums of the two slabs: the second one's warps hand theirs to the first's, in place of the tiles. All
-    // copies have landed: the groups that may still be pending are empty.
+  if (!QC_PLANTED(COPIES_LEFT)) copy_async_wait<0>();
+  if (SPLIT_INPUTS) {
+    // Add the sums of the two slabs: the second one's warps hand theirs to the first's, in place of the tiles.
     if (!QC_PLANTED(NO_BARRIER_BEFORE_EXCHANGE)) sync_threads();
     const u32 mine = shared + (at.half * 32 + lane) * 16;
     if (at.slab == 1)
@@ -186,8 +201,10 @@ QC_DEVICE void gemm(GemmArgs args) {
       int row = row0 + (octet0 + octet) * 8 + at.t * 2 + i;
       if (grouped) row = load_global_i32(args.row_ids + row);
       if (row >= args.rows && !QC_PLANTED(PADDING_WRITTEN)) continue;
-      const float values[8] = {sums[0][octet][i], sums[0][octet][2 + i], sums[1][octet][i], sums[1][octet][2 + i],
-                               sums[2][octet][i], sums[2][octet][2 + i], sums[3][octet][i], sums[3][octet][2 + i]};
+      float values[8];
+#pragma unroll
+      for (int pair = 0; pair < 4; pair++)
+        values[first_of(pair)] = sums[pair][octet][i], values[second_of(pair)] = sums[pair][octet][2 + i];
       const u32 slice = QC_PLANTED(SLICES_COLLIDE) ? 0 : blockIdx.z;
       const size_t element = ((size_t)slice * args.rows + row) * args.columns + column;
       if (gridDim.z > 1) {
@@ -203,7 +220,8 @@ QC_DEVICE void gemm(GemmArgs args) {
 
 // The entry points of a format: qconv_FORMAT_mROWS_ACTIVATIONS.
 #define QC_GEMM(Format, format, octets, rows, Act, act)                                                           \
-  QC_KERNEL(qconv_##format##_m##rows##_##act, THREADS, 1, (SharedLayout<Format<Act>, octets>::BYTES), GemmArgs) { \
+  QC_KERNEL(qconv_##format##_m##rows##_##act, threads_of(octets), (octets == 1 ? Format<Act>::DECODE_BLOCKS : 1), \
+            (SharedLayout<Format<Act>, octets>::BYTES), GemmArgs) {                                               \
     gemm<Format, Act, octets>(args);                                                                              \
   }
 #define QC_GEMMS(Format, format)             \

@@ -1,4 +1,5 @@
-// Four-bit integers with scales and zero points of groups: weight = (code - zero_point) * scale.
+// Four-bit integers with scales and zero points of groups: weight = (code - zero_point) * scale. Zero points lie as
+// AutoAWQ's: words [groups, N/8], nibble i being that of output 0,2,4,6,1,3,5,7 [i] of eight.
 #pragma once
 #include "gemm.cuh"
 
@@ -6,12 +7,12 @@
 template <class Act>
 struct Int4Parameters {
   static constexpr int SCALE_ROW = TILE_N * 2, ZERO_ROW = TILE_N / 2, ZEROS_AT = 2 * SCALE_ROW;
-  static constexpr int PARAMETER_BYTES = 2 * (SCALE_ROW + ZERO_ROW), RUNS = 1;
+  static constexpr int PARAMETER_BYTES = 2 * (SCALE_ROW + ZERO_ROW), RUNS = 1, DECODE_BLOCKS = 8;
   static constexpr bool SPLIT_OCTETS = false, MINIMUMS = false;
 
   struct Columns {
     float scale[1][8], minimum[8];
-    u32 offset[8];  // for Act::int4_pair
+    u32 offset[8];  // for Act::low_code and high_code
     int group;
   };
 
@@ -24,30 +25,49 @@ struct Int4Parameters {
   }
 
   // The two slabs of a tile may be of two groups: two rows.
-  static QC_DEVICE ParameterCopy copy_groups(const GemmArgs& args, const Place& at) {
+  static QC_DEVICE ParameterCopy copy_groups(const GemmArgs& args, const Place& at, const Slice& slice) {
     ParameterCopy copy;
-    copy.plane<16, 2, 0>(args, args.scales, args.group_shift, groups(args), 0, at);
-    copy.plane<4, 2, 32>(args, args.offsets, args.group_shift, groups(args), ZEROS_AT, at);
+    copy.plane<16, 2, 0>(args, args.scales, args.group_shift, groups(args), 0, at, slice);
+    copy.plane<4, 2, 32>(args, args.offsets, args.group_shift, groups(args), ZEROS_AT, at, slice);
     return copy;
   }
 
-  // `nibble_of(j)`: where output 8g + j lies in a word of zero points.
-  template <class NibbleOf>
-  static QC_DEVICE void refresh_groups(const GemmArgs& args, Columns& columns, u32 shared, int k0, const Place& at,
-                                       NibbleOf nibble_of) {
+  static QC_DEVICE void refresh(const GemmArgs& args, Columns& columns, u32 shared, int k0, const Place& at) {
     const int group = (k0 + (int)at.slab * SLAB) >> args.group_shift;
     if (group == columns.group || (QC_PLANTED(STALE_SCALES) && columns.group >= 0)) return;
     columns.group = group;
     const u32 row = group - (k0 >> args.group_shift), octet = at.half * 8 + at.g;
     const u32x4 scales = load_shared_u32x4(shared + row * SCALE_ROW + octet * 16);
     const u32 zeros = load_shared_u32(shared + ZEROS_AT + row * ZERO_ROW + octet * 4);
-    const u32 common = QC_PLANTED(ZERO_OFFSET_LOST) ? 0 : (u32)args.zero_offset * 0x00010001u;
     const u32 pairs[4] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const u32 bits = j & 1 ? pairs[j / 2] >> 16 : pairs[j / 2] & 0xFFFF;
       columns.scale[0][j] = args.scales_bf16 ? float_from_bits(bits << 16) : float_from_f16(bits);
-      columns.offset[j] = Act::int4_offset(zeros >> (4 * nibble_of(j)) & 15) + common;
+    }
+    // Bytes: the zero points of outputs 0, 4, 1, 5, and of 2, 6, 3, 7.
+    const u32 common = QC_PLANTED(ZERO_OFFSET_LOST) ? 0 : (u32)args.zero_offset * 0x01010101u;
+    const u32 low = (zeros >> (QC_PLANTED(ZERO_POINTS_SWAPPED) ? 4 : 0) & 0x0F0F0F0Fu) + common;
+    const u32 high = (zeros >> (QC_PLANTED(ZERO_POINTS_SWAPPED) ? 0 : 4) & 0x0F0F0F0Fu) + common;
+    columns.offset[0] = Act::template low_offset_of<0>(low);
+    columns.offset[4] = Act::template low_offset_of<1>(low);
+    columns.offset[1] = Act::template low_offset_of<2>(low);
+    columns.offset[5] = Act::template low_offset_of<3>(low);
+    columns.offset[2] = Act::template high_offset_of<0>(high);
+    columns.offset[6] = Act::template high_offset_of<1>(high);
+    columns.offset[3] = Act::template high_offset_of<2>(high);
+    columns.offset[7] = Act::template high_offset_of<3>(high);
+  }
+
+  typedef NibbleSquare Square;
+
+  static QC_DEVICE void decode(const Square& square, const Columns& columns, int pair, u32 (&first)[4],
+                               u32 (&second)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 bits = square.bits(pair, i);
+      first[i] = Act::low_code(and_or(bits, 0x000F000Fu, Act::CODE), columns.offset[first_of(pair)]);
+      second[i] = Act::high_code(and_or(bits, 0x00F000F0u, Act::HIGH_CODE), columns.offset[second_of(pair)]);
     }
   }
 };
@@ -58,9 +78,6 @@ template <class Act>
 struct Awq : Int4Parameters<Act> {
   typedef Int4Parameters<Act> Base;
   static constexpr int WEIGHT_BYTES = TILE_K * TILE_N / 2;
-  struct Square {
-    u32 even[4], odd[4];  // [pair of inputs]: nibble c of the lower and upper half is output 2c (odd: 2c + 1)
-  };
 
   // Two rows of 64 bytes share a line. Lanes t = 0..3 read rows 8t + i, so t picks which quarter of the line is
   // swapped.
@@ -69,45 +86,47 @@ struct Awq : Int4Parameters<Act> {
     return (row >> 1) * 128 + ((((row & 1) * 4 + chunk) ^ flip) << 4);
   }
 
+  template <int THREADS>
   struct Copier {
-    static constexpr int CHUNKS = 4, ROWS_APART = THREADS / CHUNKS;
-    const unsigned char* from;
-    u32 to[2], stride;
-    int rows;  // as in OctetCopy
+    static constexpr int CHUNKS = 4, ROWS_APART = THREADS / CHUNKS, COPIES = TILE_K / ROWS_APART;
+    const unsigned char* from[COPIES];
+    u32 to[COPIES], tile_bytes;
+    int limit[2];  // the first tile whose first or second slab there is not
     ParameterCopy parameters;
 
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at) : parameters(Base::copy_groups(args, at)) {
-      const u32 row = at.thread / CHUNKS, chunk = at.thread % CHUNKS;
-      stride = args.columns / 2;
-      from = args.weights + (size_t)row * stride + (size_t)at.n0 / 2 + chunk * 16;
-      rows = at.n0 + (int)chunk * 32 < args.columns ? args.depth - (int)row : 0;
-      if (QC_PLANTED(WEIGHTS_OVERRUN)) rows = 1 << 30;
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at, const Slice& slice)
+        : parameters(Base::copy_groups(args, at, slice)) {
+      const u32 row = at.thread / CHUNKS, chunk = at.thread % CHUNKS, row_bytes = args.columns / 2;
+      tile_bytes = row_bytes * TILE_K;
 #pragma unroll
-      for (int i = 0; i < 2; i++) to[i] = word_offset(row + i * ROWS_APART, chunk);
+      for (int i = 0; i < COPIES; i++) {
+        from[i] = args.weights + (size_t)(row + i * ROWS_APART) * row_bytes + (size_t)at.n0 / 2 + chunk * 16;
+        to[i] = word_offset(row + i * ROWS_APART, chunk);
+      }
+#pragma unroll
+      for (int slab = 0; slab < 2; slab++) {
+        const int tiles = at.n0 + (int)chunk * 32 < args.columns ? (args.depth + (1 - slab) * SLAB) / TILE_K : 0;
+        limit[slab] = tiles < slice.last && !QC_PLANTED(WEIGHTS_OVERRUN) ? tiles : slice.last;
+      }
     }
 
     QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int row = tile * TILE_K + i * ROWS_APART;
-        copy_async_16(weights_at + to[i], from + (u64)(u32)row * stride, row < rows);
-      }
+      for (int i = 0; i < COPIES; i++)
+        copy_async_16(weights_at + to[i], from[i] + (u64)(u32)tile * tile_bytes, tile < limit[i * ROWS_APART / SLAB]);
       parameters.start(parameters_at, tile);
     }
   };
 
-  static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0,
-                                const Place& at) {
-    Base::refresh_groups(args, columns, shared, k0, at, [](int j) { return (j & 1) * 4 + j / 2; });
-  }
+  typedef NibbleSquare Square;
 
   static QC_DEVICE Square load(u32 shared, const Place& at) {
     const u32 octet = QC_PLANTED(WRONG_LANE) ? at.g & 3 : at.t, word = at.half * 8 + at.g;
-    const u32 first = shared + word_offset(at.slab * SLAB + octet * 8, word / 4) + word % 4 * 4;
+    const u32 first = word_offset(octet * 8, word / 4) + word % 4 * 4;
     u32 words[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      words[i] = load_shared_u32((i & 1 ? first ^ 64 : first) + i / 2 * 128);  // word_offset(row + i)
+    for (int i = 0; i < 8; i++)  // word_offset(slab * SLAB + octet * 8 + i)
+      words[i] = load_shared_u32(shared + (i & 1 ? first ^ 64 : first) + at.slab * (SLAB / 2 * 128) + i / 2 * 128);
     Square square;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -116,31 +135,22 @@ struct Awq : Int4Parameters<Act> {
     }
     return square;
   }
-
-  static QC_DEVICE void decode(const Square& square, const typename Base::Columns& columns, int j, u32 (&pairs)[4]) {
-    const int nibble = QC_PLANTED(WRONG_NIBBLE) ? j & 3 : j / 2;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = Act::int4_pair(j & 1 ? square.odd[i] : square.even[i], nibble, columns.offset[j]);
-  }
 };
 
-// Octet-major: words [K/8][N], nibble i of a word holding input ORDER[i] of the octet, so that nibbles i and i + 4 are
-// neighbours. GPTQ's and compressed-tensors' weights are brought into this form when they are loaded.
+// Octet-major: NibbleSquare's words [K/8][N/8][8]. GPTQ's and compressed-tensors' weights are brought into this form
+// when they are loaded.
 template <class Act>
 struct Int4 : Int4Parameters<Act> {
   typedef Int4Parameters<Act> Base;
   static constexpr int WEIGHT_BYTES = TILE_K * TILE_N / 2;
-  struct Square {
-    u32 words[8];
-  };
 
+  template <int THREADS>
   struct Copier {
-    OctetCopy<4> codes;
+    OctetCopy<4, THREADS> codes;
     ParameterCopy parameters;
 
-    QC_DEVICE Copier(const GemmArgs& args, const Place& at)
-        : codes(args, args.weights, at), parameters(Base::copy_groups(args, at)) {}
+    QC_DEVICE Copier(const GemmArgs& args, const Place& at, const Slice& slice)
+        : codes(args, args.weights, at, slice), parameters(Base::copy_groups(args, at, slice)) {}
 
     QC_DEVICE void start(u32 weights_at, u32 parameters_at, int tile) const {
       codes.start(weights_at, tile);
@@ -148,21 +158,5 @@ struct Int4 : Int4Parameters<Act> {
     }
   };
 
-  static QC_DEVICE void refresh(const GemmArgs& args, typename Base::Columns& columns, u32 shared, int k0,
-                                const Place& at) {
-    Base::refresh_groups(args, columns, shared, k0, at, [](int j) { return j; });
-  }
-
-  static QC_DEVICE Square load(u32 shared, const Place& at) {
-    const u32 octet = at.slab * 4 + (QC_PLANTED(WRONG_LANE) ? at.g & 3 : at.t), chunk = at.half * 16 + at.g * 2;
-    const u32x4 low = load_shared_u32x4(shared + octet_offset<4>(octet, chunk));
-    const u32x4 high = load_shared_u32x4(shared + octet_offset<4>(octet, chunk + 1));
-    return Square{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-  }
-
-  static QC_DEVICE void decode(const Square& square, const typename Base::Columns& columns, int j, u32 (&pairs)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = Act::int4_pair(square.words[j], QC_PLANTED(WRONG_NIBBLE) ? 3 - i : i, columns.offset[j]);
-  }
+  static QC_DEVICE NibbleSquare load(u32 shared, const Place& at) { return NibbleSquare::load(shared, at); }
 };

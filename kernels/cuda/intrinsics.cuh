@@ -146,6 +146,13 @@ QC_DEVICE u32 permute_bytes(u32 low, u32 high) {
   return d;
 }
 
+template <u32 COUNT>
+QC_DEVICE u32 rotate_right(u32 value) {
+  u32 d;
+  asm("shf.r.wrap.b32 %0, %1, %1, %2;" : "=r"(d) : "r"(value), "n"(COUNT));
+  return d;
+}
+
 // (a & b) | c in one instruction.
 QC_DEVICE u32 and_or(u32 a, u32 b, u32 c) {
   u32 d;
@@ -201,6 +208,20 @@ QC_DEVICE float fma_f32(float a, float b, float c) {
   float d;
   asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
   return d;
+}
+
+// Two of them: c0 = a0 * b0 + c0, c1 = a1 * b1 + c1. One instruction from sm_100 on, with the same results.
+QC_DEVICE void fma_f32x2(float a0, float a1, float b0, float b1, float& c0, float& c1) {
+#if __CUDA_ARCH__ >= 1000
+  u64 a, b, c;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(a) : "f"(a0), "f"(a1));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(b) : "f"(b0), "f"(b1));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(c) : "f"(c0), "f"(c1));
+  asm("fma.rn.f32x2 %0, %1, %2, %3;" : "=l"(c) : "l"(a), "l"(b), "l"(c));
+  asm("mov.b64 {%0, %1}, %2;" : "=f"(c0), "=f"(c1) : "l"(c));
+#else
+  c0 = fma_f32(a0, b0, c0), c1 = fma_f32(a1, b1, c1);
+#endif
 }
 
 QC_DEVICE float mul_f32(float a, float b) {

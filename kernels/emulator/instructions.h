@@ -165,6 +165,10 @@ inline u32 permute_bytes(u32 low, u32 high) {
   for (int i = 0; i < 4; i++) result |= static_cast<u32>(bytes >> (8 * (SELECT >> (4 * i) & 7)) & 255) << (8 * i);
   return result;
 }
+template <u32 COUNT>
+inline u32 rotate_right(u32 value) {
+  return value >> COUNT | value << (32 - COUNT);
+}
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 inline u32 add_f16x2(u32 a, u32 b) { return emu::fma_pair<emu::Half>(a, 0x3C003C00u, b); }
 inline u32 fma_f16x2(u32 a, u32 b, u32 c) { return emu::fma_pair<emu::Half>(a, b, c); }
@@ -174,4 +178,7 @@ inline u32 pack_bf16x2(float low, float high) { return emu::pack_pair<emu::Bfloa
 inline float float_from_f16(u32 bits) { return emu::Half::load(bits); }
 inline float float_from_bits(u32 bits) { return emu::float_of(bits); }
 inline float fma_f32(float a, float b, float c) { return std::fma(a, b, c); }
+inline void fma_f32x2(float a0, float a1, float b0, float b1, float& c0, float& c1) {
+  c0 = fma_f32(a0, b0, c0), c1 = fma_f32(a1, b1, c1);
+}
 inline float mul_f32(float a, float b) { return a * b; }

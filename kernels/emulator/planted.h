@@ -4,6 +4,7 @@
 #define QC_BUGS(X)              \
   X(ACTIVATIONS_UNSWIZZLED)     \
   X(COLUMNS_OVERRUN)            \
+  X(COPIES_LEFT)                \
   X(DEPTH_OVERRUN)              \
   X(DIVERGENT_BARRIER)          \
   X(EARLY_COPY)                 \
@@ -15,19 +16,24 @@
   X(NO_MINIMUM)                 \
   X(PADDING_WRITTEN)            \
   X(PARAMETERS_HALF_COPIED)     \
+  X(RING_UNWRAPPED)             \
+  X(ROTATION_LOST)              \
   X(ROWS_OVERRUN)               \
   X(RUNS_SWAPPED)               \
   X(SHORT_WAIT)                 \
   X(SIGN_LOST)                  \
+  X(SLAB_TWICE)                 \
   X(SLICES_COLLIDE)             \
   X(SLICES_OVERLAP)             \
+  X(STALE_FACTORS)              \
   X(STALE_SCALES)               \
   X(WEIGHTS_OVERRUN)            \
   X(WEIGHTS_UNSWIZZLED)         \
   X(WRONG_EXPERT)               \
   X(WRONG_LANE)                 \
   X(WRONG_NIBBLE)               \
-  X(ZERO_OFFSET_LOST)
+  X(ZERO_OFFSET_LOST)           \
+  X(ZERO_POINTS_SWAPPED)
 
 namespace emu {
 enum class Bug {

@@ -29,13 +29,13 @@ from qconv.runtime.kernel_interface import (
     HELPER_THREADS,
     ROW_TILES,
     STAGES,
-    THREADS,
     TILE_BYTES,
     TILE_COLUMNS,
     TILE_DEPTH,
     KernelWeight,
     entry_name,
     shared_bytes,
+    threads,
 )
 
 PATH = Path(__file__).parents[1] / "budgets.yaml"
@@ -116,24 +116,31 @@ def _plain(code: MachineCode, architecture: int) -> Build:
 def _product(code: MachineCode, layout: str, rows: int, tile_bytes: float, architecture: int) -> Build:
     loop = code.main_loop()
     tiles = sum(each.mnemonic == "BAR" for each in loop)
-    # A tile is as many products of 16 x 8 x 16 a warp as a block has rows; what is missing, an inner loop repeats.
-    products = sum(each.mnemonic == "HMMA" for each in loop)
+    # A tile is 4 products of 16 x 8 x 16 for each row of a block; what is missing in a warp's, an inner loop repeats.
+    warps = threads(rows) // 32
+    products = sum(each.mnemonic == "HMMA" for each in loop) * warps
     launched = Launched(
-        threads=THREADS,
+        threads=threads(rows),
         shared_bytes=shared_bytes(layout, rows),
         pass_bytes=tiles * tile_bytes,
         flight_bytes=(STAGES - 1) * tile_bytes,
-        refreshed=min(1.0, TILE_DEPTH / group_of(layout)),
-        inner_passes=max(1, round(tiles * rows / products)),
+        refreshed=refreshed(layout, rows),
+        inner_passes=max(1, round(tiles * 4 * rows / products)),
     )
     answer = estimate(code, launched, CHIPS[architecture])
-    warps = answer.blocks * THREADS // 32
-    return Build(code.registers, code.stack_bytes, warps, round(answer.share, 3), answer.bound)
+    return Build(code.registers, code.stack_bytes, answer.blocks * warps, round(answer.share, 3), answer.bound)
 
 
-def group_of(layout: str) -> int:
-    """Inputs between two refreshes of a lane's parameters."""
-    return {"awq": GROUP, "int4": GROUP, "fp8": 128}.get(layout, 32)
+def refreshed(layout: str, rows: int) -> float:
+    """In which share of the slabs of 32 inputs that a warp goes through a group, or super-block, begins.
+
+    For 16 and 32 rows four warps share a tile's slabs; else each goes through all of them. Super-blocks are looked for
+    once a tile.
+    """
+    if layout in ("q4_k", "q6_k"):
+        return TILE_DEPTH / 256
+    inputs = TILE_DEPTH if rows in (16, 32) else TILE_DEPTH // 2
+    return min(1.0, inputs / {"awq": GROUP, "int4": GROUP, "fp8": 128}.get(layout, 32))
 
 
 _LAUNCHERS: dict[int, PtxLauncher] = {}

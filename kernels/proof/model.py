@@ -22,6 +22,7 @@ _INTEGER = frozenset({
 # fmt: on
 _MULTIPLY = frozenset({"IMAD"})
 _FLOAT = frozenset({"FFMA", "FMUL", "FADD"})
+_FLOAT2 = frozenset({"FFMA2", "FMUL2", "FADD2"})
 _HALF2 = frozenset({"HFMA2", "HMUL2", "HADD2", "HSETP2", "HMNMX2"})
 _CONVERT = frozenset({"F2F", "I2F", "F2I", "MUFU"})
 _MEMORY = frozenset({"LDS", "STS", "LDSM", "LDG", "LDGSTS", "STG", "RED", "REDG", "ATOMG", "SHFL"})
@@ -79,9 +80,9 @@ class Estimate:
 
 
 def resident_blocks(chip: Chip, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks that fit an SM at once; registers are given out to warps in units of 256."""
+    """Blocks that fit an SM at once; each quarter gives out its registers to its warps in units of 256."""
     warps = threads // 32
-    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    by_registers = _QUARTERS * (REGISTERS // _QUARTERS // (-(-registers * 32 // 256) * 256)) // warps
     by_shared = chip.shared_bytes // (shared_bytes + RESERVED_SHARED)
     return min(by_registers, by_shared, chip.warps // warps, BLOCKS[chip.arch])
 
@@ -125,6 +126,8 @@ def pipe_cycles(
             cycles["float"] += share * per_lane / INTEGER_LANES
         elif name in _FLOAT:
             cycles["float"] += share * per_lane / chip.fma_lanes
+        elif name in _FLOAT2:
+            cycles["float"] += share * 2 * per_lane / chip.fma_lanes
         elif name in _HALF2:
             cycles["half"] += share * per_lane / chip.half2_lanes
         elif name in _CONVERT:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kernels.proof.ptx import TYPE_BYTES, PtxError
 
 Array: TypeAlias = npt.NDArray[Any]
-"""One value a lane (``[lanes]``), or for packed halves two (``[lanes, 2]``, lower half first)."""
+"""One value a lane (``[lanes]``), or for packed types two (``[lanes, 2]``, the lower one first)."""
 
 UNSIGNED: dict[int, np.dtype[Any]] = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 _SIGNED: dict[int, np.dtype[Any]] = {width: np.dtype(f"i{width}") for width in (1, 2, 4, 8)}
@@ -31,6 +31,8 @@ def decode(bits: Array, kind: str) -> Array:
     if kind == "pred":
         return bits.astype(bool)
     raw = bits.astype(UNSIGNED[TYPE_BYTES[kind]], copy=False)
+    if kind == "f32x2":
+        return np.ascontiguousarray(raw).view(np.float32).reshape(-1, 2)
     if kind in ("f16x2", "bf16x2"):
         raw = np.ascontiguousarray(raw).view(np.uint16).reshape(-1, 2)
     if kind.startswith("bf16"):
@@ -46,6 +48,8 @@ def encode(values: Array, kind: str, width: int) -> Array:
     """The bits of values of a type, in a register of ``width`` bytes; a signed integer narrower than it is extended."""
     if kind == "pred":
         return values.astype(np.uint8)
+    if kind == "f32x2":
+        return np.ascontiguousarray(values.astype(np.float32)).view(np.uint64).reshape(-1)
     if kind.startswith("bf16"):
         bits = np.ascontiguousarray(bf16_bits(values))
     elif kind.startswith("f16"):

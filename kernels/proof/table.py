@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kernels.proof.budgets import ARCHITECTURES, Budget, read
+from kernels.proof.budgets import ARCHITECTURES, Budget, Build, read
 from kernels.proof.chips import A100, B200, CHIPS, H100, L40S
 
 README = Path(__file__).parents[1] / "README.md"
@@ -16,7 +16,10 @@ BEGIN, END = "<!-- from budgets.yaml -->", "<!-- end -->"
 
 
 def table(budgets: dict[str, Budget]) -> str:
-    """Markdown: a row a product with float16 activations (bfloat16 differs by a few registers), then the helpers."""
+    """Markdown: a row a product with float16 activations, then the helpers.
+
+    Where the model's share is another with bfloat16 activations, both are given.
+    """
     targets = " / ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
     chips = (A100, L40S, H100, B200)
     lines = [
@@ -33,11 +36,17 @@ def table(budgets: dict[str, Budget]) -> str:
         pairs = zip(ARCHITECTURES, builds, strict=True)
         occupancy = " / ".join(f"{100 * build.warps / CHIPS[architecture].warps:.0f}" for architecture, build in pairs)
         moved = "" if budget.ratio is None else f"{budget.ratio:.2f}"
-        shares = [budget.builds[chip.arch] for chip in chips]
-        cells = ["" if each.dram is None else f"{100 * each.dram:.0f} % {each.bound}" for each in shares]
+        other = budgets.get(name.removesuffix("_f16") + "_bf16", budget)
+        cells = [
+            "; ".join(dict.fromkeys(_share(each.builds[chip.arch]) for each in (budget, other))) for chip in chips
+        ]
         short = name.removeprefix("qconv_").removesuffix("_f16")
         lines.append(f"| `{short}` | {registers} | {occupancy} | {moved} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _share(build: Build) -> str:
+    return "" if build.dram is None else f"{100 * build.dram:.0f} % {build.bound}"
 
 
 def replaced(document: str, new: str) -> str:

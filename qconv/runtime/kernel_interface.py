@@ -16,7 +16,6 @@ TILE_COLUMNS = 128
 """Output features of a block of threads."""
 TILE_DEPTH = 64
 """Input features of a tile; a slice of k is a whole number of tiles."""
-THREADS = 128
 STAGES = 4
 HELPER_THREADS = 256
 """Of the blocks of the other kernels."""
@@ -124,6 +123,11 @@ def shared_bytes(layout: str, row_tile: int) -> int:
     """Dynamic shared memory of an entry point."""
     stage = row_tile * TILE_DEPTH * 2 + sum(TILE_BYTES[layout])
     return max(STAGES * -(-stage // 128) * 128, row_tile * 512)
+
+
+def threads(row_tile: int) -> int:
+    """Threads of a block of an entry point."""
+    return 64 if row_tile == 8 else 128
 
 
 def grid(columns: int, row_tiles: int, slices: int) -> tuple[int, int, int]:

@@ -67,7 +67,7 @@ def int4_weight(weight: QTensor) -> KernelWeight:
         depth,
         nibble_octets(codes),
         weight.scales.t().contiguous(),
-        offsets=_words((zero_points - zero_offset).t(), range(8)),
+        offsets=_words((zero_points - zero_offset).t(), ORDER),
         group_shift=_group_shift(depth, groups),
         zero_offset=zero_offset,
         gather=gather,
@@ -149,9 +149,9 @@ def q6_k_weight(blocks: Tensor) -> KernelWeight:
         columns,
         depth,
         nibble_octets(octets[0]),
-        grouped[..., 192:208].reshape(columns, -1).view(torch.int8).t().contiguous(),
+        (grouped[..., 192:208] ^ 128).reshape(columns, -1).t().contiguous(),
         offsets=_halves(grouped[..., 208:]).t().contiguous(),
-        weights_high=_upper_bits(octets[1]),
+        weights_high=upper_bits(octets[1]),
     )
 
 
@@ -161,15 +161,32 @@ def byte_octets(codes: Tensor) -> Tensor:
 
 
 def nibble_octets(codes: Tensor) -> Tensor:
-    """uint8 [out, in] below 16 -> int32 [in/8, out]; nibble i of a word holds input ``ORDER[i]`` of its octet."""
-    return _words(codes, ORDER).t().contiguous()
+    """uint8 [out, in] below 16 -> int32 [in/8, out/8, 8]: squares of eight inputs by eight outputs.
+
+    Word i of the first four holds inputs 2i (lower half) and 2i + 1 (upper half) of outputs 0, 2, 4, 6, lowest bits
+    first, word i of the last four those of outputs 1, 3, 5, 7.
+    """
+    return _packed(_squares(codes).view(-1, len(codes) // 8, 4, 2, 4, 2).permute(0, 1, 5, 2, 3, 4), 4).flatten(2)
 
 
-def _upper_bits(codes: Tensor) -> Tensor:
-    """uint8 [out, in] below 4 -> int16 [in/8, out]; the octet's even inputs in the lower byte, lowest bits first."""
-    octets = codes.view(len(codes), -1, 4, 2)
-    packed = octets[:, :, 0] | octets[:, :, 1] << 2 | octets[:, :, 2] << 4 | octets[:, :, 3] << 6
-    return packed.contiguous().view(torch.int16).squeeze(-1).t().contiguous()
+def upper_bits(codes: Tensor) -> Tensor:
+    """uint8 [out, in] below 4 -> int32 [in/8, out/8, 4]: word i holds inputs 2i and 2i + 1 of all eight outputs."""
+    return _packed(_squares(codes).view(-1, len(codes) // 8, 4, 2, 8), 2)
+
+
+def _squares(codes: Tensor) -> Tensor:
+    """[out, in] -> [in/8, out/8, 8 inputs, 8 outputs]."""
+    columns, depth = codes.shape
+    return codes.view(columns // 8, 8, depth // 8, 8).permute(2, 0, 3, 1).contiguous()
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., 2, 16 / bits] -> int32 [...]: both halves of words, lowest bits first."""
+    fields = codes.contiguous().view(*codes.shape[:-2], 4, 8 // bits)
+    packed = torch.zeros(fields.shape[:-1], dtype=torch.uint8)
+    for place in range(8 // bits):
+        packed |= fields[..., place] << (bits * place)
+    return packed.view(torch.int32).squeeze(-1)
 
 
 def _blocks(blocks: Tensor, size: int) -> tuple[int, Tensor]:
@@ -182,7 +199,7 @@ def _halves(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.float16).squeeze(-1)
 
 
-def _words(codes: Tensor, order: tuple[int, ...] | range) -> Tensor:
+def _words(codes: Tensor, order: tuple[int, ...]) -> Tensor:
     """uint8 [rows, columns] below 16 -> int32 [rows, columns/8]; nibble i of a word holds column ``order[i]``."""
     rows, columns = codes.shape
     octets = codes.contiguous().view(rows, columns // 8, 8)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.kernels
 
 LAYOUTS = tuple(CASES)
 GROUPED = ("awq", "int4")
+NIBBLES = ("awq", "int4", "q4_k", "q6_k")
 
 NUMBERS = "numbers"
 CONFLICTS = "bank conflicts"
@@ -45,10 +46,10 @@ class Planted:
 RAGGED_DEPTH = tuple(layout for layout in LAYOUTS if depth_of(layout) == 32)
 PLANTED = (
     Planted("NO_BARRIER_IN_LOOP", RACE),
-    Planted("NO_BARRIER_BEFORE_EXCHANGE", RACE),
+    Planted("NO_BARRIER_BEFORE_EXCHANGE", RACE, run="exchange"),
     Planted("EARLY_COPY", RACE),
     Planted("SHORT_WAIT", IN_FLIGHT),
-    Planted("DIVERGENT_BARRIER", BARRIER),
+    Planted("DIVERGENT_BARRIER", BARRIER, run="exchange"),
     Planted("ACTIVATIONS_UNSWIZZLED", CONFLICTS),
     Planted("WEIGHTS_UNSWIZZLED", CONFLICTS),
     Planted("ROWS_OVERRUN", READ_BOUNDS),
@@ -61,8 +62,14 @@ PLANTED = (
     Planted("SLICES_COLLIDE", GLOBAL_RACE, run="slices"),
     Planted("SLICES_OVERLAP", NUMBERS, run="slices"),
     Planted("STALE_SCALES", NUMBERS),
+    Planted("STALE_FACTORS", NUMBERS, ("q4_k", "q6_k")),
+    Planted("RING_UNWRAPPED", "shared access out of bounds"),
+    Planted("COPIES_LEFT", "thread ends with copies in flight"),
+    Planted("SLAB_TWICE", NUMBERS),
     Planted("WRONG_LANE", NUMBERS),
-    Planted("WRONG_NIBBLE", NUMBERS, ("awq", "int4", "q4_k")),
+    Planted("WRONG_NIBBLE", NUMBERS, NIBBLES),
+    Planted("ROTATION_LOST", NUMBERS, NIBBLES, run="bfloat16"),
+    Planted("ZERO_POINTS_SWAPPED", NUMBERS, GROUPED),
     Planted("ZERO_OFFSET_LOST", NUMBERS, GROUPED, run="zero offset"),
     Planted("SIGN_LOST", NUMBERS, ("fp8", "q8_0")),
     Planted("NO_MINIMUM", NUMBERS, ("q4_k",)),
@@ -96,9 +103,11 @@ def run(planted: Planted, layout: str, schedule: Schedule, bug: str) -> Result:
     # Five tiles, or in slices of them: the last tile lies where sums are exchanged.
     depth, slices = (320, 1) if depth_of(layout) == 32 else (1280, 4)
     slices = 2 if planted.run == "slices" else slices
-    tokens = activations(7, depth, torch.float16)
+    tokens = activations(7, depth, torch.bfloat16 if planted.run == "bfloat16" else torch.float16)
     traffic = planted.caught_by == CONFLICTS
-    return run_dense(case(layout, 128, depth, 64), tokens, 8, slices, schedule=schedule, traffic=traffic, bug=bug)
+    row_tile = 16 if planted.run == "exchange" else 8  # where warps share a tile's inputs
+    weight = case(layout, 128, depth, 64)
+    return run_dense(weight, tokens, row_tile, slices, schedule=schedule, traffic=traffic, bug=bug)
 
 
 def is_caught(planted: Planted, result: Result) -> bool:

@@ -11,13 +11,13 @@ from qconv.runtime.kernel_interface import (
     ACTIVATIONS,
     HELPER_THREADS,
     ROW_TILES,
-    THREADS,
     TILE_BYTES,
     GatherArgs,
     GemmArgs,
     SumSlicesArgs,
     entry_name,
     shared_bytes,
+    threads,
 )
 from tests.kernels.emulator import emulator
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.kernels
 def test_products(layout: str) -> None:
     """Entry names, threads, shared memory and the size of the argument block; no entry is left out."""
     assert emulator(layout).kernels == {
-        entry_name(layout, rows, dtype): [THREADS, shared_bytes(layout, rows), ctypes.sizeof(GemmArgs)]
+        entry_name(layout, rows, dtype): [threads(rows), shared_bytes(layout, rows), ctypes.sizeof(GemmArgs)]
         for rows in ROW_TILES
         for dtype in ACTIVATIONS
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qconv.errors import UsageError
-from qconv.formats.awq import ORDER
+from qconv.formats.awq import pack_words
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.runtime import repack
 
@@ -27,12 +27,33 @@ def integers(columns: int, depth: int, group_size: int = 32, **changes: object) 
 
 
 def test_nibbles() -> None:
-    """Nibble i of word [k / 8, n] is input ORDER[i] of the octet."""
+    """Word i of square [k / 8, n / 8] holds inputs 2i and 2i + 1 of the even outputs, word 4 + i of the odd ones."""
     codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    words = repack.nibble_octets(codes).to(torch.int64) & 0xFFFFFFFF
-    assert words.shape == (8, 32)
-    for nibble, place in enumerate(ORDER):
-        assert torch.equal(words >> (4 * nibble) & 15, codes[:, place::8].t().to(torch.int64))
+    words = repack.nibble_octets(codes).to(torch.int64)
+    assert words.shape == (8, 4, 8)
+    for word in range(8):
+        for nibble in range(8):
+            place, output = 2 * (word % 4) + nibble // 4, 2 * (nibble % 4) + word // 4
+            assert torch.equal(words[..., word] >> (4 * nibble) & 15, codes[output::8, place::8].t().to(torch.int64))
+
+
+def test_nibbles_are_packed_as_autoawq_packs_them() -> None:
+    """The halves of a square's words are those of AWQ's words [k, n / 8]."""
+    codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    halves = repack.nibble_octets(codes).view(torch.int16).view(8, 4, 2, 4, 2)  # [k / 8, n / 8, odd, pair, input of it]
+    words = pack_words(codes.t().contiguous()).view(8, 4, 2, 4).contiguous().view(torch.int16).view(8, 4, 2, 4, 2)
+    assert torch.equal(halves.permute(0, 3, 4, 1, 2), words)  # [k / 8, pair, input, n / 8, odd]
+
+
+def test_upper_bits() -> None:
+    """Word i of square [k / 8, n / 8] holds inputs 2i (lower half) and 2i + 1 of the eight outputs."""
+    codes = torch.randint(0, 4, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = repack.upper_bits(codes).to(torch.int64)
+    assert words.shape == (8, 4, 4)
+    for word in range(4):
+        for field in range(16):
+            place, output = 2 * word + field // 8, field % 8
+            assert torch.equal(words[..., word] >> (2 * field) & 3, codes[output::8, place::8].t().to(torch.int64))
 
 
 def test_bytes() -> None:

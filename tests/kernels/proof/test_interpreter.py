@@ -207,6 +207,15 @@ def test_halves_round_once_to_nearest_even() -> None:
     assert fused[2] == cases[2][3] | cases[2][3] << 16
 
 
+def test_two_floats_in_one_instruction() -> None:
+    words = [[f32(3.0), f32(1 + 2.0**-23)], [f32(-0.5), f32(1 - 2.0**-23)], [f32(2.0**-149), f32(-1.0)]]
+    body = """mov.b64 %rd5, {%r11, %r12}; mov.b64 %rd6, {%r12, %r11}; mov.b64 %rd7, {%r13, %r12};
+              fma.rn.f32x2 %rd8, %rd5, %rd6, %rd7; mov.b64 {%r5, %r6}, %rd8;"""
+    low, high = (evaluate(f"{body} mov.b32 %r10, {half};", *words) for half in ("%r5", "%r6"))
+    assert low == [f32(-1.5), f32(-(2.0**-46))]  # only a fused product keeps the second
+    assert high == [f32(-2.0), f32((1 + 2.0**-23) * (1 - 2.0**-23) + (1 - 2.0**-23))]
+
+
 def test_the_lower_half_of_a_pack_is_the_second_source() -> None:
     words = [[f32(1.5)], [f32(-2.0)]]
     floats = "mov.b32 %f1, %r11; mov.b32 %f2, %r12;"

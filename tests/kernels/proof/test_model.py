@@ -27,6 +27,7 @@ def test_occupancy_is_limited_by_each_resource() -> None:
     assert resident_blocks(A100, 32, 128, 0) == 16  # 64 warps
     assert resident_blocks(A100, 128, 128, 0) == 4  # 65536 / (128 * 128)
     assert resident_blocks(A100, 129, 128, 0) == 3  # registers come in units of 8 a thread
+    assert resident_blocks(A100, 112, 64, 0) == 8  # four warps a quarter, where four times as many registers fit nine
     assert resident_blocks(A100, 32, 128, 40 << 10) == 4  # 164 KiB, and 1 KiB of the system's for each block
     assert resident_blocks(L40S, 32, 32, 0) == 24  # blocks
 

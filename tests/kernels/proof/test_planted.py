@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),
 ]
 
-NUMBERS = {
+NUMBERS: dict[str, tuple[str, str]] = {
     "halves of a pack swapped": ("cvt.rn.f16x2.f32 %0, %1, %2;", "cvt.rn.f16x2.f32 %0, %2, %1;"),
     "words of a permutation swapped": ("prmt.b32 %0, %1, %2, %3;", "prmt.b32 %0, %2, %1, %3;"),
     "another truth table": ("lop3.b32 %0, %1, %2, %3, 0xEA;", "lop3.b32 %0, %1, %2, %3, 0xE8;"),
@@ -34,6 +34,12 @@ NUMBERS = {
         "st.global.v4.b32 [%0], {%2,%1,%3,%4};",
     ),
 }
+ELSEWHERE = {
+    "another rotation": ("shf.r.wrap.b32 %0, %1, %1, %2;", "shf.l.wrap.b32 %0, %1, %1, %2;", 80, "BF16"),
+    "sums of a pair swapped": ("mov.b64 {%0, %1}, %2;", "mov.b64 {%1, %0}, %2;", 100, "F16"),
+    "factors of a pair swapped": ("fma.rn.f32x2 %0, %1, %2, %3;", "fma.rn.f32x2 %0, %3, %2, %1;", 100, "F16"),
+}
+"""What only bfloat16 activations or newer architectures run."""
 REFUSED = {
     "a copy not waited for": ('"n"(PENDING)', '"n"(PENDING + 1)', "still being copied"),
     "copies never committed": ("cp.async.commit_group;", "", "still being copied"),
@@ -41,17 +47,17 @@ REFUSED = {
 }
 
 
-def mutated(old: str, new: str) -> Source:
+def mutated(old: str, new: str, act: str = "F16") -> Source:
     """One of the AWQ kernels with one change in intrinsics.cuh."""
-    source = replace(source_of("awq"), text='#include "int4.cuh"\nQC_GEMM(Awq, awq, 1, 8, F16, f16)\n')
+    source = replace(source_of("awq"), text=f'#include "int4.cuh"\nQC_GEMM(Awq, awq, 1, 8, {act}, {act.lower()})\n')
     text = source.headers["intrinsics.cuh"]
     assert old in text
     return replace(source, headers={**source.headers, "intrinsics.cuh": text.replace(old, new)})
 
 
-def product(launcher: PtxLauncher | EmulatorLauncher) -> torch.Tensor:
+def product(launcher: PtxLauncher | EmulatorLauncher, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     weight = case("awq", 160, 352, 32)
-    inputs = torch.randint(-8, 9, (7, 352), generator=torch.Generator().manual_seed(0)).half()
+    inputs = torch.randint(-8, 9, (7, 352), generator=torch.Generator().manual_seed(0)).to(dtype)
     return multiply(launcher, weight.packed, inputs, Rows(7, 1, 8))
 
 
@@ -61,6 +67,17 @@ def test_wrong_numbers_differ_from_the_emulator(mistake: str, monkeypatch: pytes
     source = mutated(*NUMBERS[mistake])
     monkeypatch.setattr(products, "source_of", lambda layout: source)
     assert not torch.equal(product(PtxLauncher(80, 1)), right)
+
+
+@pytest.mark.parametrize("mistake", ELSEWHERE)
+def test_wrong_numbers_of_other_builds_differ_from_the_emulator(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, architecture, act = ELSEWHERE[mistake]
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[act]
+    right = product(EmulatorLauncher(1), dtype)
+    for replaced, same in ((old, True), (new, False)):
+        source = mutated(old, replaced, act)
+        monkeypatch.setattr(products, "source_of", lambda layout, source=source: source)
+        assert torch.equal(product(PtxLauncher(architecture, 1), dtype), right) == same
 
 
 @pytest.mark.parametrize("mistake", REFUSED)

@@ -14,7 +14,6 @@ from qconv.runtime.kernel_interface import (
     ACTIVATIONS,
     HELPER_THREADS,
     ROW_TILES,
-    THREADS,
     TILE_COLUMNS,
     TILE_DEPTH,
     GatherArgs,
@@ -26,6 +25,7 @@ from qconv.runtime.kernel_interface import (
     grid,
     shared_bytes,
     sum_grid,
+    threads,
 )
 
 HELPERS = "helpers"
@@ -120,7 +120,7 @@ def multiply(launcher: Launcher, weight: KernelWeight, inputs: Tensor, rows: Row
             source=source_of(weight.layout),
             kernel=entry_name(weight.layout, rows.tile, inputs.dtype),
             grid=grid(weight.columns, rows.tiles, slices),
-            threads=THREADS,
+            threads=threads(rows.tile),
             shared_bytes=shared_bytes(weight.layout, rows.tile),
             arguments=bytes(arguments),
             inputs=_present(read),

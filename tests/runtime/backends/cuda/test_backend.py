@@ -155,7 +155,7 @@ def test_arguments_are_laid_out_as_the_kernel_reads_them() -> None:
     weight = operator.weight
     assert weight.offsets is not None
     (launch,) = recorder.launches
-    assert launch.threads == 128
+    assert launch.threads == 64
     assert struct.unpack("<8Q7i4x", launch.arguments) == (
         inputs.data_ptr(), weight.weights.data_ptr(), 0, weight.scales.data_ptr(), weight.offsets.data_ptr(),
         output.data_ptr(), 0, 0,
@@ -192,7 +192,7 @@ def test_experts_take_two_products_for_all_of_them() -> None:
     assert struct.unpack("<7i4x", inner.arguments[64:]) == (6, 192, 128, 2, 5, 0, 0)
     assert struct.unpack("<7i4x", down.arguments[64:]) == (6, 128, 96, 1, 5, 0, 0)
     assert torch.equal(inner.inputs["row_ids"], down.inputs["row_ids"])
-    assert inner.inputs["weights"].shape == (4, 16, 192)
+    assert inner.inputs["weights"].shape == (4, 16, 24, 8)
 
 
 def test_gate_and_up_with_orders_of_their_own_stay_apart() -> None:
