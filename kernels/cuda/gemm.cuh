@@ -33,8 +33,8 @@ QC_DEVICE u32x4 load_activations(u32 shared, u32 row, const Place& at) {
 template <template <class> class FormatOf, class Act, int ROW_OCTETS>
 QC_DEVICE void gemm(GemmArgs args) {
   typedef FormatOf<Act> Format;
-  typedef SharedLayout<Format, ROW_OCTETS> Layout;
-  constexpr int THREADS = threads_of(ROW_OCTETS), ROWS = ROW_OCTETS * 8, COPIES = ROWS * 8 / THREADS;
+  typedef ::Block<Format, ROW_OCTETS> Block;
+  constexpr int THREADS = Block::THREADS, ROWS = ROW_OCTETS * 8, COPIES = ROWS * 8 / THREADS;
   // For 16 and 32 rows the warps split a tile's inputs and add their sums at the end. For 64 rows that would take more
   // registers than there are: each warp goes through all inputs for half of the rows. For 8 rows there are two warps,
   // so that what a tile costs besides its products is spent on twice as many of them.
@@ -77,7 +77,7 @@ QC_DEVICE void gemm(GemmArgs args) {
       copy_async_16(stage + activation_offset(index >> 3, index & 7), source[i] + (u64)(u32)tile * (TILE_K * 2),
                     tile < limit[i]);
     }
-    copier.start(stage + Layout::WEIGHTS_AT, stage + Layout::PARAMETERS_AT, tile);
+    copier.start(stage + Block::WEIGHTS_AT, stage + Block::PARAMETERS_AT, tile);
   };
 
   float sums[4][OCTETS][4];  // [pair of outputs][octet of rows]: the mma's accumulators
@@ -91,13 +91,13 @@ QC_DEVICE void gemm(GemmArgs args) {
   // Tiles past the slice's end are copied too, as zeros, so that no tile is a special case.
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    copy_tile(slice.first + i, shared + i * Layout::STAGE);
+    copy_tile(slice.first + i, shared + i * Block::STAGE);
     copy_async_commit();
   }
   typename Format::Columns columns;
   columns.group = -1;
-  constexpr u32 RING = STAGES * Layout::STAGE;
-  u32 stage = shared, spare = shared + RING - Layout::STAGE;  // of this tile, of the one that is copied meanwhile
+  constexpr u32 RING = STAGES * Block::STAGE;
+  u32 stage = shared, spare = shared + RING - Block::STAGE;  // of this tile, of the one that is copied meanwhile
   for (int tile = slice.first; tile < slice.last; tile++) {
     if (QC_PLANTED(SHORT_WAIT))
       copy_async_wait<STAGES - 1>();
@@ -109,8 +109,8 @@ QC_DEVICE void gemm(GemmArgs args) {
     copy_async_commit();
 
     auto multiply_slab = [&](const Place& place) {
-      Format::refresh(args, columns, stage + Layout::PARAMETERS_AT, tile * TILE_K, place);
-      const typename Format::Square square = Format::load(stage + Layout::WEIGHTS_AT, place);
+      Format::refresh(args, columns, stage + Block::PARAMETERS_AT, tile * TILE_K, place);
+      const typename Format::Square square = Format::load(stage + Block::WEIGHTS_AT, place);
       u32 codes[4][2][4];  // [pair of outputs][half of the octet]: the mma's left operands
 #pragma unroll
       for (int pair = 0; pair < 4; pair++) {
@@ -163,7 +163,7 @@ QC_DEVICE void gemm(GemmArgs args) {
       for (u32 slab = 0; slab < 2; slab++) multiply_slab(at.of_slab(slab));
     }
     spare = stage;
-    stage = stage + Layout::STAGE == shared + RING && !QC_PLANTED(RING_UNWRAPPED) ? shared : stage + Layout::STAGE;
+    stage = stage + Block::STAGE == shared + RING && !QC_PLANTED(RING_UNWRAPPED) ? shared : stage + Block::STAGE;
   }
   if (!QC_PLANTED(COPIES_LEFT)) copy_async_wait<0>();
   if (SPLIT_INPUTS) {
@@ -219,10 +219,10 @@ QC_DEVICE void gemm(GemmArgs args) {
 }
 
 // The entry points of a format: qconv_FORMAT_mROWS_ACTIVATIONS.
-#define QC_GEMM(Format, format, octets, rows, Act, act)                                                           \
-  QC_KERNEL(qconv_##format##_m##rows##_##act, threads_of(octets), (octets == 1 ? Format<Act>::DECODE_BLOCKS : 1), \
-            (SharedLayout<Format<Act>, octets>::BYTES), GemmArgs) {                                               \
-    gemm<Format, Act, octets>(args);                                                                              \
+#define QC_GEMM(Format, format, octets, rows, Act, act)                                              \
+  QC_KERNEL(qconv_##format##_m##rows##_##act, (Block<Format<Act>, octets>::THREADS),                 \
+            (Block<Format<Act>, octets>::RESIDENT), (Block<Format<Act>, octets>::BYTES), GemmArgs) { \
+    gemm<Format, Act, octets>(args);                                                                 \
   }
 #define QC_GEMMS(Format, format)             \
   QC_GEMM(Format, format, 1, 8, F16, f16)    \

@@ -29,14 +29,15 @@ constexpr int TILE_N = 128;
 constexpr int TILE_K = 64;
 constexpr int SLAB = 32;
 constexpr int STAGES = 4;
-constexpr int threads_of(int row_octets) { return row_octets == 1 ? 64 : 128; }
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Shared memory of a block that computes 8 * ROW_OCTETS rows: STAGES tiles of activations, weights and parameters, and
+// A block that computes 8 * ROW_OCTETS rows. Its shared memory: STAGES tiles of activations, weights and parameters, and
 // in the same place, at the end, the sums that two warps exchange.
 template <class Format, int ROW_OCTETS>
-struct SharedLayout {
+struct Block {
+  static constexpr int THREADS = ROW_OCTETS == 1 ? 64 : 128;
+  static constexpr int RESIDENT = ROW_OCTETS == 1 ? Format::DECODE_BLOCKS : 1;  // of an SM, at least
   static constexpr int WEIGHTS_AT = ROW_OCTETS * 8 * TILE_K * 2;
   static constexpr int PARAMETERS_AT = WEIGHTS_AT + Format::WEIGHT_BYTES;
   static constexpr int STAGE = round_up(PARAMETERS_AT + Format::PARAMETER_BYTES, 128);

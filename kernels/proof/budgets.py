@@ -149,7 +149,7 @@ _WEIGHTS: dict[str, float] = {}
 
 def traffic(layout: str, rows: int, activations: torch.dtype) -> Bytes:
     """Interpret a product's PTX and count its accesses; the weights' values do not matter."""
-    launcher = _LAUNCHERS.setdefault(80, PtxLauncher(80, multiprocessors=1))
+    launcher = _LAUNCHERS.setdefault(80, PtxLauncher(80, multiprocessors=0))  # nothing to fill: one slice
     launcher.traffic = Traffic()
     depth = _TILES * TILE_DEPTH
     zeros = [torch.zeros(_COLUMNS * depth * 2, dtype=torch.uint8) for _ in range(4)]

@@ -37,9 +37,7 @@ def table(budgets: dict[str, Budget]) -> str:
         occupancy = " / ".join(f"{100 * build.warps / CHIPS[architecture].warps:.0f}" for architecture, build in pairs)
         moved = "" if budget.ratio is None else f"{budget.ratio:.2f}"
         other = budgets.get(name.removesuffix("_f16") + "_bf16", budget)
-        cells = [
-            "; ".join(dict.fromkeys(_share(each.builds[chip.arch]) for each in (budget, other))) for chip in chips
-        ]
+        cells = ["; ".join(dict.fromkeys(_share(each.builds[chip.arch]) for each in (budget, other))) for chip in chips]
         short = name.removeprefix("qconv_").removesuffix("_f16")
         lines.append(f"| `{short}` | {registers} | {occupancy} | {moved} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,8 +108,17 @@ class Machine:
     seconds: Callable[[Callable[[], object]], float]
 
 
+WARM_UP = 0.1
+"""Seconds of work before a measurement: an idle device lowers its clocks, and raises them slowly."""
+LEAST = 5e-3
+"""Seconds of a measurement at least: events resolve half a microsecond."""
+
+
 def device_seconds(work: Callable[[], object]) -> float:
-    """Time of work on the current CUDA device, captured as a graph so that the host's overhead does not count."""
+    """Time of work on the current CUDA device, captured as a graph so that the host's overhead does not count.
+
+    The median of five measurements between two events, after as much work as brings up the clocks.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -118,17 +129,32 @@ def device_seconds(work: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    graph.replay()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # likewise
-    times: list[float] = []
-    for _ in range(5):
+
+    def seconds(replays: int) -> float:
         start.record()
-        for _ in range(4):
+        for _ in range(replays):
             graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) / 4e3)
-    return sorted(times)[len(times) // 2]
+        return float(start.elapsed_time(stop)) / 1e3 / replays
+
+    return measured(seconds)
+
+
+def measured(seconds: Callable[[int], float]) -> float:
+    """The median of five measurements, each long enough, after a warm-up.
+
+    Args:
+        seconds: Does the work so many times and returns the time of once.
+    """
+    once, spent = seconds(1), 0.0
+    while spent < WARM_UP:
+        replays = max(1, math.ceil(LEAST / once))
+        once = seconds(replays)
+        spent += replays * once
+    replays = max(4, math.ceil(LEAST / once))
+    return statistics.median(seconds(replays) for _ in range(5))
 
 
 def host_seconds(work: Callable[[], object]) -> float:
@@ -162,10 +188,20 @@ def environment(device: torch.device, peaks: Peaks) -> dict[str, str | float]:
     """Where and when: device, driver, versions, commit, date."""
     from qconv.runtime.backends.cuda.compiler import compiler_version
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name, chosen = "cpu", "0"
+    if device.type == "cuda":
+        # nvidia-smi counts the machine's devices, torch those that CUDA_VISIBLE_DEVICES leaves.
+        name, chosen = torch.cuda.get_device_name(device), f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    answers = {
+        field: _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={chosen}")
+        for field in ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    }
     return {
         "device": name,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "driver": answers["driver_version"],
+        "most_sm_clock": answers["clocks.max.sm"],
+        "most_memory_clock": answers["clocks.max.memory"],
+        "power_limit": answers["power.limit"],
         "torch": torch.__version__,
         "nvrtc": compiler_version(),
         "commit": _output("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"),

@@ -56,13 +56,13 @@ def time_dense(machine: Machine, peaks: Peaks, layout: str, shape: tuple[int, in
     """One weight of that shape, read from memory and not from caches of ``cache`` bytes."""
     columns, depth = shape
     weight = placed(case(layout, *shape, 128).packed, machine.device)
-    copies = _copies(weight, max(1, 2 * cache // nbytes(list(tensors(weight).values())) + 1))
+    copies = _copies(weight, copies_of(nbytes(list(tensors(weight).values())), cache))
     inputs = _tokens(rows, depth, torch.bfloat16).to(machine.device)
     plan = Rows(rows, 1, row_tile(rows))
     ours = rotated(machine, [lambda each=each: multiply(machine.launcher, each, inputs, plan) for each in copies])  # type: ignore[misc]  # binds each
-    dense = torch.randn(
-        max(1, 2 * cache // (2 * columns * depth) + 1), columns, depth, device=machine.device
-    ).bfloat16()
+    dense = torch.empty(
+        copies_of(2 * columns * depth, cache), columns, depth, dtype=torch.bfloat16, device=machine.device
+    ).normal_()
     bf16 = rotated(machine, [lambda each=each: torch.nn.functional.linear(inputs, each) for each in dense])  # type: ignore[misc]  # binds each
     moved = nbytes([*tensors(weight).values(), inputs]) + 2 * rows * columns
     least = peaks.seconds(moved, 2.0 * rows * columns * depth)
@@ -70,9 +70,19 @@ def time_dense(machine: Machine, peaks: Peaks, layout: str, shape: tuple[int, in
 
 
 def time_experts(
-    machine: Machine, peaks: Peaks, layout: str, shape: tuple[int, int], experts: int, top_k: int, tokens: int
+    machine: Machine,
+    peaks: Peaks,
+    layout: str,
+    shape: tuple[int, int],
+    experts: int,
+    top_k: int,
+    tokens: int,
+    cache: int,
 ) -> Timing:
-    """One of the two products of a sparse block, with tokens that choose experts at random."""
+    """One of the two products of a sparse block, with tokens that choose experts at random.
+
+    So few experts as a token chooses may fit a cache: others are chosen each time.
+    """
     columns, depth = shape
     one = case(layout, *shape, 128).packed
     values = {
@@ -87,16 +97,28 @@ def time_experts(
         weights_high=values.get("weights_high"),
     )
     generator = torch.Generator().manual_seed(tokens)
-    chosen = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    expert_bytes = nbytes(list(tensors(weight).values())) // experts
+    choices = [
+        torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+        for _ in range(copies_of(expert_bytes * min(experts, tokens * top_k), cache))
+    ]
     inputs = _tokens(tokens, depth, torch.bfloat16).to(machine.device)
-    rows = route(chosen.to(machine.device), experts)
-    seconds = machine.seconds(lambda: multiply(machine.launcher, weight, inputs, rows))
-    hit = len(chosen.flatten().unique())  # type: ignore[no-untyped-call]  # torch's own annotation is missing
-    moved = nbytes(list(tensors(weight).values())) * hit // experts + inputs.nbytes + 2 * tokens * top_k * columns
+    plans = [route(chosen.to(machine.device), experts) for chosen in choices]
+    seconds = rotated(machine, [lambda each=each: multiply(machine.launcher, weight, inputs, each) for each in plans])  # type: ignore[misc]  # binds each
+    hit = sum(len(set(chosen.flatten().tolist())) for chosen in choices) / len(choices)
+    moved = round(expert_bytes * hit) + inputs.nbytes + 2 * tokens * top_k * columns
     least = peaks.seconds(moved, 2.0 * tokens * top_k * columns * depth)
     return Timing(
-        layout, f"{hit} of {experts} experts of {columns} x {depth}", tokens, 1e6 * seconds, 1e6 * least, None
+        layout, f"{hit:.1f} of {experts} experts of {columns} x {depth}", tokens, 1e6 * seconds, 1e6 * least, None
     )
+
+
+def copies_of(size: int, cache: int) -> int:
+    """How many pieces of ``size`` bytes to take in turn, so that a cache of ``cache`` bytes keeps next to nothing.
+
+    Eight times the cache: it may keep an eighth of them even if it does not forget the oldest first.
+    """
+    return max(1, -(-8 * cache // size))
 
 
 def _tokens(rows: int, depth: int, dtype: torch.dtype) -> Tensor:
@@ -108,4 +130,6 @@ def _error(output: Tensor, exact: Tensor) -> float:
 
 
 def _copies(weight: KernelWeight, count: int) -> list[KernelWeight]:
-    return [weight] + [replace(weight, weights=weight.weights.clone()) for _ in range(count - 1)]
+    """The weight in memory of its own, so many times: all of it, or what is shared would come from a cache."""
+    clones = [{name: tensor.clone() for name, tensor in tensors(weight).items()} for _ in range(count - 1)]
+    return [weight, *(replace(weight, **each) for each in clones)]  # type: ignore[arg-type]  # fields by name

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels.proof.launcher import PtxLauncher
+from qconv.runtime.backends.cuda.compiler import Source
+from qconv.runtime.backends.cuda.launch import Launch
+from qconv.runtime.backends.cuda.weights import tensors
 from qconv.runtime.kernel_interface import TILE_BYTES
-from tests.gpu.bench import Machine, Peaks, Results, environment, host_seconds, peaks
+from tests.gpu import bench
+from tests.gpu.bench import (
+    LEAST,
+    WARM_UP,
+    Machine,
+    Peaks,
+    Results,
+    environment,
+    host_seconds,
+    measured,
+    nbytes,
+    peaks,
+)
 from tests.gpu.products import check_dense, check_experts, time_dense, time_experts
+from tests.kernels.products import case
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +57,70 @@ def test_checks_and_timings_run(machine: Machine, layout: str) -> None:
     assert 1e-5 < dense.relative_error < dense.allowed
     experts = check_experts(machine, layout, (32, 256), 9, torch.bfloat16)
     assert 1e-4 < experts.relative_error < experts.allowed
-    timing = time_dense(machine, Peaks(1e30, 1e30), layout, (32, 256), 3, cache=100_000)
+    timing = time_dense(machine, Peaks(1e30, 1e30), layout, (32, 256), 3, cache=4000)
     assert timing.microseconds > timing.roofline_microseconds
     assert timing.bf16_microseconds is not None
-    sparse = time_experts(machine, Peaks(1e30, 1e30), layout, (32, 256), 6, 2, 3)
+    sparse = time_experts(machine, Peaks(1e30, 1e30), layout, (32, 256), 6, 2, 3, cache=4000)
     assert sparse.case.endswith("of 6 experts of 32 x 256")
-    assert 2 <= int(sparse.case.split()[0]) <= 6
+    assert 2 <= float(sparse.case.split()[0]) <= 6
+
+
+@pytest.mark.parametrize("layout", TILE_BYTES)
+def test_nothing_timed_is_found_in_a_cache(layout: str) -> None:
+    """All that a product reads of its weight is in memory of its own in each repetition, eight caches together."""
+    read: list[dict[str, int]] = []
+
+    class Recorder:
+        multiprocessors = 1
+
+        def load(self, source: Source) -> None:
+            """Nothing to do."""
+
+        def launch(self, launch: Launch) -> None:
+            read.append({name: tensor.data_ptr() for name, tensor in launch.inputs.items() if name != "activations"})
+
+    def once(work: Callable[[], object]) -> float:
+        work()
+        return 1.0
+
+    recording = Machine(torch.device("cpu"), Recorder(), once)
+    time_dense(recording, Peaks(1.0, 1.0), layout, (32, 256), 3, cache=10_000)
+    assert all(len({each[name] for each in read}) == len(read) for name in read[0])
+    weight = case(layout, 32, 256, 128).packed
+    assert len(read) * nbytes(list(tensors(weight).values())) >= 80_000
+    read.clear()
+    time_experts(recording, Peaks(1.0, 1.0), layout, (32, 256), 6, 2, 1, cache=10_000)
+    assert len({each["row_ids"] for each in read}) == len(read) > 1
+
+
+def test_a_measurement_warms_up_and_lasts_long_enough() -> None:
+    """A device that starts at half its clocks: its slow beginning is not measured."""
+    done: list[int] = []
+
+    def seconds(replays: int) -> float:
+        slow = sum(done) * 2e-5 < WARM_UP / 2
+        done.append(replays)
+        return 2e-5 if slow else 1e-5
+
+    assert measured(seconds) == 1e-5
+    assert all(count * 1e-5 >= LEAST for count in done[-5:])
+
+
+def test_the_driver_is_asked_for_the_device_that_torch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*command: str) -> str:
+        asked.append(command)
+        return {"--query-gpu=driver_version": "580.1"}.get(command[1], "1980 MHz")
+
+    monkeypatch.setattr(bench, "_output", answer)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab"))
+    found = environment(torch.device("cuda", 0), Peaks(1.0, 2.0))
+    assert found["device"] == "NVIDIA L40S"
+    assert found["driver"] == "580.1"
+    assert found["most_sm_clock"] == "1980 MHz"
+    assert all("--id=GPU-12ab" in command for command in asked if command[0] == "nvidia-smi")
 
 
 def test_the_file_says_where_and_when(tmp_path: Path) -> None:

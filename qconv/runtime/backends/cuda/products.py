@@ -34,6 +34,8 @@ _MOST_BLOCKS = 65535
 _LEAST_TILES = 8
 """A slice of k below this many tiles spends most of its time filling its pipeline."""
 _MOST_SLICES = 16
+_LEAST_THREADS = 256
+"""Of a multiprocessor: with fewer, too few bytes are under way and its schedulers wait for one warp each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +67,18 @@ def row_tile(rows: int) -> int:
     return next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
 
 
-def slices_of(columns: int, depth: int, busy_tiles: int, multiprocessors: int) -> int:
-    """Into how many slices k is split: two blocks for each multiprocessor, as far as k is long enough.
+def slices_of(columns: int, depth: int, busy_tiles: int, tile: int, multiprocessors: int) -> int:
+    """Into how many slices k is split: eight warps for each multiprocessor, as far as k is long enough.
 
     Args:
         columns: Outputs of the weight.
         depth: Its inputs.
         busy_tiles: Tiles of rows that have work.
+        tile: Rows of each.
         multiprocessors: Of the device.
     """
-    blocks = -(-columns // TILE_COLUMNS) * busy_tiles
-    return max(1, min(2 * multiprocessors // blocks, -(-depth // TILE_DEPTH) // _LEAST_TILES, _MOST_SLICES))
+    blocks, wanted = -(-columns // TILE_COLUMNS) * busy_tiles, multiprocessors * _LEAST_THREADS // threads(tile)
+    return max(1, min(wanted // blocks, -(-depth // TILE_DEPTH) // _LEAST_TILES, _MOST_SLICES))
 
 
 def multiply(launcher: Launcher, weight: KernelWeight, inputs: Tensor, rows: Rows) -> Tensor:
@@ -94,7 +97,7 @@ def multiply(launcher: Launcher, weight: KernelWeight, inputs: Tensor, rows: Row
         inputs, rows = _gathered(launcher, weight.gather, inputs, rows), replace(rows, per_input=1)
     # Padding tiles end at once, so a tile counts as busy only if rows could fill it.
     busy = min(rows.tiles, rows.count)
-    slices = slices_of(weight.columns, weight.depth, busy, launcher.multiprocessors)
+    slices = slices_of(weight.columns, weight.depth, busy, rows.tile, launcher.multiprocessors)
     output = inputs.new_empty(rows.count, weight.columns)
     target = output if slices == 1 else inputs.new_empty(slices, *output.shape, dtype=torch.float32)
     arguments = gemm_args(

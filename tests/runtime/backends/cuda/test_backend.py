@@ -120,17 +120,18 @@ def test_the_tile_suits_the_rows(rows: int, tile: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "depth", "tiles", "slices"),
+    ("columns", "depth", "tiles", "tile", "slices"),
     [
-        (6144, 2560, 1, 5),  # 48 blocks: five slices of eight tiles each
-        (12288, 6144, 1, 2),
-        (5120, 6144, 89, 1),  # enough blocks
-        (128, 512, 1, 1),  # too short to split
-        (128, 65536, 1, 16),  # no more than sixteen
+        (6144, 2560, 1, 16, 5),  # 48 blocks: five slices of eight tiles each
+        (12288, 6144, 1, 16, 2),
+        (12288, 6144, 1, 8, 5),  # blocks of half as many threads
+        (5120, 6144, 89, 16, 1),  # enough blocks
+        (128, 512, 1, 8, 1),  # too short to split
+        (128, 65536, 1, 8, 16),  # no more than sixteen
     ],
 )
-def test_k_is_split_where_that_fills_the_device(columns: int, depth: int, tiles: int, slices: int) -> None:
-    assert slices_of(columns, depth, tiles, 132) == slices
+def test_k_is_split_where_that_fills_the_device(columns: int, depth: int, tiles: int, tile: int, slices: int) -> None:
+    assert slices_of(columns, depth, tiles, tile, 132) == slices
 
 
 def test_a_split_product_ends_in_the_sum_of_its_slices() -> None:
