@@ -17,7 +17,7 @@ import click
 
 from qconv import __version__
 from qconv.cli.console import ReaderGone, print_error
-from qconv.cli.heap import share_one_heap
+from qconv.cli.heap import settle_allocation
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 
@@ -112,5 +112,5 @@ def qconv() -> None:
 
 def main() -> NoReturn:
     """The console script ``qconv``."""
-    share_one_heap()
+    settle_allocation()
     qconv.main(prog_name="qconv")
