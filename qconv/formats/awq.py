@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, read_tensors, skip_list
+from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -23,23 +23,34 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each nibble holds, lowest nibble first."""
 
 
-def pack_words(values: Tensor) -> Tensor:
-    """Pack 4-bit values, uint8 [rows, columns], to int32 [rows, columns/8] in AWQ's nibble order."""
+def pack_rows(values: Tensor) -> Tensor:
+    """Pack every eight rows of 4-bit values, uint8 [8n, columns], to one of int32 [n, columns], in AWQ's order."""
     rows, columns = values.shape
-    low = values.view(rows, columns // 8, 8)[..., list(ORDER[0::2])]
-    high = values.view(rows, columns // 8, 8)[..., list(ORDER[1::2])]
-    return (low | (high << 4)).view(torch.int32).view(rows, columns // 8)
+    of_word = values.view(rows // 8, 8, columns)
+    words = of_word[:, ORDER[0]].to(torch.int32)
+    for nibble, row in enumerate(ORDER[1:], 1):
+        words |= of_word[:, row].to(torch.int32) << (4 * nibble)
+    return words
+
+
+def unpack_rows(words: Tensor) -> Tensor:
+    """The inverse of :func:`pack_rows`: int32 [n, columns] to uint8 [8n, columns]."""
+    rows, columns = words.shape
+    words = words.contiguous()
+    values = torch.empty(rows, 8, columns, dtype=torch.uint8, device=words.device)
+    for nibble, row in enumerate(ORDER):
+        values[:, row] = (words >> (4 * nibble)) & 15
+    return values.view(8 * rows, columns)
+
+
+def pack_words(values: Tensor) -> Tensor:
+    """Pack along rows: 4-bit values, uint8 [rows, columns], to int32 [rows, columns/8] in AWQ's nibble order."""
+    return pack_rows(values.t().contiguous()).t().contiguous()
 
 
 def unpack_words(words: Tensor) -> Tensor:
     """The inverse of :func:`pack_words`: int32 [rows, words] to uint8 [rows, 8 words]."""
-    rows, count = words.shape
-    packed = words.contiguous().view(torch.uint8).view(rows, count, 4)
-    values = torch.empty(rows, count, 8, dtype=torch.uint8, device=words.device)
-    for byte in range(4):
-        values[..., ORDER[2 * byte]] = packed[..., byte] & 15
-        values[..., ORDER[2 * byte + 1]] = packed[..., byte] >> 4
-    return values.view(rows, count * 8)
+    return unpack_rows(words.t()).t().contiguous()
 
 
 class AwqFormat:
@@ -83,8 +94,8 @@ class AwqFormat:
     def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
         """qweight, qzeros, scales."""
         assert weight.zero_points is not None
-        yield f"{module}.qweight", pack_words(weight.codes.t().contiguous())
-        yield f"{module}.qzeros", pack_words(weight.zero_points.t().contiguous())
+        yield f"{module}.qweight", by_rows(pack_rows, weight.codes, transposed=True)
+        yield f"{module}.qzeros", pack_words(weight.zero_points.t())
         yield f"{module}.scales", weight.scales.t().contiguous()
 
     def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
@@ -96,7 +107,7 @@ class AwqFormat:
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         return QTensor(
             grid,
-            unpack_words(tensors["qweight"]).t().contiguous(),
+            by_rows(unpack_rows, tensors["qweight"].t()),
             tensors["scales"].t().contiguous(),
             unpack_words(tensors["qzeros"]).t().contiguous(),
         )

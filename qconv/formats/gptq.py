@@ -26,7 +26,7 @@ from torch import Tensor
 from qconv import __version__
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, read_tensors
+from qconv.formats.base import TensorReader, by_rows, read_tensors
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -155,7 +155,7 @@ class GptqFormat:
             stored = torch.full_like(weight.scales, grid.mid - 1, dtype=torch.uint8)
         else:
             stored = weight.zero_points
-        yield f"{module}.qweight", pack_words(weight.codes, grid.bits).t().contiguous()
+        yield f"{module}.qweight", by_rows(functools.partial(pack_words, bits=grid.bits), weight.codes, transposed=True)
         yield f"{module}.qzeros", pack_words(stored.t(), grid.bits)
         yield f"{module}.scales", weight.scales.t().contiguous()
         yield f"{module}.g_idx", _in_order(in_features, grid) if weight.group_index is None else weight.group_index
@@ -170,7 +170,7 @@ class GptqFormat:
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         return QTensor(
             Grid(grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype, act_order=grid.act_order),
-            unpack_words(tensors["qweight"].t(), grid.bits),
+            by_rows(functools.partial(unpack_words, bits=grid.bits), tensors["qweight"].t()),
             tensors["scales"].t().contiguous(),
             _zero_points(f"{module}.qzeros", tensors["qzeros"], grid),
             _group_index(f"{module}.g_idx", tensors["g_idx"], grid),

@@ -10,6 +10,7 @@ codes keep the inputs' own order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import compressed_tensors
-from qconv.formats.base import TensorReader, read_tensors, skip_list
+from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -94,7 +95,7 @@ class PackQuantizedFormat:
     def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of :meth:`specs`."""
         bits = weight.grid.bits
-        yield f"{module}.weight_packed", pack_rows(weight.codes, bits)
+        yield f"{module}.weight_packed", by_rows(partial(pack_rows, bits=bits), weight.codes)
         yield f"{module}.weight_scale", weight.scales
         if weight.zero_points is not None:
             yield f"{module}.weight_zero_point", pack_rows(weight.zero_points.t(), bits).t().contiguous()
@@ -115,7 +116,7 @@ class PackQuantizedFormat:
         zero_points = None
         if not grid.symmetric:
             zero_points = unpack_rows(tensors["weight_zero_point"].t(), grid.bits).t().contiguous()
-        codes = unpack_rows(tensors["weight_packed"], grid.bits)
+        codes = by_rows(partial(unpack_rows, bits=grid.bits), tensors["weight_packed"])
         index = tensors.get("weight_g_idx")
         if index is not None and bool(((index < 0) | (index >= grid.groups(shape[1]))).any()):
             raise CheckpointError(

@@ -124,9 +124,8 @@ def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSetti
 
 def quantize(weight: Tensor, grid: Grid, ratios: Tensor | None) -> QTensor:
     """Round an already scaled weight, float32 [out_features, in_features], with clipping ratios or the full range."""
-    return assemble(
-        [
-            round_block(weight[start:stop], grid, None if ratios is None else ratios[start:stop])
-            for start, stop in row_blocks(*weight.shape)
-        ]
+    blocks = (
+        round_block(weight[start:stop], grid, None if ratios is None else ratios[start:stop])
+        for start, stop in row_blocks(*weight.shape)
     )
+    return assemble(blocks, len(weight))

@@ -6,7 +6,7 @@ operations on a whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -166,14 +166,34 @@ def rounded_linear(inputs: Tensor, weight: Tensor, grid: Grid, scale: Tensor | N
     return torch.cat(outputs, dim=1)
 
 
-def assemble(blocks: list[QTensor]) -> QTensor:
-    """One QTensor from consecutive blocks of rows."""
-    if len(blocks) == 1:
-        return blocks[0]
-    zero_points = [block.zero_points for block in blocks if block.zero_points is not None]
+def assemble(blocks: Iterable[QTensor], rows: int) -> QTensor:
+    """One QTensor of so many rows from consecutive blocks of them; memory holds it and one block.
+
+    All rows of a block share scales with no other block's.
+    """
+    whole, row, scale_row = None, 0, 0
+    for block in blocks:
+        if whole is None:
+            if len(block.codes) == rows:
+                return block
+            whole = _empty(block, rows)
+        scale_rows = slice(scale_row, scale_row + len(block.scales))
+        whole.codes[row : row + len(block.codes)] = block.codes
+        whole.scales[scale_rows] = block.scales
+        if whole.zero_points is not None and block.zero_points is not None:
+            whole.zero_points[scale_rows] = block.zero_points
+        row, scale_row = row + len(block.codes), scale_rows.stop
+    if whole is None or row != rows:
+        raise ValueError(f"blocks of {row} rows in all do not make a weight of {rows}")
+    return whole
+
+
+def _empty(like: QTensor, rows: int) -> QTensor:
+    """A QTensor of so many rows, its content undefined, on the grid and of the row length of ``like``."""
+    shape = like.grid.scale_shape(rows, like.codes.shape[1])
     return QTensor(
-        blocks[0].grid,
-        torch.cat([block.codes for block in blocks]),
-        torch.cat([block.scales for block in blocks]),
-        torch.cat(zero_points) if zero_points else None,
+        like.grid,
+        like.codes.new_empty(rows, like.codes.shape[1]),
+        like.scales.new_empty(shape),
+        None if like.zero_points is None else like.zero_points.new_empty(shape),
     )

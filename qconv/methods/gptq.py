@@ -227,7 +227,7 @@ def _with_rows_of_rtn(weight: QTensor, source: Tensor, chosen: Tensor, factor: F
     columns, order = source.shape[1], factor.order if weight.grid.act_order else None
     blocks = (source[rows[start:stop]] for start, stop in row_blocks(len(rows), columns))
     ordered = (block if order is None else block.index_select(1, order) for block in blocks)
-    nearest = assemble([round_block(block, weight.grid) for block in ordered])
+    nearest = assemble((round_block(block, weight.grid) for block in ordered), len(rows))
     weight.codes[rows] = nearest.codes if order is None else nearest.codes.index_select(1, torch.argsort(order))
     weight.scales[rows] = nearest.scales
     if weight.zero_points is not None and nearest.zero_points is not None:

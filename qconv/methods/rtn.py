@@ -27,12 +27,9 @@ def quantize(weight: Tensor, grid: Grid, clip: ClipSettings | None = None) -> QT
         grid: The grid.
         clip: Search each group's clipping range for the least squared error of its weights; None takes the full range.
     """
-    return assemble(
-        [
-            round_block(block, grid, None if clip is None else mse_ratios(block, grid, clip))
-            for block in (weight[start:stop] for start, stop in row_blocks(*weight.shape))
-        ]
-    )
+    blocks = (weight[start:stop] for start, stop in row_blocks(*weight.shape))
+    rounded = (round_block(block, grid, None if clip is None else mse_ratios(block, grid, clip)) for block in blocks)
+    return assemble(rounded, len(weight))
 
 
 def mse_ratios(block: Tensor, grid: Grid, clip: ClipSettings) -> Tensor:

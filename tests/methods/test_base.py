@@ -199,7 +199,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(base, "_BLOCK_ELEMENTS", 5 * 32)  # five rows a block, three in the last
         parts = [round_block(weight[a:b], grid, ratio[a:b]) for a, b in row_blocks(23, 32)]
         assert len(parts) == 5
-        joined = assemble(parts)
+        joined = assemble(parts, 23)
         assert torch.equal(joined.codes, whole.codes)
         assert torch.equal(joined.scales, whole.scales)
         assert torch.equal(joined.dequantize(), whole.dequantize())
