@@ -115,15 +115,17 @@ class UnitWriter:
         This thread reads; the workers unpack and compare.
         """
         snr_db: dict[str, float | None] = {}
-        for name, snr, problem in workers.map(partial(self._compare, comparison), self._read_back(shards, comparison)):
-            if problem is not None:
-                raise VerificationError(
-                    f"{self._unit.key}: what is on disk does not stand for the source: {problem}.",
-                    hint="Nothing of this layer was kept. Check memory and disk; if they are sound, this is a bug.",
-                )
-            if snr is not None:
-                # JSON knows no infinity: an exact weight (an expert of zeros) has no ratio.
-                snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
+        read, sizes = self._read_back(shards, comparison), (item.size for item in self._unit.items)
+        with contextlib.closing(workers.map(partial(self._compare, comparison), read, sizes)) as compared:
+            for name, snr, problem in compared:
+                if problem is not None:
+                    raise VerificationError(
+                        f"{self._unit.key}: what is on disk does not stand for the source: {problem}.",
+                        hint="Nothing of this layer was kept. Check memory and disk; if they are sound, this is a bug.",
+                    )
+                if snr is not None:
+                    # JSON knows no infinity: an exact weight (an expert of zeros) has no ratio.
+                    snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
         return snr_db
 
     def _read_back(self, shards: Sequence[ShardWriter], comparison: Comparison) -> Iterator[_ReadBack]:

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
 from qconv.committer import UnitWriter
 from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.methods import fp8, rtn
+from qconv.methods.base import assemble
 from qconv.models.base import Linear
 from qconv.output import (
     FolderState,
@@ -35,8 +37,9 @@ from qconv.output import (
     require_published,
     write_companions,
 )
-from qconv.parallel import Workers
-from qconv.plan import BuildPlan, Item, Unit, make_plan, modelled_costs
+from qconv.parallel import Workers, default_workers
+from qconv.plan import BuildPlan, Item, Module, Unit, make_plan, modelled_costs
+from qconv.qtensor import CHANNEL, QTensor
 from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
@@ -82,8 +85,31 @@ def quantize(
         log(f"build: {notice}")
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out), Workers(threads) as workers, ThreadPoolExecutor(1, thread_name_prefix="commit") as committer:
+    count = default_workers() if threads is None else threads
+    workers, committer = Workers(count, _allowance(plan, count)), ThreadPoolExecutor(1, thread_name_prefix="commit")
+    with locked(out), workers, committer:
         return _Run(source, plan, out, workers, committer, progress, log).run(restart)
+
+
+def _allowance(plan: BuildPlan, workers: int) -> float:
+    """How many weights may be in flight, in the unit that is made and the one that is checked together.
+
+    As many as both would hold if all their matrices were of average size: a layer's few large ones (a MoE's attention)
+    then wait for each other, and making a layer beside the check of another takes no more memory than making one.
+    """
+    sizes = [item.size for unit in plan.units for item in unit.items if item.size]
+    return (workers + 1) * sum(sizes) / max(1, len(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A module's tensors as the file holds them: names and blocks of rows."""
+
+    module: Module
+    tensors: tuple[tuple[str, Iterable[Tensor]], ...]
+
+
+Made = TypeVar("Made", Finished, _Packed)
 
 
 class _Run:
@@ -153,7 +179,9 @@ class _Run:
             elif unit.key in journal.units:
                 self._require_published(unit, journal)
             else:
-                self._commit(unit, self._rounded(unit), {}, LayerReport(), journal)
+                sizes = (item.size for item in unit.items)
+                packed = self.workers.map(lambda item: self._pack(self._rounded(item)), unit.items, sizes)
+                self._commit(unit, packed, {}, LayerReport(), journal)
             self.done += unit.weights
         self._await_commit()
         self.progress("finishing", self.done, self.plan.weights)
@@ -187,31 +215,36 @@ class _Run:
                 for _ in self._shown(unit, modules):
                     pass
             else:
-                self._commit(unit, modules, context.scales, context.report, journal)
+                packed = self.workers.map(self._pack, modules)
+                self._commit(unit, packed, context.scales, context.report, journal)
             # A layer's outputs may only count as made once the layer itself is safe.
             self._await_commit()
             calibration.advance(context)
 
         return make
 
-    def _rounded(self, unit: Unit) -> Iterator[Finished]:
-        """The unit's modules without calibration."""
+    def _rounded(self, item: Item) -> Finished:
+        """A module without calibration."""
+        names, weight = [name for name, _ in item.module.tensors()], None
+        if item.quantized and isinstance(item.module, Linear):
+            weight = self._round(item.module)
+            names.remove(item.module.weight)
+        return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
+
+    def _round(self, linear: Linear) -> QTensor:
+        """A linear's weight without calibration, made block by block unless all rows share a scale."""
+        grid = self.plan.grid
         clip = self.recipe.clip if self.recipe.searches_clipping else None
-        rounded = fp8.quantize if self.plan.grid.is_float else rtn.quantize
-
-        def finish(item: Item) -> Finished:
-            names = [name for name, _ in item.module.tensors()]
-            weight = None
-            if item.quantized and isinstance(item.module, Linear):
-                weight = rounded(self.source.read(names.pop(0)), self.plan.grid, clip)
-            return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
-
-        return self.workers.map(finish, unit.items)
+        rounded = fp8.quantize if grid.is_float else rtn.quantize
+        if grid.block_rows == CHANNEL:
+            return rounded(self.source.read(linear.weight), grid, clip)
+        blocks = self.source.blocks(linear.weight, grid.block_rows)
+        return assemble((rounded(block, grid, clip) for block in blocks), linear.out_features)
 
     def _commit(
         self,
         unit: Unit,
-        modules: Iterator[Finished],
+        modules: Generator[_Packed, None, None],
         scales: Mapping[str, Tensor],
         report: LayerReport,
         journal: Journal,
@@ -219,8 +252,9 @@ class _Run:
         """Write a unit; it is checked and published while the next one is worked on, one unit at a time."""
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(UnitWriter(self.out, self.plan, unit))
-            for tensors in self.workers.map(self._pack, self._shown(unit, modules)):
-                for name, blocks in tensors:
+            made = stack.enter_context(contextlib.closing(modules))
+            for packed in self._shown(unit, made):
+                for name, blocks in packed.tensors:
                     writer.add(name, blocks)
             self._await_commit()
             written = stack.pop_all()
@@ -234,11 +268,10 @@ class _Run:
 
         self.committing = self.committer.submit(publish)
 
-    def _pack(self, finished: Finished) -> list[tuple[str, Iterable[Tensor]]]:
-        """A module's tensors as the file holds them, as blocks of rows, by name."""
+    def _pack(self, finished: Finished) -> _Packed:
         weight = finished.weight
         packed = () if weight is None else self.plan.format.pack(finished.module.name, weight)
-        return [*((name, [tensor]) for name, tensor in packed), *finished.dense]
+        return _Packed(finished.module, (*((name, [tensor]) for name, tensor in packed), *finished.dense))
 
     def _await_commit(self) -> None:
         """Wait until the unit before is published; its error is raised here."""
@@ -246,12 +279,12 @@ class _Run:
             self.committing.result()
             self.committing = None
 
-    def _shown(self, unit: Unit, modules: Iterator[Finished]) -> Iterator[Finished]:
+    def _shown(self, unit: Unit, modules: Iterator[Made]) -> Iterator[Made]:
         """The same modules; progress is shown as they come."""
         weights = 0
-        for finished in modules:
-            yield finished
-            weights += finished.module.numel
+        for made in modules:
+            yield made
+            weights += made.module.numel
             self._show(unit, weights)
 
     def _require_published(self, unit: Unit, journal: Journal) -> None:

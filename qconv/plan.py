@@ -35,6 +35,11 @@ class Item:
     quantized: bool
     specs: tuple[TensorSpec, ...]
 
+    @property
+    def size(self) -> int:
+        """How many of its weights memory holds while it is worked on; what is copied goes block by block."""
+        return self.module.numel if self.quantized else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:

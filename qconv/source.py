@@ -70,14 +70,16 @@ class Source:
         """
         return require_finite(self.checkpoint.read(name), self.checkpoint.entry(name))
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """The tensor as consecutive blocks of rows, each known to be finite; memory holds one of them.
+
+        Each begins at a multiple of ``multiple`` rows.
 
         Raises:
             CheckpointError: as :meth:`read`.
         """
         row, entry = 0, self.checkpoint.entry(name)
-        for block in self.checkpoint.blocks(name):
+        for block in self.checkpoint.blocks(name, multiple):
             yield require_finite(block, entry, row)
             row += len(block) if block.dim() else 1
 

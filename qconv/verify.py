@@ -122,13 +122,24 @@ class Comparison:
 
     def weight(self, linear: Linear, weight: QTensor) -> tuple[float, str | None]:
         """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
-        scales = self.folds.input_scale(linear), self.folds.output_scale(linear)
-        snr = weight_error(self.source.read(linear.weight), weight, *scales).snr_db
+        snr = self._error(linear, weight).snr_db
         problem = _bad_parameters(weight)
         floor = FLOAT_SNR_FLOOR_DB if weight.grid.is_float else snr_floor_db(weight.grid.bits, self.compensated)
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
         return snr, None if problem is None else f"{linear.name}: {problem}"
+
+    def _error(self, linear: Linear, weight: QTensor) -> SquaredError:
+        """Signal and noise over the whole weight, of which memory holds one block of the source's rows."""
+        in_scale, out_scale = self.folds.input_scale(linear), self.folds.output_scale(linear)
+        multiple = 1 if weight.grid.block_rows == CHANNEL else weight.grid.block_rows
+        error, start = SquaredError(), 0
+        for block in self.source.blocks(linear.weight, multiple):
+            stop = start + len(block)
+            out = None if out_scale is None else out_scale[start:stop]
+            error += weight_error(block, weight.rows(start, stop), in_scale, out)
+            start = stop
+        return error
 
     def is_copy(self, module: Module) -> bool:
         """Whether the module's plain tensors must be the source's, bit for bit."""

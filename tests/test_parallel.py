@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qconv.parallel import Workers, default_workers, single_threaded_operations
+from qconv.parallel import Allowance, Workers, default_workers, single_threaded_operations
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -53,6 +53,93 @@ def test_the_first_error_is_raised_in_its_turn_and_the_rest_is_dropped() -> None
         with pytest.raises(ValueError, match="item 2"):
             next(results)
     assert len(started) < 10
+
+
+def test_sized_items_stay_within_the_allowance_over_all_maps() -> None:
+    lock, used, seen = threading.Lock(), [0], [0]
+
+    def taken(sizes: list[int]) -> Iterator[int]:
+        for size in sizes:
+            with lock:
+                used[0] += size
+                seen.append(used[0])
+            yield size
+
+    def consume(sizes: list[int]) -> None:
+        for size in workers.map(lambda item: item, taken(sizes), sizes):
+            time.sleep(0.001)
+            with lock:  # given back when the next one is asked for, so a little later than here
+                used[0] -= size
+
+    with Workers(3, allowance=10) as workers:
+        threads = [threading.Thread(target=consume, args=([3, 4, 2, 10, 1, 5, 0, 4] * 5,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert max(seen) == 10
+    assert used == [0]
+    assert len(seen) == 81
+
+
+def test_what_is_larger_than_the_allowance_is_worked_on_alone() -> None:
+    together, most = [0], [0]
+
+    def work(size: int) -> int:
+        together[0] += size
+        most[0] = max(most[0], together[0])
+        time.sleep(0.002)
+        together[0] -= size
+        return size
+
+    with Workers(2, allowance=10) as workers:
+        sizes = [25, 4, 5, 30, 1]
+        assert list(workers.map(work, sizes, sizes)) == sizes
+    assert most == [30]
+
+
+def test_the_allowance_is_whole_again_after_an_error_and_after_a_map_left_early() -> None:
+    def fail(item: int) -> int:
+        raise ValueError(item)
+
+    with Workers(2, allowance=3) as workers:
+        with pytest.raises(ValueError, match="1"):
+            list(workers.map(fail, [1, 2, 3], [1, 1, 1]))
+        results = workers.map(abs, [1, 1, 1], [1, 1, 1])
+        next(results)
+        results.close()
+        list(workers.map(abs, [], [2]))  # sizes of items that never came
+        done = threading.Event()
+
+        def whole() -> None:
+            assert list(workers.map(abs, [3], [3])) == [3]
+            done.set()
+
+        threading.Thread(target=whole, daemon=True).start()
+        assert done.wait(10)
+    assert workers._allowance.take(3, wait=False)
+
+
+def test_who_waits_comes_before_who_holds_something() -> None:
+    allowance, order = Allowance(2), []
+    assert allowance.take(2, wait=True)
+
+    def wait() -> None:
+        allowance.take(1, wait=True)
+        order.append("waited")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not allowance._waiting:
+        time.sleep(0.001)
+    with allowance._changed:
+        allowance._used = 1  # room for one, which belongs to the one that waits
+        assert not allowance._fits(2)
+    assert not allowance.take(1, wait=False)
+    allowance.give_back(0)
+    thread.join(10)
+    assert order == ["waited"]
 
 
 def test_work_runs_beside_the_consumer() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qconv import pipeline
 from qconv.calibration.stream import LayerStream
+from qconv.checkpoint import reader
 from qconv.committer import UnitWriter
 from qconv.errors import (
     CheckpointError,
@@ -103,6 +104,15 @@ def test_nothing_in_a_build_tells_where_or_when_it_was_made(moe: Path, rtn_build
     moved = Path(shutil.copytree(moe, tmp_path / "elsewhere" / moe.name))
     again = build(moved, tmp_path / "other name", RTN).out
     assert folder_bytes(again) == folder_bytes(rtn_build)
+
+
+def test_how_much_of_a_weight_is_mapped_at_once_makes_no_difference(
+    rtn_build: Path, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 7 * 64 * 2)
+    out = build(moe, tmp_path / "out", RTN).out
+    for shard in rtn_build.glob("*.safetensors"):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize("recipe", [RTN, AWQ], ids=["rtn", "awq"])
@@ -454,9 +464,8 @@ def test_a_wrong_tensor_on_disk_is_found_before_it_gets_its_name(
     from qconv.formats import awq, w4a16
 
     module: Any = w4a16 if recipe is RTN else awq
-    name = "pack_rows" if recipe is RTN else "pack_words"
-    pack = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda values, *rest: pack(values.flip(-1).contiguous(), *rest))
+    pack = module.pack_rows
+    monkeypatch.setattr(module, "pack_rows", lambda values, **rest: pack(values.flip(-1).contiguous(), **rest))
     out = tmp_path / "out"
     refused(moe, out, recipe, VerificationError, 5, "layer-00000", "does not stand for the source", "dB, below")
     assert not (out / "model-00002-of-00004.safetensors").exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qconv.build import Build
+from qconv.checkpoint import reader
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import VerificationError
 from qconv.formats import float8
@@ -86,6 +87,17 @@ def test_every_weight_is_the_methods_and_everything_else_the_sources(
         for router in layer.routers():
             assert not opened.is_quantized(router)
             assert torch.equal(opened.checkpoint.read(router.weight), source.read(router.weight))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "rows"])
+def test_how_much_of_a_weight_is_mapped_at_once_makes_no_difference(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(BUNDLED, tmp_path / "whole", KINDS[kind]).out
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 150 * 256 * 2)  # rows that no block of scales ends with
+    parts = build(BUNDLED, tmp_path / "parts", KINDS[kind]).out
+    for shard in whole.glob("*.safetensors"):
+        assert (parts / shard.name).read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -177,16 +177,16 @@ class Dequantized(Checkpoint):
         codes = self.stored.read(name)
         return self._dense(name, codes, torch.arange(len(codes)))
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """The dense tensor as the consecutive blocks of rows that a dense checkpoint gives; memory holds one of them.
 
         Raises:
             CheckpointError: as :meth:`read`.
         """
         if name not in self.scales:
-            yield from self.stored.blocks(name)
+            yield from self.stored.blocks(name, multiple)
             return
-        for start, stop in row_ranges(self.entry(name)):
+        for start, stop in row_ranges(self.entry(name), multiple):
             codes = map_rows(self.stored.entry(name), start, stop)
             yield self._dense(name, codes, torch.arange(start, stop))
 

@@ -29,7 +29,7 @@ _SAMPLES_PER_SHARD = 64
 _SAMPLE_BYTES = 4096
 
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """How much of a large tensor is mapped at once where it is worked through block by block."""
 
 
@@ -58,8 +58,10 @@ class Tensors:
         """
         return map_tensor(self.entry(name))
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """The tensor as consecutive blocks of rows, each mapped on its own, so that memory holds one of them.
+
+        Each begins at a multiple of ``multiple`` rows.
 
         Raises:
             CheckpointError: as :meth:`read`.
@@ -68,7 +70,7 @@ class Tensors:
         if not entry.shape:
             yield map_tensor(entry)
             return
-        for start, stop in row_ranges(entry):
+        for start, stop in row_ranges(entry, multiple):
             yield map_rows(entry, start, stop)
 
     def gather(self, name: str, rows: Tensor) -> Tensor:
@@ -161,10 +163,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def row_ranges(entry: TensorEntry) -> Iterator[tuple[int, int]]:
-    """Ranges ``start, stop`` of a tensor's rows that take at most :data:`BLOCK_BYTES` each, or are a single row."""
+def row_ranges(entry: TensorEntry, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges ``start, stop`` of a tensor's rows that take at most :data:`BLOCK_BYTES` each, or ``multiple`` rows.
+
+    Each begins at a multiple of ``multiple`` rows.
+    """
     rows = entry.shape[0]
-    step = max(1, rows if entry.nbytes <= BLOCK_BYTES else BLOCK_BYTES // (entry.nbytes // rows))
+    step = max(1, rows)
+    if entry.nbytes > BLOCK_BYTES:
+        step = max(1, BLOCK_BYTES // (entry.nbytes // rows * multiple)) * multiple
     for start in range(0, max(1, rows), step):
         yield start, min(start + step, rows)
 

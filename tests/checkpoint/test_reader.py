@@ -248,6 +248,10 @@ def test_blocks_are_the_tensor_and_map_one_part_each(
     assert torch.equal(torch.cat(blocks), tensors["w"])
     assert [block.shape for block in checkpoint.blocks("scalar")] == [()]
     assert [tuple(block.shape) for block in checkpoint.blocks("wide")] == [(1, 100)] * 2  # at least one row at a time
+    for multiple, sizes in ((2, [4, 4, 4, 1]), (5, [5, 5, 3]), (6, [6, 6, 1]), (20, [13])):
+        blocks = list(checkpoint.blocks("w", multiple))
+        assert [len(block) for block in blocks] == sizes
+        assert torch.equal(torch.cat(blocks), tensors["w"])
 
 
 def test_a_file_that_shrinks_during_the_run_is_an_error_and_no_crash(folder: Path) -> None:
