@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(exists=True, path_type=Path), metavar="RUN")
 @click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Tokens to score.")
 @click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Layers to look into.")
+@click.option(
+    "--baseline",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="RUN",
+    help="Tell how much more each part costs than in the build of this run.",
+)
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @json_option
-def command(run: Path, tokens: int, layers: int, device: str, as_json: bool) -> None:
+def command(run: Path, tokens: int, layers: int, baseline: Path | None, device: str, as_json: bool) -> None:
     """Put single parts of the build of a finished RUN into its reference and measure what each one costs.
 
     Works layer by layer, so that neither model need fit into memory; activations lie in the run's folder meanwhile. The
@@ -34,10 +40,12 @@ def command(run: Path, tokens: int, layers: int, device: str, as_json: bool) -> 
         from qconv.evaluation.record import RUN_NAME
 
         folder = run.parent if run.name == RUN_NAME else run
+        before = baseline.parent if baseline is not None and baseline.name == RUN_NAME else baseline
         found = blame_run(
             folder,
             tokens=tokens,
             worst_layers=layers,
+            baseline=before,
             device=device,
             progress=reporter.progress,
             log=reporter.log,
@@ -46,7 +54,8 @@ def command(run: Path, tokens: int, layers: int, device: str, as_json: bool) -> 
         print_json(found.as_values())
         return
     console = stdout()
-    say(console, f"{found.tokens:,} tokens; KL divergence from the reference in nats a token, its standard error")
+    more = "" if baseline is None else f", how much more than of {baseline}"
+    say(console, f"{found.tokens:,} tokens; KL divergence from the reference{more}: nats a token, its standard error")
     say(console, f"the whole build: {_cost(found.whole)}")
     say(console, "")
     print_table(console, ("layer", "KL divergence", "+-"), [_row(one) for one in found.layers[:10]])

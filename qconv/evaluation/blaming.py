@@ -14,7 +14,7 @@ from qconv.build import Build
 from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import ArtifactError, UsageError
 from qconv.evaluation.artifacts import identify
-from qconv.evaluation.blame import Blame, find_blame
+from qconv.evaluation.blame import Blame, Suspect, find_blame
 from qconv.evaluation.record import Artifact, Task, read_run
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.text import calibrated_on, windowed_text
@@ -31,7 +31,14 @@ Log = Callable[[str], None]
 
 
 def blame_run(
-    folder: Path, *, tokens: int, worst_layers: int, device: str = "cpu", progress: Progress, log: Log
+    folder: Path,
+    *,
+    tokens: int,
+    worst_layers: int,
+    baseline: Path | None = None,
+    device: str = "cpu",
+    progress: Progress,
+    log: Log,
 ) -> Blame:
     """Find what costs most in the build of a run; writes ``blame.json`` into its folder.
 
@@ -39,12 +46,13 @@ def blame_run(
         folder: The run's.
         tokens: At least so many are scored, in whole windows.
         worst_layers: So many layers are looked into.
+        baseline: The folder of a run of a build of the same reference: costs are how much more than there.
         device: A torch device.
         progress: Told what is at work, how many steps of it are done, and how many there are.
         log: Told about steps.
 
     Raises:
-        UsageError: the run has no reference, or no text task.
+        UsageError: the run has no reference, or no text task; the baseline has another reference.
         ArtifactError: the run is not finished; the build or reference is not what was measured any more.
         OutputError: the run's folder is in use, or has no room for activations.
     """
@@ -54,7 +62,10 @@ def blame_run(
     task = next((one for one in run.tasks if one.kind == "text"), None)
     if task is None:
         raise UsageError(f"{folder}: has no text task to blame by.", hint="Run a suite that has one.")
-    for artifact in (run.build, run.reference):
+    before = None if baseline is None else read_run(baseline)
+    if before is not None and (before.reference is None or before.reference.sha256 != run.reference.sha256):
+        raise UsageError(f"{baseline}: has another reference than {folder}.", hint="Give a run beside the same model.")
+    for artifact in (run.build, run.reference, *(() if before is None else (before.build,))):
         _require_unchanged(artifact)
     build, reference = Path(run.build.path), Path(run.reference.path)
     sequences = _sequences(task, build, reference, run.seed, tokens)
@@ -62,15 +73,16 @@ def blame_run(
     with _scratch(folder) as scratch:
         found = find_blame(
             open_files(reference),
-            open_files(build),
-            folds_of(build),
+            suspect(build),
             sequences,
             scratch,
+            baseline=None if before is None else suspect(Path(before.build.path)),
             worst_layers=worst_layers,
             device=device,
             progress=progress,
         )
-    write_atomically(folder / BLAME_NAME, json.dumps(found.as_values(), indent=1).encode() + b"\n")
+    values = {"baseline": None if before is None else before.build.name, **found.as_values()}
+    write_atomically(folder / BLAME_NAME, json.dumps(values, indent=1).encode() + b"\n")
     return found
 
 
@@ -90,6 +102,11 @@ def _scratch(run: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def suspect(path: Path) -> Suspect:
+    """A build as blame takes it."""
+    return Suspect(open_files(path), folds_of(path))
 
 
 def folds_of(path: Path) -> Callable[[Layer], Folds]:

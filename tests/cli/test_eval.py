@@ -74,6 +74,9 @@ def test_a_regression_exits_with_3_and_no_gate_with_0(
     dearest, layer = kept["parts"][0], kept["layers"][0]
     assert f"dearest: {dearest['part']}, {dearest['kld']:.3g} +- " in blamed.stdout
     assert f"its layer costs {layer['kld']:.3g}, and {dearest['layer_without']:.3g} without it" in blamed.stdout
+    beside = ("eval", "blame", tmp_path / "gated", "--tokens", 64, "--layers", 1, "--baseline", tmp_path / "gated")
+    values = json.loads(invoke(*beside, "--json").stdout)
+    assert {one["kld"] for one in (*values["layers"], *values["parts"])} == {0.0}, "a build costs no more than itself"
     assert invoke(*options, "-o", tmp_path / "measured", "--no-gate").exit_code == 0
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from qconv.build import Build
 from qconv.evaluation import variants
-from qconv.evaluation.blame import Blame, find_blame
-from qconv.evaluation.blaming import folds_of
+from qconv.evaluation.blame import Blame, Suspect, find_blame
+from qconv.evaluation.blaming import suspect
 from qconv.folding import Folds
 from qconv.gguf.recipe import GgufRecipe
 from qconv.gguf_pipeline import quantize_gguf
@@ -48,7 +48,7 @@ def put(new: Tensor, old: Tensor) -> Tensor:
     return new.to(old.dtype)
 
 
-def blame(model: Path, made: Path) -> Blame:
+def blame(model: Path, made: Path, baseline: Path | None = None) -> Blame:
     opened = Build.open(made)
 
     def folds(layer: Layer) -> Folds:
@@ -57,10 +57,10 @@ def blame(model: Path, made: Path) -> Blame:
     with tempfile.TemporaryDirectory() as scratch:
         return find_blame(
             open_files(model),
-            open_files(made),
-            folds,
+            Suspect(open_files(made), folds),
             SEQUENCES,
             Path(scratch),
+            baseline=None if baseline is None else suspect(baseline),
             worst_layers=1,
             progress=lambda *_: None,
         )
@@ -100,6 +100,25 @@ def test_a_permuted_router_is_named(moe: Path, made: Path) -> None:
     assert found.parts[0].part.name == "model.layers.0.mlp.gate"
 
 
+def test_beside_a_baseline_sound_rounding_hides_nothing(moe: Path, made: Path, tmp_path: Path) -> None:
+    """An eighth of one expert's scales is off by a little: by itself that is less than what other parts cost anyway."""
+    before = Path(shutil.copytree(made, tmp_path / "before"))
+    scales = "weight_scale" if Build.open(made).format.name == "w4a16" else "scales"
+
+    def nudge(scale: Tensor) -> Tensor:
+        changed = scale.clone()
+        changed.view(-1)[::8] *= 1.25
+        return changed
+
+    change(made, f"model.layers.1.mlp.experts.2.down_proj.{scales}", nudge)
+    alone, beside = blame(moe, made), blame(moe, made, before)
+    assert alone.parts[0].part.name != "model.layers.1.mlp.experts.2", "or this shows nothing"
+    assert beside.layers[0].part.name == "model.layers.1"
+    assert beside.parts[0].part.name == "model.layers.1.mlp.experts.2"
+    others = [one.kld for one in (*beside.layers, *beside.parts) if "layers.1.mlp.experts.2" not in one.part.name]
+    assert max(others[1:]) < 0.01 * beside.parts[0].kld, "what did not change costs nothing more"
+
+
 def test_the_dearest_part_is_measured_the_other_way_round_too(moe: Path, made: Path) -> None:
     change(made, "model.layers.0.mlp.gate.weight", lambda weight: weight.roll(1, 0))
     found = blame(moe, made)
@@ -119,8 +138,7 @@ def test_parts_that_are_wrong_only_beside_others_are_told_apart(moe: Path, moe_c
             change(moe_copy, linear.weight, partial(put, files.weight(other).dequantize(torch.bfloat16)))
     found = find_blame(
         files,
-        open_files(moe_copy),
-        lambda _: Folds.none(),
+        suspect(moe_copy),
         SEQUENCES,
         tmp_path,
         worst_layers=2,
@@ -186,7 +204,7 @@ def test_a_part_costs_nothing_where_it_is_the_reference(moe: Path, made: Path) -
 
 def test_the_reference_against_itself_costs_nothing(moe: Path, tmp_path: Path) -> None:
     files = open_files(moe)
-    found = find_blame(files, files, lambda _: Folds.none(), SEQUENCES, tmp_path, progress=lambda *_: None)
+    found = find_blame(files, suspect(moe), SEQUENCES, tmp_path, progress=lambda *_: None)
     assert found.whole.kld == 0.0
     assert {one.kld for one in (*found.layers, *found.parts)} == {0.0}
 
@@ -199,8 +217,7 @@ def test_a_gguf_file_is_blamed_as_any_build(tmp_path: Path, file_type: str, tied
     made = Path(quantize_gguf(model, tmp_path / "out", GgufRecipe(type=file_type), **quiet).out)
     found = find_blame(
         open_files(model),
-        open_files(made),
-        folds_of(made),
+        suspect(made),
         SEQUENCES,
         tmp_path,
         worst_layers=1,

@@ -90,6 +90,7 @@ class RunView:
     charts: tuple[Chart, ...]
     worst: tuple[tuple[str, str], ...]
     blame: tuple[tuple[str, str, str], ...]
+    blame_baseline: str | None
     command: str
     changes: tuple[str, ...] = field(default=())
     since: str | None = None
@@ -129,6 +130,7 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
         charts=(*charts, *maps),
         worst=worst,
         blame=_blame(folder),
+        blame_baseline=_blame_baseline(folder),
         command=shlex.join(run.command),
         changes=changes,
         since=since,
@@ -285,6 +287,13 @@ def _blame(folder: Path) -> tuple[tuple[str, str, str], ...]:
     return tuple(
         (row["part"], f"{number(row['kld'])} +- {row['error']:.1g}", number(row.get("layer_without"))) for row in rows
     )
+
+
+def _blame_baseline(folder: Path) -> str | None:
+    """The build that costs were compared with, if there is one."""
+    path = folder / BLAME_NAME
+    name = read_json(path).get("baseline") if path.exists() else None
+    return None if name is None else str(name)
 
 
 def _interval(metric: Metric | None) -> str:

@@ -117,7 +117,11 @@ def page(write: Write, tmp_path: Path) -> Path:
                  "error": 1e-4, "layer_without": 0.001}
                 for index in range(8)
             ]  # fmt: skip
-            blame = {"tokens": 9, "whole": {"part": "build", "layer": None, "kld": 0.02, "error": 1e-3}}
+            blame = {
+                "baseline": "before",
+                "tokens": 9,
+                "whole": {"part": "build", "layer": None, "kld": 0.02, "error": 1e-3},
+            }
             (folder / BLAME_NAME).write_text(json.dumps({**blame, "layers": costs, "parts": costs}))
             history.add(folder, run)
             views.append(view(folder, run, history))
