@@ -86,19 +86,9 @@ def quantize(
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     count = default_workers() if threads is None else threads
-    workers, committer = Workers(count, _allowance(plan, count)), ThreadPoolExecutor(1, thread_name_prefix="commit")
+    workers, committer = Workers(count, plan.allowance(count)), ThreadPoolExecutor(1, thread_name_prefix="commit")
     with locked(out), workers, committer:
         return _Run(source, plan, out, workers, committer, progress, log).run(restart)
-
-
-def _allowance(plan: BuildPlan, workers: int) -> float:
-    """How many weights may be in flight, in the unit that is made and the one that is checked together.
-
-    As many as both would hold if all their matrices were of average size: a layer's few large ones (a MoE's attention)
-    then wait for each other, and making a layer beside the check of another takes no more memory than making one.
-    """
-    sizes = [item.size for unit in plan.units for item in unit.items if item.size]
-    return (workers + 1) * sum(sizes) / max(1, len(sizes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,16 @@ class BuildPlan:
             "and vLLM refuses them where it fuses linears"
         ]
 
+    def allowance(self, workers: int) -> float:
+        """How many weights may be in flight, in the unit that is made and the one that is checked together.
+
+        As many as the workers look ahead if all matrices were of average size. A layer's few large ones (a MoE's
+        attention) then wait for each other, and making a layer beside the check of another takes no more memory than
+        making one.
+        """
+        sizes = [item.size for item in self.items() if item.size]
+        return (workers + 1) * sum(sizes) / max(1, len(sizes))
+
     def items(self) -> Iterator[Item]:
         """All items in file order."""
         for unit in self.units:
@@ -265,14 +275,15 @@ class Costs:
 def modelled_costs(plan: BuildPlan) -> Costs:
     """Peak resident memory and scratch disk, modelled from shapes: not measured.
 
-    Memory is the interpreter with torch, plus for rounding the largest linear (mapped source, codes, packed words),
-    plus for calibration the float32 copies that the attention search or one expert needs and a window of activations.
+    Memory is the interpreter with torch; for rounding, blocks of the source, and codes and packed words of what may be
+    in flight, at least the largest linear; for calibration, the float32 copies that the attention search or one expert
+    needs and a window of activations.
     GPTQ holds Hessians and their factors besides: attention's, then those of one expert for each processor.
     """
-    interpreter = 450 * 2**20
-    largest = max((linear.numel for linear in plan.quantized), default=0)
     if not plan.needs_calibration:
-        return Costs(interpreter + 6 * largest, 0)
+        largest = max((linear.numel for linear in plan.quantized), default=0)
+        return Costs(350 * 2**20 + 2 * int(max(largest, plan.allowance(default_workers()))), 0)
+    interpreter = 450 * 2**20
     tokens = plan.recipe.calibration.tokens
     hidden = plan.architecture.hidden_size
     layers = plan.architecture.layers
