@@ -28,6 +28,16 @@ def check_dense(machine: Machine, layout: str, shape: tuple[int, int], rows: int
     return Correctness(kernel, f"{shape[0]} x {shape[1]}, {rows} rows", _error(output, exact), ROUNDING[dtype])
 
 
+def check_codes(machine: Machine, layout: str, shape: tuple[int, int], tile: int, dtype: torch.dtype) -> Correctness:
+    """One weight times the unit matrix: the output is the dequantized weight, rounded once, bit for bit."""
+    weight, depth = case(layout, *shape, 128), shape[1]
+    inputs = torch.eye(depth, dtype=dtype, device=machine.device)
+    output = multiply(machine.launcher, placed(weight.packed, machine.device), inputs, Rows(depth, 1, tile))
+    rounded = weight.exact[0].to(machine.device, dtype).t().double()
+    kernel = entry_name(layout, tile, dtype)
+    return Correctness(kernel, f"codes of {shape[0]} x {depth}", _error(output, rounded), 0.0)
+
+
 def check_experts(
     machine: Machine, layout: str, shape: tuple[int, int], tokens: int, dtype: torch.dtype
 ) -> Correctness:
@@ -116,9 +126,9 @@ def time_experts(
 def copies_of(size: int, cache: int) -> int:
     """How many pieces of ``size`` bytes to take in turn, so that a cache of ``cache`` bytes keeps next to nothing.
 
-    Eight times the cache: it may keep an eighth of them even if it does not forget the oldest first.
+    Sixteen times the cache: it may keep a sixteenth of them even if it does not forget the oldest first.
     """
-    return max(1, -(-8 * cache // size))
+    return max(1, -(-16 * cache // size))
 
 
 def _tokens(rows: int, depth: int, dtype: torch.dtype) -> Tensor:

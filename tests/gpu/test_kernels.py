@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from qconv.runtime.backends.cuda.driver import DriverLauncher, load_driver
-from qconv.runtime.kernel_interface import TILE_BYTES
+from qconv.runtime.kernel_interface import ROW_TILES, TILE_BYTES
 from tests.gpu.bench import RESULTS, Machine, Peaks, Results, device_seconds, environment, peaks
-from tests.gpu.products import ROUNDING, check_dense, check_experts, time_dense, time_experts
+from tests.gpu.products import ROUNDING, check_codes, check_dense, check_experts, time_dense, time_experts
 
-pytestmark = pytest.mark.gpu
+# torch warns of some devices and drivers; that is no error of the kernels.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 ATTENTION, INNER, DOWN = (12288, 6144), (5120, 6144), (6144, 2560)
 """Outputs and inputs of Qwen3-Coder-480B's query projection, and of one expert's gate and up, and down projections."""
@@ -56,6 +57,15 @@ def test_one_weight(
     found = check_dense(machine, layout, shape, rows, dtype)
     results.correctness.append(found)
     assert found.relative_error < found.allowed
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("tile", ROW_TILES)
+@pytest.mark.parametrize("layout", TILE_BYTES)
+def test_codes(machine: Machine, results: Results, layout: str, tile: int, dtype: torch.dtype) -> None:
+    found = check_codes(machine, layout, (160, 512), tile, dtype)
+    results.correctness.append(found)
+    assert found.relative_error == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 70])
