@@ -12,7 +12,7 @@ from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
 from qconv.errors import OutputError
 from qconv.models.base import Linear, Norm
-from qconv.runtime.files import is_gguf, open_files
+from qconv.runtime.files import is_gguf, open_files, require_no_bias
 from qconv.runtime.tokenizer import load_tokenizer
 from qconv.source import COMPANION_PATTERNS
 
@@ -46,6 +46,8 @@ def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
         weight_map |= dict.fromkeys((spec.name for spec in specs), shard)
         with ShardWriter(out / shard, specs) as writer:
             for module in modules:
+                if isinstance(module, Linear):
+                    require_no_bias(files, module)
                 for name, shape in module.tensors():
                     if isinstance(module, Linear) and name == module.weight:
                         writer.write(name, files.weight(module).dequantize(dtype).contiguous())

@@ -355,6 +355,20 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     return IntegerFiles(checkpoint, config, model, mapped, Build.of(checkpoint))
 
 
+def require_no_bias(files: ModelFiles, linear: Linear) -> None:
+    """Check that a linear whose bias nobody adds has none, or one of zeros, as AutoGPTQ stored for all of them.
+
+    Raises:
+        CheckpointError: it has another.
+    """
+    bias = None if linear.bias else files.bias(linear)
+    if bias is not None and bool(bias.any()):
+        raise CheckpointError(
+            f"{files.path}: {linear.name} has a bias that is not zero; config.json implies none.",
+            hint="config.json belongs to another model.",
+        )
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file, or a folder that holds such a model and no other."""
     if path.is_dir():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qconv.errors import CheckpointError
 from qconv.models.base import Layer, Linear, Moe, Norm
 from qconv.runtime.backends.base import Activation, Backend
-from qconv.runtime.files import ModelFiles
+from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
 
@@ -114,8 +114,19 @@ class Installer:
     def experts(self, moe: Moe) -> None:
         """The experts of a sparse block."""
         name = experts_name(moe)
+        self.check_experts(moe)
         mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in moe.experts]
         self.replace(name, PackedExperts(self.backend.experts(mlps, self.activation(name))))
+
+    def check_experts(self, moe: Moe) -> None:
+        """Experts have no place for biases.
+
+        Raises:
+            CheckpointError: one has a bias that is not zero.
+        """
+        for mlp in moe.experts:
+            for linear in mlp.linears():
+                require_no_bias(self.files, linear)
 
     def around_experts(self, layer: Layer) -> None:
         """All of a decoder layer but its routed experts."""

@@ -150,6 +150,7 @@ class _Scorer:
         self.installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
             name = experts_name(layer.mlp)
+            self.installer.check_experts(layer.mlp)
             act = self.installer.activation(name)
             experts = StreamedExperts(self.files, layer.mlp, self.backend, act)
             self.installer.replace(name, PackedExperts(experts))

@@ -17,6 +17,7 @@ from qconv.errors import CheckpointError
 from qconv.formats import get_format, gptq
 from qconv.formats.w4a16 import unpack_rows
 from qconv.qtensor import Grid
+from qconv.runtime.dense import write_dense
 from qconv.runtime.files import open_files
 from qconv.runtime.stream import stream_logits
 from tests.conftest import build, random_qtensor, small_recipe
@@ -79,6 +80,32 @@ def test_groups_in_their_order_need_no_g_idx(moe: Path, tmp_path: Path) -> None:
             del tensors[name]
 
     assert torch.equal(logits(rewrite(made, tmp_path / "bare", drop)), logits(made))
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.experts.3.up_proj"])
+def test_biases_that_config_says_nothing_of(moe: Path, tmp_path: Path, part: str) -> None:
+    """AutoGPTQ stored one for every linear, of zeros where the model has none; another one counts or is refused."""
+    made = build(moe, tmp_path / "build", small_recipe("rtn", "gptq")).out
+    linear = f"model.layers.1.{part}"
+
+    def store(tensors: dict[str, Tensor], value: float) -> None:
+        for name in [name for name in tensors if name.endswith(".scales")]:
+            tensors[name.replace("scales", "bias")] = torch.zeros(tensors[name].shape[1])
+        tensors[f"{linear}.bias"] += value
+
+    zeros = rewrite(made, tmp_path / "zeros", lambda tensors: store(tensors, 0.0))
+    assert torch.equal(logits(zeros), logits(made))
+    others = rewrite(made, tmp_path / "others", lambda tensors: store(tensors, 0.5))
+    if "experts" not in part:
+        bias = qconv.load(others).get_submodule(linear).bias
+        assert torch.equal(bias, torch.full_like(bias, 0.5))
+    else:
+        with pytest.raises(CheckpointError, match=rf"{linear} has a bias that is not zero"):
+            qconv.load(others)
+        with pytest.raises(CheckpointError, match=rf"{linear} has a bias that is not zero"):
+            list(stream_logits(others, [IDS]))
+    with pytest.raises(CheckpointError, match=rf"{linear} has a bias that is not zero"):
+        write_dense(others, tmp_path / "dense", torch.float32)
 
 
 def to_whole_numbers(tensors: dict[str, Tensor]) -> None:

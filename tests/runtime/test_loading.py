@@ -136,3 +136,10 @@ def test_a_misshapen_tensor_is_named(rtn_build: Path, tmp_path: Path) -> None:
     shard.write_bytes(content[:at] + new + content[at + len(old) :])
     with pytest.raises(CheckpointError, match=r"o_proj\.weight_packed"):
         qconv.load(damaged)
+
+
+def test_the_generation_config_is_the_builds(rtn_build: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(rtn_build, tmp_path / "build"))
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7], "top_k": 3}))
+    stated = qconv.load(copied).generation_config
+    assert (stated.eos_token_id, stated.top_k) == ([5, 7], 3)
