@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kernels.proof import budgets, table
-from kernels.proof.budgets import ARCHITECTURES, Budget, Build, exceeded, measure
+from kernels.proof.budgets import ARCHITECTURES, Budget, Build, exceeded, measure, refreshed
 from qconv.runtime.backends.cuda.sources import kernels_folder
-from qconv.runtime.kernel_interface import TILE_BYTES
+from qconv.runtime.kernel_interface import ACTIVATIONS, TILE_BYTES, entry_name
 
 
 @pytest.mark.kernels
@@ -65,6 +65,29 @@ def test_every_kernel_has_budgets_without_spills() -> None:
     for name, budget in granted.items():
         assert set(budget.builds) == set(ARCHITECTURES), name
         assert all(build.spill_bytes == 0 for build in budget.builds.values()), name
+
+
+@pytest.mark.parametrize("layout", TILE_BYTES)
+def test_decode_is_bound_by_memory(layout: str) -> None:
+    """On every chip the model leaves eight rows at least nine tenths of DRAM bandwidth."""
+    granted = budgets.read()
+    for activations in ACTIVATIONS:
+        name = entry_name(layout, 8, activations)
+        shares = {architecture: build.dram for architecture, build in granted[name].builds.items()}
+        assert all(share is not None and share >= 0.9 for share in shares.values()), f"{name}: {shares}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "share"),
+    [
+        ("awq", 8, 0.25),  # a warp goes through slabs of 32 inputs, four to a group of 128
+        ("awq", 16, 0.5),  # every second one
+        ("q6_k", 8, 0.25),  # once in the four tiles of a super-block
+        ("q8_0", 16, 1.0),
+    ],
+)
+def test_how_often_parameters_are_refreshed(layout: str, rows: int, share: float) -> None:
+    assert refreshed(layout, rows) == share
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.proof.chips import A100, CHIPS, H100, L40S
+from kernels.proof.chips import A100, B200, CHIPS, H100, L40S
 from kernels.proof.model import Launched, estimate, frequencies, pipe_cycles, resident_blocks
 from kernels.proof.sass import MachineCode, MachineInstruction, read_cubin, tools_folder
 from qconv.errors import BackendError
@@ -50,6 +50,12 @@ def test_pipes_of_a_loop_counted_by_hand() -> None:
     assert cycles["half"] == 1
     assert cycles["tensor"] == 8
     assert pipe_cycles(loop, L40S)["float"] == 2 + 1
+
+
+def test_two_sums_in_one_instruction_cost_one_slot_and_the_lanes_of_two() -> None:
+    cycles = pipe_cycles(code("FFMA2", "HMMA.16816.F32", ("BRA", 0)).main_loop(), B200)
+    assert cycles["issue"] == 3
+    assert cycles["float"] == 2  # 64 multiply-adds a warp, 32 lanes a quarter
 
 
 def test_what_a_branch_skips_counts_for_its_share() -> None:
