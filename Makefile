@@ -68,7 +68,7 @@ kill-resume: $(STAMP)  ## kill a run at KILLS random moments (default 20); resum
 scale: $(STAMP)  ## speed and peak memory on layers of the 480B model's true shapes
 	$(BIN)/python evals/scale.py
 
-sensitivity: $(STAMP)  ## damage a build three ways: the gates must see each, and nothing in 20 runs of sound builds
+sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame must name each, and nothing in 20 runs of sound builds
 	$(BIN)/python evals/sensitivity.py
 
 clean:  ## remove build/, dist/ and caches; environments stay

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.evaluation.mixing import Part, outside_layers, parts_of, whole_layers
 from qconv.evaluation.statistics import ratio_standard_error
-from qconv.evaluation.variants import Variants
+from qconv.evaluation.variants import Sums, Variants
 from qconv.folding import Folds
 from qconv.models.base import Layer
 from qconv.runtime.files import ModelFiles
@@ -164,9 +163,9 @@ class _Bench:
     def costs(self, what: str, parts: Sequence[Part], chosen: Sequence[Collection[str]]) -> list[Cost]:
         """For each part, what it costs where the chosen modules are the build's."""
         found = [one.divergences(chosen, lambda done, total: self.progress(what, done, total)) for one in self.builds]
-        return [self._cost(part, [one.sums for one in sums]) for part, *sums in zip(parts, *found, strict=True)]
+        return [self._cost(part, sums) for part, *sums in zip(parts, *found, strict=True)]
 
-    def _cost(self, part: Part, sums: Sequence[NDArray[np.float64]]) -> Cost:
+    def _cost(self, part: Part, sums: Sequence[Sums]) -> Cost:
         # Sequence by sequence, so that the error is that of the difference.
         more = sums[0] if len(sums) == 1 else sums[0] - sums[1]
         return Cost(part, float(more.sum() / self.lengths.sum()), ratio_standard_error(more, self.lengths))

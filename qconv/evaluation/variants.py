@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -43,14 +42,10 @@ SCRATCH_BYTES = 2**33
 Progress = Callable[[int, int], None]
 """Told how many steps are done, and of how many."""
 
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """A variant's KL divergence from the reference, float64 [sequences]: nats, summed over each sequence."""
-
-    sums: NDArray[np.float64]
+Span: TypeAlias = tuple[int, int]
+"""The first row, and the one after the last."""
+Sums: TypeAlias = NDArray[np.float64]
+"""A variant's KL divergence from the reference, [sequences]: nats, summed over each sequence."""
 
 
 class Variants:
@@ -107,7 +102,7 @@ class Variants:
             yield range(start, min(start + size, count))
 
     @torch.inference_mode()
-    def divergences(self, chosen: Sequence[Collection[str]], progress: Progress) -> list[Divergence]:
+    def divergences(self, chosen: Sequence[Collection[str]], progress: Progress) -> list[Sums]:
         """Score variants.
 
         Args:
@@ -118,7 +113,7 @@ class Variants:
             CheckpointError: reference and build are not the same model, or damaged.
             OutputError: the scratch folder is full.
         """
-        found: list[Divergence] = []
+        found: list[Sums] = []
         layers = self.architecture.layers
         batches = list(self.batches(len(chosen)))
         total = len(batches) * (len(layers) + 1)
@@ -188,7 +183,7 @@ class Variants:
         installed: nn.Module = self.model.model.layers[layer.index]
         return installed
 
-    def _divergence(self, hidden: ActivationFile, index: int, names: frozenset[str], away: bool) -> Divergence:
+    def _divergence(self, hidden: ActivationFile, index: int, names: frozenset[str], away: bool) -> Sums:
         """Of one variant from the reference, by their logits."""
         known = self._known(len(self.architecture.layers))
         states, shift = (hidden, index * self.tokens) if away else (known, 0)
@@ -202,7 +197,7 @@ class Variants:
                 found = self._log_probabilities(self._read(states, start + shift, stop + shift), names)
                 kl = functional.kl_div(found, expected, reduction="none", log_target=True)
                 sums[number] += float(kl.sum(dtype=torch.float64))
-        return Divergence(sums)
+        return sums
 
     def _log_probabilities(self, states: Tensor, names: frozenset[str]) -> Tensor:
         """float32 [tokens, vocabulary] of activations [1, tokens, hidden], by final norm and head."""

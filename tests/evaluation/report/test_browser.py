@@ -147,6 +147,7 @@ def test_it_works_on_every_screen(device: Device, browser: Chromium, page: Path,
         assert (chart["outside"], chart["overlapping"], chart["hidden"]) == ([], [], 0), chart["title"]
         assert chart["pixels"] >= LEAST_PIXELS, chart["title"]
     assert (seen.requests, seen.complaints) == ([page.as_uri()], []), "nothing is loaded, nothing complains"
+    assert browser.evaluate("document.body.innerText.includes('how much more than of before')")
     browser.screenshot(tmp_path / "page.png")  # to be looked at
 
 
