@@ -44,15 +44,26 @@ inline Sums read_floats(const void* at, Dtype dtype, int64_t index, __mmask16 th
 
 inline __mmask16 mask_of(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
 
+// Two inputs of one group, of GPTQ with act-order.
+struct Pair {
+  int64_t at[2];      // where each one's words begin
+  int32_t rotate[2];  // what brings its code to a lane's first bits, and to its seventeenth
+  uint16_t x[2];
+};
+
 // Activations as a layout's product wants them, made once for a row.
 struct Activations {
   const uint16_t* x;
+  std::vector<Pair> pairs;         // of each group in turn
+  std::vector<int64_t> pairs_end;  // by group
   std::vector<uint16_t> arranged;
   std::vector<float> sums;  // of each group, for zero points
   std::vector<float> sums_of_32;
 
   Activations(const Weight& w, const uint16_t* row) : x(row) {
-    if (w.layout == Layout::kRows || w.layout == Layout::kGptq) {
+    if (w.group_index) {
+      pair_up(w);
+    } else if (w.layout == Layout::kRows || w.layout == Layout::kGptq) {
       arranged.resize(w.inputs);
       for (int64_t k = 0; k < w.inputs; ++k) {
         // Rows: of 128 inputs the first of each four, the second ...: a 16-bit lane holds four codes.
@@ -63,10 +74,30 @@ struct Activations {
       }
     }
     sums.assign(w.groups(), 0.0f);
-    for (int64_t k = 0; k < w.inputs; ++k) sums[k / w.group] += of_bfloat(row[k]);
+    for (int64_t k = 0; k < w.inputs; ++k) sums[w.group_of(k)] += of_bfloat(row[k]);
     if (w.layout == Layout::kQ4_K || w.layout == Layout::kQ5_K) {
       sums_of_32.assign(w.inputs / 32, 0.0f);
       for (int64_t k = 0; k < w.inputs; ++k) sums_of_32[k / 32] += of_bfloat(row[k]);
+    }
+  }
+
+ private:
+  void pair_up(const Weight& w) {
+    std::vector<int32_t> next(w.groups() + 1), ordered(w.inputs);
+    for (int64_t k = 0; k < w.inputs; ++k) ++next[w.group_index[k] + 1];
+    for (int64_t g = 0; g < w.groups(); ++g) next[g + 1] += next[g];
+    for (int64_t k = 0; k < w.inputs; ++k) ordered[next[w.group_index[k]]++] = int32_t(k);
+    pairs.reserve(w.inputs / 2 + w.groups());
+    for (int64_t g = 0, i = 0; g < w.groups(); ++g) {
+      for (; i < next[g]; i += 2) {
+        const bool both = i + 1 < next[g];
+        const int64_t one = ordered[i], two = ordered[i + both];
+        pairs.push_back({{one / 8 * w.outputs, two / 8 * w.outputs},
+                         {int32_t(4 * (one % 8)), int32_t(4 * (two % 8) + 16) % 32},
+                         {x[one], both ? x[two] : uint16_t(0)}});
+      }
+      i = next[g];
+      pairs_end.push_back(int64_t(pairs.size()));
     }
   }
 };
@@ -74,7 +105,7 @@ struct Activations {
 inline bool has_bf16_product(const Weight& w) {
   switch (w.layout) {
     case Layout::kAwq: return w.inputs % 2 == 0 && w.group % 2 == 0;
-    case Layout::kGptq: return w.bits == 4 && !w.group_index && w.group % 8 == 0;
+    case Layout::kGptq: return w.bits == 4 && (w.group_index || w.group % 8 == 0);
     case Layout::kRows: return w.bits == 4 && w.inputs % 128 == 0 && (w.group % 128 == 0 || 128 % w.group == 0) &&
                                w.group >= 32;
     case Layout::kE4m3: return w.inputs % 32 == 0 && w.group % 32 == 0;
@@ -133,11 +164,50 @@ inline void product_awq(const Weight& w, const Activations& a, float* y, int64_t
   }
 }
 
+// Sums of one group for 64 outputs, word by word of eight inputs.
+inline void add_words(const Weight& w, const Activations& a, int64_t g, int64_t n, const __mmask16 (&there)[4], Ints codes,
+                      Sums (&sums)[4]) {
+  const auto* words = static_cast<const uint32_t*>(w.codes);
+  for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 8) {
+    int32_t pairs[4];
+    std::memcpy(pairs, a.arranged.data() + k, sizeof pairs);
+    for (int c = 0; c < 4; ++c) {
+      const uint32_t* at = words + k / 8 * w.outputs + n + 16 * c;
+      if (c % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(at + 8 * w.outputs), _MM_HINT_T0);
+      const Ints word = _mm512_maskz_loadu_epi32(there[c], at);
+      sums[c] = add_products(sums[c], look_up(codes, word), _mm512_set1_epi32(pairs[0]));
+      sums[c] = add_products(sums[c], look_up(codes, _mm512_srli_epi16(word, 4)), _mm512_set1_epi32(pairs[1]));
+      sums[c] = add_products(sums[c], look_up(codes, _mm512_srli_epi16(word, 8)), _mm512_set1_epi32(pairs[2]));
+      sums[c] = add_products(sums[c], look_up(codes, _mm512_srli_epi16(word, 12)), _mm512_set1_epi32(pairs[3]));
+    }
+  }
+}
+
+// The same with act-order: the group's inputs are anywhere, two of them are brought together.
+inline void add_pairs(const Weight& w, const Activations& a, int64_t g, int64_t n, const __mmask16 (&there)[4], Ints codes,
+                      Sums (&sums)[4]) {
+  const auto* words = static_cast<const uint32_t*>(w.codes) + n;
+  const Ints low_half = _mm512_set1_epi32(0xffff);
+  for (int64_t i = g > 0 ? a.pairs_end[g - 1] : 0; i < a.pairs_end[g]; ++i) {
+    const Pair& pair = a.pairs[i];
+    const Ints rotate[2] = {_mm512_set1_epi32(pair.rotate[0]), _mm512_set1_epi32(pair.rotate[1])};
+    int32_t both;
+    std::memcpy(&both, pair.x, sizeof both);
+    const Ints x = _mm512_set1_epi32(both);
+    for (int c = 0; c < 4; ++c) {
+      const Ints one = _mm512_maskz_loadu_epi32(there[c], words + pair.at[0] + 16 * c);
+      const Ints two = _mm512_maskz_loadu_epi32(there[c], words + pair.at[1] + 16 * c);
+      const Ints code = _mm512_ternarylogic_epi32(low_half, _mm512_rorv_epi32(one, rotate[0]),
+                                                  _mm512_rorv_epi32(two, rotate[1]), 0xca);
+      sums[c] = add_products(sums[c], look_up(codes, code), x);
+    }
+  }
+}
+
 // Words [inputs/8, outputs]: sixteen outputs side by side, four vectors of them, so that a cache line is used whole.
 inline void product_gptq(const Weight& w, const Activations& a, float* y, int64_t first, int64_t last) {
   const float middle = w.zeros ? 0.0f : w.middle();
   const Ints codes = table([=](int i) { return float(i & 15) - middle; });
-  const auto* words = static_cast<const uint32_t*>(w.codes);
   std::vector<float> scale(64), zero(64);
   for (int64_t n = first; n < last; n += 64) {
     const int64_t end = std::min(n + 64, last);
@@ -149,23 +219,16 @@ inline void product_gptq(const Weight& w, const Activations& a, float* y, int64_
     Sums result[4] = {};
     for (int64_t g = 0; g < w.groups(); ++g) {
       Sums sums[4] = {};
-      for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 8) {
-        int32_t pairs[4];
-        std::memcpy(pairs, a.arranged.data() + k, sizeof pairs);
-        for (int c = 0; c < 4; ++c) {
-          const uint32_t* at = words + k / 8 * w.outputs + n + 16 * c;
-          if (c % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(at + 8 * w.outputs), _MM_HINT_T0);
-          const Ints word = _mm512_maskz_loadu_epi32(there[c], at);
-          sums[c] = add_products(sums[c], look_up(codes, word), _mm512_set1_epi32(pairs[0]));
-          sums[c] = add_products(sums[c], look_up(codes, _mm512_srli_epi16(word, 4)), _mm512_set1_epi32(pairs[1]));
-          sums[c] = add_products(sums[c], look_up(codes, _mm512_srli_epi16(word, 8)), _mm512_set1_epi32(pairs[2]));
-          sums[c] = add_products(sums[c], look_up(codes, _mm512_srli_epi16(word, 12)), _mm512_set1_epi32(pairs[3]));
-        }
+      if (w.group_index) {
+        add_pairs(w, a, g, n, there, codes, sums);
+      } else {
+        add_words(w, a, g, n, there, codes, sums);
       }
-      read_group(w, g, n, end, scale.data(), zero.data());
+      if (w.zeros) read_group(w, g, n, end, scale.data(), zero.data());
       for (int c = 0; c < 4; ++c) {
         if (w.zeros) sums[c] = _mm512_fnmadd_ps(_mm512_loadu_ps(&zero[16 * c]), _mm512_set1_ps(a.sums[g]), sums[c]);
-        result[c] = _mm512_fmadd_ps(_mm512_loadu_ps(&scale[16 * c]), sums[c], result[c]);
+        const Sums its = read_floats(w.scales, w.scale_dtype, g * w.outputs + n + 16 * c, there[c]);
+        result[c] = _mm512_fmadd_ps(its, sums[c], result[c]);
       }
     }
     for (int c = 0; c < 4; ++c) _mm512_mask_storeu_ps(y + n + 16 * c, there[c], result[c]);

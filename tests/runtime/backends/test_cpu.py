@@ -178,6 +178,18 @@ def test_another_activation_is_not_taken_for_silu(library: Compiled) -> None:
     assert operator.fused is None
 
 
+def test_groups_of_act_order_may_have_any_number_of_inputs(library: Compiled) -> None:
+    weight = WEIGHTS["gptq-act-order"](24, 96)
+    assert isinstance(weight, IntegerWeight)
+    weight.parts["g_idx"].copy_(torch.tensor([0, 2, 0] + [2] * 93))  # of two, none and 94
+    weight.parts["g_idx"][40] = 0
+    inputs = torch.randn(1, 96, generator=torch.Generator().manual_seed(8)).bfloat16()
+    got = library.product(described(weight), inputs).double()
+    dense = weight.dequantize(torch.float32).double()
+    size = inputs.double().abs() @ dense.abs().t()
+    assert float(((got - inputs.double() @ dense.t()).abs() / size).max()) < 1e-6
+
+
 def test_a_group_index_out_of_range_is_refused_before_it_is_followed(library: Compiled) -> None:
     weight = WEIGHTS["gptq-act-order"](16, 64)
     assert isinstance(weight, IntegerWeight)

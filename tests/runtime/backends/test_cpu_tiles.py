@@ -185,6 +185,16 @@ def test_experts_of_many_tokens(library: Compiled, kinds: Sequence[str], size: t
         assert float((got - wanted).norm() / wanted.norm()) < 2.0**-8
 
 
+def test_experts_whose_width_fills_no_tile(library: Compiled) -> None:
+    for layout in ("awq", "w4a16"):
+        make = integer(layout, Grid(4, 8, False, torch.float16))
+        mlp = PackedMlp(make(40, 72), shifted(make(40, 72), 1), make(72, 40))
+        inputs, chosen, weights = 0.1 * activations(21, 72), torch.zeros(21, 1, dtype=torch.int64), torch.ones(21, 1)
+        operator = CpuBackend(library, torch.device("cpu")).experts([mlp], torch.nn.SiLU())
+        wanted = wanted_answers([mlp], inputs, chosen, weights)
+        assert float((operator(inputs, chosen, weights).double() - wanted).norm() / wanted.norm()) < 2.0**-8
+
+
 def test_more_pairs_than_a_batch(library: Compiled) -> None:
     experts = mlps(("awq", "awq", "awq"), 3, 32, 32)
     inputs, generator = 0.1 * activations(2500, 32), torch.Generator().manual_seed(7)
@@ -216,8 +226,8 @@ def test_any_number_of_threads_computes_the_same_bits(library: Compiled, kind: s
 def test_which_weights_and_activations_are_multiplied_by_tiles(best: Compiled) -> None:
     tiles_from = {kind: best.tiles_from(described(WEIGHTS[kind](16, 256))) for kind in KINDS}
     # Those without a product of their own for few rows take tiles for any number.
-    assert {kind for kind, least in tiles_from.items() if least == 1} >= {"gptq-act-order", "gptq-8", "w4a16-8"}
-    assert tiles_from["awq"] == tiles_from["w4a16"] == FEW_TOKENS + 1
+    assert {kind for kind, least in tiles_from.items() if least == 1} >= {"gptq-8", "gptq-2", "w4a16-8"}
+    assert tiles_from["awq"] == tiles_from["gptq-act-order"] == FEW_TOKENS + 1
     assert 0 not in tiles_from.values()
     odd = described(integer("awq", Grid(4, 5, False, torch.float16))(8, 15))
     assert best.tiles_from(odd) == 0
