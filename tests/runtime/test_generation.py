@@ -81,6 +81,26 @@ def test_the_chat_template_is_the_models(model: Any, tokenizer: Any, monkeypatch
         chat_prompt(tokenizer, "hi")
 
 
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_a_rendered_prompt_gets_no_second_beginning(model: Any, tokenizer: Any, special_tokens: bool) -> None:
+    """The bundled tokenizer adds no token of its own; this one puts token 5 before each prompt."""
+
+    class Beginning:
+        def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+            encoded = tokenizer(text, add_special_tokens=False)
+            encoded.input_ids[:0] = [5] if add_special_tokens else []
+            return encoded
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    options: dict[str, Any] = {"max_tokens": 8, "special_tokens": special_tokens}
+    (answer,) = complete(model, Beginning(), PROMPTS[:1], **options)
+    ids = ([5] if special_tokens else []) + tokenizer(PROMPTS[0]).input_ids
+    wanted = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(ids) :]
+    assert answer.text == tokenizer.decode(wanted, skip_special_tokens=True)
+
+
 def test_prompts_that_cannot_be_continued(model: Any, tokenizer: Any) -> None:
     for prompts, error in (([], "no prompt"), (["x", ""], "prompt 2 is empty"), (["a b " * 4000], "has room for 4088")):
         with pytest.raises(UsageError, match=error):
