@@ -11,8 +11,10 @@ What is in memory at once
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from qconv.calibration.activations import ActivationFile
@@ -138,13 +140,20 @@ class Variants:
         """One layer for all variants; those that leave the reference here join those ``away``."""
         own = {module.name for module in modules_of(layer)}
         groups: dict[frozenset[str], list[int]] = {}
+        exchanged: dict[int, list[int]] = {}
         for index, names in enumerate(variants):
             here = names & own
-            if here and index not in away:
+            expert = _only_expert(layer, here)
+            if expert is not None and index not in away:
+                exchanged.setdefault(expert, []).append(index)
+            elif here and index not in away:
                 self._leave(layer.index, hidden, index * self.tokens)
                 away.add(index)
             if index in away:
                 groups.setdefault(here, []).append(index)
+        if exchanged:
+            self._exchange(layer, exchanged, hidden)
+            away.update(index for members in exchanged.values() for index in members)
         for names, members in groups.items():
             files: ModelFiles = self.reference
             if names:
@@ -158,30 +167,67 @@ class Variants:
 
     def _pass(self, layer: Layer, files: ModelFiles, hidden: ActivationFile, spans: Sequence[Span]) -> None:
         """One layer in place: attention sequence by sequence, then the MLP by windows of any tokens."""
-        pristine = self.model.model.layers[layer.index]
-        self.model.model.layers[layer.index] = copy.deepcopy(pristine)  # on the meta device: it costs nothing
-        module: Any = self._installed(layer, files)
+        with self._installed(layer, files) as module:
+            self._attend(layer, module, hidden, spans)
+            for pieces in _windows(spans, self._window):
+                before = torch.cat([self._read(hidden, start, stop) for start, stop in pieces], dim=1)
+                after = (before + module.mlp(module.post_attention_layernorm(before)))[0]
+                for (start, _), rows in zip(pieces, after.split([stop - start for start, stop in pieces]), strict=True):
+                    hidden.write(start, rows)
+
+    def _exchange(self, layer: Layer, exchanged: Mapping[int, Sequence[int]], hidden: ActivationFile) -> None:
+        """One layer for variants that leave the reference here, each with one routed expert of the build.
+
+        Attention, router and what all other experts answer is the same for all of them, and computed once.
+
+        Args:
+            layer: A layer with experts.
+            exchanged: By expert, the variants that have it from the build.
+            hidden: Where the variants' activations go.
+        """
+        common = self._file("common").create()
+        self._leave(layer.index, common, 0)
+        files = Mixed.of(self.reference, self.build, layer, (), self.folds(layer))
+        with self._installed(layer, files) as module:
+            assert isinstance(layer.mlp, Moe)
+            streamed = module.mlp.experts.operator
+            experts = _Exchanged(streamed, replace(streamed, files=self.build), exchanged)
+            module.mlp.experts.operator = experts
+            self._attend(layer, module, common, self.spans)
+            for start, stop in common.windows(self._window):
+                before = self._read(common, start, stop)
+                after = (before + module.mlp(module.post_attention_layernorm(before)))[0]
+                for expert, members in exchanged.items():
+                    rows = after.index_add(0, *experts.changes[expert]) if expert in experts.changes else after
+                    for index in members:
+                        hidden.write(index * self.tokens + start, rows)
+        common.path.unlink()
+
+    def _attend(self, layer: Layer, module: Any, hidden: ActivationFile, spans: Sequence[Span]) -> None:
         window = attention_window(self.model.config, layer.index)
         attention = AttentionBlock.of(module.self_attn, self.model.model.rotary_emb, window)
         for start, stop in spans:
             before = self._read(hidden, start, stop)
             hidden.write(start, (before + attention(module.input_layernorm(before)))[0])
-        for pieces in _windows(spans, max(1, WINDOW_VALUES // self.architecture.hidden_size)):
-            before = torch.cat([self._read(hidden, start, stop) for start, stop in pieces], dim=1)
-            after = (before + module.mlp(module.post_attention_layernorm(before)))[0]
-            for (start, _), rows in zip(pieces, after.split([stop - start for start, stop in pieces]), strict=True):
-                hidden.write(start, rows)
-        self.model.model.layers[layer.index] = pristine
 
-    def _installed(self, layer: Layer, files: ModelFiles) -> nn.Module:
+    @property
+    def _window(self) -> int:
+        """Tokens that pass the experts together."""
+        return max(1, WINDOW_VALUES // self.architecture.hidden_size)
+
+    @contextlib.contextmanager
+    def _installed(self, layer: Layer, files: ModelFiles) -> Iterator[Any]:
+        """The layer with its weights, which are dropped again."""
+        pristine = self.model.model.layers[layer.index]
+        self.model.model.layers[layer.index] = copy.deepcopy(pristine)  # on the meta device: it costs nothing
         installer = Installer(self.model, files, self.backend, DTYPE)
         installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
             name = experts_name(layer.mlp)
             experts = StreamedExperts(files, layer.mlp, self.backend, installer.activation(name))
             installer.replace(name, PackedExperts(experts))
-        installed: nn.Module = self.model.model.layers[layer.index]
-        return installed
+        yield self.model.model.layers[layer.index]
+        self.model.model.layers[layer.index] = pristine
 
     def _divergence(self, hidden: ActivationFile, index: int, names: frozenset[str], away: bool) -> Sums:
         """Of one variant from the reference, by their logits."""
@@ -232,6 +278,38 @@ class Variants:
     def _read(self, hidden: ActivationFile, start: int, stop: int) -> Tensor:
         """[1, tokens, hidden] on the device."""
         return hidden.read(start, stop).unsqueeze(0).to(self.backend.device)
+
+
+class _Exchanged:
+    """The reference's experts, and beside their answer what some of them would change as the build has them."""
+
+    def __init__(self, reference: StreamedExperts, build: StreamedExperts, wanted: Collection[int]) -> None:
+        self.reference = reference
+        self.build = build
+        self.wanted = wanted
+        self.changes: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of the last call, by expert: tokens, int64 [n], and what is to be added to their sums, [n, hidden]."""
+
+    def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        self.changes = {}
+        for expert in self.wanted:
+            tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                asked = inputs[tokens], torch.full_like(tokens, expert)[:, None], weights[tokens, slots][:, None]
+                self.changes[expert] = tokens, self.build(*asked) - self.reference(*asked)
+        return self.reference(inputs, chosen, weights)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """None: nothing stays in memory."""
+        yield from ()
+
+
+def _only_expert(layer: Layer, names: frozenset[str]) -> int | None:
+    """The routed expert that all of the modules belong to; None if there are none, or others among them."""
+    if not names or not isinstance(layer.mlp, Moe):
+        return None
+    linears = ({linear.name for linear in mlp.linears()} for mlp in layer.mlp.experts)
+    return next((number for number, own in enumerate(linears) if names <= own), None)
 
 
 def _windows(spans: Sequence[Span], size: int) -> Iterator[list[Span]]:
