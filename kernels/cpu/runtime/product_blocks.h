@@ -53,6 +53,7 @@ struct RowK {  // Q4_K, Q5_K
     for (int64_t k = 0; k < inputs; k += 256, block += Type::kBytes) {
       const float d = half_at(block), least = half_at(block + 2);
       const Ints fifth = kFifth ? bytes_as_lanes(block + 16) : Ints();
+#pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         int scale, minimum;
         scale_and_minimum(block + 4, j, &scale, &minimum);
@@ -79,6 +80,7 @@ struct RowQ6_K {
     for (int64_t k = 0; k < inputs; k += 256, block += Q6_K::kBytes) {
       const float d = half_at(block + 208);
       const auto* scales = reinterpret_cast<const int8_t*>(block + 192);
+#pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         const int half = j / 4, quarter = j % 4;
         Ints code = bytes_as_lanes(block + 64 * half + 32 * (quarter % 2));

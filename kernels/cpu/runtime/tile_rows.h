@@ -177,23 +177,25 @@ inline void row_of_blocks(Q5_K, const uint8_t* block, int64_t steps, uint16_t* o
 }
 
 inline void row_of_blocks(Q6_K, const uint8_t* block, int64_t steps, uint16_t* out) {
-  const __m256i low_bits = _mm256_set1_epi8(15), high_bits = _mm256_set1_epi8(48), middle = _mm256_set1_epi8(32);
+  const __m256i nibble = _mm256_set1_epi8(15), six = _mm256_set1_epi8(63), middle = _mm256_set1_epi8(32);
   for (int64_t s = 0; s < steps; s += 8, block += Q6_K::kBytes) {
-    const Sums d = _mm512_set1_ps(half_at(block + 208));
     alignas(64) float scales[16];
-    _mm512_store_ps(scales, _mm512_mul_ps(d, widened(load_16(block + 192))));
-    for (int j = 0; j < 8; ++j) {
-      const int half = j / 4, quarter = j % 4;
-      const __m256i low = _mm256_srl_epi16(load_32(block + 64 * half + 32 * (quarter % 2)),
-                                           _mm_cvtsi32_si128(4 * (quarter / 2)));
-      const __m256i pairs = load_32(block + 128 + 32 * half);
-      const __m256i high = quarter < 2 ? _mm256_sll_epi16(pairs, _mm_cvtsi32_si128(4 - 2 * quarter))
-                                       : _mm256_srl_epi16(pairs, _mm_cvtsi32_si128(2 * quarter - 4));
-      const __m256i six = _mm256_or_si256(_mm256_and_si256(low, low_bits), _mm256_and_si256(high, high_bits));
-      const __m256i codes = _mm256_sub_epi8(six, middle);
+    _mm512_store_ps(scales, _mm512_mul_ps(_mm512_set1_ps(half_at(block + 208)), widened(load_16(block + 192))));
+    // 32 codes: low bits in every byte's lower half, high ones in the two bits above.
+    const auto put_codes = [&](int part, __m256i low, __m256i high) {
+      const __m256i bits = _mm256_and_si256(_mm256_ternarylogic_epi32(nibble, low, high, 0xca), six);
+      const __m256i codes = _mm256_sub_epi8(bits, middle);
       const Sums first = widened(_mm256_castsi256_si128(codes)), second = widened(_mm256_extracti128_si256(codes, 1));
-      put(out, s + j, rounded(_mm512_mul_ps(first, _mm512_set1_ps(scales[2 * j])),
-                              _mm512_mul_ps(second, _mm512_set1_ps(scales[2 * j + 1]))));
+      put(out, s + part, rounded(_mm512_mul_ps(first, _mm512_set1_ps(scales[2 * part])),
+                                 _mm512_mul_ps(second, _mm512_set1_ps(scales[2 * part + 1]))));
+    };
+    for (int half = 0; half < 2; ++half) {
+      const __m256i one = load_32(block + 64 * half), two = load_32(block + 64 * half + 32);
+      const __m256i pairs = load_32(block + 128 + 32 * half);
+      put_codes(4 * half, one, _mm256_slli_epi16(pairs, 4));
+      put_codes(4 * half + 1, two, _mm256_slli_epi16(pairs, 2));
+      put_codes(4 * half + 2, _mm256_srli_epi16(one, 4), pairs);
+      put_codes(4 * half + 3, _mm256_srli_epi16(two, 4), _mm256_srli_epi16(pairs, 2));
     }
   }
 }
