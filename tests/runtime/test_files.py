@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qconv.formats.w4a16 import unpack_rows
 from qconv.qtensor import Grid
 from qconv.runtime.dense import write_dense
 from qconv.runtime.files import open_files
+from qconv.runtime.packed import IntegerWeight
 from qconv.runtime.stream import stream_logits
 from tests.conftest import build, random_qtensor, small_recipe
 
@@ -174,7 +176,8 @@ def test_groups_of_inputs_in_an_order_of_their_own(rtn_build: Path, tmp_path: Pa
     out = rewrite(rtn_build, tmp_path / "ordered", reorder, config_groups=groups)
     linear = open_files(out).architecture.layers[0].attention.o
     before, after = (open_files(path).weight(linear) for path in (rtn_build, out))
-    codes, scales = before.unpack().codes.float() - 8, before.unpack().scales.float()  # type: ignore[union-attr]  # packed
+    assert isinstance(before, IntegerWeight)
+    codes, scales = before.unpack().codes.float() - 8, before.unpack().scales.float()
     assert torch.equal(after.dequantize(torch.float32), codes * scales[:, order.long()])
     assert not torch.equal(logits(out), logits(rtn_build))
     tensors = load_file(out / "model.safetensors")
@@ -218,6 +221,21 @@ def test_awqs_zero_points_are_read_whatever_config_says_of_them(awq_build: Path,
     assert torch.equal(
         logits(rewrite(awq_build, tmp_path / "out", lambda _: None, zero_point=False)), logits(awq_build)
     )
+
+
+def test_scales_count_in_the_dtype_that_they_are_stored_in(awq_build: Path, tmp_path: Path) -> None:
+    def shorten(tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if name.endswith(".scales")}
+
+    out = rewrite(awq_build, tmp_path / "out", shorten)
+    linear = open_files(out).architecture.layers[1].attention.v
+    before, after = (open_files(path).weight(linear) for path in (awq_build, out))
+    assert isinstance(before, IntegerWeight)
+    weight = before.unpack()
+    rounded = replace(weight, scales=weight.scales.bfloat16()).dequantize(torch.float32)
+    assert torch.equal(after.dequantize(torch.float32), rounded)
+    assert not torch.equal(before.dequantize(torch.float32), rounded)
+    assert not torch.equal(logits(out), logits(awq_build))
 
 
 def test_keys_that_say_nothing_about_weights_are_no_reason(rtn_build: Path, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_what_cannot_be_run_is_said(rtn_build: Path, tmp_path: Path, edit_json: 
         qconv.load(tmp_path / "nothing")
     with pytest.raises(UsageError, match="int8"):
         qconv.load(rtn_build, dtype="int8")
+    assert qconv.load(rtn_build).dtype == torch.bfloat16  # config.json's
 
 
 def test_packed_weights_are_all_that_is_in_memory(rtn_build: Path) -> None:
