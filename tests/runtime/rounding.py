@@ -8,8 +8,8 @@ two errors are draws from one distribution:
 RMS
     :data:`RMS_RATIO` times ``rounded``'s. A token's mean square error scatters by about its own size between tokens, so
     the ratio of two root mean squares over n tokens has a standard error of ``sqrt(2) / (2 sqrt(n))`` or less; for 384
-    tokens, paired, it is 2 %. A tenth is five of those. Measured on eleven build types of the bundled model: 0.967 to
-    1.029.
+    tokens, paired, it is 2 %. A tenth is five of those. Measured on eleven build types of the bundled model: 0.95 to
+    1.03.
 Largest
     :data:`LARGEST_RATIO` times ``rounded``'s. The largest of N = 786,432 normal errors stands at ``sqrt(2 ln N)`` = 5.2
     standard deviations and scatters by 0.2 of one, but one token's scale differs between two bf16 models by up to 1.9

@@ -24,7 +24,7 @@ MESSAGES = ["hi", "Write a function that adds two numbers, and say how it is cal
 """Of different lengths, so that a batch of them is padded."""
 ANSWER = 10
 FLOAT32_BOUND = 1e-5
-"""Of the largest logit: the order of sums in float32, 2**-24 each, through all layers. Measured: up to 7e-7."""
+"""Of the largest logit: the order of sums in float32, 2**-24 each, through all layers. Measured: up to 9e-7."""
 FEW: dict[str, Any] = {"calibration.tokens": 1024, "calibration.sequence_length": 128}
 BUILDS: dict[str, dict[str, Any]] = {
     "awq": {"method": "rtn"},
