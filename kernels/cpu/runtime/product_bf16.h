@@ -165,8 +165,8 @@ inline void product_awq(const Weight& w, const Activations& a, float* y, int64_t
 }
 
 // Sums of one group for 64 outputs, word by word of eight inputs.
-inline void add_words(const Weight& w, const Activations& a, int64_t g, int64_t n, const __mmask16 (&there)[4], Ints codes,
-                      Sums (&sums)[4]) {
+inline void add_words(const Weight& w, const Activations& a, int64_t g, int64_t n, const __mmask16 (&there)[4],
+                      Ints codes, Sums (&sums)[4]) {
   const auto* words = static_cast<const uint32_t*>(w.codes);
   for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 8) {
     int32_t pairs[4];
@@ -184,8 +184,8 @@ inline void add_words(const Weight& w, const Activations& a, int64_t g, int64_t 
 }
 
 // The same with act-order: the group's inputs are anywhere, two of them are brought together.
-inline void add_pairs(const Weight& w, const Activations& a, int64_t g, int64_t n, const __mmask16 (&there)[4], Ints codes,
-                      Sums (&sums)[4]) {
+inline void add_pairs(const Weight& w, const Activations& a, int64_t g, int64_t n, const __mmask16 (&there)[4],
+                      Ints codes, Sums (&sums)[4]) {
   const auto* words = static_cast<const uint32_t*>(w.codes) + n;
   const Ints low_half = _mm512_set1_epi32(0xffff);
   for (int64_t i = g > 0 ? a.pairs_end[g - 1] : 0; i < a.pairs_end[g]; ++i) {

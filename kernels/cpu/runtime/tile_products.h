@@ -63,11 +63,11 @@ class Worker {
  public:
   explicit Worker(Units units) : units_(units), registers_(units), decoded_(kBlock * kChunk * 2) {}
 
-  // Calls `use(n, end, tile, count, sums)` for all panels of outputs [first, last) of the weights, which are alike, and
-  // all tiles of activations from `start`, some at a time: by weight, block of outputs and tile, two tiles of sums.
+  // Calls `use(n, tile, sums)` for all blocks of outputs [first, last) of the weights, which are alike, and all tiles of
+  // activations from `start`: `n` is a block's first output, `sums` are two tiles for each weight.
   template <int kWeights, class Use>
-  void products(const std::array<const Weight*, kWeights>& weights, const Tiles& x, int64_t start, int64_t tiles, int64_t first,
-                int64_t last, const Use& use) {
+  void products(const std::array<const Weight*, kWeights>& weights, const Tiles& x, int64_t start, int64_t tiles,
+                int64_t first, int64_t last, const Use& use) {
     std::vector<Rows> rows;
     std::vector<Columns> columns;
     for (const Weight* w : weights) {
@@ -100,8 +100,8 @@ class Worker {
   static constexpr int64_t kPanelSums = kPanel / kBlock * kTilesAtOnce * kBlockSums;
 
   template <bool kWeightsLeft, class Decoder>
-  void product(Decoder& weights, int64_t inputs, const Tiles& x, int64_t tile, int64_t count, int64_t first, int64_t last,
-               float* sums) {
+  void product(Decoder& weights, int64_t inputs, const Tiles& x, int64_t tile, int64_t count, int64_t first,
+               int64_t last, float* sums) {
     weights.open(first, last);
     for (int64_t k = 0; k < inputs; k += kChunk) {
       const int64_t steps = steps_of(std::min(kChunk, inputs - k));
@@ -171,7 +171,8 @@ inline Sums silu_of(Sums x) {
 inline Sums activated(Sums gate, Sums up) { return _mm512_mul_ps(silu_of(gate), up); }
 
 // silu(gate) * up of a block and a tile of activations, rounded: a step of the next product's activations.
-inline void activate(const Weight& gate_weight, const float* gate, const Weight& up_weight, const float* up, uint16_t* out) {
+inline void activate(const Weight& gate_weight, const float* gate, const Weight& up_weight, const float* up,
+                     uint16_t* out) {
   for (int i = 0; i < kTileRows; ++i) {
     if (weights_left(gate_weight)) {  // rows are outputs, in pairs
       const int even = i / 8 * kSums + i % 8 * 32, odd = even + 16;

@@ -37,7 +37,7 @@ inline __m256i load_32(const uint8_t* at) { return _mm256_loadu_si256(reinterpre
 // The steps of a chunk of inputs, and where in the groups they begin.
 struct Span {
   int64_t first, steps;
-  int64_t groups;         // of a row
+  int64_t groups;           // of a row
   int64_t group, in_group;  // the first step's group, and how many of its steps are left
 
   Span(const Weight& w, int64_t first, int64_t steps)
