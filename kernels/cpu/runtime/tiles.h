@@ -2,7 +2,7 @@
 //
 // A product takes a left tile, 16 rows of 32 inputs, and a right one, 16 pairs of inputs times 16 columns times the two
 // inputs of a pair: that is the order in which both instructions want them. Either holds weights and the other
-// activations: weights are made into whichever their layout is nearer to (see tile_weights.h).
+// activations: weights are made into whichever their layout is nearer to: see tile_rows.h and tile_columns.h.
 #pragma once
 
 #include "product_bf16.h"
