@@ -92,6 +92,11 @@ class Grid:
         """The number of rows that share a scale; the last ones may be fewer."""
         return out_features if self.block_rows == CHANNEL else self.block_rows
 
+    @property
+    def row_multiple(self) -> int:
+        """Blocks of rows that begin at multiples of it share scales with no other block, unless all rows share one."""
+        return 1 if self.block_rows == CHANNEL else self.block_rows
+
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """The shape of a weight's scales: [out_features, groups], on a float grid [blocks down, blocks across]."""
         return -(-out_features // self.rows_sharing(out_features)), self.groups(in_features)

@@ -21,7 +21,7 @@ from qconv.methods.base import row_blocks
 from qconv.models.base import Layer, Linear
 from qconv.parallel import Workers
 from qconv.plan import Module
-from qconv.qtensor import CHANNEL, QTensor, SquaredError
+from qconv.qtensor import QTensor, SquaredError
 from qconv.source import Source
 
 CHECKSUMS_NAME = "SHA256SUMS"
@@ -132,9 +132,8 @@ class Comparison:
     def _error(self, linear: Linear, weight: QTensor) -> SquaredError:
         """Signal and noise over the whole weight, of which memory holds one block of the source's rows."""
         in_scale, out_scale = self.folds.input_scale(linear), self.folds.output_scale(linear)
-        multiple = 1 if weight.grid.block_rows == CHANNEL else weight.grid.block_rows
         error, start = SquaredError(), 0
-        for block in self.source.blocks(linear.weight, multiple):
+        for block in self.source.blocks(linear.weight, weight.grid.row_multiple):
             stop = start + len(block)
             out = None if out_scale is None else out_scale[start:stop]
             error += weight_error(block, weight.rows(start, stop), in_scale, out)
@@ -155,8 +154,7 @@ class Comparison:
 def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
     """Signal and noise of a quantized weight against its source [out, in] after folding."""
     total = SquaredError()
-    (rows, columns), sharing = weight.shape, weight.grid.block_rows
-    for start, stop in row_blocks(rows, columns, 1 if sharing == CHANNEL else sharing):
+    for start, stop in row_blocks(*weight.shape, weight.grid.row_multiple):
         out = None if out_scale is None else out_scale[start:stop]
         reference = folded_weight(source[start:stop], in_scale, out)
         total += SquaredError.between_(reference, weight.rows(start, stop).dequantize())

@@ -83,7 +83,7 @@ class _Bands:
     def spans(self) -> Iterator[tuple[int, int]]:
         """Ranges ``start, stop`` of rows."""
         rows, columns = self.weight.shape
-        return row_blocks(rows, columns, 1 if self.grid.block_rows == CHANNEL else self.grid.block_rows)
+        return row_blocks(rows, columns, self.grid.row_multiple)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (_tiles(self.weight[start:stop], self.grid) for start, stop in self.spans())
