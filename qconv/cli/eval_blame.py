@@ -37,15 +37,13 @@ def command(run: Path, tokens: int, layers: int, baseline: Path | None, device: 
     check_device(device)
     with reporting(quiet=as_json, remedy="Run the same command again.") as reporter:
         from qconv.evaluation.blaming import blame_run
-        from qconv.evaluation.record import RUN_NAME
+        from qconv.evaluation.record import folder_of
 
-        folder = run.parent if run.name == RUN_NAME else run
-        before = baseline.parent if baseline is not None and baseline.name == RUN_NAME else baseline
         found = blame_run(
-            folder,
+            folder_of(run),
             tokens=tokens,
             worst_layers=layers,
-            baseline=before,
+            baseline=None if baseline is None else folder_of(baseline),
             device=device,
             progress=reporter.progress,
             log=reporter.log,

@@ -31,11 +31,11 @@ def command(
 ) -> None:
     """Show the runs in the folder HISTORY, newest first."""
     from qconv.evaluation.history import History, as_values
-    from qconv.evaluation.record import RUN_NAME, read_run
+    from qconv.evaluation.record import folder_of, read_run
 
     with History.open(history, create=added is not None) as opened:
         if added is not None:
-            folder = added.parent if added.name == RUN_NAME else added
+            folder = folder_of(added)
             opened.add(folder, read_run(folder), name=name)
         for id, accepted in ((accept, True), (reject, False)):
             if id is not None:

@@ -31,11 +31,11 @@ def command(
     from contextlib import ExitStack
 
     from qconv.evaluation.history import History
-    from qconv.evaluation.record import RUN_NAME, read_run
+    from qconv.evaluation.record import folder_of, read_run
     from qconv.evaluation.report.page import write_report
     from qconv.evaluation.report.view import view
 
-    folders = [path.parent if path.name == RUN_NAME else path for path in runs]
+    folders = [folder_of(path) for path in runs]
     with ExitStack() as stack:
         opened = None if history is None else stack.enter_context(History.open(history, create=False))
         views = [view(folder, read_run(folder), opened, name) for folder in folders]

@@ -204,13 +204,18 @@ def write_run(folder: Path, run: Run) -> None:
     write_atomically(folder / RUN_NAME, (run.model_dump_json(indent=1) + "\n").encode())
 
 
+def folder_of(run: Path) -> Path:
+    """A run's folder, given itself or the path of its ``run.json``."""
+    return run.parent if run.name == RUN_NAME else run
+
+
 def read_run(folder: Path) -> Run:
     """A run from its folder (or from the path of its ``run.json``).
 
     Raises:
         ArtifactError: no run there, not finished, or a record that qconv did not write.
     """
-    path = folder if folder.name == RUN_NAME else folder / RUN_NAME
+    path = folder_of(folder) / RUN_NAME
     try:
         text = path.read_bytes()
     except OSError as error:
