@@ -131,7 +131,7 @@ class Variants:
                 progress(number * (len(layers) + 1) + layer.index, total)
                 self._step(layer, variants, hidden, away)
             progress(number * (len(layers) + 1) + len(layers), total)
-            found += [self._divergence(hidden, index, names, index in away) for index, names in enumerate(variants)]
+            found += self._divergences(hidden, variants, away)
             hidden.path.unlink()
         progress(total, total)
         return found
@@ -229,20 +229,21 @@ class Variants:
         yield self.model.model.layers[layer.index]
         self.model.model.layers[layer.index] = pristine
 
-    def _divergence(self, hidden: ActivationFile, index: int, names: frozenset[str], away: bool) -> Sums:
-        """Of one variant from the reference, by their logits."""
+    def _divergences(self, hidden: ActivationFile, variants: Sequence[frozenset[str]], away: set[int]) -> list[Sums]:
+        """Of every variant from the reference, by their logits; the reference's are computed once for all."""
         known = self._known(len(self.architecture.layers))
-        states, shift = (hidden, index * self.tokens) if away else (known, 0)
         head = self.architecture.lm_head or self.architecture.embedding
         size = max(1, LOGIT_BYTES // (DTYPE.itemsize * head.out_features))
-        sums = np.zeros(len(self.spans))
+        sums = [np.zeros(len(self.spans)) for _ in variants]
         for number, (first, last) in enumerate(self.spans):
             for start in range(first, last, size):
                 stop = min(start + size, last)
                 expected = self._log_probabilities(self._read(known, start, stop), frozenset())
-                found = self._log_probabilities(self._read(states, start + shift, stop + shift), names)
-                kl = functional.kl_div(found, expected, reduction="none", log_target=True)
-                sums[number] += float(kl.sum(dtype=torch.float64))
+                for index, names in enumerate(variants):
+                    states, shift = (hidden, index * self.tokens) if index in away else (known, 0)
+                    found = self._log_probabilities(self._read(states, start + shift, stop + shift), names)
+                    kl = functional.kl_div(found, expected, reduction="none", log_target=True)
+                    sums[index][number] += float(kl.sum(dtype=torch.float64))
         return sums
 
     def _log_probabilities(self, states: Tensor, names: frozenset[str]) -> Tensor:
