@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,11 +70,11 @@ def time_dense(machine: Machine, peaks: Peaks, layout: str, shape: tuple[int, in
     copies = _copies(weight, copies_of(nbytes(list(tensors(weight).values())), cache))
     inputs = _tokens(rows, depth, torch.bfloat16).to(machine.device)
     plan = Rows(rows, 1, row_tile(rows))
-    ours = rotated(machine, [lambda each=each: multiply(machine.launcher, each, inputs, plan) for each in copies])  # type: ignore[misc]  # binds each
+    ours = rotated(machine, [partial(multiply, machine.launcher, each, inputs, plan) for each in copies])
     dense = torch.empty(
         copies_of(2 * columns * depth, cache), columns, depth, dtype=torch.bfloat16, device=machine.device
     ).normal_()
-    bf16 = rotated(machine, [lambda each=each: torch.nn.functional.linear(inputs, each) for each in dense])  # type: ignore[misc]  # binds each
+    bf16 = rotated(machine, [partial(torch.nn.functional.linear, inputs, each) for each in dense])
     moved = nbytes([*tensors(weight).values(), inputs]) + 2 * rows * columns
     least = peaks.seconds(moved, 2.0 * rows * columns * depth)
     return Timing(layout, f"{columns} x {depth}", rows, 1e6 * ours, 1e6 * least, 1e6 * bf16)
@@ -114,7 +115,7 @@ def time_experts(
     ]
     inputs = _tokens(tokens, depth, torch.bfloat16).to(machine.device)
     plans = [route(chosen.to(machine.device), experts) for chosen in choices]
-    seconds = rotated(machine, [lambda each=each: multiply(machine.launcher, weight, inputs, each) for each in plans])  # type: ignore[misc]  # binds each
+    seconds = rotated(machine, [partial(multiply, machine.launcher, weight, inputs, each) for each in plans])
     hit = sum(len(set(chosen.flatten().tolist())) for chosen in choices) / len(choices)
     moved = round(expert_bytes * hit) + inputs.nbytes + 2 * tokens * top_k * columns
     least = peaks.seconds(moved, 2.0 * tokens * top_k * columns * depth)

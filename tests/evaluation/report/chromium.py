@@ -143,18 +143,22 @@ class Chromium:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self._number += 1
-        number = self._number
-        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        _pipe(self._process.stdin).write(json.dumps(message).encode() + b"\0")
+        number = self._send(method, parameters)
         while True:
             answer = self._receive()
             if answer.get("id") == number:
                 assert "error" not in answer, (method, answer["error"])
                 result: dict[str, Any] = answer["result"]
                 return result
+
+    def _send(self, method: str, parameters: Mapping[str, Any]) -> int:
+        """Send a command; its number, which the answer bears."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        _pipe(self._process.stdin).write(json.dumps(message).encode() + b"\0")
+        return self._number
 
     def _until(self, event: str) -> None:
         while self._receive().get("method") != event:
@@ -164,8 +168,8 @@ class Chromium:
         """The next message; events are noted."""
         pipe, deadline = _pipe(self._process.stdout), time.monotonic() + _PATIENCE
         while b"\0" not in self._buffer:
-            left = deadline - time.monotonic()
-            assert left > 0 and select.select([pipe], [], [], left)[0], "the browser does not answer"  # noqa: PT018
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([pipe], [], [], left)[0], "the browser does not answer"
             block = os.read(pipe.fileno(), 1 << 16)
             assert block, f"the browser ended with exit code {self._process.wait(10)}"
             self._buffer += block
@@ -181,9 +185,7 @@ class Chromium:
         elif method in _COMPLAINTS:
             self.seen.complaints.append(f"{method}: {json.dumps(parameters)[:500]}")
             if method == "Page.javascriptDialogOpening":
-                self._number += 1
-                closing = {"id": self._number, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
-                _pipe(self._process.stdin).write(json.dumps(closing | {"sessionId": self._session}).encode() + b"\0")
+                self._send("Page.handleJavaScriptDialog", {"accept": True})
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
