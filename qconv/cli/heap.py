@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 
-_M_ARENA_MAX = -8
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 """glibc's numbers of the parameters (malloc.h)."""
 LARGE_BLOCK = 4 * 2**20
 """Bytes; above the intermediate values of half a million floats, which come and go by the thousand."""
+KEPT = 32 * 2**20
+"""Free bytes at the heap's end that are kept: all that such values of several threads ever leave there."""
 
 
 def settle_allocation() -> bool:
@@ -17,9 +20,12 @@ def settle_allocation() -> bool:
     glibc gives threads heaps of their own, and what is freed in one cannot be used by another: a layer that one thread
     checks while others make the next one then costs memory twice. And once a large block was freed, it takes the next
     ones from a heap, where a hole between two small blocks is not given back: so peaks grew by what was in use before.
+    With that settled it would give the heap's end back after almost every operation, and have it zeroed anew for the
+    next one.
     """
     try:
         library = ctypes.CDLL(None)
-        return all(library.mallopt(*pair) for pair in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, LARGE_BLOCK)))
+        settings = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, LARGE_BLOCK), (_M_TRIM_THRESHOLD, KEPT))
+        return all(library.mallopt(*setting) for setting in settings)
     except (OSError, AttributeError):  # another C library
         return False
