@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qconv import integer_grid
 from qconv.build import Build
 from qconv.checkpoint.reader import Tensors
 from qconv.checkpoint.writer import sha256_of
@@ -153,6 +154,9 @@ class Comparison:
 
 def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
     """Signal and noise of a quantized weight against its source [out, in] after folding."""
+    error = integer_grid.squared_error(source, weight, in_scale, out_scale)
+    if error is not None:
+        return error
     total = SquaredError()
     for start, stop in row_blocks(*weight.shape, weight.grid.row_multiple):
         out = None if out_scale is None else out_scale[start:stop]

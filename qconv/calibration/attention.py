@@ -13,7 +13,7 @@ from qconv.calibration.rounding import compensate, compensation_record, scale_ac
 from qconv.calibration.statistics import InputStatistics
 from qconv.folding import folded_weight, norm_scale, spread_heads
 from qconv.methods import awq
-from qconv.methods.base import fake_quantize, rounded_linear
+from qconv.methods.base import fake_quantize, round_to_nearest, rounded_linear
 from qconv.methods.gptq import GptqResult
 from qconv.models.base import Linear, Norm
 from qconv.qtensor import QTensor
@@ -202,13 +202,13 @@ class _AttentionHalf:
         context, attention, folds = self.context, self.context.layer.attention, self.context.folds
         in_scale = folds.input_scale(linear)
         weight = self._folded(linear)
-        plain = awq.quantize(weight, context.grid, None)
+        plain = round_to_nearest(weight, context.grid)
         if not context.recipe.searches_clipping or linear not in (attention.v, attention.o):
             return plain, None
         inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
         gram = (inputs if in_scale is None else inputs.rescaled(in_scale)).gram
         ratios = awq.output_clip_ratios(weight, context.grid, gram, context.recipe.clip)
-        return plain, awq.quantize(weight, context.grid, ratios)
+        return plain, round_to_nearest(weight, context.grid, ratios)
 
     def _output_loss(self, weights: Mapping[str, QTensor]) -> float:
         return _squared_distance(self._block(self._effective(weights))(self.probe), self.target)

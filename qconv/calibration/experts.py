@@ -23,7 +23,7 @@ from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputStatistics
 from qconv.folding import norm_scale
 from qconv.methods import awq
-from qconv.methods.base import fake_quantize, rounded_linear
+from qconv.methods.base import fake_quantize, round_to_nearest, rounded_linear
 from qconv.methods.gptq import GptqResult
 from qconv.models.base import Mlp, Moe
 from qconv.qtensor import QTensor
@@ -330,10 +330,10 @@ class _MlpHalf:
         for linear, weight, seen in zip(mlp.linears(), (folded.gate, folded.up, folded.down), seen_by, strict=True):
             if linear.name not in context.quantized:
                 continue
-            plain[linear.name] = awq.quantize(weight, context.grid, None)
+            plain[linear.name] = round_to_nearest(weight, context.grid)
             if context.recipe.searches_clipping:
                 ratios = awq.output_clip_ratios(weight, context.grid, seen.gram, context.recipe.clip)
-                clipped[linear.name] = awq.quantize(weight, context.grid, ratios)
+                clipped[linear.name] = round_to_nearest(weight, context.grid, ratios)
         losses = [_loss(subject, folded, scales, weights) for weights in (plain, clipped) if weights]
         record["clipped"] = len(losses) == 2 and losses[1] < losses[0]
         return clipped if record["clipped"] else plain

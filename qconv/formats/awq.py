@@ -107,7 +107,7 @@ class AwqFormat:
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         return QTensor(
             grid,
-            by_rows(unpack_rows, tensors["qweight"].t()),
+            by_rows(unpack_rows, tensors["qweight"].t(), growth=8),
             tensors["scales"].t().contiguous(),
             unpack_words(tensors["qzeros"]).t().contiguous(),
         )

@@ -48,17 +48,20 @@ _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_MULTIPLE = 32
 
 
-def by_rows(convert: Callable[[Tensor], Tensor], values: Tensor, *, transposed: bool = False) -> Tensor:
+def by_rows(
+    convert: Callable[[Tensor], Tensor], values: Tensor, *, growth: int = 1, transposed: bool = False
+) -> Tensor:
     """``convert(values)``, a few rows at a time, so that its intermediate values never take the memory of all rows.
 
     Args:
         convert: From rows [n, columns] to rows [n * k, others], each from rows of its own; n is a multiple of 32, but
             for the last rows.
         values: [rows, columns], of any strides; ``convert`` gets blocks that have them too.
+        growth: How many elements come of one.
         transposed: Return [others, rows * k].
     """
     rows, columns = values.shape
-    step = max(1, _BLOCK_ELEMENTS // (max(1, columns) * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE
+    step = max(1, _BLOCK_ELEMENTS // (max(1, columns) * growth * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE
     out, done = values.new_empty(0), 0
     for start in range(0, max(1, rows), step):
         block = convert(values[start : start + step])

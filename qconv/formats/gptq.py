@@ -170,7 +170,7 @@ class GptqFormat:
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
         return QTensor(
             Grid(grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype, act_order=grid.act_order),
-            by_rows(functools.partial(unpack_words, bits=grid.bits), tensors["qweight"].t()),
+            by_rows(functools.partial(unpack_words, bits=grid.bits), tensors["qweight"].t(), growth=32 // grid.bits),
             tensors["scales"].t().contiguous(),
             _zero_points(f"{module}.qzeros", tensors["qzeros"], grid),
             _group_index(f"{module}.g_idx", tensors["g_idx"], grid),

@@ -116,7 +116,7 @@ class PackQuantizedFormat:
         zero_points = None
         if not grid.symmetric:
             zero_points = unpack_rows(tensors["weight_zero_point"].t(), grid.bits).t().contiguous()
-        codes = by_rows(partial(unpack_rows, bits=grid.bits), tensors["weight_packed"])
+        codes = by_rows(partial(unpack_rows, bits=grid.bits), tensors["weight_packed"], growth=32 // grid.bits)
         index = tensors.get("weight_g_idx")
         if index is not None and bool(((index < 0) | (index >= grid.groups(shape[1]))).any()):
             raise CheckpointError(

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from qconv.methods.base import (
-    assemble,
     clip_ratios,
     decode_,
     encode_,
     group_range,
     range_parameters,
-    round_block,
     row_blocks,
 )
-from qconv.qtensor import Grid, QTensor
+from qconv.qtensor import Grid
 from qconv.recipe import ClipSettings
 
 MAX_SCALE = 1e4
@@ -120,12 +118,3 @@ def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSetti
             chosen.masked_fill_(better, ratio)
         best[start:stop] = chosen.t()
     return best
-
-
-def quantize(weight: Tensor, grid: Grid, ratios: Tensor | None) -> QTensor:
-    """Round an already scaled weight, float32 [out_features, in_features], with clipping ratios or the full range."""
-    blocks = (
-        round_block(weight[start:stop], grid, None if ratios is None else ratios[start:stop])
-        for start, stop in row_blocks(*weight.shape)
-    )
-    return assemble(blocks, len(weight))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from qconv import integer_grid
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import ClipSettings
 
@@ -37,7 +38,11 @@ def group_range(grouped: Tensor, grid: Grid, dim: int | tuple[int, ...] = -1) ->
         grid: The grid.
         dim: The dimensions to reduce.
     """
-    high, low = grouped.amax(dim), grouped.amin(dim)
+    return _reach(grouped.amin(dim), grouped.amax(dim), grid)
+
+
+def _reach(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """:func:`group_range` of groups with these extremes, which are overwritten."""
     if grid.symmetric:
         absmax = torch.maximum(high, -low)
         return -absmax, absmax * 2.0
@@ -59,19 +64,33 @@ def range_parameters(low: Tensor, span: Tensor, grid: Grid) -> tuple[Tensor, Ten
     return scales, torch.round(-low / scales.float()).clamp_(0, grid.levels - 1).to(torch.uint8)
 
 
-def grid_parameters(grouped: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+def grid_parameters(weight: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points that cover each group's range times ``ratio``.
 
     Args:
-        grouped: float32 [rows, groups, width].
+        weight: [rows, in_features], any float dtype.
         grid: The grid.
         ratio: Factor on the range, a number or float32 [rows, groups].
 
     Returns:
         scales (``grid.scale_dtype`` [rows, groups], positive) and zero points (uint8 [rows, groups]) or None.
     """
-    low, span = group_range(grouped, grid)
+    groups = grid.groups(weight.shape[1])
+    extremes = integer_grid.extremes(weight, groups)
+    if extremes is None:
+        extremes = _extremes(weight, groups)
+    low, span = _reach(*extremes, grid)
     return range_parameters(low * ratio, span * ratio, grid)
+
+
+def _extremes(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight of each group, float32 [rows, groups]."""
+    low, high = torch.empty(len(weight), groups), torch.empty(len(weight), groups)
+    for start, stop in row_blocks(*weight.shape):
+        block = weight[start:stop].float().view(stop - start, groups, -1)
+        torch.amin(block, -1, out=low[start:stop])
+        torch.amax(block, -1, out=high[start:stop])
+    return low, high
 
 
 def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,27 +132,37 @@ def clip_ratios(clip: ClipSettings) -> list[float]:
     return [1.0 - clip.max_shrink * step / clip.steps for step in range(clip.steps)]
 
 
-def round_block(block: Tensor, grid: Grid, ratio: Tensor | None = None) -> QTensor:
-    """Round a block of rows to nearest.
+def round_to_nearest(weight: Tensor, grid: Grid, ratios: Tensor | None = None) -> QTensor:
+    """Round a weight to nearest.
 
     Args:
-        block: [rows, in_features], any float dtype; not changed.
+        weight: [out_features, in_features], any float dtype; not changed.
         grid: The grid.
-        ratio: Clipping ratios float32 [rows, groups], or None for the full range.
+        ratios: Clipping ratios float32 [out_features, groups], or None for the full range.
     """
-    rows, columns = block.shape
-    grouped = block.to(torch.float32, copy=True).view(rows, grid.groups(columns), -1)
-    scales, zero_points = grid_parameters(grouped, grid, 1.0 if ratio is None else ratio)
-    codes = to_codes(encode_(grouped, scales, zero_points, grid), grid.bits).view(rows, columns)
-    return QTensor(grid, codes, scales, zero_points)
+    scales, zero_points = grid_parameters(weight, grid, 1.0 if ratios is None else ratios)
+    codes = integer_grid.encode(weight, scales, zero_points, grid)
+    return QTensor(grid, _encode(weight, scales, zero_points, grid) if codes is None else codes, scales, zero_points)
+
+
+def _encode(weight: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid) -> Tensor:
+    """Codes, uint8 of the weight's shape."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for start, stop in row_blocks(*weight.shape):
+        block = weight[start:stop].to(torch.float32, copy=True).view(stop - start, scales.shape[1], -1)
+        zeros = None if zero_points is None else zero_points[start:stop]
+        codes[start:stop] = to_codes(encode_(block, scales[start:stop], zeros, grid), grid.bits).view(
+            -1, weight.shape[1]
+        )
+    return codes
 
 
 def round_in_place(block: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> Tensor:
     """Round a block of rows to the grid and back, float32 [rows, in_features], contiguous; returns it."""
-    rows, columns = block.shape
-    grouped = block.view(rows, grid.groups(columns), -1)
-    scales, zero_points = grid_parameters(grouped, grid, ratio)
-    decode_(encode_(grouped, scales, zero_points, grid), scales, zero_points, grid)
+    scales, zero_points = grid_parameters(block, grid, ratio)
+    if not integer_grid.round_(block, scales, zero_points, grid):
+        grouped = block.view(*scales.shape, -1)
+        decode_(encode_(grouped, scales, zero_points, grid), scales, zero_points, grid)
     return block
 
 

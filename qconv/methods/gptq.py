@@ -36,7 +36,7 @@ from qconv.methods.base import (
     grid_parameters,
     group_range,
     range_parameters,
-    round_block,
+    round_to_nearest,
     row_blocks,
     to_codes,
 )
@@ -227,7 +227,7 @@ def _with_rows_of_rtn(weight: QTensor, source: Tensor, chosen: Tensor, factor: F
     columns, order = source.shape[1], factor.order if weight.grid.act_order else None
     blocks = (source[rows[start:stop]] for start, stop in row_blocks(len(rows), columns))
     ordered = (block if order is None else block.index_select(1, order) for block in blocks)
-    nearest = assemble((round_block(block, weight.grid) for block in ordered), len(rows))
+    nearest = assemble((round_to_nearest(block, weight.grid) for block in ordered), len(rows))
     weight.codes[rows] = nearest.codes if order is None else nearest.codes.index_select(1, torch.argsort(order))
     weight.scales[rows] = nearest.scales
     if weight.zero_points is not None and nearest.zero_points is not None:
@@ -337,7 +337,7 @@ class _Rounding:
         for start, stop in row_blocks(self.rows, self.width):
             members = weights[:, start:stop].t().contiguous().unsqueeze(1)
             ratio: Tensor | float = 1.0 if self.clip is None else _cheapest_ratios(members, self.grid, costs, self.clip)
-            scales, zero_points = grid_parameters(members, self.grid, ratio)
+            scales, zero_points = grid_parameters(members.squeeze(1), self.grid, ratio)
             self.scales[group, start:stop] = scales.squeeze(1)
             if self.zero_points is not None and zero_points is not None:
                 self.zero_points[group, start:stop] = zero_points.squeeze(1)

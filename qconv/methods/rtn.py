@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from qconv.methods.base import (
-    assemble,
     clip_ratios,
     decode_,
     encode_,
     group_range,
     range_parameters,
-    round_block,
+    round_to_nearest,
     row_blocks,
 )
 from qconv.qtensor import Grid, QTensor
@@ -27,9 +26,11 @@ def quantize(weight: Tensor, grid: Grid, clip: ClipSettings | None = None) -> QT
         grid: The grid.
         clip: Search each group's clipping range for the least squared error of its weights; None takes the full range.
     """
+    if clip is None:
+        return round_to_nearest(weight, grid)
     blocks = (weight[start:stop] for start, stop in row_blocks(*weight.shape))
-    rounded = (round_block(block, grid, None if clip is None else mse_ratios(block, grid, clip)) for block in blocks)
-    return assemble(rounded, len(weight))
+    ratios = torch.cat([mse_ratios(block, grid, clip) for block in blocks])
+    return round_to_nearest(weight, grid, ratios)
 
 
 def mse_ratios(block: Tensor, grid: Grid, clip: ClipSettings) -> Tensor:

@@ -19,7 +19,7 @@ from qconv.methods.awq import (
     output_clip_ratios,
     quantize,
 )
-from qconv.methods.base import clip_ratios, round_block
+from qconv.methods.base import clip_ratios, round_to_nearest
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import ClipSettings
 
@@ -174,7 +174,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
     gram = inputs.transpose(1, 2) @ inputs
     grid = Grid(2, 16, symmetric=False, scale_dtype=torch.float16)
     ratios = output_clip_ratios(weight, grid, gram, CLIP)
-    whole = round_block(weight, grid, ratios)
+    whole = round_to_nearest(weight, grid, ratios)
     assert len(set(ratios.flatten().tolist())) > 1, "otherwise rows could be exchanged unnoticed"
     monkeypatch.setattr(base, "_BLOCK_ELEMENTS", 4 * 32)
     assert torch.equal(output_clip_ratios(weight, grid, gram, CLIP), ratios)

@@ -15,7 +15,7 @@ from qconv.methods.base import (
     encode_,
     fake_quantize,
     grid_parameters,
-    round_block,
+    round_to_nearest,
     rounded_linear,
     row_blocks,
     to_codes,
@@ -59,7 +59,7 @@ def weights(draw: st.DrawFn, smallest: int = -45, largest: int = 38) -> Tensor:
 @given(weights(), GRIDS)
 def test_every_weight_gets_the_nearest_value_of_its_grid(weight: Tensor, grid: Grid) -> None:
     before = weight.clone()
-    quantized = round_block(weight, grid)
+    quantized = round_to_nearest(weight, grid)
     assert torch.equal(weight, before)
     rows, columns = weight.shape
     groups = grid.groups(columns)
@@ -94,7 +94,7 @@ def test_every_weight_gets_the_nearest_value_of_its_grid(weight: Tensor, grid: G
 def test_the_grid_covers_the_range(weight: Tensor, grid: Grid) -> None:
     # Where the scale is neither too small nor too large to be stored, nothing is cut off: the error is half a step on
     # a symmetric grid, and one where the zero point is rounded too. A stored scale is off by half its last bit.
-    quantized = round_block(weight, grid)
+    quantized = round_to_nearest(weight, grid)
     grouped = weight.view(len(weight), grid.groups(weight.shape[1]), -1)
     error = (quantized.dequantize().view_as(grouped) - grouped).abs().amax(-1)
     rounding = torch.finfo(grid.scale_dtype).eps / 2 * (1 << grid.bits)
@@ -110,7 +110,7 @@ def test_the_grid_covers_the_range(weight: Tensor, grid: Grid) -> None:
 
 @given(weights(-3, 3), GRIDS)
 def test_codes_are_a_fixed_point_of_their_own_grid(weight: Tensor, grid: Grid) -> None:
-    quantized = round_block(weight, grid)
+    quantized = round_to_nearest(weight, grid)
     grouped = quantized.dequantize().view(*quantized.scales.shape, -1)
     again = to_codes(encode_(grouped, quantized.scales, quantized.zero_points, grid), grid.bits)
     assert torch.equal(again.view_as(quantized.codes), quantized.codes)
@@ -121,8 +121,8 @@ def test_quantizing_a_dequantized_weight_changes_nothing(weight: Tensor, bits: i
     # On an asymmetric grid whose group reaches both ends of its codes the range, and with it all else, comes out again.
     # (On a symmetric one it does not: the scale is absmax / 7.5, and no code stands for 7.5.)
     grid = Grid(bits, 8, symmetric=False, scale_dtype=torch.float32)
-    first = round_block(weight, grid)
-    second = round_block(first.dequantize(), grid)
+    first = round_to_nearest(weight, grid)
+    second = round_to_nearest(first.dequantize(), grid)
     grouped = first.codes.view(*first.scales.shape, -1)
     whole = (grouped.amin(-1) == 0) & (grouped.amax(-1) == grid.levels - 1)
     assert first.zero_points is not None
@@ -134,7 +134,7 @@ def test_quantizing_a_dequantized_weight_changes_nothing(weight: Tensor, bits: i
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_group_of_zeros_is_harmless(symmetric: bool) -> None:
-    quantized = round_block(torch.zeros(2, 16), Grid(4, 8, symmetric, torch.float16))
+    quantized = round_to_nearest(torch.zeros(2, 16), Grid(4, 8, symmetric, torch.float16))
     assert bool((quantized.scales == 1.0).all())
     assert bool((quantized.dequantize() == 0.0).all())
 
@@ -142,10 +142,10 @@ def test_a_group_of_zeros_is_harmless(symmetric: bool) -> None:
 def test_the_reference_formulas() -> None:
     # compressed-tensors: symmetric scale is absmax / 7.5; AutoAWQ: scale (max - min) / 15, zero round(-min / scale).
     weight = torch.tensor([[-7.5, 3.0, 1.0, 0.4, 0.0, 0.0, 0.0, 0.0]])
-    symmetric = round_block(weight, Grid(4, 8, symmetric=True, scale_dtype=torch.float32))
+    symmetric = round_to_nearest(weight, Grid(4, 8, symmetric=True, scale_dtype=torch.float32))
     assert symmetric.scales.tolist() == [[1.0]]
     assert symmetric.codes.tolist() == [[0, 11, 9, 8, 8, 8, 8, 8]]  # -7.5 rounds to even: -8
-    asymmetric = round_block(weight, Grid(4, 8, symmetric=False, scale_dtype=torch.float32))
+    asymmetric = round_to_nearest(weight, Grid(4, 8, symmetric=False, scale_dtype=torch.float32))
     assert torch.allclose(asymmetric.scales, torch.tensor([[10.5 / 15]]))
     assert asymmetric.zero_points is not None
     assert asymmetric.zero_points.tolist() == [[11]]  # 7.5 / 0.7 = 10.7
@@ -170,7 +170,7 @@ def test_a_ratio_shrinks_the_range(weight: Tensor, grid: Grid, ratio: float) -> 
 @given(weights(-3, 3), GRIDS)
 def test_fake_quantize_is_round_and_back(weight: Tensor, grid: Grid) -> None:
     before = weight.clone()
-    assert torch.equal(fake_quantize(weight, grid), round_block(weight, grid).dequantize())
+    assert torch.equal(fake_quantize(weight, grid), round_to_nearest(weight, grid).dequantize())
     assert torch.equal(weight, before)
 
 
@@ -195,9 +195,9 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
     ratio = torch.rand(23, 4, generator=generator).clamp(min=0.5)
     for symmetric in (True, False):
         grid = Grid(4, 8, symmetric, torch.float16)
-        whole, rounded = round_block(weight, grid, ratio), fake_quantize(weight, grid)
+        whole, rounded = round_to_nearest(weight, grid, ratio), fake_quantize(weight, grid)
         monkeypatch.setattr(base, "_BLOCK_ELEMENTS", 5 * 32)  # five rows a block, three in the last
-        parts = [round_block(weight[a:b], grid, ratio[a:b]) for a, b in row_blocks(23, 32)]
+        parts = [round_to_nearest(weight[a:b], grid, ratio[a:b]) for a, b in row_blocks(23, 32)]
         assert len(parts) == 5
         joined = assemble(parts, 23)
         assert torch.equal(joined.codes, whole.codes)

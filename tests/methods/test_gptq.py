@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.methods import rtn
-from qconv.methods.base import clip_ratios, round_block
+from qconv.methods.base import clip_ratios, round_to_nearest
 from qconv.methods.gptq import GptqResult, factorize, quantize, row_errors
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import ClipSettings, GptqSettings, parse_recipe
@@ -250,7 +250,7 @@ def test_each_group_takes_the_ratio_that_costs_least(ordering: Any) -> None:
     sizes = torch.logspace(0, -4, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(2))]
     result = quantize(weight, grid, sizes.diag(), GptqSettings(damp_percent=1e-6, ordering=ordering), clip)
     costs = [
-        ((round_block(weight, grid, torch.full((8, 4), ratio)).dequantize() - weight).square() * sizes)
+        ((round_to_nearest(weight, grid, torch.full((8, 4), ratio)).dequantize() - weight).square() * sizes)
         .view(8, 4, 32)
         .sum(-1)
         for ratio in clip_ratios(clip)

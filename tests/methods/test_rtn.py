@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qconv.methods import base
-from qconv.methods.base import clip_ratios, round_block
+from qconv.methods.base import clip_ratios, round_to_nearest
 from qconv.methods.rtn import mse_ratios, quantize
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import ClipSettings
@@ -47,11 +47,11 @@ def test_clipping_by_squared_error_is_never_worse_in_any_group(seed: int, grid: 
 @given(st.integers(0, 10**6), GRIDS)
 def test_the_chosen_ratio_is_the_best_of_all_that_are_tried(seed: int, grid: Grid) -> None:
     weight = heavy_tailed(seed)
-    chosen = squared_error(weight, round_block(weight, grid, mse_ratios(weight, grid, CLIP)).dequantize(), grid)
+    chosen = squared_error(weight, round_to_nearest(weight, grid, mse_ratios(weight, grid, CLIP)).dequantize(), grid)
     for ratio in clip_ratios(CLIP):
         every = torch.full((len(weight), grid.groups(weight.shape[1])), ratio)
         assert bool(
-            (chosen <= squared_error(weight, round_block(weight, grid, every).dequantize(), grid) * 1.00001).all()
+            (chosen <= squared_error(weight, round_to_nearest(weight, grid, every).dequantize(), grid) * 1.00001).all()
         )
 
 

@@ -48,13 +48,6 @@ inline void store_fifth_bits(const uint8_t* codes, uint8_t* out) {
   }
 }
 
-// Integers in the order of floats, which compilers find the extremes of without being allowed to reorder sums.
-inline int32_t ordered(float value) {
-  const int32_t bits = int32_t(bits_of(value));
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-inline float unordered(int32_t key) { return float_of(uint32_t(key ^ ((key >> 31) & 0x7fffffff))); }
-
 struct Range {
   float low, high;
 };

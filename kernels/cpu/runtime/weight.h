@@ -1,12 +1,11 @@
 // A packed weight as its file holds it, and numbers in the dtypes that files have.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
+
+#include "../numbers.h"
 
 namespace qconv {
 
@@ -21,8 +20,6 @@ enum class Layout : int32_t {
   kQ5_K,
   kQ6_K,
 };
-
-enum class Dtype : int32_t { kFloat32, kFloat16, kBfloat16 };
 
 struct Weight {
   Layout layout;
@@ -43,29 +40,15 @@ struct Weight {
   float middle() const { return float(1 << (bits - 1)); }
 };
 
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 inline float of_half(uint16_t v) {
 #ifdef __F16C__
   return _cvtsh_ss(v);  // the other way meets subnormal floats, of which small scales are many: slow on most processors
 #else
-  const uint32_t size = uint32_t(v & 0x7fff) << 13, sign = uint32_t(v & 0x8000) << 16;
-  const uint32_t not_finite = (v & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
-  return float_of(bits_of(float_of(size) * 0x1p112f) | not_finite | sign);  // right for subnormals too
+  return Float16::widened(v);
 #endif
 }
 
-inline float of_bfloat(uint16_t v) { return float_of(uint32_t(v) << 16); }
+inline float of_bfloat(uint16_t v) { return Bfloat16::widened(v); }
 
 // To nearest, ties to even; NaN does not occur in weights that were checked.
 inline uint16_t to_bfloat(float value) {
