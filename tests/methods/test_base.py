@@ -20,40 +20,9 @@ from qconv.methods.base import (
     row_blocks,
     to_codes,
 )
-from qconv.qtensor import CHANNEL, Grid
+from qconv.qtensor import Grid
 from qconv.recipe import ClipSettings
-
-GRIDS = st.builds(
-    Grid,
-    bits=st.integers(2, 8),
-    group_size=st.sampled_from([8, 16, CHANNEL]),
-    symmetric=st.booleans(),
-    scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-)
-
-
-@st.composite
-def weights(draw: st.DrawFn, smallest: int = -45, largest: int = 38) -> Tensor:
-    """float32 [rows, 16 or 48] whose groups have magnitudes from 10^smallest to 10^largest, some constant or zero."""
-    rows, columns = draw(st.integers(1, 4)), 16 * draw(st.sampled_from([1, 3]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    kinds = draw(st.lists(st.sampled_from(["normal", "positive", "constant", "zero", "spike"]), min_size=2, max_size=2))
-    exponents = draw(st.lists(st.integers(smallest, largest), min_size=2, max_size=2))
-    parts = []
-    for kind, exponent in zip(kinds, exponents, strict=True):
-        part = torch.randn(rows, columns // 2, generator=generator, dtype=torch.float64)
-        if kind == "positive":
-            part = part.abs()
-        elif kind == "constant":
-            part = torch.full_like(part, -0.7)
-        elif kind == "zero":
-            part = torch.zeros_like(part)
-        elif kind == "spike":
-            part = part * 1e-3
-            part[:, 3] = 1.0
-        parts.append(part * 10.0**exponent)
-    limit = torch.finfo(torch.float32).max
-    return torch.cat(parts, dim=1).clamp(-limit, limit).float()
+from tests.grids import GRIDS, weights
 
 
 @given(weights(), GRIDS)
@@ -154,9 +123,9 @@ def test_the_reference_formulas() -> None:
 @given(weights(-3, 3), GRIDS, st.floats(0.3, 1.0))
 def test_a_ratio_shrinks_the_range(weight: Tensor, grid: Grid, ratio: float) -> None:
     grouped = weight.view(len(weight), grid.groups(weight.shape[1]), -1)
-    full, _ = grid_parameters(grouped, grid)
-    shrunk, zeros = grid_parameters(grouped, grid, ratio)
-    by_group, same_zeros = grid_parameters(grouped, grid, torch.full(grouped.shape[:2], ratio))
+    full, _ = grid_parameters(weight, grid)
+    shrunk, zeros = grid_parameters(weight, grid, ratio)
+    by_group, same_zeros = grid_parameters(weight, grid, torch.full(grouped.shape[:2], ratio))
     assert torch.equal(shrunk, by_group)
     assert zeros is None or (same_zeros is not None and torch.equal(zeros, same_zeros))
     limits = torch.finfo(grid.scale_dtype)
