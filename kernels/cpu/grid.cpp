@@ -52,7 +52,7 @@ inline void round_run(const float* x, int64_t count, float scale, float lowest, 
     const float exact = x[i] / scale;
     const float raised = exact > lowest ? exact : lowest;
     const float within = raised < highest ? raised : highest;
-    steps[i] = (within + 0x1.8p23f) - 0x1.8p23f;  // the nearest integer, ties to even
+    steps[i] = (within + 0x1.8p23f) - 0x1.8p23f;  // the nearest integer, ties to even; 0 is positive
   }
 }
 
@@ -75,7 +75,7 @@ void round(float* weights, int64_t groups, const Grid& grid) {
     in_runs(group * grid.width, grid.width, [&](int64_t first, int64_t count) {
       float* x = weights + first;
       round_run(x, count, scale, -zero, float(grid.levels - 1) - zero, x);
-      for (int64_t i = 0; i < count; ++i) x[i] = ((x[i] + zero) - zero) * scale;  // 0 is positive
+      for (int64_t i = 0; i < count; ++i) x[i] *= scale;
     });
   }
 }
