@@ -1,4 +1,4 @@
-"""Rounding to integer grids in C++ (``kernels/cpu/grid.cpp``): the numbers of the torch operations, sooner.
+"""Rounding to integer grids in C++ (``kernels/cpu/rounding.cpp``): the numbers of the torch operations, sooner.
 
 Every function gives None, or False, where no C++ is there for its arguments; then torch has the same work to do.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from qconv import native
 from qconv.qtensor import Grid, QTensor, SquaredError
 
-LIBRARY = "grid"
+LIBRARY = "rounding"
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """As ``enum class Dtype`` numbers them."""

@@ -199,7 +199,8 @@ def wilson(successes: float, trials: float, confidence: float = 0.95) -> Interva
     scale = 1.0 + z * z / trials
     centre = (share + z * z / (2.0 * trials)) / scale
     half = z / scale * math.sqrt(share * (1.0 - share) / trials + z * z / (4.0 * trials**2))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    low = 0.0 if share == 0.0 else max(0.0, centre - half)  # at the ends the difference is rounding noise
+    return Interval(share, low, 1.0 if share == 1.0 else min(1.0, centre + half))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

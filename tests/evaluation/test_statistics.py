@@ -156,6 +156,8 @@ def test_wilson_is_scipys(case: tuple[int, int], confidence: float) -> None:
     ours = wilson(successes, trials, confidence)
     theirs = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert (ours.low == 0.0) == (successes == 0)
+    assert (ours.high == 1.0) == (successes == trials)
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6))
