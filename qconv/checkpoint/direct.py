@@ -2,7 +2,8 @@
 
 A build is written once and read back once, so keeping it in the page cache costs memory and time and pushes out the
 source, which is read again. Direct access (``O_DIRECT``) needs aligned buffers and offsets; where the file system
-refuses it, the same calls go through the page cache.
+refuses it, the same calls go through the page cache. There are two buffers: the disk works on one while the caller
+fills or empties the other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,7 +38,9 @@ class DirectWriter:
             OSError: it cannot be created.
         """
         self._descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self._buffer = mmap.mmap(-1, BUFFER_BYTES)  # anonymous maps are aligned to pages
+        self._buffer, self._spare = _buffers()
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._draining: Future[None] | None = None
         self._filled = 0
         self._written = 0
         self._closed = False
@@ -58,7 +62,7 @@ class DirectWriter:
         """Append bytes.
 
         Raises:
-            OSError: the disk is full or failed.
+            OSError: the disk is full or failed, now or with what was appended before.
         """
         view = memoryview(data)
         while len(view):
@@ -68,7 +72,6 @@ class DirectWriter:
             view = view[count:]
             if self._filled == BUFFER_BYTES:
                 self._drain(BUFFER_BYTES)
-                self._filled = 0
 
     def flush(self) -> None:
         """Put everything taken so far into the file, so that it can be read; nothing may be appended afterwards.
@@ -80,8 +83,10 @@ class DirectWriter:
             size = self.size
             # The last block is written whole and cut to size.
             self._drain(-(-self._filled // ALIGNMENT) * ALIGNMENT)
-            self._filled, self._written = 0, size
+            self._await()
+            self._written = size
             os.ftruncate(self._descriptor, size)
+        self._await()
 
     def finish(self) -> None:
         """:meth:`flush`, wait until it is on disk, and close.
@@ -97,14 +102,28 @@ class DirectWriter:
         """Close the file as it is."""
         if not self._closed:
             self._closed = True
+            self._disk.shutdown(wait=True)
             os.close(self._descriptor)
 
     def _drain(self, count: int) -> None:
-        with memoryview(self._buffer) as view:
+        """Begin to write the buffer's first bytes, and go on with the other one."""
+        self._await()
+        self._draining = self._disk.submit(self._write_all, self._buffer, count)
+        self._buffer, self._spare = self._spare, self._buffer
+        self._written += count
+        self._filled = 0
+
+    def _await(self) -> None:
+        """Wait until nothing is being written; its error is raised here."""
+        if self._draining is not None:
+            draining, self._draining = self._draining, None
+            draining.result()
+
+    def _write_all(self, buffer: mmap.mmap, count: int) -> None:
+        with memoryview(buffer) as view:
             start = 0
             while start < count:
                 start += self._write_some(view[start:count])
-        self._written += count
 
     def _write_some(self, view: memoryview) -> int:
         try:
@@ -123,24 +142,35 @@ def read_blocks(path: Path) -> Iterator[memoryview]:
         OSError: the file cannot be read.
     """
     descriptor = _open(path, os.O_RDONLY)
-    buffer = mmap.mmap(-1, BUFFER_BYTES)
     try:
-        while True:
-            try:
-                count = os.readv(descriptor, [buffer])
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED or not _is_direct(descriptor):
-                    raise
-                _make_buffered(descriptor)
-                continue
-            if count == 0:
-                return
-            yield memoryview(buffer)[:count]
-            if count % ALIGNMENT:
-                # The end of the file, or a short read after which offsets are no longer aligned.
-                _make_buffered(descriptor)
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as disk:
+            buffer, spare = _buffers()
+            reading = disk.submit(_read_some, descriptor, buffer)
+            while count := reading.result():
+                reading = disk.submit(_read_some, descriptor, spare)
+                yield memoryview(buffer)[:count]
+                buffer, spare = spare, buffer
     finally:
         os.close(descriptor)
+
+
+def _read_some(descriptor: int, buffer: mmap.mmap) -> int:
+    try:
+        count = os.readv(descriptor, [buffer])
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not _is_direct(descriptor):
+            raise
+        _make_buffered(descriptor)
+        count = os.readv(descriptor, [buffer])
+    if count % ALIGNMENT:
+        # The end of the file, or a short read after which offsets are no longer aligned.
+        _make_buffered(descriptor)
+    return count
+
+
+def _buffers() -> tuple[mmap.mmap, mmap.mmap]:
+    """Two; anonymous maps are aligned to pages."""
+    return mmap.mmap(-1, BUFFER_BYTES), mmap.mmap(-1, BUFFER_BYTES)
 
 
 def _open(path: Path, flags: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,36 @@ def test_a_file_system_that_refuses_direct_access_at_the_first_write(
     write(tmp_path / "file", b"z" * 10_000)
     assert read(tmp_path / "file") == b"z" * 10_000
     assert refused, "the test must have met direct access"
+
+
+def test_a_block_stays_what_it_was_until_the_next_one_is_asked_for(tmp_path: Path) -> None:
+    data = os.urandom(5 * BUFFER_BYTES)
+    (tmp_path / "file").write_bytes(data)
+    for index, block in enumerate(read_blocks(tmp_path / "file")):
+        time.sleep(0.02)  # enough to read the next one
+        assert block == data[index * BUFFER_BYTES :][: len(block)]
+
+
+def test_reading_may_end_early(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(3 * BUFFER_BYTES))
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    blocks = read_blocks(tmp_path / "file")
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]  # an iterator for its callers
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+@pytest.mark.parametrize("place", ["write", "flush"])
+def test_a_full_disk_is_told_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with DirectWriter(tmp_path / "file") as file:
+        file.write(bytes(BUFFER_BYTES))
+        with pytest.raises(OSError, match="No space left"):
+            file.write(bytes(BUFFER_BYTES)) if place == "write" else file.flush()
+    assert threading.active_count() == 1 or all(thread.name[:5] != "write" for thread in threading.enumerate())
 
 
 def test_other_errors_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,8 +160,8 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path: Path) -> None:
 
 def test_a_disk_too_full_for_the_header_leaves_nothing_either(tmp_path: Path) -> None:
     path = full(tmp_path / "a.safetensors")
-    # Beyond the writer's buffer of 8 MiB.
-    many = [TensorSpec(f"tensor.{number:06d}", torch.int8, (1,)) for number in range(120_000)]
+    # Beyond the writer's two buffers of 8 MiB each.
+    many = [TensorSpec(f"tensor.{number:06d}", torch.int8, (1,)) for number in range(240_000)]
     with pytest.raises(OutputError, match="the disk is full"), ShardWriter(path, many):
         pass
     assert list(tmp_path.iterdir()) == []
