@@ -147,14 +147,12 @@ def round_to_nearest(weight: Tensor, grid: Grid, ratios: Tensor | None = None) -
 
 def _encode(weight: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid) -> Tensor:
     """Codes, uint8 of the weight's shape."""
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = torch.empty(*scales.shape, weight.shape[1] // scales.shape[1], dtype=torch.uint8)
     for start, stop in row_blocks(*weight.shape):
-        block = weight[start:stop].to(torch.float32, copy=True).view(stop - start, scales.shape[1], -1)
+        block = weight[start:stop].to(torch.float32, copy=True).view_as(codes[start:stop])
         zeros = None if zero_points is None else zero_points[start:stop]
-        codes[start:stop] = to_codes(encode_(block, scales[start:stop], zeros, grid), grid.bits).view(
-            -1, weight.shape[1]
-        )
-    return codes
+        codes[start:stop] = to_codes(encode_(block, scales[start:stop], zeros, grid), grid.bits)
+    return codes.view(weight.shape)
 
 
 def round_in_place(block: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> Tensor:
