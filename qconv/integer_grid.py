@@ -15,14 +15,12 @@ from qconv.qtensor import Grid, QTensor, SquaredError
 
 LIBRARY = "rounding"
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""As ``enum class Dtype`` numbers them."""
 
 _pointer, _int, _count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _EXTREMES = ctypes.CFUNCTYPE(None, _pointer, _int, _count, _count, _pointer, _pointer)
 _ENCODE = ctypes.CFUNCTYPE(None, _pointer, _int, _count, _count, _int, _pointer, _pointer, _pointer)
 _ROUND = ctypes.CFUNCTYPE(None, _pointer, _count, _count, _int, _pointer, _pointer)
-_SQUARED_ERROR = ctypes.CFUNCTYPE(None, _pointer, _int, _count, _count, _count, _int, *(_pointer,) * 7)
+_SQUARED_ERROR = ctypes.CFUNCTYPE(None, _pointer, _int, _count, _count, _count, _int, *(_pointer,) * 6)
 
 
 def extremes(block: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
@@ -33,13 +31,13 @@ def extremes(block: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
         groups: Of a row.
     """
     library = native.load(LIBRARY)
-    if library is None or block.dtype not in _DTYPES:
+    if library is None or block.dtype not in native.DTYPES:
         return None
     block = block.contiguous()
     rows, columns = block.shape
     low, high = torch.empty(rows, groups), torch.empty(rows, groups)
     _EXTREMES(("qconv_extremes", library))(
-        block.data_ptr(), _DTYPES[block.dtype], rows * groups, columns // groups, low.data_ptr(), high.data_ptr()
+        block.data_ptr(), native.DTYPES[block.dtype], rows * groups, columns // groups, low.data_ptr(), high.data_ptr()
     )
     return low, high
 
@@ -54,13 +52,13 @@ def encode(block: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid
         grid: The grid.
     """
     library = native.load(LIBRARY)
-    if library is None or block.dtype not in _DTYPES:
+    if library is None or block.dtype not in native.DTYPES:
         return None
     block, parameters = block.contiguous(), _parameters(scales, zero_points)
     codes = torch.empty(block.shape, dtype=torch.uint8)
     _ENCODE(("qconv_encode", library))(
         block.data_ptr(),
-        _DTYPES[block.dtype],
+        native.DTYPES[block.dtype],
         scales.numel(),
         block.shape[1] // scales.shape[1],
         grid.levels,
@@ -101,7 +99,7 @@ def squared_error(
         out_scale: Divisors of its rows, float32 [out_features], or None.
     """
     library = native.load(LIBRARY)
-    supported = source.dtype in _DTYPES and not weight.grid.is_float and weight.group_index is None
+    supported = source.dtype in native.DTYPES and not weight.grid.is_float and weight.group_index is None
     if library is None or not supported:
         return None
     parameters = _parameters(weight.scales, weight.zero_points)
@@ -110,13 +108,12 @@ def squared_error(
     source, sums = source.contiguous(), torch.empty(2, dtype=torch.float64)
     _SQUARED_ERROR(("qconv_squared_error", library))(
         source.data_ptr(),
-        _DTYPES[source.dtype],
+        native.DTYPES[source.dtype],
         *source.shape,
         weight.grid.width(source.shape[1]),
         weight.grid.levels,
         *map(_address, tensors),
-        sums[0:].data_ptr(),
-        sums[1:].data_ptr(),
+        sums.data_ptr(),
     )
     return SquaredError(*sums.tolist())
 

@@ -24,6 +24,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 SWITCH = "QCONV_NATIVE"
 """This environment variable set to 0 leaves everything to torch."""
 
@@ -39,6 +41,8 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""As ``enum class Dtype`` of ``numbers.h`` numbers them."""
 COMPILERS = ("c++", "g++", "clang++")
 _PATIENCE = 600  # seconds; a few are usual
 

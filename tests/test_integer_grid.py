@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
-from unittest import mock
 
 import pytest
 import torch
@@ -16,26 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconv import integer_grid, native
+from qconv import integer_grid
 from qconv.methods.base import round_in_place, round_to_nearest
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.verify import weight_error
+from tests.compiled import by_torch, compile_for, require
 from tests.grids import GRIDS, weights
 
-Result = TypeVar("Result")
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 @pytest.fixture(autouse=True, scope="module")
 def library() -> None:
     """Without it, everything here would compare torch with torch."""
-    if native.load(integer_grid.LIBRARY) is None:
-        pytest.skip("needs a C++ compiler")
-
-
-def by_torch(function: Callable[[], Result]) -> Result:
-    with mock.patch.dict(os.environ, {native.SWITCH: "0"}):
-        return function()
+    require(integer_grid.LIBRARY)
 
 
 def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
@@ -64,13 +54,13 @@ def ratios_of(weight: Tensor, grid: Grid) -> Tensor:
 def test_codes_scales_and_zero_points_are_torchs(weight: Tensor, grid: Grid, dtype: torch.dtype, clipped: bool) -> None:
     weight = finite(weight, dtype)
     ratios = ratios_of(weight, grid) if clipped else None
-    assert_same(round_to_nearest(weight, grid, ratios), by_torch(lambda: round_to_nearest(weight, grid, ratios)))
+    assert_same(round_to_nearest(weight, grid, ratios), by_torch(round_to_nearest, weight, grid, ratios))
 
 
 @given(weights(), GRIDS, st.booleans())
 def test_rounding_and_back_is_torchs_down_to_the_sign_of_zero(weight: Tensor, grid: Grid, clipped: bool) -> None:
     ratio = ratios_of(weight, grid) if clipped else 1.0
-    expected = by_torch(lambda: round_in_place(weight.clone(), grid, ratio))
+    expected = by_torch(round_in_place, weight.clone(), grid, ratio)
     assert same_bits(round_in_place(weight.clone(), grid, ratio), expected)
 
 
@@ -81,7 +71,7 @@ def test_groups_may_have_any_width(width: int, symmetric: bool) -> None:
     weight = torch.randn(5, 3 * width, generator=generator)
     grid = Grid(4, width, symmetric, torch.float32)
     quantized = round_to_nearest(weight, grid)
-    assert_same(quantized, by_torch(lambda: round_to_nearest(weight, grid)))
+    assert_same(quantized, by_torch(round_to_nearest, weight, grid))
     assert len(set(quantized.codes.flatten().tolist())) > 8 or width < 7
 
 
@@ -104,7 +94,7 @@ def test_signal_and_noise_are_torchs(
     out_scale = torch.rand(len(weight), generator=generator) + 0.5 if by_row else None
     quantized = round_to_nearest(weight, grid)
     found = weight_error(weight, quantized, in_scale, out_scale)
-    expected = by_torch(lambda: weight_error(weight, quantized, in_scale, out_scale))
+    expected = by_torch(weight_error, weight, quantized, in_scale, out_scale)
     assert found.signal == pytest.approx(expected.signal, rel=1e-13)
     assert found.noise == pytest.approx(expected.noise, rel=1e-13)
 
@@ -125,13 +115,8 @@ def test_what_it_does_not_know_is_left_to_torch() -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     grid = Grid(4, 16, symmetric=True, scale_dtype=torch.float16)
     assert_same(round_to_nearest(weight.double(), grid), round_to_nearest(weight, grid))
-    ordered = QTensor(grid, *_parts(weight, grid), group_index=torch.arange(32, dtype=torch.int32) % 2)
+    ordered = replace(round_to_nearest(weight, grid), group_index=torch.arange(32, dtype=torch.int32) % 2)
     assert integer_grid.squared_error(weight, ordered, None, None) is None
-
-
-def _parts(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    quantized = round_to_nearest(weight, grid)
-    return quantized.codes, quantized.scales, quantized.zero_points
 
 
 @pytest.mark.slow  # compiles the library anew
@@ -142,9 +127,7 @@ def test_the_numbers_do_not_depend_on_the_vectors(
 ) -> None:
     weight = torch.randn(37, 768, generator=torch.Generator().manual_seed(0)).bfloat16()
     cases = [Grid(4, size, symmetric, torch.bfloat16) for size in (128, 24, CHANNEL) for symmetric in (True, False)]
-    expected = [by_torch(partial(round_to_nearest, weight, grid)) for grid in cases]
-    monkeypatch.setattr(native, "FLAGS", [flag.replace("native", processor) for flag in native.FLAGS])
-    library = native.build(native.kernels_folder() / "cpu", integer_grid.LIBRARY, tmp_path, native.compiler())
-    monkeypatch.setattr(native, "load", lambda name: library)
+    expected = [by_torch(round_to_nearest, weight, grid) for grid in cases]
+    compile_for(processor, integer_grid.LIBRARY, tmp_path, monkeypatch)
     for grid, by_torch_operations in zip(cases, expected, strict=True):
         assert_same(round_to_nearest(weight, grid), by_torch_operations)

@@ -1,5 +1,6 @@
 // Encoders of ggml's block types. The bytes are those of the torch operations in qconv/ggml, which explain the formulas.
 
+#include "exported.h"
 #include "ggml/direct.h"
 #include "ggml/input.h"
 #include "ggml/searched.h"
@@ -73,8 +74,6 @@ float encode_searched(const Matrix& matrix, const float* importance, const Start
 
 }  // namespace
 }  // namespace qconv
-
-#define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // Encode a matrix by formula. `type` is ggml's number. Gives 0, or the magnitude of the first weight found that is
 // beyond `limit` or not finite; then `out` is not complete. -1: no such encoder.

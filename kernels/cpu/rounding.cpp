@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "exported.h"
 #include "numbers.h"
 
 namespace qconv {
@@ -116,7 +117,7 @@ struct Folding {
 
 template <class From>
 void squared_error(From from, const void* weights, int64_t rows, int64_t columns, const uint8_t* codes,
-                   const Grid& grid, const Folding& folding, double* signal, double* noise) {
+                   const Grid& grid, const Folding& folding, double* sums) {
   SumOfSquares signals, noises;
   float reference[kRun], error[kRun];
   for (int64_t group = 0; group < rows * columns / grid.width; ++group) {
@@ -138,14 +139,12 @@ void squared_error(From from, const void* weights, int64_t rows, int64_t columns
       noises.add(error, count);
     });
   }
-  *signal = signals.total();
-  *noise = noises.total();
+  sums[0] = signals.total();
+  sums[1] = noises.total();
 }
 
 }  // namespace
 }  // namespace qconv
-
-#define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // Each group's smallest and largest weight.
 EXPORTED void qconv_extremes(const void* weights, int32_t dtype, int64_t groups, int64_t width, float* low,
@@ -168,15 +167,14 @@ EXPORTED void qconv_round(float* weights, int64_t groups, int64_t width, int32_t
   qconv::round(weights, groups, {width, levels, scales, zeros});
 }
 
-// Sums of squares of folded weights and of their differences from what the codes stand for.
+// Two sums of squares: of folded weights, and of their differences from what the codes stand for.
 EXPORTED void qconv_squared_error(const void* weights, int32_t dtype, int64_t rows, int64_t columns, int64_t width,
                                   int32_t levels, const uint8_t* codes, const float* scales, const float* zeros,
-                                  const float* column_factors, const float* row_divisors, double* signal,
-                                  double* noise) {
+                                  const float* column_factors, const float* row_divisors, double* sums) {
   using namespace qconv;
   const Grid grid{width, levels, scales, zeros};
   const Folding folding{column_factors, row_divisors};
   with_dtype(Dtype(dtype), [=](auto from) {
-    squared_error(from, weights, rows, columns, codes, grid, folding, signal, noise);
+    squared_error(from, weights, rows, columns, codes, grid, folding, sums);
   });
 }

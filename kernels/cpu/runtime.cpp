@@ -3,6 +3,7 @@
 #include <cmath>
 #include <memory>
 
+#include "exported.h"
 #include "runtime/decode.h"
 #include "runtime/parallel.h"
 #include "runtime/product.h"
@@ -92,8 +93,6 @@ int threads_for(int64_t weights, int threads) { return int(std::clamp<int64_t>(w
 
 }  // namespace
 }  // namespace qconv
-
-#define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // The size of `Weight`, for whoever declares it elsewhere.
 EXPORTED int64_t qconv_weight_size() { return sizeof(qconv::Weight); }

@@ -79,14 +79,14 @@ class DirectWriter:
         Raises:
             OSError: the disk is full or failed.
         """
+        size = self.size
         if self._filled:
-            size = self.size
             # The last block is written whole and cut to size.
             self._drain(-(-self._filled // ALIGNMENT) * ALIGNMENT)
-            self._await()
-            self._written = size
-            os.ftruncate(self._descriptor, size)
         self._await()
+        if self._written != size:
+            os.ftruncate(self._descriptor, size)
+            self._written = size
 
     def finish(self) -> None:
         """:meth:`flush`, wait until it is on disk, and close.

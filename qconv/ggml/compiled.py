@@ -17,8 +17,6 @@ from qconv.ggml.signed import SignedGrid
 
 LIBRARY = "ggml"
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""As ``enum class Dtype`` numbers them."""
 _NO_ENCODER = -1.0
 
 _pointer, _int, _count, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -75,11 +73,11 @@ def encode_into(
     library = native.load(LIBRARY)
     if library is None:
         return None
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in native.DTYPES:
         weight = weight.float()
     weight = weight.contiguous()
     rows, columns = weight.shape
-    matrix = (type.id, weight.data_ptr(), _DTYPES[weight.dtype], rows, columns, limit)
+    matrix = (type.id, weight.data_ptr(), native.DTYPES[weight.dtype], rows, columns, limit)
     if grid is None:
         found = _DIRECTLY(("qconv_encode_directly", library))(*matrix, encoded.data_ptr())
     else:

@@ -335,9 +335,9 @@ class _Rounding:
         """
         costs = self.factor.costs[columns]
         for start, stop in row_blocks(self.rows, self.width):
-            members = weights[:, start:stop].t().contiguous().unsqueeze(1)
+            members = weights[:, start:stop].t().contiguous()
             ratio: Tensor | float = 1.0 if self.clip is None else _cheapest_ratios(members, self.grid, costs, self.clip)
-            scales, zero_points = grid_parameters(members.squeeze(1), self.grid, ratio)
+            scales, zero_points = grid_parameters(members, self.grid, ratio)
             self.scales[group, start:stop] = scales.squeeze(1)
             if self.zero_points is not None and zero_points is not None:
                 self.zero_points[group, start:stop] = zero_points.squeeze(1)
@@ -349,7 +349,7 @@ def _cheapest_ratios(members: Tensor, grid: Grid, costs: Tensor, clip: ClipSetti
     """The ratio of each row's range with the least squared error, weighted by the columns' costs.
 
     Args:
-        members: float32 [rows, 1, width].
+        members: float32 [rows, width].
         grid: The grid.
         costs: float32 [width].
         clip: The ratios to try; ties go to the larger one.
@@ -359,6 +359,7 @@ def _cheapest_ratios(members: Tensor, grid: Grid, costs: Tensor, clip: ClipSetti
     """
     best = torch.ones(len(members), 1)
     least = torch.full_like(best, torch.inf)
+    members = members.unsqueeze(1)
     low, span = group_range(members, grid)
     for ratio in clip_ratios(clip):
         scales, zero_points = range_parameters(low * ratio, span * ratio, grid)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qconv import native
 from qconv.ggml import GgmlType
+from tests.grids import part_of_kind
 
 AFFINE_SUPER = {GgmlType.Q2_K: (3, 15, 16), GgmlType.Q4_K: (15, 63, 32), GgmlType.Q5_K: (31, 63, 32)}
 SCALED_SUPER = {GgmlType.Q3_K: (4, 32, 16), GgmlType.Q6_K: (32, 128, 16), GgmlType.IQ4_XS: (127, 32, 32)}
@@ -78,22 +79,7 @@ def blocks_of_256(draw: st.DrawFn, kinds: tuple[str, ...], smallest: int, larges
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     parts = []
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=8, max_size=8)):
-        part = torch.randn(rows, 32, generator=generator, dtype=torch.float64)
-        if kind in ("positive", "negative"):
-            part = part.abs() * (1 if kind == "positive" else -1)
-        elif kind == "shifted":
-            part = part * 1e-3 - 5.0
-        elif kind == "constant":
-            part = torch.full_like(part, -0.7)
-        elif kind == "zero":
-            part = torch.zeros_like(part)
-        elif kind == "spike":
-            part = part * 1e-3
-            part[:, 3] = 1.0
-        elif kind == "two":
-            part = torch.sign(part)
-        elif kind == "ties":
-            part = torch.round(part * 4.0) / 4.0
+        part = part_of_kind(kind, rows, 32, generator)
         parts.append(part * 10.0 ** draw(st.integers(smallest, largest)))
     return torch.cat(parts, dim=1).clamp(-65504.0, 65504.0).float()
 

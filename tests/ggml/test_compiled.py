@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from qconv import native
 from qconv.ggml import GgmlType, compiled, encode
+from tests.compiled import by_torch, require
 from tests.ggml.conftest import NEARLY_EXACT, SPREAD, bell_weights, blocks_of_256, column_importance
 
 every_type = pytest.mark.parametrize("type", list(GgmlType), ids=lambda type: type.name)
@@ -24,13 +23,7 @@ every_type = pytest.mark.parametrize("type", list(GgmlType), ids=lambda type: ty
 @pytest.fixture(autouse=True, scope="module")
 def library() -> None:
     """Without it, everything here would compare torch with torch."""
-    if native.load(compiled.LIBRARY) is None:
-        pytest.skip("needs a C++ compiler")
-
-
-def by_torch(weight: Tensor, type: GgmlType, importance: Tensor | None = None) -> Tensor:
-    with mock.patch.dict(os.environ, {native.SWITCH: "0"}):
-        return encode(weight, type, importance)
+    require(compiled.LIBRARY)
 
 
 def odd_weights(seed: int) -> dict[str, Tensor]:
@@ -63,14 +56,14 @@ def odd_weights(seed: int) -> dict[str, Tensor]:
 def test_the_bytes_are_torchs_on_odd_weights(type: GgmlType, seed: int, spread: float | None) -> None:
     importance = None if spread is None else column_importance(512, seed, spread)
     for name, weight in odd_weights(seed).items():
-        assert torch.equal(encode(weight, type, importance), by_torch(weight, type, importance)), name
+        assert torch.equal(encode(weight, type, importance), by_torch(encode, weight, type, importance)), name
 
 
 @every_type
 @given(weight=blocks_of_256(SPREAD + NEARLY_EXACT, -46, 5), weighted=st.booleans())
 def test_the_bytes_are_torchs_on_mixed_blocks(type: GgmlType, weight: Tensor, weighted: bool) -> None:
     importance = column_importance(256, spread=4.0) if weighted else None
-    assert torch.equal(encode(weight, type, importance), by_torch(weight, type, importance))
+    assert torch.equal(encode(weight, type, importance), by_torch(encode, weight, type, importance))
 
 
 @every_type
@@ -81,7 +74,7 @@ def test_every_dtype_and_number_of_rows(type: GgmlType, dtype: torch.dtype) -> N
     finite = every_half[every_half.isfinite()][: 80 * 768].view(80, 768)  # float16's subnormals among them
     for weight in (bell_weights(40, 768)[:37], bell_weights(2, 768)[:1], finite):
         weight = weight.clamp(-60000.0, 60000.0).to(dtype)
-        assert torch.equal(encode(weight, type, importance), by_torch(weight, type, importance))
+        assert torch.equal(encode(weight, type, importance), by_torch(encode, weight, type, importance))
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -109,7 +102,7 @@ def test_where_nothing_compiles_torch_takes_over(
     forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     weight = bell_weights(3, 512)
-    expected = by_torch(weight, GgmlType.Q4_K)
+    expected = by_torch(encode, weight, GgmlType.Q4_K)
     monkeypatch.setenv("CXX", "/bin/false")
     with caplog.at_level(logging.WARNING, "qconv"):
         assert torch.equal(encode(weight, GgmlType.Q4_K), expected)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconv import native
 from qconv.ggml import GgmlType, compiled, encode
+from tests.compiled import by_torch, compile_for
 from tests.ggml.conftest import bell_weights, column_importance
 
 pytestmark = [
@@ -23,11 +23,8 @@ def test_the_bytes_do_not_depend_on_the_vectors(
     processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, importance = bell_weights(37, 768), column_importance(768)
-    monkeypatch.setenv(native.SWITCH, "0")
     cases = [(type, given) for type in GgmlType for given in (None, importance)]
-    expected = [encode(weight, type, given) for type, given in cases]
-    monkeypatch.setattr(native, "FLAGS", [flag.replace("native", processor) for flag in native.FLAGS])
-    library = native.build(native.kernels_folder() / "cpu", compiled.LIBRARY, tmp_path, native.compiler())
-    monkeypatch.setattr(native, "load", lambda name: library)
+    expected = [by_torch(encode, weight, type, given) for type, given in cases]
+    compile_for(processor, compiled.LIBRARY, tmp_path, monkeypatch)
     for (type, given), bytes_of_torch in zip(cases, expected, strict=True):
         assert torch.equal(encode(weight, type, given), bytes_of_torch), f"{type.name} {given is not None}"

@@ -32,8 +32,6 @@ _BLOCK_LAYOUTS = {
     GGMLQuantizationType.Q6_K: 8,
 }
 """As ``enum class Layout`` numbers them."""
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""As ``enum class Dtype`` numbers them."""
 
 
 class _Weight(ctypes.Structure):
@@ -137,7 +135,7 @@ class Compiled:
         for weight in weights:
             part = out[:, start:] if transposed else out[start:]
             self.dequantize_function(
-                weight.address, _DTYPES[dtype], part.data_ptr(), out.stride(0), torch.get_num_threads()
+                weight.address, native.DTYPES[dtype], part.data_ptr(), out.stride(0), torch.get_num_threads()
             )
             start += weight.shape[0]
         return out.t() if transposed else out
@@ -149,7 +147,7 @@ class Compiled:
         self.product_function(
             weight.address,
             inputs.data_ptr(),
-            _DTYPES[inputs.dtype],
+            native.DTYPES[inputs.dtype],
             len(inputs),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -167,7 +165,7 @@ class Compiled:
         self.experts_function(
             *(ctypes.addressof(array) for array in experts.arrays),
             inputs.data_ptr(),
-            _DTYPES[inputs.dtype],
+            native.DTYPES[inputs.dtype],
             expert.data_ptr(),
             token.data_ptr(),
             factor.data_ptr(),
@@ -356,6 +354,6 @@ def _described(
     rows, columns = weight.shape
     tensors = (codes, scales, zeros, group_index)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    dtype = 0 if scales is None else _DTYPES[scales.dtype]
+    dtype = 0 if scales is None else native.DTYPES[scales.dtype]
     description = _Weight(layout, bits, rows, columns, group, block_rows, dtype, zero_offset, *pointers)
     return CompiledWeight(weight, description, tuple(tensor for tensor in tensors if tensor is not None))
