@@ -22,6 +22,7 @@ from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerReport
 from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
 from qconv.committer import UnitWriter
+from qconv.heap import return_freed_memory
 from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.methods import fp8, rtn
 from qconv.methods.base import assemble
@@ -173,6 +174,7 @@ class _Run:
                 packed = self.workers.map(lambda item: self._pack(self._rounded(item)), unit.items, sizes)
                 self._commit(unit, packed, {}, LayerReport(), journal)
             self.done += unit.weights
+            return_freed_memory()
         self._await_commit()
         self.progress("finishing", self.done, self.plan.weights)
 

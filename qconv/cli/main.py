@@ -17,9 +17,9 @@ import click
 
 from qconv import __version__
 from qconv.cli.console import ReaderGone, print_error
-from qconv.cli.heap import settle_allocation
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
+from qconv.heap import settle_allocation
 
 COMMANDS = ("plan", "quantize", "imatrix", "inspect", "verify", "generate", "eval", "nightly", "bench")
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""

@@ -1,4 +1,4 @@
-"""One heap for all threads of the command line's process, and none for large blocks."""
+"""One heap for all threads of the process, and none for large blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 THREADS = """
 import ctypes, sys, threading
 if sys.argv[1] == "settled":
-    from qconv.cli.heap import settle_allocation
+    from qconv.heap import settle_allocation
     assert settle_allocation()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -28,7 +28,7 @@ HEAP_DISTANCE = 1 << 26
 LARGE = """
 import ctypes, sys
 if sys.argv[1] == "settled":
-    from qconv.cli.heap import settle_allocation
+    from qconv.heap import settle_allocation
     assert settle_allocation()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
