@@ -16,9 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qconv.errors import QconvError
+from qconv.printable import printable
 
 LOG_WIDTH = 120
 """Columns where there is no terminal to ask and COLUMNS is not set."""
+_LINE_END = "\n"
+"""Of the characters that act, the one that a paragraph or a cell may hold."""
 
 
 class ReaderGone(Exception):
@@ -49,11 +52,12 @@ def stderr() -> Console:
 
 def say(console: Console, text: str, style: str = "") -> None:
     """Print a paragraph. It is left to the terminal to wrap it, so that paths can be copied."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    console.print(Text(printable(text, keep=_LINE_END), style=style), soft_wrap=True)
 
 
 def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header; columns of numbers are right-aligned. One block a row where the table is too wide."""
+    rows = [[printable(cell, keep=_LINE_END) for cell in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for number, name in enumerate(header):
         right = all(_is_number(row[number]) for row in rows)
@@ -87,9 +91,9 @@ def print_error(error: QconvError, *, as_json: bool) -> None:
         print_json({"error": values})
         return
     console = stderr()
-    console.print(Text.assemble(("error:", "bold red"), f" {error.message}"), soft_wrap=True)
-    if error.hint:
-        console.print(Text.assemble(("hint:", "bold"), f" {error.hint}"), soft_wrap=True)
+    for label, style, text in (("error:", "bold red", error.message), ("hint:", "bold", error.hint)):
+        if text:
+            console.print(Text.assemble((label, style), f" {printable(text, keep=_LINE_END)}"), soft_wrap=True)
 
 
 def size(nbytes: float) -> str:

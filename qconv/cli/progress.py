@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qconv.cli.console import duration, say, stderr
 from qconv.cli.signals import Interrupts
+from qconv.printable import printable
 
 _LINE_SECONDS = 10.0
 """Least time between two lines about the same thing."""
@@ -91,7 +92,7 @@ def reporting(*, quiet: bool, remedy: str | None = None) -> Iterator[Reporter]:
     elif console.is_terminal:
         left = TimeLeft()
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:.0f} %"),
             *([] if console.width < _NARROW else [_Elapsed()]),
@@ -157,9 +158,10 @@ class _Bar:
     def progress(self, what: str, done: int, total: int) -> None:
         self._interrupts.check()
         self._left.update(time.monotonic(), done, total)
+        shown = printable(what)
         if self._task is None:
-            self._task = self._bar.add_task(what, total=total)
-        self._bar.update(self._task, description=what, completed=done, total=total)
+            self._task = self._bar.add_task(shown, total=total)
+        self._bar.update(self._task, description=shown, completed=done, total=total)
 
     def log(self, sentence: str) -> None:
         self._interrupts.check()

@@ -7,11 +7,25 @@ import json
 import math
 from collections.abc import Sequence
 
+import click
 import pytest
 from rich.console import Console
 
-from qconv.cli.console import ReaderGone, bits, duration, print_json, print_table, shape, short_names, size
-from qconv.cli.progress import TimeLeft
+from qconv.cli.console import (
+    ReaderGone,
+    bits,
+    duration,
+    print_error,
+    print_json,
+    print_table,
+    say,
+    shape,
+    short_names,
+    size,
+    stdout,
+)
+from qconv.cli.progress import TimeLeft, reporting
+from qconv.errors import QconvError
 
 HEADER = ("modules", "count", "size")
 ROWS = [("model.layers.*.mlp.experts.*.gate_proj", "9,920", "81.06 GB"), ("lm_head", "1", "1.87 GB")]
@@ -112,3 +126,24 @@ def test_time_left_forgets_a_pace_that_is_over() -> None:
     for done, now in enumerate(times):
         left.update(now, done, 100)
     assert left.seconds(times[-1]) == pytest.approx(10.0 * (100 - len(times) + 1))
+
+
+HOSTILE = "a\x1b[2J\x07\u202eb"
+
+
+def test_nothing_printed_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(stdout(), HOSTILE)
+    print_table(stdout(), ("name",), [(HOSTILE,)])
+    print_table(stdout(), ("name", "more"), [(HOSTILE, "x" * 300)])  # too wide: as blocks
+    print_error(QconvError(HOSTILE, hint=HOSTILE), as_json=False)
+    print_error(QconvError(HOSTILE, hint=HOSTILE), as_json=True)
+    shown = "".join(capsys.readouterr())
+    assert not set("\x1b\x07\u202e") & set(shown)
+    assert shown.count("a\\x1b[2J\\x07\\u202eb") == 5
+
+
+def test_progress_shows_names_that_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with click.Context(click.Command("test")), reporting(quiet=False) as reporter:
+        reporter.progress(HOSTILE, 1, 2)
+        reporter.log(HOSTILE)
+    assert capsys.readouterr().err.count("a\\x1b[2J\\x07\\u202eb") == 2
