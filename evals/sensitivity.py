@@ -37,7 +37,7 @@ from qconv.evaluation.run import Request, evaluate
 from qconv.evaluation.suites import Suite
 from qconv.models.base import Layer, Linear, Moe
 from qconv.qtensor import QTensor
-from qconv.verify import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
 
 SUITE = Suite.model_validate(
     {

@@ -25,7 +25,7 @@ from qconv.models.base import Linear
 from qconv.parallel import Workers
 from qconv.plan import BuildPlan, Item, Unit
 from qconv.source import Source
-from qconv.verify import Comparison
+from qconv.verification.weights import Comparison
 
 
 @dataclass(frozen=True, slots=True)

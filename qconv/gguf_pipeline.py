@@ -38,7 +38,6 @@ from qconv.gguf.recipe import GgufRecipe, require_matches
 from qconv.gguf.rope import rope_of
 from qconv.gguf.tensors import Importance, encoder, importance_of, uniform, weighted_blocks
 from qconv.gguf_report import Coverage, model_card
-from qconv.gguf_verify import decoded, floor_db
 from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.models import architecture
 from qconv.output import (
@@ -55,7 +54,9 @@ from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.recipe import TextSettings
 from qconv.source import Source
-from qconv.verify import CHECKSUMS_NAME, Progress, build_files, render_checksums
+from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.verification.gguf import decoded, floor_db
+from qconv.verification.outcome import Progress
 
 Log = Callable[[str], None]
 

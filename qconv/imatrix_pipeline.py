@@ -23,7 +23,7 @@ from qconv.output import FolderState, Outcome, already_complete, enter, open_jou
 from qconv.parallel import Workers
 from qconv.recipe import TextSettings
 from qconv.source import Source
-from qconv.verify import CHECKSUMS_NAME, render_checksums
+from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 
 Log = Callable[[str], None]
 

@@ -19,7 +19,7 @@ from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, require_same
 from qconv.plan import BuildPlan
 from qconv.report import Report
 from qconv.source import COMPANION_PATTERNS, Source
-from qconv.verify import CHECKSUMS_NAME
+from qconv.verification.checksums import CHECKSUMS_NAME
 
 REMOVABLE = (
     "*.safetensors",

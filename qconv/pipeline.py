@@ -44,7 +44,9 @@ from qconv.qtensor import CHANNEL, QTensor
 from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
-from qconv.verify import CHECKSUMS_NAME, Progress, Verification, build_files, check_structure, render_checksums
+from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.verification.outcome import Progress, Verification
+from qconv.verification.structure import check_structure
 
 Log = Callable[[str], None]
 

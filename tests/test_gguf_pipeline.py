@@ -19,11 +19,11 @@ from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from qconv.gguf.reader import GgufModel
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
-from qconv.gguf_verify import decoded, floor_db, verify_gguf
 from qconv.output import Outcome
 from qconv.qtensor import SquaredError
 from qconv.recipe import OutputSettings, TextSettings
-from qconv.verify import CHECKSUMS_NAME
+from qconv.verification.checksums import CHECKSUMS_NAME
+from qconv.verification.gguf import decoded, floor_db, verify_gguf
 from tests.conftest import BUNDLED, folder_bytes, random_model, save_model
 
 SPLIT = 60_000  # bytes: a handful of files for the random checkpoints

@@ -15,7 +15,7 @@ from torch import Tensor
 from qconv import integer_grid
 from qconv.methods.base import round_in_place, round_to_nearest
 from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.verify import weight_error
+from qconv.verification.weights import weight_error
 from tests.compiled import by_torch, compile_for, require
 from tests.grids import GRIDS, weights
 

@@ -31,7 +31,8 @@ from qconv.errors import (
 )
 from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal
 from qconv.recipe import Recipe, load_recipe
-from qconv.verify import CHECKSUMS_NAME, verify
+from qconv.verification.build import verify
+from qconv.verification.checksums import CHECKSUMS_NAME
 from tests.conftest import REPOSITORY, build, folder_bytes, small_recipe
 from tests.test_source import edit_tensors
 

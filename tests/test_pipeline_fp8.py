@@ -25,7 +25,9 @@ from qconv.qtensor import Grid, QTensor
 from qconv.recipe import Recipe
 from qconv.runtime.dense import write_dense
 from qconv.source import Source
-from qconv.verify import FLOAT_SNR_FLOOR_DB, verify, weight_error
+from qconv.verification.build import verify
+from qconv.verification.floors import FLOAT_SNR_FLOOR_DB
+from qconv.verification.weights import weight_error
 from tests.conftest import BUNDLED, build, folder_bytes, small_recipe
 from tests.test_verify import edit, problems, reseal
 

@@ -24,7 +24,7 @@ from qconv.errors import CheckpointError
 from qconv.inspection import inspect
 from qconv.planning import estimate
 from qconv.source import Source
-from qconv.verify import verify
+from qconv.verification.build import verify
 from tests.conftest import build, folder_bytes, small_recipe
 from tests.fp8 import KINDS, SHARDS, Kind, block_fp8, same_bits, write_fp8
 from tests.test_source import edit_tensors, refused

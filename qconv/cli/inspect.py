@@ -35,8 +35,8 @@ def command(path: Path, view: str | None, as_json: bool) -> None:
 
     PATH is the folder of any checkpoint or build in safetensors or GGUF, or one such file. Only headers are read.
     """
-    from qconv.gguf_verify import is_gguf
     from qconv.inspection import inspect, require_finished
+    from qconv.verification.gguf import is_gguf
 
     if is_gguf(path):
         require_finished(path if path.is_dir() else path.parent)

@@ -17,7 +17,7 @@ from qconv.cli.progress import reporting
 from qconv.errors import VerificationError
 
 if TYPE_CHECKING:
-    from qconv.verify import Verification
+    from qconv.verification.outcome import Verification
 
 
 @click.command(short_help="Check a build, alone or against its source.")
@@ -33,9 +33,9 @@ def command(build: str, against: str | None, as_json: bool) -> int:
     """
     with reporting(quiet=as_json) as reporter:
         from qconv.checkpoint.hub import resolve_model
-        from qconv.gguf_verify import is_gguf, verify_gguf
         from qconv.inspection import require_finished
-        from qconv.verify import verify
+        from qconv.verification.build import verify
+        from qconv.verification.gguf import is_gguf, verify_gguf
 
         path = Path(build) if build.endswith(".gguf") else resolve_model(build)
         require_finished(path.parent if path.suffix == ".gguf" else path)

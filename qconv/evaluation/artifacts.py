@@ -19,10 +19,12 @@ from qconv.evaluation.record import Artifact
 from qconv.formats import detect
 from qconv.gguf.recipe import FORMAT as GGUF_FORMAT
 from qconv.gguf.recipe import parse_gguf_recipe
-from qconv.gguf_verify import is_gguf, verify_gguf
 from qconv.recipe import parse_recipe
 from qconv.source import Source
-from qconv.verify import CHECKSUMS_NAME, Progress, Verification, check_sums, verify
+from qconv.verification.build import verify
+from qconv.verification.checksums import CHECKSUMS_NAME, check_sums
+from qconv.verification.gguf import is_gguf, verify_gguf
+from qconv.verification.outcome import Progress, Verification
 
 WHOLE_BYTES = 10**11
 """A larger checkpoint than this is known by its headers and samples of its shards: hashing 960 GB takes hours."""

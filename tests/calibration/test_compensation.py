@@ -16,7 +16,7 @@ from qconv.calibration.statistics import InputStatistics
 from qconv.errors import RecipeError
 from qconv.methods.gptq import GptqResult
 from qconv.recipe import Recipe
-from qconv.verify import verify
+from qconv.verification.build import verify
 from tests.conftest import FAMILIES, build, folder_bytes, random_model, save_model, small_recipe
 
 Weights = dict[str, Tensor]

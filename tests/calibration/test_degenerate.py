@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qconv.build import REPORT_NAME, Build
-from qconv.verify import verify
+from qconv.verification.build import verify
 from tests.conftest import build, random_model, save_model, small_recipe
 
 LONELY, ZEROS = 1, 4  # experts of layer 0

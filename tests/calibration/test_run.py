@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qconv.recipe import Recipe
-from qconv.verify import verify
+from qconv.verification.build import verify
 from tests.conftest import build, folder_bytes, random_model, save_model, small_recipe
 
 SILENT = 3

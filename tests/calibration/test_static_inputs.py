@@ -14,7 +14,7 @@ from qconv.calibration.corpus import build_tokens
 from qconv.checkpoint.reader import Checkpoint
 from qconv.methods import fp8
 from qconv.qtensor import QTensor
-from qconv.verify import verify
+from qconv.verification.build import verify
 from tests.conftest import build, random_model, save_model, small_recipe
 
 RECIPE = small_recipe("rtn", "fp8_static", grid={"bits": 8, "group_size": -1}, calibration={"propagate": False})

@@ -11,7 +11,7 @@ from evals.sensitivity import DAMAGES, Bench, Blamed, Named, Result, a_a, damage
 from evals.sensitivity import SUITE as ORDINARY
 from qconv.build import Build
 from qconv.evaluation.suites import Suite
-from qconv.verify import verify
+from qconv.verification.build import verify
 from tests.conftest import BUNDLED
 
 SUITE = Suite.model_validate(

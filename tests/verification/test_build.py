@@ -21,15 +21,10 @@ from qconv.errors import CheckpointError, VerificationError
 from qconv.formats.awq import unpack_words
 from qconv.formats.w4a16 import pack_rows
 from qconv.source import Source
-from qconv.verify import (
-    CHECKSUMS_NAME,
-    Verification,
-    build_files,
-    parse_checksums,
-    render_checksums,
-    snr_floor_db,
-    verify,
-)
+from qconv.verification.build import verify
+from qconv.verification.checksums import CHECKSUMS_NAME, build_files, parse_checksums, render_checksums
+from qconv.verification.floors import snr_floor_db
+from qconv.verification.outcome import Verification
 from tests.conftest import BUNDLED, build, random_model, save_model, small_recipe
 
 EXPERT = "model.layers.1.mlp.experts.2"

@@ -20,7 +20,9 @@ from qconv.gguf.tensors import parts
 from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.source import Source
-from qconv.verify import Progress, Verification, check_sums, snr_floor_db
+from qconv.verification.checksums import check_sums
+from qconv.verification.floors import snr_floor_db
+from qconv.verification.outcome import Progress, Verification
 
 _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 """Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""

@@ -1,0 +1,165 @@
+"""The weights of a build: possible values by themselves, and each one's distance from the source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qconv import integer_grid
+from qconv.build import Build
+from qconv.checkpoint.reader import Tensors
+from qconv.folding import Folds, folded_weight
+from qconv.methods.base import row_blocks
+from qconv.models.base import Layer, Linear
+from qconv.parallel import Workers
+from qconv.plan import Module
+from qconv.qtensor import QTensor, SquaredError
+from qconv.source import Source
+from qconv.verification.floors import FLOAT_SNR_FLOOR_DB, snr_floor_db
+from qconv.verification.outcome import Progress, Verification
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How modules of a build are compared with the source.
+
+    Attributes:
+        source: The source's tensors.
+        folds: What was folded into the modules' layer.
+        compensated: Whether weights may carry compensation for each other's errors.
+    """
+
+    source: Tensors
+    folds: Folds
+    compensated: bool
+
+    def weight(self, linear: Linear, weight: QTensor) -> tuple[float, str | None]:
+        """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
+        snr = self._error(linear, weight).snr_db
+        problem = _bad_parameters(weight)
+        floor = FLOAT_SNR_FLOOR_DB if weight.grid.is_float else snr_floor_db(weight.grid.bits, self.compensated)
+        if problem is None and not snr >= floor:
+            problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
+        return snr, None if problem is None else f"{linear.name}: {problem}"
+
+    def _error(self, linear: Linear, weight: QTensor) -> SquaredError:
+        """Signal and noise over the whole weight, of which memory holds one block of the source's rows."""
+        in_scale, out_scale = self.folds.input_scale(linear), self.folds.output_scale(linear)
+        error, start = SquaredError(), 0
+        for block in self.source.blocks(linear.weight, weight.grid.row_multiple):
+            stop = start + len(block)
+            out = None if out_scale is None else out_scale[start:stop]
+            error += weight_error(block, weight.rows(start, stop), in_scale, out)
+            start = stop
+        return error
+
+    def is_copy(self, module: Module) -> bool:
+        """Whether the module's plain tensors must be the source's, bit for bit."""
+        return not self.folds.touches(module)
+
+    def folded(self, module: Module, name: str, tensor: Tensor) -> str | None:
+        """What is wrong with a plain tensor that folding changed, or None."""
+        if torch.equal(tensor, self.folds.expected(module, name, self.source.read(name))):
+            return None
+        return f"{name}: is not the source's after folding"
+
+
+def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_scale: Tensor | None) -> SquaredError:
+    """Signal and noise of a quantized weight against its source [out, in] after folding."""
+    error = integer_grid.squared_error(source, weight, in_scale, out_scale)
+    if error is not None:
+        return error
+    total = SquaredError()
+    for start, stop in row_blocks(*weight.shape, weight.grid.row_multiple):
+        out = None if out_scale is None else out_scale[start:stop]
+        reference = folded_weight(source[start:stop], in_scale, out)
+        total += SquaredError.between_(reference, weight.rows(start, stop).dequantize())
+    return total
+
+
+_E4M3_NAN = 0x7F
+"""With either sign."""
+
+
+def _bad_parameters(weight: QTensor) -> str | None:
+    scales = weight.scales.float()
+    if not bool(torch.isfinite(scales).all()):
+        return "a scale is not finite"
+    if not bool((scales > 0).all()):
+        return "a scale is not positive"
+    if weight.grid.is_float:
+        if bool(((weight.codes.view(torch.uint8) & _E4M3_NAN) == _E4M3_NAN).any()):
+            return "a code is not a number"
+    elif int(weight.codes.max()) >= weight.grid.levels:
+        return "a code is out of range"
+    if weight.grid.activations == "static":
+        if weight.input_scale is None:
+            return "there is no scale for its inputs"
+        if not 0.0 < float(weight.input_scale) < math.inf:
+            return "the scale of its inputs is not finite and positive"
+    return None
+
+
+def check_scales(build: Build, result: Verification, progress: Progress | None, workers: Workers) -> None:
+    def check(linear: Linear) -> str | None:
+        return _bad_parameters(build.qtensor(linear))
+
+    layers = build.architecture.layers
+    for layer in layers:
+        if progress is not None:
+            progress("scales", layer.index, len(layers))
+        linears = [linear for linear in layer.linears() if build.is_quantized(linear)]
+        for linear, problem in zip(linears, workers.map(check, linears), strict=True):
+            if problem is not None:
+                result.problems.append(f"{linear.name}: {problem}")
+    result.checked.append("every scale finite and positive")
+
+
+def check_weights(
+    build: Build, source: Source, result: Verification, progress: Progress | None, workers: Workers
+) -> None:
+    model = build.architecture
+    if dict(model.tensors()) != dict(source.architecture.tensors()):
+        result.problems.append("the source is another model: its tensors differ in name or shape")
+        return
+    ends: list[Module] = [model.embedding, model.final_norm]
+    if model.lm_head is not None:
+        ends.append(model.lm_head)
+    method = build.method()
+    compensated = method is None or "gptq" in method
+    groups: list[tuple[Layer | None, list[Module]]] = [(None, ends)]
+    groups += [(layer, [*layer.norms(), *layer.routers(), *layer.linears()]) for layer in model.layers]
+    for done, (layer, modules) in enumerate(groups):
+        if progress is not None:
+            progress("weights", done, len(groups))
+        folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
+        compare = partial(_compare, build, Comparison(source.checkpoint, folds, compensated))
+        for module, (snr, problem) in zip(modules, workers.map(compare, modules), strict=True):
+            if snr is not None:
+                result.snr_db[module.name] = snr
+            if problem is not None:
+                result.problems.append(problem)
+    finite = [value for value in result.snr_db.values() if math.isfinite(value)]
+    least = f", signal to noise at least {min(finite):.1f} dB" if finite else ""
+    result.checked.append(f"{len(result.snr_db)} quantized linears against the source{least}; the rest bit for bit")
+
+
+def _compare(build: Build, comparison: Comparison, module: Module) -> tuple[float | None, str | None]:
+    """A module's signal to noise ratio, None where it is not quantized, and what is wrong or None."""
+    snr, problem = None, None
+    for name, _ in module.tensors():
+        found = None
+        if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
+            snr, found = comparison.weight(module, build.qtensor(module))
+        elif not comparison.is_copy(module):
+            found = comparison.folded(module, name, build.checkpoint.read(name))
+        else:
+            pairs = zip(build.checkpoint.blocks(name), comparison.source.blocks(name), strict=True)
+            if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+                found = f"{name}: differs from the source"
+        problem = problem or found
+    return snr, problem
