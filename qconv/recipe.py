@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -23,14 +22,22 @@ from pydantic import (
 )
 
 from qconv.errors import RecipeError
+from qconv.reading import read_yaml
 
 GIGABYTE = 10**9
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values are not coerced."""
+    """A part of a recipe: unknown keys are errors, values are not coerced, numbers are finite and have 64 bits."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("has more than 64 bits")
+        return value
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -221,17 +228,8 @@ def read_values(source: str) -> tuple[dict[str, Any], str]:
         RecipeError: no such recipe, or it is no mapping in YAML.
     """
     path = recipes_folder() / f"{source}.yaml" if source in packaged_recipes() else Path(source)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"cannot read recipe {source!r}: {error.strerror if isinstance(error, OSError) else error}.",
-            hint=f"Give a YAML file or one of: {', '.join(packaged_recipes())}.",
-        ) from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path.name} is not YAML: {error}.") from error
+    packaged = f"Give a YAML file or one of: {', '.join(packaged_recipes())}."
+    values = read_yaml(path, RecipeError, hint=packaged)
     if values is None:
         values = {}
     if not isinstance(values, dict):

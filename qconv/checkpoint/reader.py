@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv import reading
 from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.errors import CheckpointError
 
@@ -150,14 +151,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, not JSON, not an object.
     """
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: no such file.", hint="Is this the folder of a Hugging Face checkpoint?"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot read as JSON: {error}.", hint="Download it again.") from error
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file.", hint="Is this the folder of a Hugging Face checkpoint?")
+    values = reading.read_json(path, CheckpointError, hint="Download it again.")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object.", hint="Download it again.")
     return values

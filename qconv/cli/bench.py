@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import print_json, say, size, stdout
+from qconv.cli.numbers import COUNT, SEED
 from qconv.cli.options import json_option, out_option
 from qconv.cli.progress import reporting
 
@@ -17,10 +18,10 @@ def command() -> None:
 
 
 @command.command("slice", short_help="Write a random checkpoint of Qwen3-Coder-480B's shapes.")
-@click.option("--layers", type=click.IntRange(min=1), required=True, help="Decoder layers; the whole model has 62.")
-@click.option("--experts", type=click.IntRange(min=1), required=True, help="Experts a layer; the whole model has 160.")
+@click.option("--layers", type=COUNT, required=True, help="Decoder layers; the whole model has 62.")
+@click.option("--experts", type=COUNT, required=True, help="Experts a layer; the whole model has 160.")
 @out_option("A new or empty folder.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same bytes.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed, the same bytes.")
 @json_option
 def write(layers: int, experts: int, out: Path, seed: int, as_json: bool) -> None:
     """Write a random bf16 checkpoint with the true shapes of Qwen3-Coder-480B-A35B and fewer layers or experts."""

@@ -9,6 +9,7 @@ import click
 
 from qconv.cli.console import print_json, print_table, say, stdout
 from qconv.cli.eval_options import check_device
+from qconv.cli.numbers import COUNT
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Name the layers and experts that cost most.")
 @click.argument("run", type=click.Path(exists=True, path_type=Path), metavar="RUN")
-@click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Tokens to score.")
-@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Layers to look into.")
+@click.option("--tokens", type=click.IntRange(64, COUNT.max), default=2048, show_default=True, help="Tokens to score.")
+@click.option("--layers", type=COUNT, default=2, show_default=True, help="Layers to look into.")
 @click.option(
     "--baseline",
     type=click.Path(exists=True, path_type=Path),

@@ -7,17 +7,18 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import print_json, print_table, stdout
+from qconv.cli.numbers import COUNT, IDENTIFIER
 from qconv.cli.options import json_option
 
 
 @click.command(short_help="List runs, add one, or accept one as the baseline.")
 @click.argument("history", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--add", "added", type=click.Path(exists=True, path_type=Path), metavar="RUN", help="Add a finished run.")
-@click.option("--accept", type=int, metavar="ID", help="Let this run be the baseline of later ones.")
-@click.option("--reject", type=int, metavar="ID", help="Let it no longer be.")
+@click.option("--accept", type=IDENTIFIER, metavar="ID", help="Let this run be the baseline of later ones.")
+@click.option("--reject", type=IDENTIFIER, metavar="ID", help="Let it no longer be.")
 @click.option("--name", help="Only what is followed under this name; with --add: follow the build under it.")
 @click.option("--suite", help="Only runs of this suite.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="The newest so many.")
+@click.option("--limit", type=COUNT, default=20, show_default=True, help="The newest so many.")
 @json_option
 def command(
     history: Path,

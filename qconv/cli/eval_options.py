@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qconv.cli.numbers import SEED
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _OPTIONS = (
     click.option("--suite", default="smoke", show_default=True, help="A packaged suite's name, or a YAML file."),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of all arithmetic."),
     click.option("--device", default="cpu", show_default=True, help="A torch device."),
-    click.option("--seed", type=click.IntRange(min=0), help="Which text and which samples, in place of the suite's."),
+    click.option("--seed", type=SEED, help="Which text and which samples, in place of the suite's."),
     click.option(
         "--cache",
         type=click.Path(file_okay=False, path_type=Path),

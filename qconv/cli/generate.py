@@ -10,18 +10,20 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import ReaderGone, print_json, say, stderr, stdout
+from qconv.cli.numbers import COUNT, SEED, Temperature
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 from qconv.errors import UsageError
+from qconv.printable import printable
 
 
 @click.command(short_help="Let a build write text.")
 @click.argument("build")
 @click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="Text to go on from; repeat it for a batch.")
 @click.option("--chat", "messages", metavar="TEXT", multiple=True, help="A user's message, put in the chat template.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens to add.")
-@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
+@click.option("--max-tokens", type=COUNT, default=128, show_default=True, help="Most tokens to add.")
+@click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the samples.")
 @click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda or reference.")
 @click.option("--device", help="Where to compute; by default a GPU where there is one.")
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the model's.")
@@ -86,13 +88,17 @@ def command(
 def _standard_input() -> str:
     if sys.stdin.isatty():
         raise UsageError("no prompt.", hint="Give --prompt TEXT or --chat TEXT, or pipe the prompt in.")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8: {error.reason} at byte {error.start}.") from error
 
 
 def _write(text: str) -> None:
-    """Show a piece of the answer at once."""
+    """Show a piece of the answer at once; on a terminal nothing in it acts."""
+    shown = printable(text, keep="\n\t") if sys.stdout.isatty() else text
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(shown)
         sys.stdout.flush()
     except BrokenPipeError:
         raise ReaderGone from None

@@ -12,6 +12,7 @@ import click
 
 from qconv.cli.console import duration, print_json, say, size, stdout
 from qconv.cli.gguf import print_coverage
+from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import json_option, model_argument, out_option
 from qconv.cli.progress import reporting
 from qconv.recipe import TextSettings, parse_as
@@ -21,11 +22,11 @@ from qconv.recipe import TextSettings, parse_as
 @model_argument
 @out_option("The folder that gets imatrix.gguf.")
 @click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens.")
-@click.option("--sequence-length", type=click.IntRange(min=1), help="Tokens of one sequence, a chunk of llama.cpp.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration's samples.")
+@click.option("--tokens", type=COUNT, help="Calibration tokens.")
+@click.option("--sequence-length", type=COUNT, help="Tokens of one sequence, a chunk of llama.cpp.")
+@click.option("--seed", type=SEED, help="Seed of the calibration's samples.")
 @click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
-@click.option("--threads", type=click.IntRange(min=1), help="Experts worked on at once; the bytes do not depend on it.")
+@click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
 @json_option
 def command(
     model: str,

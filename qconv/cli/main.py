@@ -20,6 +20,7 @@ from qconv.cli.console import ReaderGone, print_error
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 from qconv.heap import settle_allocation
+from qconv.printable import printable
 
 COMMANDS = ("plan", "quantize", "imatrix", "inspect", "verify", "generate", "eval", "nightly", "bench")
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""
@@ -56,6 +57,7 @@ class CommandLine(click.Group):
     ) -> int:
         try:
             try:
+                _require_unicode(arguments)
                 code = super().main(arguments, prog_name, **extra, standalone_mode=False, obj=interrupts)
                 sys.stdout.flush()
             except Exception as error:
@@ -76,6 +78,22 @@ class CommandLine(click.Group):
             traceback.print_exc()
             return 1
         return code if isinstance(code, int) else 0
+
+
+def _require_unicode(arguments: Sequence[str]) -> None:
+    """Check that every argument is UTF-8: names go into reports, checksum lists and databases.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{printable(argument)}: an argument that is not UTF-8.",
+                hint="Rename the file or folder, or give a link to it.",
+            ) from None
 
 
 def as_qconv_error(error: Exception) -> QconvError | None:

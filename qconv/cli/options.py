@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qconv.cli.numbers import COUNT, SEED, FiniteRange
 from qconv.errors import UsageError
 from qconv.recipe import GIGABYTE, METHODS, Recipe, load_recipe, packaged_recipes, read_values, replaced
 
@@ -30,10 +31,12 @@ _RECIPE_OPTIONS = (
     click.option("--recipe", metavar="FILE", help="A recipe: a YAML file or a packaged recipe's name."),
     click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
     click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."),
-    click.option("--tokens", type=click.IntRange(min=1), help="Calibration tokens."),
-    click.option("--sequence-length", type=click.IntRange(min=1), help="Tokens of one calibration sequence."),
-    click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration's samples."),
-    click.option("--group-size", type=int, help="Weights that share a scale; -1 for a whole row."),
+    click.option("--tokens", type=COUNT, help="Calibration tokens."),
+    click.option("--sequence-length", type=COUNT, help="Tokens of one calibration sequence."),
+    click.option("--seed", type=SEED, help="Seed of the calibration's samples."),
+    click.option(
+        "--group-size", type=click.IntRange(-1, COUNT.max), help="Weights that share a scale; -1 for a whole row."
+    ),
     click.option(
         "--routing",
         type=click.Choice(["routed", "all-experts"]),
@@ -42,7 +45,7 @@ _RECIPE_OPTIONS = (
     click.option("--no-propagate", is_flag=True, help="Calibrate each layer on the outputs of unquantized ones."),
     click.option(
         "--max-shard-size",
-        type=click.FloatRange(min=0.001),
+        type=FiniteRange(min=0.001, max=1e9),
         metavar="GB",
         help="Gigabytes (10^9 bytes) that one file of the build may hold.",
     ),

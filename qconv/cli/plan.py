@@ -11,6 +11,7 @@ import click
 
 from qconv.cli import gguf
 from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
+from qconv.cli.numbers import COUNT
 from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe_options
 from qconv.errors import UsageError
 
@@ -23,7 +24,7 @@ _TOPOLOGY_FAILS = 1
 @click.command(short_help="Show what a build will hold and cost, without reading a weight.")
 @model_argument
 @recipe_options
-@click.option("--tp", type=click.IntRange(min=1), metavar="N", help="Check a tensor-parallel serving topology.")
+@click.option("--tp", type=COUNT, metavar="N", help="Check a tensor-parallel serving topology.")
 @click.option("--units", is_flag=True, help="A row for each unit of work: embeddings, each layer, head.")
 @json_option
 def command(model: str, tp: int | None, units: bool, as_json: bool, **options: Any) -> int:

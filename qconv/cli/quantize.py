@@ -12,6 +12,7 @@ import click
 
 from qconv.cli import gguf
 from qconv.cli.console import duration, print_json, say, size, stdout
+from qconv.cli.numbers import THREADS
 from qconv.cli.options import RecipeOptions, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
 @json_option

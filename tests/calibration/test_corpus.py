@@ -292,7 +292,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("[", "cannot read as JSON"), ("[]", "not a JSON object"), ("{}", "lacks vocab_size")],
+    [(None, "no such file"), ("[", "cannot be read as JSON"), ("[]", "not a JSON object"), ("{}", "lacks vocab_size")],
 )
 def test_unusable_config_is_a_checkpoint_error(model: Path, content: str | None, message: str) -> None:
     path = model / "config.json"
