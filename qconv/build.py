@@ -20,6 +20,7 @@ from qconv.formats import Format, detect
 from qconv.models import Architecture, architecture
 from qconv.models.base import Layer, Linear
 from qconv.qtensor import Grid, QTensor
+from qconv.source import untied
 
 REPORT_NAME = "qconv-report.json"
 SCALES_FOLDER = "qconv-scales"
@@ -60,6 +61,7 @@ class Build:
         Raises:
             CheckpointError: as :meth:`open`.
         """
+        checkpoint = untied(checkpoint)
         path, found = checkpoint.path, detect(checkpoint.config)
         if found is None:
             raise CheckpointError(

@@ -17,7 +17,7 @@ from qconv.errors import RecipeError
 from qconv.formats import get_format
 from qconv.formats.base import Format
 from qconv.models import Architecture
-from qconv.models.base import Layer, Linear, Moe, Norm
+from qconv.models.base import HEAD, Layer, Linear, Moe, Norm
 from qconv.parallel import default_workers
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
@@ -130,13 +130,17 @@ class BuildPlan:
 
     @property
     def skipped(self) -> list[str]:
-        """The linears that are not, by name: routers, lm_head, and what the recipe skips."""
-        embedding = self.architecture.embedding.name
-        return [
+        """The linears that are not, by name: routers, what the recipe skips, and lm_head.
+
+        A tied head has no tensor in the build, and yet is a linear to every reader.
+        """
+        ends = (self.architecture.embedding.name, HEAD)
+        inner = [
             item.module.name
             for item in self.items()
-            if not item.quantized and isinstance(item.module, Linear) and item.module.name != embedding
+            if not item.quantized and isinstance(item.module, Linear) and item.module.name not in ends
         ]
+        return [*inner, HEAD]
 
     @property
     def weights(self) -> int:

@@ -17,6 +17,7 @@ from qconv.errors import CheckpointError
 from qconv.formats.base import skip_list
 from qconv.inspection import SKIP_KEYS, name_class
 from qconv.models import Architecture, architecture
+from qconv.models.base import HEAD
 from qconv.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
@@ -211,6 +212,11 @@ def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[s
         return
     if stored.scheme is not None and not stored.fp8:
         yield "config.json says FP8, but the index lists no scale: quantize will refuse"
+    if model.lm_head is None and f"{HEAD}.weight" in listed:
+        yield (
+            f"config.json ties the head to the embedding, and the index lists {HEAD}.weight all the same: unless that "
+            "is a copy of the embedding, the build keeps it and is as much larger"
+        )
     expected = {name for name, _ in model.tensors()}
     for names, fault in (
         (sorted(expected - listed.keys()), "tensors of the model are not in the index"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import Checkpoint, require_finite
 from qconv.errors import CheckpointError
 from qconv.models import Architecture, architecture
+from qconv.models.base import EMBEDDING, HEAD, TIED
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -34,10 +35,14 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checked checkpoint and its architecture; an FP8 checkpoint reads as the dense one that it stands for."""
+    """A checked checkpoint and its architecture; an FP8 checkpoint reads as the dense one that it stands for.
+
+    ``untied`` tells that its head is one of its own though config.json calls it the embedding: see :func:`untied`.
+    """
 
     checkpoint: Checkpoint
     architecture: Architecture
+    untied: bool
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -48,14 +53,15 @@ class Source:
         Raises:
             CheckpointError: the first thing that is wrong, by file and tensor.
         """
-        checkpoint = Checkpoint.open(path)
+        stored = Checkpoint.open(path)
+        checkpoint = untied(stored)
         scheme = fp8_scheme(path, checkpoint.config)
-        model = architecture(checkpoint.config)
+        model, is_untied = architecture(checkpoint.config), checkpoint is not stored
         if scheme is not None:
             checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
         _check_tensors(checkpoint, model)
         require_tokenizer(path)
-        return cls(checkpoint, model)
+        return cls(checkpoint, model, is_untied)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,15 +90,20 @@ class Source:
             row += len(block) if block.dim() else 1
 
     def notices(self) -> list[str]:
-        """What a build from this source should be known for, as sentences; empty for an unquantized source."""
-        source = self.checkpoint
+        """What a build from this source should be known for, as sentences; empty for an ordinary one."""
+        source, sentences = self.checkpoint, []
+        if self.untied:
+            sentences.append(
+                f"config.json ties the head to the embedding, but {HEAD}.weight is another matrix: it is kept, and the "
+                f"build's config.json says {TIED} false"
+            )
         if not isinstance(source, Dequantized):
-            return []
+            return sentences
         dtype = DTYPE_NAMES[source.entry(next(iter(source.scales))).dtype]
-        sentences = [
+        sentences.append(
             f"{len(source.scales):,} weights are FP8 ({source.scheme}), read as {dtype}: errors are measured against "
             "that, and quantizing it to FP8 again need not give the same bits"
-        ]
+        )
         if source.ignored:
             sentences.append(
                 f"{len(source.ignored):,} scales of static activations are ignored, the first {source.ignored[0]!r}"
@@ -103,6 +114,25 @@ class Source:
         """Tokenizer, chat template and generation config, sorted by name."""
         path = self.checkpoint.path
         return sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if file.is_file()})
+
+
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose config.json calls the head tied though the files hold another matrix: with that head.
+
+    transformers keeps such a head apart; vLLM and SGLang leave it out, as config.json says. So the config that comes
+    with the result says that it is not tied. A copy of the embedding, which many checkpoints carry, changes nothing.
+
+    Raises:
+        CheckpointError: the two cannot be read.
+    """
+    head, embedding = (checkpoint.entries.get(f"{name}.weight") for name in (HEAD, EMBEDDING))
+    if checkpoint.config.get(TIED) is not True or head is None or embedding is None:
+        return checkpoint
+    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
+        pairs = zip(checkpoint.blocks(head.name), checkpoint.blocks(embedding.name), strict=True)
+        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            return checkpoint
+    return replace(checkpoint, config=checkpoint.config | {TIED: False})
 
 
 def fp8_scheme(path: Path, config: dict[str, Any]) -> Fp8Scheme | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
+from qconv.models.base import HEAD
 from qconv.qtensor import Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -155,8 +156,8 @@ class AwqFormat:
         return Grid(4, group_size, False, torch.float16), skip_list(section, "modules_to_not_convert")
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
-        """Substring match."""
-        return any(entry in module for entry in skipped)
+        """Substring match; the head is nobody's to quantize, listed or not."""
+        return module == HEAD or any(entry in module for entry in skipped)
 
 
 FORMAT = AwqFormat()

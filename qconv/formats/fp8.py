@@ -15,6 +15,7 @@ import torch
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import skip_list
 from qconv.formats.float8 import BLOCK, Float8Layout, block_sides, require_eight_bits
+from qconv.models.base import HEAD
 from qconv.qtensor import Grid
 from qconv.recipe import GridSettings
 
@@ -72,7 +73,8 @@ class Fp8Format(Float8Layout):
                 f"config.json: quantization_config.weight_block_size is {section.get('weight_block_size')!r}.",
                 hint="FP8 is verified in blocks; other FP8 checkpoints can be the source of a build.",
             )
-        return _grid(*block), skip_list(section, SKIP_KEY)
+        # Without a list transformers leaves the head alone; with one that lacks it, it does not.
+        return _grid(*block), [HEAD] if section.get(SKIP_KEY) is None else skip_list(section, SKIP_KEY)
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """The module itself or what it is a part of."""
@@ -84,19 +86,19 @@ def _grid(rows: int, columns: int) -> Grid:
 
 
 def _not_converted(skipped: Sequence[str], quantized: Sequence[str]) -> Iterator[str]:
-    """``lm_head``, then by layer in order its norms, its skipped linears, and the fused experts that these make up."""
+    """The head, then by layer in order its norms, its skipped linears, and the fused experts that these make up."""
     of_layers: dict[str, set[str]] = {}
     for name in (*quantized, *skipped):
         found = re.match(r".*?\.layers\.\d+", name)
         if found is not None:
             of_layers.setdefault(found[0], {f"{found[0]}.{norm}" for norm in NORMS})
-    yield "lm_head"
+    yield HEAD
     for name in skipped:
         layer = re.match(r".*?\.layers\.\d+", name)
         if layer is not None:
             # transformers asks for a layer's experts as one module.
             of_layers[layer[0]] |= {name, re.sub(r"\.experts\.\d+\.\w+$", ".experts", name)}
-        elif name != "lm_head":
+        elif name != HEAD:
             yield name
     for names in of_layers.values():
         yield from sorted(names)

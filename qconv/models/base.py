@@ -13,6 +13,11 @@ from typing import Any
 
 from qconv.errors import CheckpointError
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""Names of the embedding and of the output head, tied to it or not."""
+TIED = "tie_word_embeddings"
+"""The key of config.json that says whether the head is the embedding."""
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -225,7 +230,7 @@ class Architecture:
         """Tensors that some checkpoints carry and no one needs: a tied head's copy, old rotary buffers."""
         names = {f"{layer.name}.self_attn.rotary_emb.inv_freq" for layer in self.layers}
         if self.lm_head is None:
-            names.add("lm_head.weight")
+            names.add(f"{HEAD}.weight")
         return frozenset(names)
 
 
@@ -301,17 +306,17 @@ class _Builder:
     def architecture(self) -> Architecture:
         config = self.config
         vocabulary = config.integer("vocab_size")
-        tied = config.flag("tie_word_embeddings", default=False)
+        tied = config.flag(TIED, default=False)
         return Architecture(
             family=str(config.values["model_type"]),
             hidden_size=self.hidden,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
-            embedding=Linear("model.embed_tokens", vocabulary, self.hidden),
+            embedding=Linear(EMBEDDING, vocabulary, self.hidden),
             layers=tuple(self._layer(index) for index in range(config.integer("num_hidden_layers"))),
             final_norm=Norm("model.norm", self.hidden),
-            lm_head=None if tied else Linear("lm_head", vocabulary, self.hidden),
+            lm_head=None if tied else Linear(HEAD, vocabulary, self.hidden),
         )
 
     def _layer(self, index: int) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qconv.build import Build
+from qconv.models.base import HEAD
 from qconv.verification.outcome import Verification
 
 
@@ -19,12 +20,13 @@ def check_structure(build: Build, result: Verification) -> None:
             result.problems.append(f"tensor {name} is {list(entries[name].shape)}, not {list(expected[name])}")
     model = build.architecture
     linears = [linear for layer in model.layers for linear in (*layer.routers(), *layer.linears())]
-    if model.lm_head is not None:
-        linears.append(model.lm_head)
-    for linear in linears:
-        skipped = build.format.is_skipped(linear.name, build.skipped)
-        if skipped == build.is_quantized(linear):
+    quantized = {linear.name: build.is_quantized(linear) for linear in linears}
+    # A tied head has no tensor of its own, and is a linear to readers all the same.
+    quantized[HEAD] = model.lm_head is not None and build.is_quantized(model.lm_head)
+    for name, is_quantized in quantized.items():
+        skipped = build.format.is_skipped(name, build.skipped)
+        if skipped == is_quantized:
             state, listed = ("quantized", "is") if skipped else ("not quantized", "is not")
-            result.problems.append(f"{linear.name} is {state} but {listed} on the skip list")
+            result.problems.append(f"{name} is {state} but {listed} on the skip list")
     result.problems.sort()
     result.checked.append(f"{len(expected)} tensors present once with their shapes, skip list of {len(build.skipped)}")

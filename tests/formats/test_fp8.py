@@ -166,7 +166,8 @@ def test_sections_that_are_not_ours_are_refused(change: dict[str, Any]) -> None:
 
 def test_published_sections_that_say_less_or_other_blocks_are_read() -> None:
     grid, skipped = FORMAT.read_config({"quant_method": "fp8", "weight_block_size": [64, 32]}, torch.bfloat16)
-    assert (grid.block_rows, grid.group_size, grid.scale_dtype, skipped) == (64, 32, torch.float32, [])
+    # Without a list transformers leaves the head alone.
+    assert (grid.block_rows, grid.group_size, grid.scale_dtype, skipped) == (64, 32, torch.float32, ["lm_head"])
 
 
 @pytest.mark.parametrize("name", formats())
