@@ -67,6 +67,22 @@ class SandboxError(QconvError):
     exit_code = 6
 
 
+class UnmeasurableError(QconvError):
+    """A task needs what is not here. A suite's other tasks are measured all the same; alone it ends the run."""
+
+
+class NoSandboxError(UnmeasurableError, SandboxError):
+    """No sandbox starts on this machine."""
+
+
+class MissingPackageError(UnmeasurableError, UsageError):
+    """An optional package that a task needs is not installed."""
+
+
+class IncapableEngineError(UnmeasurableError, UsageError):
+    """The engine cannot compute what a task needs: whole distributions, likelihoods, or new tokens."""
+
+
 class BackendError(QconvError):
     """A kernel cannot be compiled, loaded or launched on this machine."""
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, model_validator
 
-from qconv.errors import EngineError, QconvError, UsageError
+from qconv.errors import EngineError, QconvError, SandboxError, UnmeasurableError, UsageError
 from qconv.evaluation.artifacts import locate
 from qconv.evaluation.cache import Cache, default_folder
 from qconv.evaluation.history import History, differences
@@ -89,6 +89,7 @@ class BuildNight:
         name: The build's.
         runs: Its runs by suite, with their folders.
         problem: Why it could not be made or measured.
+        unmeasured: Suites of which nothing can be measured here, with the reason.
         skipped: Suites that were not reached, with the reason.
         changes: What differs from the run before, for a canary whose numbers moved.
     """
@@ -96,6 +97,7 @@ class BuildNight:
     name: str
     runs: dict[str, tuple[Path, Run]] = field(default_factory=dict)
     problem: QconvError | None = None
+    unmeasured: dict[str, UnmeasurableError] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     changes: tuple[str, ...] = ()
 
@@ -105,7 +107,7 @@ class BuildNight:
         found: list[Outcome] = [run.verdict.outcome for _, run in self.runs.values()]
         if self.problem is not None:
             found.append("corrupt" if self.problem.exit_code == EXIT_CODES["corrupt"] else "inconclusive")
-        if any("budget" in reason for reason in self.skipped.values()):
+        if self.unmeasured or any("budget" in reason for reason in self.skipped.values()):
             found.append("inconclusive")
         return min(found, key=_WORST.index, default="inconclusive")
 
@@ -171,7 +173,11 @@ def run_night(settings: NightlySettings, date: str, *, progress: Progress, log: 
                     log(f"{build.name}: {name} skipped: {reason}")
                     continue
                 with _reported(night, log):
-                    _measure(settings, build, made[build.name], name, suite, folder, history, night, progress, log)
+                    try:
+                        _measure(settings, build, made[build.name], name, suite, folder, history, night, progress, log)
+                    except UnmeasurableError as error:
+                        night.unmeasured[name] = error
+                        log(f"{build.name}: {name} not measured: {error}")
         for build, night in zip(settings.builds, nights, strict=True):
             if build.canary:
                 night.changes = _moved(history, night)
@@ -283,14 +289,19 @@ def _moved(history: History, night: BuildNight) -> tuple[str, ...]:
         before = next(
             (one.run for one in history.runs(name=night.name, suite=suite) if one.run.started < run.started), None
         )
-        if before is None or before.build.sha256 != run.build.sha256 or _numbers(before) == _numbers(run):
+        if before is None or before.build.sha256 != run.build.sha256 or _numbers(before, run) == _numbers(run, before):
             continue
         found += [one for one in differences(before, run) if one not in found] or ["nothing that is recorded"]
     return tuple(found)
 
 
-def _numbers(run: Run) -> Mapping[str, Mapping[str, float | None]]:
-    return {task.name: {name: one.value for name, one in task.metrics.items()} for task in run.tasks}
+def _numbers(run: Run, other: Run) -> Mapping[str, Mapping[str, float | None]]:
+    """Of the tasks that the other run measured too."""
+    return {
+        task.name: {name: one.value for name, one in task.metrics.items()}
+        for task in run.tasks
+        if other.task(task.name) is not None
+    }
 
 
 def _verdict(nights: list[BuildNight], settings: NightlySettings) -> Verdict:
@@ -303,6 +314,10 @@ def _verdict(nights: list[BuildNight], settings: NightlySettings) -> Verdict:
         said += f"; the canary {moved[0].name} moved, so the stack has changed: {'; '.join(moved[0].changes)}"
     elif any(build.canary for build in settings.builds):
         said += "; the canary did not move"
+    if left_out := dict.fromkeys(
+        one.name for night in nights for _, run in night.runs.values() for one in run.unmeasured
+    ):
+        said += f"; not measured: {', '.join(left_out)}"
     return Verdict(outcome=worst, sentence=said)
 
 
@@ -324,12 +339,30 @@ def runs_of(night: Night) -> Iterator[tuple[Path, Run]]:
         yield from build.runs.values()
 
 
+def not_measured(night: Night) -> list[str]:
+    """A sentence for each task that runs had to leave out, and why: once, however many builds it concerns."""
+    builds: dict[tuple[str, str], list[str]] = {}
+    for build in night.builds:
+        for _, run in build.runs.values():
+            for one in run.unmeasured:
+                builds.setdefault((one.name, one.sentence), []).append(build.name)
+    return [
+        f"{task} was not measured ({', '.join(dict.fromkeys(names))}): {why}" for (task, why), names in builds.items()
+    ]
+
+
 def require_any_run(night: Night) -> None:
     """Check that there is something to report.
 
     Raises:
+        SandboxError: no build could be measured for want of a sandbox that works.
         EngineError: no build could be measured.
     """
-    if not any(build.runs for build in night.builds):
-        problems = "; ".join(f"{build.name}: {build.problem}" for build in night.builds)
-        raise EngineError(f"nothing could be measured: {problems}")
+    if any(build.runs for build in night.builds):
+        return
+    causes = {build.name: [*filter(None, (build.problem, *build.unmeasured.values()))] for build in night.builds}
+    every = [cause for found in causes.values() for cause in found]
+    if every and all(isinstance(cause, SandboxError) for cause in every):
+        raise every[0]
+    problems = "; ".join(f"{name}: {' '.join(map(str, found))}" for name, found in causes.items())
+    raise EngineError(f"nothing could be measured: {problems}")

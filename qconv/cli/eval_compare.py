@@ -42,7 +42,7 @@ def command(
     with reporting(quiet=as_json) as reporter, tempfile.TemporaryDirectory(prefix="qconv-compare-") as folder:
         from qconv.evaluation.artifacts import locate
         from qconv.evaluation.cache import Cache, default_folder
-        from qconv.evaluation.compare import compare
+        from qconv.evaluation.compare import compare, not_compared
         from qconv.evaluation.record import RUN_NAME, Run, read_run
         from qconv.evaluation.run import Request, evaluate
 
@@ -66,7 +66,8 @@ def command(
         found = compare(*runs)
     if as_json:
         rows = [dataclasses.asdict(one) | {"verdict": one.word} for one in found]
-        print_json({"first": runs[0].build.name, "second": runs[1].build.name, "differences": rows})
+        names = {"first": runs[0].build.name, "second": runs[1].build.name}
+        print_json(names | {"differences": rows, "not_compared": not_compared(*runs)})
         return
     console = stdout()
     say(console, f"{second} against {first}")
@@ -86,6 +87,8 @@ def command(
         for one in found
     ]
     print_table(console, header, table)
+    for name, why in not_compared(*runs).items():
+        say(console, f"{name}: not compared: {why}")
     for one in found:
         say(console, f"{one.task}, {one.metric}: {one.word}")
         if one.lost or one.gained:

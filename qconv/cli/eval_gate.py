@@ -34,8 +34,8 @@ def command(run: Path, baseline: Path | None, gates: str | None, as_json: bool) 
     judges = load_gates(gates or found.gates_name or "default")
     kept = tuple(gate for gate in found.gates if gate.against == "integrity")
     before = None if baseline is None else read_run(baseline)
-    judged = (*kept, *judge(found.tasks, class_of(judges, found.build), judges, before))
-    outcome = verdict(judged)
+    judged = (*kept, *judge(found.tasks, class_of(judges, found.build), judges, before, found.unmeasured))
+    outcome = verdict(judged, found.unmeasured)
     if as_json:
         print_json({"gates": [gate.model_dump(mode="json") for gate in judged], "verdict": outcome.model_dump()})
     else:

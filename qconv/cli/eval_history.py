@@ -52,9 +52,12 @@ def command(
             entry.name,
             entry.run.suite,
             entry.run.verdict.outcome,
+            ", ".join(one.name for one in entry.run.unmeasured),
             "yes" if entry.accepted else "",
             entry.run.build.sha256[:12],
         )
         for entry in entries
     ]
-    print_table(stdout(), ("id", "started (UTC)", "name", "suite", "outcome", "baseline", "weights"), rows)
+    print_table(
+        stdout(), ("id", "started (UTC)", "name", "suite", "outcome", "not measured", "baseline", "weights"), rows
+    )

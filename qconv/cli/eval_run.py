@@ -94,6 +94,9 @@ def print_run(console: Console, run: Run, folder: Path) -> None:
         say(console, "")
         say(console, f"{task.name}: {len(task.items)} {task.unit}s of {task.source}, {duration(task.seconds)}")
         print_table(console, ("metric", "value", "95 % interval", "unit"), _metric_rows(task))
+    for one in run.unmeasured:
+        say(console, "")
+        say(console, f"{one.name}: not measured: {one.sentence}")
     print_gates(console, run.gates)
     say(console, "")
     say(console, f"{folder}: {run.verdict.sentence}", style="" if run.verdict.exit_code == 0 else "bold red")

@@ -28,7 +28,7 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
         from qconv.evaluation.history import History
         from qconv.evaluation.report.page import write_report
         from qconv.evaluation.report.view import summary, view
-        from qconv.nightly import load_nightly, require_any_run, run_night
+        from qconv.nightly import load_nightly, not_measured, require_any_run, run_night
 
         settings = load_nightly(config)
         night = run_night(settings, night_date, progress=reporter.progress, log=reporter.log)
@@ -46,6 +46,8 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
         for one in night.builds:
             if _why(one):
                 say(console, f"{one.name}: {_why(one)}")
+        for told in not_measured(night):
+            say(console, told)
         say(console, "")
         say(console, f"report: {files[0]}")
         say(console, night.verdict.sentence, style="" if night.verdict.exit_code == 0 else "bold red")
@@ -69,13 +71,20 @@ def _date(text: str | None) -> str:
 def _why(night: BuildNight) -> str:
     if night.problem is not None:
         return str(night.problem)
-    return "; ".join(f"{suite}: {reason}" for suite, reason in night.skipped.items())
+    told = [f"{suite}: not measured: {error}" for suite, error in night.unmeasured.items()]
+    return "; ".join([*told, *(f"{suite}: {reason}" for suite, reason in night.skipped.items())])
 
 
 def _values(night: BuildNight) -> dict[str, object]:
     return {
         "outcome": night.outcome,
         "runs": {suite: {"folder": str(folder), "digest": run.digest} for suite, (folder, run) in night.runs.items()},
+        "not_measured": {
+            **{suite: str(error) for suite, error in night.unmeasured.items()},
+            **{
+                f"{suite}: {one.name}": one.sentence for suite, (_, run) in night.runs.items() for one in run.unmeasured
+            },
+        },
         "skipped": night.skipped,
         "problem": None if night.problem is None else str(night.problem),
         "changes": list(night.changes),

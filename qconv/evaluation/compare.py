@@ -89,6 +89,15 @@ def compare(first: Run, second: Run) -> list[Difference]:
     return [replace(one, p_value=p_value) for one, p_value in zip(found, adjusted, strict=True)]
 
 
+def not_compared(first: Run, second: Run) -> dict[str, str]:
+    """Tasks that one of the runs could not measure, with the reason."""
+    told = [("the first", one) for one in first.unmeasured] + [("the second", one) for one in second.unmeasured]
+    found: dict[str, str] = {}
+    for which, one in told:
+        found.setdefault(one.name, f"{which} did not measure it: {one.sentence}")
+    return found
+
+
 def _differences(task: Task, items: Sequence[Item], theirs: Sequence[Item]) -> list[Difference]:
     if all("passed" in item.values for item in (*items, *theirs)):
         return [_passes(task, items, theirs)]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from qconv.errors import UsageError
-from qconv.evaluation.record import Artifact, Gate, Outcome, Status, Verdict
+from qconv.evaluation.record import Artifact, Gate, Outcome, Status, Unmeasured, Verdict
 from qconv.evaluation.suites import Section, load_settings
 
 PASS_AT_1 = "pass@1"
-METRICS = ("kld.mean", "ppl.ratio", "top1.flips", PASS_AT_1)
-"""What gates can be set on."""
+GATED: Mapping[str, tuple[str, ...]] = {"text": ("kld.mean", "ppl.ratio", "top1.flips"), "humaneval": (PASS_AT_1,)}
+"""What gates can be set on, by the kind of the task that measures it."""
+METRICS = tuple(metric for metrics in GATED.values() for metric in metrics)
 
 Limits = dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]]
 
@@ -82,8 +83,8 @@ def class_of(gates: GateFile, build: Artifact) -> BuildClass:
     )
 
 
-def verdict(gates: Sequence[Gate]) -> Verdict:
-    """What gates come to."""
+def verdict(gates: Sequence[Gate], unmeasured: Sequence[Unmeasured] = ()) -> Verdict:
+    """What gates come to; what no gate asks for and was left out all the same is named."""
     by_status: dict[Status, list[Gate]] = {}
     for gate in gates:
         by_status.setdefault(gate.status, []).append(gate)
@@ -102,10 +103,14 @@ def verdict(gates: Sequence[Gate]) -> Verdict:
         outcome = "inconclusive"
         sentence = f"inconclusive: {len(open_)} of {len(gates)} gates cannot tell ({names}). First: {open_[0].sentence}"
     elif not gates:
-        outcome, sentence = "not gated", "measured, not gated"
+        outcome, sentence = "not gated", f"measured, not gated{_left_out(unmeasured)}"
     else:
-        outcome, sentence = "pass", f"no regression: all {len(gates)} gates passed"
+        outcome, sentence = "pass", f"no regression: all {len(gates)} gates passed{_left_out(unmeasured)}"
     return Verdict(outcome=outcome, sentence=sentence)
+
+
+def _left_out(unmeasured: Sequence[Unmeasured]) -> str:
+    return f"; not measured: {', '.join(one.name for one in unmeasured)}" if unmeasured else ""
 
 
 def rerun_merged(first: Sequence[Gate], second: Sequence[Gate]) -> tuple[Gate, ...]:

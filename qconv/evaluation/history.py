@@ -224,7 +224,8 @@ def differences(before: Run, after: Run) -> list[str]:
         "tokenizer": (before.build.tokenizer_sha256, after.build.tokenizer_sha256),
         "reference": (_sha256(before), _sha256(after)),
         "suite": (before.suite_sha256, after.suite_sha256),
-        "inputs": ([task.inputs_sha256 for task in before.tasks], [task.inputs_sha256 for task in after.tasks]),
+        "what was measured": ([one.name for one in before.tasks], [one.name for one in after.tasks]),
+        "inputs": (_inputs(before, after), _inputs(after, before)),
         "qconv": (before.qconv, after.qconv),
     }
     found = [name for name, (one, other) in parts.items() if one != other]
@@ -233,6 +234,11 @@ def differences(before: Run, after: Run) -> list[str]:
         keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
         found += [f"{what}: {key} {one.get(key)} -> {other.get(key)}" for key in keys]
     return found
+
+
+def _inputs(run: Run, other: Run) -> dict[str, str]:
+    """Of the tasks that the other run has too."""
+    return {task.name: task.inputs_sha256 for task in run.tasks if other.task(task.name) is not None}
 
 
 def _sha256(run: Run) -> str | None:
@@ -282,5 +288,6 @@ def as_values(entry: Entry) -> dict[str, object]:
         "sentence": run.verdict.sentence,
         "accepted": entry.accepted,
         "metrics": metrics,
+        "unmeasured": {one.name: one.sentence for one in run.unmeasured},
         "digest": run.digest,
     }

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from qconv.evaluation.gates import PASS_AT_1, BuildClass, GateFile
+from qconv.evaluation.gates import GATED, PASS_AT_1, BuildClass, GateFile
 from qconv.evaluation.metrics import column
-from qconv.evaluation.record import Gate, Item, Run, Task
+from qconv.evaluation.record import Gate, Item, Run, Task, Unmeasured
 from qconv.evaluation.statistics import (
     Floats,
     detectable_flips,
@@ -73,9 +74,13 @@ class Excess:
 
 
 def judge(
-    tasks: Sequence[Task], build_class: BuildClass, gates: GateFile, baseline: Run | None = None
+    tasks: Sequence[Task],
+    build_class: BuildClass,
+    gates: GateFile,
+    baseline: Run | None = None,
+    unmeasured: Sequence[Unmeasured] = (),
 ) -> tuple[Gate, ...]:
-    """Every gate of the class that the tasks can answer, decided together."""
+    """Every gate of the class on what the tasks are to measure, decided together; some may not have been measured."""
     found: list[Gate | None] = []
     for task in tasks:
         found += [_reference_gate(task, metric, limit, gates) for metric, limit in build_class.reference.items()]
@@ -84,16 +89,35 @@ def judge(
             found += [
                 _baseline_gate(task, before, metric, margin, gates) for metric, margin in build_class.baseline.items()
             ]
+    for one in unmeasured:
+        known = baseline is not None and baseline.task(one.name) is not None
+        found += [_open_gate(one, metric, "reference", one.sentence) for metric in build_class.reference]
+        found += [_open_gate(one, metric, "baseline", one.sentence) for metric in build_class.baseline if known]
     return _decided([gate for gate in found if gate is not None], gates)
 
 
+def _open_gate(
+    task: Task | Unmeasured, metric: str, against: Literal["reference", "baseline"], why: str
+) -> Gate | None:
+    """A gate on what is not known; None for what such a task does not measure anyway."""
+    if metric not in GATED.get(task.kind, ()):
+        return None
+    name = _name(task, metric, against)
+    told = f"{name} is not measured: {why}"
+    return Gate(name=name, against=against, task=task.name, metric=metric, status="not measured", sentence=told)
+
+
+def _name(task: Task | Unmeasured, metric: str, against: str) -> str:
+    return f"{task.name}: {metric}" + (" against the baseline" if against == "baseline" else "")
+
+
 def _reference_gate(task: Task, metric: str, limit: float, gates: GateFile) -> Gate | None:
-    name = f"{task.name}: {metric}"
     if metric == PASS_AT_1:
-        return _pass_gate(name, task, task.reference_items, limit, gates, "reference")
+        judged = _pass_gate(task, task.reference_items, limit, gates, "reference")
+        return judged or _open_gate(task, metric, "reference", "no problem's answers were judged.")
     measured = task.metrics.get(metric)
     if measured is None:
-        return None
+        return _open_gate(task, metric, "reference", "the engine tells no distributions.")
     tokens = column(task.items, "tokens")
     if metric == "ppl.ratio":
         y = column(task.items, "nll") - column(task.items, "reference_nll") - math.log(limit) * tokens
@@ -101,7 +125,7 @@ def _reference_gate(task: Task, metric: str, limit: float, gates: GateFile) -> G
         y = column(task.items, _COLUMNS[metric]) - limit * tokens
     excess = Excess(y, tokens)
     return Gate(
-        name=name,
+        name=_name(task, metric, "reference"),
         against="reference",
         task=task.name,
         metric=metric,
@@ -120,9 +144,8 @@ def _reference_gate(task: Task, metric: str, limit: float, gates: GateFile) -> G
 
 
 def _baseline_gate(task: Task, before: Task, metric: str, margin: float, gates: GateFile) -> Gate | None:
-    name = f"{task.name}: {metric} against the baseline"
     if metric == PASS_AT_1:
-        return _pass_gate(name, task, before.items, margin, gates, "baseline")
+        return _pass_gate(task, before.items, margin, gates, "baseline")
     column_name = _COLUMNS.get(metric, "nll")
     if not all(item.values.keys() >= {column_name, "tokens"} for item in (*task.items, *before.items)):
         return None
@@ -147,7 +170,7 @@ def _baseline_gate(task: Task, before: Task, metric: str, margin: float, gates: 
     else:
         limit = factor * known + slack
     return Gate(
-        name=name,
+        name=_name(task, metric, "baseline"),
         against="baseline",
         task=task.name,
         metric=metric,
@@ -183,9 +206,7 @@ def paired(task: Task, before: Task, least: int) -> tuple[Sequence[Item], Sequen
     return tuple(item for item, _ in pairs), tuple(item for _, item in pairs)
 
 
-def _pass_gate(
-    name: str, task: Task, other: Sequence[Item], limit: float, gates: GateFile, against: str
-) -> Gate | None:
+def _pass_gate(task: Task, other: Sequence[Item], limit: float, gates: GateFile, against: str) -> Gate | None:
     """The loss of pass@1 on the problems that both were given; McNemar's test where each has one completion."""
     theirs = {item.name: item for item in other if "passed" in item.values}
     items = [item for item in task.items if item.name in theirs and "passed" in item.values]
@@ -203,7 +224,7 @@ def _pass_gate(
     value = float(loss.mean())
     return Gate.model_validate(
         {
-            "name": name,
+            "name": _name(task, PASS_AT_1, against),
             "against": against,
             "task": task.name,
             "metric": PASS_AT_1,
@@ -221,9 +242,11 @@ def _pass_gate(
 
 
 def _decided(found: Sequence[Gate], gates: GateFile) -> tuple[Gate, ...]:
-    adjusted = holm([gate.p_value if gate.p_value is not None else 1.0 for gate in found])
+    """In order; gates without a p-value stay open, and no other gate's p-value is adjusted for them."""
+    adjusted = iter(holm([gate.p_value for gate in found if gate.p_value is not None]))
     return tuple(
-        gate.model_copy(update=_decision(gate, p_value, gates)) for gate, p_value in zip(found, adjusted, strict=True)
+        gate if gate.p_value is None else gate.model_copy(update=_decision(gate, next(adjusted), gates))
+        for gate in found
     )
 
 

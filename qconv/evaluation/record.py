@@ -111,6 +111,20 @@ class Task(_Values):
     seconds: float = 0.0
 
 
+class Unmeasured(_Values):
+    """A task of the suite that could not be measured where the run took place; it is neither passed nor failed."""
+
+    name: str
+    kind: str
+    reason: str
+    remedy: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Reason and remedy."""
+        return f"{self.reason} {self.remedy}" if self.remedy else self.reason
+
+
 class Gate(_Values):
     """One gate's outcome."""
 
@@ -171,6 +185,7 @@ class Run(_Values):
     device: dict[str, str]
     seed: int
     tasks: tuple[Task, ...]
+    unmeasured: tuple[Unmeasured, ...] = ()
     gates: tuple[Gate, ...] = ()
     gates_name: str | None = None
     build_class: str | None = None
@@ -181,7 +196,8 @@ class Run(_Values):
     @property
     def digest(self) -> str:
         """sha256 of what was measured, without time, duration, gates and verdict: equal for equal results."""
-        told = {"started", "seconds", "command", "gates", "gates_name", "build_class", "baseline", "verdict"}
+        told = {"started", "seconds", "command", "unmeasured"}
+        told |= {"gates", "gates_name", "build_class", "baseline", "verdict"}
         values = self.model_dump(mode="json", exclude=told)
         for task in values["tasks"]:
             del task["seconds"]

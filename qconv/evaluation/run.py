@@ -5,16 +5,17 @@ from __future__ import annotations
 import datetime
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qconv import __version__
 from qconv.checkpoint.writer import output_errors
-from qconv.errors import UsageError
+from qconv.errors import UnmeasurableError, UsageError
 from qconv.evaluation import text_task, tokenizers
 from qconv.evaluation.artifacts import check_integrity, endpoint, identify
 from qconv.evaluation.cache import Cache, Entry
@@ -22,7 +23,7 @@ from qconv.evaluation.engines import is_endpoint, open_engine
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, rerun_merged, verdict
 from qconv.evaluation.judging import judge
-from qconv.evaluation.record import Artifact, Gate, Run, Task, write_run
+from qconv.evaluation.record import Artifact, Gate, Run, Task, Unmeasured, write_run
 from qconv.evaluation.reference import Kept
 from qconv.evaluation.run_folder import device_facts, enter, kept_report, require_key, run_key, versions
 from qconv.evaluation.suites import Suite, TextSettings
@@ -62,10 +63,11 @@ class Request:
 
 
 def evaluate(request: Request, *, restart: bool = False, progress: Progress, log: Log) -> Run:
-    """Measure and judge a build; writes the record into ``request.out``.
+    """Measure and judge a build; writes the record into ``request.out``. Tasks that cannot be measured are named there.
 
     Raises:
         UsageError: suite, gates, engine or corpus do not exist or do not fit.
+        UnmeasurableError: no task of the suite can be measured here.
         StaleJournalError: ``out`` holds the beginning of another run.
         OutputError: ``out`` is foreign, in use, or cannot be written.
         EngineError: an engine failed.
@@ -85,11 +87,11 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
         checked = judges is not None and build.kind != "endpoint"
         gates = [_integrity_gate(build, reference, progress)] if checked else []
         tasks: list[Task] = []
+        unmeasured: list[Unmeasured] = []
         if all(gate.status == "pass" for gate in gates):
-            bench = partial(_bench, request, *subjects, progress, log)
-            tasks = [_measured(kind, settings, bench(work / f"task-{settings.name}")) for kind, settings in kinds]
+            tasks, unmeasured = _all_measured(kinds, partial(_bench, request, *subjects, progress, log), work)
             if judges is not None and build_class is not None:
-                found = judge(tasks, build_class, judges, request.baseline)
+                found = judge(tasks, build_class, judges, request.baseline, unmeasured)
                 found = _rerun(found, kinds, tasks, build_class, judges, request, subjects, progress, log)
                 gates += found
         for subject in subjects:
@@ -111,11 +113,12 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
             device=device_facts(request.device),
             seed=request.suite.seed,
             tasks=tuple(tasks),
+            unmeasured=tuple(unmeasured),
             gates=tuple(gates),
             gates_name=request.gates,
             build_class=None if build_class is None else build_class.name,
             baseline=None if request.baseline is None else request.baseline.digest,
-            verdict=verdict(gates),
+            verdict=verdict(gates, unmeasured),
         )
         write_run(request.out, run)
         shutil.rmtree(work)
@@ -145,6 +148,31 @@ def keep_reference(
     return rows
 
 
+def _all_measured(
+    kinds: Sequence[tuple[Kind, Any]], bench_in: Callable[[Path], Bench], work: Path
+) -> tuple[list[Task], list[Unmeasured]]:
+    """Every task that can be measured here, and why the others cannot.
+
+    Raises:
+        UnmeasurableError: none of them can.
+    """
+    tasks: list[Task] = []
+    problems: list[UnmeasurableError] = []
+    unmeasured: list[Unmeasured] = []
+    for kind, settings in kinds:
+        bench = bench_in(work / f"task-{settings.name}")
+        try:
+            tasks.append(_measured(kind, settings, bench))
+        except UnmeasurableError as error:
+            bench.log(f"{settings.name}: not measured: {error}")
+            problems.append(error)
+            one = Unmeasured(name=settings.name, kind=settings.kind, reason=error.message, remedy=error.hint)
+            unmeasured.append(one)
+    if problems and not tasks:
+        raise problems[0]
+    return tasks, unmeasured
+
+
 def _measured(kind: Kind, settings: object, bench: Bench) -> Task:
     """A task of this run, from its work folder if it was finished before an interruption."""
 
@@ -158,7 +186,7 @@ def _measured(kind: Kind, settings: object, bench: Bench) -> Task:
 
 def _rerun(
     found: tuple[Gate, ...],
-    kinds: Sequence[tuple[Kind, object]],
+    kinds: Sequence[tuple[Kind, Any]],
     tasks: list[Task],
     build_class: BuildClass,
     judges: GateFile,
@@ -173,13 +201,14 @@ def _rerun(
         return found
     log(f"failing gates are measured again: {', '.join(sorted(map(str, failed)))}")
     subjects[0].close()
+    measuring = {settings.name: (kind, settings) for kind, settings in kinds}
     again = []
-    for (kind, settings), task in zip(kinds, tasks, strict=True):
+    for task in tasks:
         if task.name not in failed:
             again.append(task)
             continue
         work = request.out / WORK_FOLDER / f"again-{task.name}"
-        again.append(_measured(kind, settings, _bench(request, *subjects, progress, log, work)))
+        again.append(_measured(*measuring[task.name], _bench(request, *subjects, progress, log, work)))
     return rerun_merged(found, judge(again, build_class, judges, request.baseline))
 
 

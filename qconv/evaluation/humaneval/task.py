@@ -31,9 +31,11 @@ def measure(settings: HumanEvalSettings, bench: Bench) -> Task:
     """Let the build answer, and the reference unless its answers are known.
 
     Raises:
-        SandboxError: nothing here can confine model-written code.
+        NoSandboxError: nothing here can confine model-written code.
+        MissingPackageError: the problems are not installed.
+        IncapableEngineError: an engine cannot generate.
+        SandboxError: the sandbox failed its proof.
         EngineError: an engine failed.
-        UsageError: the problems are not installed.
     """
     start = time.monotonic()
     backend, problems = find_backend(), load_problems()[: settings.problems]

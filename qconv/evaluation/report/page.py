@@ -67,22 +67,29 @@ def markdown(views: Sequence[RunView]) -> str:
                     sorted(flip.problem for flip in task.flips if flip.lost is way) for way in (True, False)
                 )
                 lines += [f"Lost: {', '.join(lost) or 'none'}. Gained: {', '.join(gained) or 'none'}.", ""]
+        for left in one.run.unmeasured:
+            lines += [f"### {left.name}", "", f"Not measured: {left.sentence}", ""]
         lines += ["```console", f"$ {one.command}", "```", ""]
     return "\n".join(lines)
 
 
 def junit(views: Sequence[RunView]) -> str:
-    """A test suite for each run and a test case for each gate: regressions fail, what cannot tell is skipped."""
+    """A test suite for each run, a test case for each gate and each unmeasured task that no gate asks for.
+
+    Regressions fail; what cannot tell, and what was not measured, is skipped.
+    """
     root = ElementTree.Element("testsuites")
     for one in views:
         statuses = [gate.status for gate in one.gates]
+        gated = {gate.task for gate in one.gates}
+        left_out = [task for task in one.run.unmeasured if task.name not in gated]
         suite = ElementTree.SubElement(
             root,
             "testsuite",
             name=f"{one.name} {one.run.suite}",
-            tests=str(len(statuses)),
+            tests=str(len(statuses) + len(left_out)),
             failures=str(statuses.count("fail")),
-            skipped=str(len(statuses) - statuses.count("fail") - statuses.count("pass")),
+            skipped=str(len(statuses) - statuses.count("fail") - statuses.count("pass") + len(left_out)),
             errors="0",
             timestamp=one.run.started,
             time=f"{one.run.seconds:.3f}",
@@ -92,6 +99,9 @@ def junit(views: Sequence[RunView]) -> str:
             if gate.status != "pass":
                 kind = "failure" if gate.status == "fail" else "skipped"
                 ElementTree.SubElement(case, kind, message=f"{gate.status}: {gate.sentence}")
+        for task in left_out:
+            case = ElementTree.SubElement(suite, "testcase", name=task.name, classname="qconv.task")
+            ElementTree.SubElement(case, "skipped", message=f"not measured: {task.sentence}")
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 

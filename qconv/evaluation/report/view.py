@@ -14,6 +14,7 @@ from markupsafe import Markup
 from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.blaming import BLAME_NAME
+from qconv.evaluation.gates import GATED
 from qconv.evaluation.history import History, differences
 from qconv.evaluation.record import Gate, Metric, Run, Task, load_arrays, load_json
 from qconv.evaluation.report.charts import TrendPoint, heat_map, histogram, trend
@@ -26,6 +27,7 @@ SUMMARY = ("ppl", "kld.mean", "top1.agreement", "pass@1")
 _BLAMED = 8
 NOTHING = "-"
 """Where there is no number."""
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ def summary(views: Sequence[RunView]) -> tuple[tuple[str, ...], list[tuple[str, 
     for one in views:
         for task in one.run.tasks:
             columns += [(task.name, metric) for metric in SUMMARY if metric in task.metrics]
+        for left in one.run.unmeasured:
+            columns += [(left.name, metric) for metric in SUMMARY if metric in GATED.get(left.kind, ())]
     columns = list(dict.fromkeys(columns))
     tasks = {task for task, _ in columns}
     names = [metric if len(tasks) == 1 else f"{task}: {metric}" for task, metric in columns]
@@ -152,7 +156,9 @@ def summary(views: Sequence[RunView]) -> tuple[tuple[str, ...], list[tuple[str, 
         cells = [one.name, number(one.run.build.bits_per_weight)]
         for name, metric in columns:
             measured = one.run.task(name)
-            cells.append(_interval(None if measured is None else measured.metrics.get(metric)))
+            left_out = any(left.name == name for left in one.run.unmeasured)
+            found = None if measured is None else measured.metrics.get(metric)
+            cells.append(NOT_MEASURED if left_out else _interval(found))
         rows.append((*cells, one.run.verdict.outcome))
     return head, rows
 

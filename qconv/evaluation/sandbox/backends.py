@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from qconv.errors import SandboxError
+from collections.abc import Iterator
+
+from qconv.errors import NoSandboxError
 from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
 from qconv.evaluation.sandbox.candidate import Backend
+from qconv.evaluation.sandbox.forgery import CHECK
+from qconv.evaluation.sandbox.judge import judge
 from qconv.evaluation.sandbox.podman import Podman
 from qconv.evaluation.sandbox.seccomp import denied_calls
+from qconv.evaluation.sandbox.verdict import Status
+
+_TRIAL = "def double(x): return x * 2"
+INSTALL = "Install one: pip install 'qconv[evals]', or apt-get install bubblewrap."
+ALLOW = "Allow unprivileged user namespaces (a container's seccomp and AppArmor profiles forbid them)."
 
 
 def find_backend() -> Backend:
-    """bubblewrap, else rootless podman. Whether it works here is what ``proof.prove`` finds out.
+    """The first that starts a program here: bubblewrap, the system's own or the packaged one, else rootless podman.
+
+    Whether it also confines is what ``proof.prove`` finds out.
 
     Raises:
-        SandboxError: there is none. Model-written code is never run without.
+        NoSandboxError: there is none. Model-written code is never run without.
     """
     denied_calls()
-    backend = Bubblewrap.find() or Podman.find()
-    if backend is None:
-        raise SandboxError(
+    reasons = []
+    for backend in _installed():
+        verdict = judge(backend, CHECK, _TRIAL)
+        if verdict.status is not Status.INFRASTRUCTURE:
+            return backend
+        reasons.append(f"{backend.name} does not start ({verdict.reason})")
+    if not reasons:
+        raise NoSandboxError(
             "no sandbox for model-written code: neither bubblewrap nor, for an ordinary user, podman is installed.",
-            hint="Install it (Debian, Ubuntu: apt-get install bubblewrap), or choose a suite without HumanEval.",
+            hint=INSTALL,
         )
-    return backend
+    raise NoSandboxError(f"no sandbox for model-written code: {'; '.join(reasons)}.", hint=ALLOW)
+
+
+def _installed() -> Iterator[Backend]:
+    yield from Bubblewrap.installed()
+    if podman := Podman.find():
+        yield podman

