@@ -60,10 +60,11 @@ def command(
         from qconv.evaluation.cache import Cache, default_folder
         from qconv.evaluation.record import read_run
         from qconv.evaluation.run import Request, evaluate, require_gatable
+        from qconv.evaluation.suites import gates_of
 
         chosen = suite_of(suite, dtype, seed)
         check_device(device)
-        judged = None if no_gate else gates or chosen.gates
+        judged = None if no_gate else gates or gates_of(chosen, suite)
         require_gatable(reference, judged)
         request = Request(
             build=located(build, engine),

@@ -17,7 +17,7 @@ GATED: Mapping[str, tuple[str, ...]] = {"text": ("kld.mean", "ppl.ratio", "top1.
 """What gates can be set on, by the kind of the task that measures it."""
 METRICS = tuple(metric for metrics in GATED.values() for metric in metrics)
 
-Limits = dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]]
+Limits = dict[str, Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]]
 
 
 class BuildClass(Section):
@@ -40,6 +40,14 @@ class BuildClass(Section):
         for metric in (*self.reference, *self.baseline):
             if metric not in METRICS:
                 raise ValueError(f"there is no gate on {metric!r}; known are {', '.join(METRICS)}")
+        if self.reference.get("ppl.ratio") == 0.0:
+            raise ValueError("ppl.ratio is a factor and must be more than 0")
+        return self
+
+    @model_validator(mode="after")
+    def _bits_are_a_range(self) -> BuildClass:
+        if not self.bits[0] < self.bits[1]:
+            raise ValueError(f"bits: from {self.bits[0]} to {self.bits[1]} there is nothing")
         return self
 
     def fits(self, build: Artifact) -> bool:
@@ -54,8 +62,8 @@ class GateFile(Section):
     """A file of gates: the first class that a build fits counts."""
 
     alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.001
-    least_units: Annotated[int, Field(ge=2)] = 10
-    classes: tuple[BuildClass, ...]
+    least_units: Annotated[int, Field(strict=True, ge=2, le=10**9)] = 10
+    classes: Annotated[tuple[BuildClass, ...], Field(min_length=1)]
 
 
 def load_gates(source: str) -> GateFile:

@@ -7,16 +7,58 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from qconv.errors import UsageError
 from qconv.evaluation.windows import Rule
+from qconv.reading import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
+
+MAX_NAME_BYTES = 200
+"""Of a task's or build's name: a file system's limit of 255 less what folders are called around it."""
+_PROBLEMS = 5
+"""So many wrong keys of a file are named."""
+
+
+def _folder_name(value: str) -> str:
+    """Tasks and builds have folders of their names, so that a name must not lead anywhere else."""
+    if value != value.strip() or not value.isprintable() or value.startswith(".") or set(value) & set("/\\"):
+        raise ValueError("a name is one line that neither begins with a dot nor holds a slash, for it names a folder")
+    if len(value.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"a name has at most {MAX_NAME_BYTES} bytes, for it names a folder")
+    return value
+
+
+def _line(value: str) -> str:
+    if any(unicodedata.category(one) in ("Cc", "Cs") for one in value):
+        raise ValueError("holds control characters")
+    return value
+
+
+FolderName: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_folder_name)]
+"""A name that is also a folder's."""
+Line: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_line)]
+"""A path or another name, without control characters."""
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=10**12)]
+Rows: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
+Seed: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+
+
+def shared_names(names: Iterable[str]) -> list[str]:
+    """Names that some file system takes for one that came before: by case, or by how accents are written."""
+    seen: set[str] = set()
+    found = []
+    for name in names:
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        found += [name] if folded in seen else []
+        seen.add(folded)
+    return found
 
 
 class Section(BaseModel):
@@ -29,16 +71,16 @@ class TextSettings(Section):
     """A text task: perplexity and, beside a reference, divergence. See :mod:`qconv.evaluation.windows` for rules."""
 
     kind: Literal["text"]
-    name: Annotated[str, Field(min_length=1)]
-    corpus: str = "python-stdlib"
+    name: FolderName
+    corpus: Line = "python-stdlib"
     """``python-stdlib``, ``text:PATH``, ``jsonl:PATH[:FIELD]``, ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``."""
     rule: Rule = "documents"
-    context: Annotated[int, Field(ge=16)] = 512
-    stride: Annotated[int, Field(ge=1)] = 256
+    context: Annotated[Count, Field(ge=16)] = 512
+    stride: Count = 256
     """For ``documents``."""
-    tokens: Annotated[int, Field(ge=1)] = 16384
+    tokens: Count = 16384
     """At least so many are scored, if the corpus has them."""
-    document_tokens: Annotated[int, Field(ge=16)] | None = None
+    document_tokens: Annotated[Count, Field(ge=16)] | None = None
     """The most tokens of one document, for ``documents``; null: all of them."""
 
     @model_validator(mode="after")
@@ -52,8 +94,8 @@ class NoiseSettings(Section):
     """The noise floor: the reference against itself, in ``dtype``, with ``rows`` instead of the engine's rows."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    rows: Annotated[int, Field(ge=1)] = 3
-    tokens: Annotated[int, Field(ge=1)] = 4096
+    rows: Rows = 3
+    tokens: Count = 4096
 
 
 class EngineSettings(Section):
@@ -61,26 +103,28 @@ class EngineSettings(Section):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: float32 on a processor, bfloat16 on a GPU."""
-    rows: Annotated[int, Field(ge=1)] = 8
+    rows: Rows = 8
     """Sequences or prompts of one batch; part of what is pinned."""
 
 
 class Suite(Section):
     """A suite as written."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     engine: EngineSettings = EngineSettings()
     noise: NoiseSettings | None = NoiseSettings()
-    gates: str = "default"
-    """Name of packaged gates, or a file's path."""
+    gates: Line = "default"
+    """Name of packaged gates, or a file's path, relative to the suite's own file (:func:`gates_of`)."""
     tasks: Annotated[tuple[dict[str, JsonValue], ...], Field(min_length=1)]
     """Each with its ``kind`` and ``name``; the rest is checked by the kind (:mod:`qconv.evaluation.tasks`)."""
 
     @model_validator(mode="after")
     def _tasks_are_named_once(self) -> Suite:
-        names = [task.get("name") for task in self.tasks]
-        if any(not isinstance(name, str) or names.count(name) > 1 for name in names):
+        names = [name for task in self.tasks if isinstance(name := task.get("name"), str)]
+        if len(names) < len(self.tasks) or shared_names(names):
             raise ValueError("every task needs a name of its own")
+        for name in names:
+            _folder_name(name)
         return self
 
     def digest(self) -> str:
@@ -100,41 +144,51 @@ def packaged_names(kind: Literal["suites", "gates"]) -> list[str]:
     return sorted(path.stem for path in packaged_folder(kind).glob("*.yaml"))
 
 
-def load_suite(source: str) -> Suite:
+def load_suite(source: str, beside: Path | None = None) -> Suite:
     """A suite by packaged name or file path.
+
+    Args:
+        source: The name or path.
+        beside: The folder that a path is relative to; None for the working directory.
 
     Raises:
         UsageError: no such suite, not YAML, an unknown key, a value out of range; names file and key.
     """
-    return load_settings(Suite, "suites", source)
+    return load_settings(Suite, "suites", source, beside)
 
 
-def load_settings(model: type[Model], kind: Literal["suites", "gates"], source: str) -> Model:
+def gates_of(suite: Suite, source: str, beside: Path | None = None) -> str:
+    """The gates of a suite that was loaded from ``source``: a packaged name, or a path that holds from here."""
+    if suite.gates in packaged_names("gates"):
+        return suite.gates
+    return str(settings_path("suites", source, beside).parent / suite.gates)
+
+
+def settings_path(kind: Literal["suites", "gates"], source: str, beside: Path | None = None) -> Path:
+    """The file that a packaged name or a path means."""
+    if source in packaged_names(kind):
+        return packaged_folder(kind) / f"{source}.yaml"
+    return Path(source) if beside is None else beside / source
+
+
+def load_settings(
+    model: type[Model], kind: Literal["suites", "gates"], source: str, beside: Path | None = None
+) -> Model:
     """Settings by packaged name or file path.
 
     Raises:
         UsageError: as :func:`load_suite`.
     """
-    names = packaged_names(kind)
-    path = packaged_folder(kind) / f"{source}.yaml" if source in names else Path(source)
-    what = kind.removesuffix("s")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read {what} {source!r}: {error.strerror if isinstance(error, OSError) else error}.",
-            hint=f"Give a YAML file or one of: {', '.join(names)}.",
-        ) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path.name} is not YAML: {error}.") from error
-    return parse_settings(model, values, f"{what} {path.name}")
+    path = settings_path(kind, source, beside)
+    hint = f"Give a YAML file or one of: {', '.join(packaged_names(kind))}."
+    return parse_settings(model, read_yaml(path, UsageError, hint=hint), f"{kind.removesuffix('s')} {path.name}")
 
 
 def parse_settings(model: type[Model], values: Any, where: str) -> Model:
     """Check settings.
 
     Raises:
-        UsageError: names every wrong key.
+        UsageError: names the wrong keys.
     """
     try:
         return model.model_validate(values)
@@ -142,6 +196,9 @@ def parse_settings(model: type[Model], values: Any, where: str) -> Model:
         problems = [
             f"{'.'.join(map(str, one['loc'])) or 'it'}: "
             + ("unknown key" if one["type"] == "extra_forbidden" else one["msg"].removeprefix("Value error, "))
-            for one in error.errors()
+            for one in error.errors(include_url=False, include_input=False)
         ]
-        raise UsageError(f"{where}: {'; '.join(problems)}.", hint="See README.md, Evals.") from error
+        more = f" and {len(problems) - _PROBLEMS} more" if len(problems) > _PROBLEMS else ""
+        raise UsageError(
+            f"{where}: {'; '.join(problems[:_PROBLEMS])}{more}.", hint="See README.md, Evals."
+        ) from error

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from qconv.evaluation.engines.base import Sampling
 from qconv.evaluation.humaneval.prompts import Style, stop_strings
 from qconv.evaluation.sandbox.limits import Limits
+from qconv.evaluation.suites import FolderName
 
 PROBLEMS = 164
 
@@ -19,20 +20,20 @@ class HumanEvalSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["humaneval"] = "humaneval"
-    name: Annotated[str, Field(min_length=1)] = "humaneval"
+    name: FolderName = "humaneval"
     prompt: Style = "completion"
     """``chat`` puts an instruction through the model's chat template and takes the code out of the answer."""
-    problems: Annotated[int, Field(ge=1, le=PROBLEMS)] = PROBLEMS
+    problems: Annotated[int, Field(strict=True, ge=1, le=PROBLEMS)] = PROBLEMS
     """Only the first so many."""
-    max_tokens: Annotated[int, Field(ge=1)] = 512
+    max_tokens: Annotated[int, Field(strict=True, ge=1, le=1 << 20)] = 512
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    samples: Annotated[int, Field(ge=1)] = 1
-    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1,)
+    samples: Annotated[int, Field(strict=True, ge=1, le=1000)] = 1
+    k: Annotated[tuple[Annotated[int, Field(strict=True, ge=1)], ...], Field(min_length=1, max_length=1000)] = (1,)
     """Which pass@k are estimated."""
-    cpu_seconds: Annotated[int, Field(ge=1)] = 4
+    cpu_seconds: Annotated[int, Field(strict=True, ge=1, le=3600)] = 4
     """Processor time of one candidate."""
-    memory_mib: Annotated[int, Field(ge=128)] = 512
+    memory_mib: Annotated[int, Field(strict=True, ge=128, le=1 << 20)] = 512
     """Address space of one candidate."""
 
     @model_validator(mode="after")
