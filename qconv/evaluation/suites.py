@@ -28,7 +28,7 @@ _PROBLEMS = 5
 
 def _folder_name(value: str) -> str:
     """Tasks and builds have folders of their names, so that a name must not lead anywhere else."""
-    if value != value.strip() or not value.isprintable() or value.startswith(".") or set(value) & set("/\\"):
+    if not value or value != value.strip() or not value.isprintable() or value[0] == "." or set(value) & set("/\\"):
         raise ValueError("a name is one line that neither begins with a dot nor holds a slash, for it names a folder")
     if len(value.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"a name has at most {MAX_NAME_BYTES} bytes, for it names a folder")
@@ -41,7 +41,7 @@ def _line(value: str) -> str:
     return value
 
 
-FolderName: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_folder_name)]
+FolderName: TypeAlias = Annotated[str, AfterValidator(_folder_name)]
 """A name that is also a folder's."""
 Line: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_line)]
 """A path or another name, without control characters."""
@@ -199,6 +199,4 @@ def parse_settings(model: type[Model], values: Any, where: str) -> Model:
             for one in error.errors(include_url=False, include_input=False)
         ]
         more = f" and {len(problems) - _PROBLEMS} more" if len(problems) > _PROBLEMS else ""
-        raise UsageError(
-            f"{where}: {'; '.join(problems[:_PROBLEMS])}{more}.", hint="See README.md, Evals."
-        ) from error
+        raise UsageError(f"{where}: {'; '.join(problems[:_PROBLEMS])}{more}.", hint="See README.md, Evals.") from error
