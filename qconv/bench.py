@@ -14,6 +14,7 @@ How it is fast and small
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, sync_folder, write_atomically
-from qconv.errors import OutputError, ResourceError, UsageError
+from qconv.errors import CheckpointError, OutputError, ResourceError, UsageError
 from qconv.models import architecture
 
 Progress = Callable[[str, int, int], None]
@@ -61,6 +62,15 @@ class SliceShape:
     head_dim: int = 128
     vocab_size: int = 151936
     top_k: int = 8
+
+    def nbytes(self, layers: int, experts: int) -> int:
+        """Bytes of all tensors, by what a layer and an expert add: nothing is made for each of a billion layers."""
+        one, two_layers, two_experts = (self._nbytes(*counts) for counts in ((1, 1), (2, 1), (1, 2)))
+        return one + (layers - 1) * (two_layers - one) + layers * (experts - 1) * (two_experts - one)
+
+    def _nbytes(self, layers: int, experts: int) -> int:
+        shapes = (shape for _, shape in architecture(self.config(layers, experts)).tensors())
+        return sum(math.prod(shape) for shape in shapes) * torch.bfloat16.itemsize
 
     def config(self, layers: int, experts: int) -> dict[str, Any]:
         """config.json of a model with so many layers and experts, in the keys that the published one uses."""
@@ -120,17 +130,22 @@ def write_slice(
         progress: Told after every block.
 
     Raises:
-        UsageError: a count below 1, or a vocabulary without room for the tokenizer.
+        UsageError: a count below 1 or beyond what config.json may say, or a vocabulary without room for the tokenizer.
         OutputError: the folder holds something, or cannot be written.
         ResourceError: the disk lacks room; nothing was written.
     """
     shape = shape or SliceShape()
     if layers < 1 or experts < 1 or shape.vocab_size < FIRST_SPECIAL + len(SPECIAL_TOKENS):
         raise UsageError(f"a slice of {layers} layers, {experts} experts and {shape.vocab_size} tokens cannot be made.")
-    config = shape.config(layers, experts)
-    specs = [TensorSpec(name, torch.bfloat16, size) for name, size in architecture(config).tensors()]
-    total = sum(spec.nbytes for spec in specs)
+    total = shape.nbytes(layers, experts)
     _prepare(out, total)
+    config = shape.config(layers, experts)
+    try:
+        specs = [TensorSpec(name, torch.bfloat16, size) for name, size in architecture(config).tensors()]
+    except CheckpointError as error:
+        raise UsageError(f"a slice of {layers:,} layers of {experts:,} experts: {error.message}") from error
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
 
     weights = _Weights(seed)
     shards = _split(specs, shard_size)
@@ -189,6 +204,7 @@ class _Weights:
 
 
 def _prepare(out: Path, total: int) -> None:
+    """Check that the folder is new or empty and its disk has room."""
     with output_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out} exists and is not an empty folder.", hint="Choose another folder or remove it.")
@@ -199,7 +215,6 @@ def _prepare(out: Path, total: int) -> None:
                 f"{out}: the slice needs {total / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free.",
                 hint="Ask for fewer layers or experts, or choose another disk.",
             )
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def _split(specs: Sequence[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:

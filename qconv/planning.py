@@ -12,13 +12,14 @@ import torch
 
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
-from qconv.checkpoint.reader import INDEX_NAME, read_json
-from qconv.errors import CheckpointError
+from qconv.checkpoint.reader import INDEX_NAME, read_json, read_weight_map
+from qconv.content import misplaced_files
 from qconv.formats.base import skip_list
 from qconv.inspection import SKIP_KEYS, name_class
 from qconv.models import Architecture, architecture
 from qconv.models.base import HEAD
 from qconv.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
+from qconv.printable import name_of
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
 from qconv.source import fp8_scheme, weight_dtype
@@ -103,7 +104,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     scheme = fp8_scheme(path, config)
     model = architecture(config)
     dtype = weight_dtype(path, config)
-    listed = _listed(path)
+    listed = read_weight_map(path)
     stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
     plan = make_plan(model, recipe, lambda name: dtype)
     classes = _classes(plan, stored)
@@ -191,22 +192,12 @@ def _add(row: PlannedClass, item: Item, stored: _Stored) -> None:
     row.output_bytes += sum(spec.nbytes for spec in item.specs)
 
 
-def _listed(path: Path) -> dict[str, Any] | None:
-    """The index's shards by tensor, None without an index.
-
-    Raises:
-        CheckpointError: the index is damaged.
-    """
-    if not (path / INDEX_NAME).exists():
-        return None
-    listed = read_json(path / INDEX_NAME).get("weight_map")
-    if not isinstance(listed, dict):
-        raise CheckpointError(f"{path / INDEX_NAME}: no weight_map.", hint="Download the index again.")
-    return listed
-
-
-def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, Any] | None) -> Iterator[str]:
-    """Whether index and config.json are of one model, as far as names tell."""
+def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, str] | None) -> Iterator[str]:
+    """Whether index and config.json are of one model, as far as names tell, and what lies there in files' stead."""
+    misplaced = misplaced_files(path)
+    for name, instead in list(misplaced.items())[:1]:
+        more = f", and {len(misplaced) - 1} more" if len(misplaced) > 1 else ""
+        yield f"{name_of(name)} is {instead.what}{more}: quantize will refuse. {instead.remedy.rstrip('.')}"
     if listed is None:
         yield f"no {INDEX_NAME}: planned from config.json alone"
         return
@@ -227,6 +218,6 @@ def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[s
     ):
         if names:
             yield f"{len(names)} {fault}, the first {names[0]!r}: quantize will refuse"
-    absent = sorted(shard for shard in set(listed.values()) if not (path / str(shard)).is_file())
+    absent = sorted(shard for shard in set(listed.values()) if not (path / shard).is_file())
     if absent:
         yield f"{len(absent)} of {len(set(listed.values()))} shards are not here, the first {absent[0]}"

@@ -15,11 +15,15 @@ from typing import Any
 
 import yaml
 
+from qconv.content import HEAD_BYTES, instead_of_file
 from qconv.errors import QconvError
 from qconv.printable import printable
 
-MAX_JSON_BYTES = 256 * 2**20
+MAX_JSON_BYTES = 128 * 2**20
 """The largest JSON file read; the index of a checkpoint of a million tensors takes 100 MB."""
+MAX_JSON_VALUES = 5_000_000
+"""Keys and values of a JSON text; a tokenizer of 250,000 words and as many merges has a million. Each takes memory many
+times its two or three characters."""
 MAX_YAML_BYTES = 2**20
 """The largest YAML file read: recipes, suites, gates and nightly configurations are a few kB."""
 MAX_YAML_VALUES = 100_000
@@ -59,15 +63,21 @@ def parse_json(text: bytes | str, where: str, error: type[QconvError], *, hint: 
         hint: What to do about it.
 
     Raises:
-        QconvError: ``error``: no UTF-8, no JSON, nested too deep, or with half of a surrogate pair in a string.
+        QconvError: ``error``: no UTF-8, no JSON, more than :data:`MAX_JSON_VALUES`, nested too deep, or with half of a
+            surrogate pair in a string; or what a failed download left instead, by name.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        if sum(map(decoded.count, ",:[{")) > MAX_JSON_VALUES:
+            raise Unreadable(f"it holds more than {MAX_JSON_VALUES:,} values")
         value = json.loads(decoded)
         _require_shallow(value)
         if "\\u" in decoded:
             _require_unicode(value)
     except (ValueError, RecursionError, Unreadable) as problem:
+        instead = instead_of_file(text[:HEAD_BYTES]) if isinstance(text, bytes) else None
+        if instead is not None:
+            raise error(f"{printable(where)}: is {instead.what}.", hint=instead.remedy) from problem
         raise error(f"{printable(where)}: cannot be read as JSON: {_reason(problem)}.", hint=hint) from problem
     return value
 

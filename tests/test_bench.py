@@ -164,3 +164,36 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 def test_impossible_counts_are_usage_errors(tmp_path: Path, counts: tuple[int, int]) -> None:
     with pytest.raises(UsageError):
         write_slice(tmp_path / "slice", layers=counts[0], experts=counts[1], shape=TINY)
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 1), (3, 7)])
+def test_the_size_is_known_without_the_model(layers: int, experts: int) -> None:
+    described = architecture(TINY.config(layers, experts))
+    assert TINY.nbytes(layers, experts) == 2 * sum(torch.Size(shape).numel() for _, shape in described.tensors())
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(10**9, 160), (62, 10**9), (2**63 - 1, 2**63 - 1)])
+def test_more_than_the_disk_holds_is_refused_before_it_is_described(
+    tmp_path: Path, layers: int, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[int] = []
+
+    def describe(config: dict[str, Any]) -> Any:
+        described.append(config["num_hidden_layers"] * config["num_experts"])
+        return architecture(config)
+
+    monkeypatch.setattr(bench, "architecture", describe)
+    with pytest.raises(ResourceError, match="GB of disk"):
+        write_slice(tmp_path / "out", layers=layers, experts=experts)
+    assert max(described) == 2  # what a layer adds, and an expert
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_a_config_may_say_is_refused_though_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 10**30))
+    with pytest.raises(UsageError, match="not plausible"):
+        write_slice(tmp_path / "out", layers=10**9, experts=1, shape=TINY)
+    assert not (tmp_path / "out").exists()

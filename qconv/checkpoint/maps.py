@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
-from qconv.checkpoint.reader import populate
+from qconv.checkpoint.reader import populate, require_whole_bytes
 from qconv.errors import CheckpointError
 
 MapTensor = Callable[[TensorEntry], Tensor]
@@ -33,6 +33,7 @@ class SharedMaps:
         Raises:
             CheckpointError: the file cannot be mapped, or became shorter.
         """
+        require_whole_bytes(entry)
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
         try:

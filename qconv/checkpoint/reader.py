@@ -10,7 +10,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,14 @@ from torch import Tensor
 
 from qconv import reading
 from qconv.checkpoint.header import TensorEntry, read_header
+from qconv.content import gguf_files
 from qconv.errors import CheckpointError
+from qconv.printable import name_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""What files of pickled tensors are called."""
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not name it yet
 _SAMPLES_PER_SHARD = 64
@@ -189,6 +193,7 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     Raises:
         CheckpointError: the file cannot be mapped or became shorter.
     """
+    require_whole_bytes(entry)
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     page_start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
@@ -207,6 +212,18 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     if entry.offset % entry.dtype.itemsize:
         raw = raw.clone()
     return raw.view(entry.dtype).view(entry.shape)
+
+
+def require_whole_bytes(entry: TensorEntry) -> None:
+    """Check that torch has a tensor's dtype.
+
+    Raises:
+        CheckpointError: its elements share bytes.
+    """
+    if entry.packed:
+        raise CheckpointError(
+            f"{entry.file}: tensor {name_of(entry.name)!r} is {entry.packed}.", hint="qconv does not read its values."
+        )
 
 
 def populate(view: mmap.mmap, start: int = 0, nbytes: int | None = None) -> None:
@@ -251,47 +268,95 @@ def require_finite(tensor: Tensor, entry: TensorEntry, first_row: int = 0) -> Te
 
 
 def _entries(path: Path) -> dict[str, TensorEntry]:
-    index_path = path / INDEX_NAME
-    if not index_path.exists():
+    weight_map = read_weight_map(path)
+    if weight_map is None:
         if (path / SINGLE_NAME).exists():
             return read_header(path / SINGLE_NAME)
-        raise CheckpointError(
-            f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} is there.",
-            hint="qconv reads safetensors checkpoints; convert pickled ones (*.bin) first.",
-        )
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path}: no weight_map.", hint="Download the index again.")
-    shards = set()
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index_path}: tensor {name!r} lies in {shard!r}, not a file name.")
-        shards.add(shard)
+        raise _no_weights(path)
+    shards = set(weight_map.values())
     missing = sorted(shard for shard in shards if not (path / shard).is_file())
     if missing:
         raise CheckpointError(
-            f"{path}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}"
+            f"{path}: {len(missing)} of {len(shards)} shards missing: {', '.join(map(name_of, missing[:5]))}"
             f"{' ...' if len(missing) > 5 else ''}.",
             hint="Finish the download.",
         )
+    return _entries_of(path, weight_map, sorted(shards))
+
+
+def read_weight_map(path: Path) -> dict[str, str] | None:
+    """Of an index, the shard of each tensor by name; None where a folder has no index.
+
+    Raises:
+        CheckpointError: the index cannot be read, or names something else than files of the folder, or not the single
+            file that lies there too.
+    """
+    index = path / INDEX_NAME
+    if not index.exists() and not index.is_symlink():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map.", hint="Download the index again.")
+    known: set[str] = set()
+    for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in known:
+            continue
+        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\0" in shard:
+            said = repr(name_of(shard)) if isinstance(shard, str) else f"a {type(shard).__name__}"
+            raise CheckpointError(
+                f"{index}: tensor {name_of(name)!r} lies in {said}, not a file name.", hint="Download the index again."
+            )
+        known.add(shard)
+    if SINGLE_NAME not in known and (path / SINGLE_NAME).exists():
+        raise CheckpointError(
+            f"{path}: holds {SINGLE_NAME} and an index of {len(known)} other shards: two models, and readers differ in "
+            "which they take.",
+            hint=f"Remove the one that is stale: {SINGLE_NAME}, or {INDEX_NAME} with its shards.",
+        )
+    return weight_map
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    """A folder in which nothing is called as the weights of a checkpoint are: what there is, and what to do."""
+    if not path.is_dir():
+        return CheckpointError(f"{path}: no such folder.", hint="Give the folder of a checkpoint.")
+    found = f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} is there"
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    if len(shards) > 1:
+        return CheckpointError(
+            f"{found}, but {len(shards)} other safetensors files, the first {name_of(shards[0])}.",
+            hint="The index says which of them belong to the model: download it too.",
+        )
+    if shards:
+        return CheckpointError(f"{found}, but {name_of(shards[0])}.", hint=f"Is it the model? Name it {SINGLE_NAME}.")
+    if gguf_files(path):
+        return CheckpointError(f"{found}, but GGUF files.", hint="Give the GGUF file itself.")
+    if any(any(path.glob(pattern)) for pattern in PICKLED):
+        return CheckpointError(f"{found}.", hint="qconv reads safetensors: convert the pickled files first.")
+    return CheckpointError(f"{found}.", hint="qconv reads safetensors checkpoints: finish the download.")
+
+
+def _entries_of(path: Path, weight_map: Mapping[str, str], shards: Sequence[str]) -> dict[str, TensorEntry]:
+    """Every tensor of the shards, each where the index says."""
     entries: dict[str, TensorEntry] = {}
-    for shard in sorted(shards):
+    for shard in shards:
         for name, entry in read_header(path / shard).items():
             if name in entries:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} is in both {entries[name].file.name} and {shard}.",
+                    f"{path}: tensor {name_of(name)!r} is in both {entries[name].file.name} and {shard}.",
                     hint="Remove the stale shard and index, and download them again.",
                 )
             if weight_map.get(name) != shard:
+                placed = repr(name_of(weight_map[name])) if name in weight_map else "no file"
                 raise CheckpointError(
-                    f"{path / shard}: holds tensor {name!r}, which the index places in {weight_map.get(name)!r}.",
+                    f"{path / shard}: holds tensor {name_of(name)!r}, which the index places in {placed}.",
                     hint="Index and shards belong to different downloads.",
                 )
             entries[name] = entry
     absent = sorted(name for name in weight_map if name not in entries)
     if absent:
         raise CheckpointError(
-            f"{path / weight_map[absent[0]]}: lacks tensor {absent[0]!r} that the index places there "
+            f"{path / weight_map[absent[0]]}: lacks tensor {name_of(absent[0])!r} that the index places there "
             f"({len(absent)} such).",
             hint="Index and shards belong to different downloads.",
         )

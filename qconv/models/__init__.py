@@ -8,6 +8,7 @@ from typing import Any
 
 from qconv.errors import CheckpointError
 from qconv.models.base import Architecture, Family, build
+from qconv.printable import name_of
 
 
 def families() -> list[str]:
@@ -23,7 +24,7 @@ def family(model_type: str) -> Family:
     """
     if model_type not in families():
         raise CheckpointError(
-            f"config.json: unknown architecture: model_type {model_type!r}.",
+            f"config.json: unknown architecture: model_type {name_of(model_type)!r}.",
             hint=f"qconv knows {', '.join(families())}; a new family is one file in qconv/models/.",
         )
     declared: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY

@@ -12,6 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import CheckpointError
+from qconv.printable import name_of
+
+MAX_SIZE = 2**31 - 1
+"""The largest number that a config.json may give for a size. Engines count most of them in 32 bits."""
+MAX_LAYERS = 10_000
+MAX_HEAD_DIM = 65_536
+MAX_EXPERTS = 250_000
+"""Of all layers together: ten times what a model of a trillion weights has. A description takes memory for each."""
+_MAX_NUMBER = 1e300
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 """Names of the embedding and of the output head, tied to it or not."""
@@ -25,11 +34,11 @@ class Config:
 
     values: dict[str, Any]
 
-    def integer(self, *keys: str, default: int | None = None) -> int:
+    def integer(self, *keys: str, default: int | None = None, most: int = MAX_SIZE) -> int:
         """The first of ``keys`` that is present, as a positive int; ``default`` if none is.
 
         Raises:
-            CheckpointError: absent without default, or not a positive int.
+            CheckpointError: absent without default, not a positive int, or more than ``most``.
         """
         for key in keys:
             value = self.values.get(key)
@@ -37,12 +46,32 @@ class Config:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(
-                    f"config.json: {key} is {value!r}, not a positive integer.", hint="Repair config.json."
+                    f"config.json: {key} is {_shown(value)}, not a positive integer.", hint="Repair config.json."
+                )
+            if value > most:
+                raise CheckpointError(
+                    f"config.json: {key} {_shown(value)} is not plausible; at most {most:,} are read.",
+                    hint="Repair config.json.",
                 )
             return value
         if default is None:
             raise CheckpointError(f"config.json lacks {' or '.join(keys)}.", hint="Repair config.json.")
         return default
+
+    def positive(self, key: str) -> float | None:
+        """The number ``key``; None if absent or null.
+
+        Raises:
+            CheckpointError: not a finite number above zero.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < _MAX_NUMBER:
+            raise CheckpointError(
+                f"config.json: {key} is {_shown(value)}, not a positive number.", hint="Repair config.json."
+            )
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """The boolean ``key``.
@@ -52,21 +81,30 @@ class Config:
         """
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {key} is {value!r}, not true or false.", hint="Repair config.json.")
+            raise CheckpointError(
+                f"config.json: {key} is {_shown(value)}, not true or false.", hint="Repair config.json."
+            )
         return value
 
     def integers(self, key: str) -> list[int]:
-        """The list of ints ``key``; empty if absent or null.
+        """The list of ints ``key``, of layers; empty if absent or null.
 
         Raises:
-            CheckpointError: not a list of ints.
+            CheckpointError: not a list of ints, or of more than layers there can be.
         """
         value = self.values.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+        if not isinstance(value, list) or len(value) > MAX_LAYERS or not all(isinstance(item, int) for item in value):
             raise CheckpointError(
-                f"config.json: {key} is {value!r}, not a list of integers.", hint="Repair config.json."
+                f"config.json: {key} is {_shown(value)}, not a list of integers.", hint="Repair config.json."
             )
         return value
+
+
+def _shown(value: Any) -> str:
+    """A value from config.json, cut where it is long. A number may have more digits than Python prints."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return name_of(repr(value), 80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,11 +339,20 @@ class _Builder:
         self.hidden = self.config.integer("hidden_size")
         self.heads = self.config.integer("num_attention_heads")
         self.kv_heads = self.config.integer("num_key_value_heads", default=self.heads)
-        self.head_dim = self.config.integer("head_dim", default=self.family.head_dim or self.hidden // self.heads)
+        if self.heads % self.kv_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads {self.heads} is no multiple of num_key_value_heads {self.kv_heads}.",
+                hint="Repair config.json.",
+            )
+        default = self.family.head_dim or max(1, self.hidden // self.heads)
+        self.head_dim = self.config.integer("head_dim", default=default, most=MAX_HEAD_DIM)
 
     def architecture(self) -> Architecture:
         config = self.config
         vocabulary = config.integer("vocab_size")
+        layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+        for key in ("rms_norm_eps", "rope_theta"):
+            config.positive(key)
         tied = config.flag(TIED, default=False)
         return Architecture(
             family=str(config.values["model_type"]),
@@ -314,7 +361,7 @@ class _Builder:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
             embedding=Linear(EMBEDDING, vocabulary, self.hidden),
-            layers=tuple(self._layer(index) for index in range(config.integer("num_hidden_layers"))),
+            layers=tuple(self._layer(index) for index in range(layers)),
             final_norm=Norm("model.norm", self.hidden),
             lm_head=None if tied else Linear(HEAD, vocabulary, self.hidden),
         )
@@ -357,7 +404,13 @@ class _Builder:
 
     def _moe(self, name: str) -> Moe:
         family, config = self.family, self.config
-        count = config.integer(*family.expert_count)
+        layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+        count = config.integer(*family.expert_count, most=MAX_EXPERTS)
+        if count * layers > MAX_EXPERTS:
+            raise CheckpointError(
+                f"config.json: {count:,} experts in each of {layers:,} layers are not plausible.",
+                hint="Repair config.json.",
+            )
         top_k = config.integer("num_experts_per_tok")
         if top_k > count:
             raise CheckpointError(

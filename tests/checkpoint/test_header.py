@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qconv.checkpoint import header
 from qconv.checkpoint.header import DTYPES, MAX_HEADER_BYTES, TensorSpec, encode_header, read_header
 from qconv.errors import CheckpointError
 
@@ -52,10 +53,12 @@ def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+WRITTEN = DTYPES.keys() & safetensors.torch._TYPES.keys()
+"""What the library's functions for torch know; it reads more."""
 SPECS = st.lists(
     st.tuples(
         st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
-        st.sampled_from(sorted(DTYPES)),
+        st.sampled_from(sorted(WRITTEN)),
         st.lists(st.integers(0, 5), max_size=4),  # scalars and empty tensors too
     ),
     max_size=6,
@@ -280,3 +283,114 @@ def test_a_corrupt_header_gives_an_error_or_what_the_library_gives(
         assert list(found.shape) == theirs[name]["shape"]
         assert DTYPES[theirs[name]["dtype"]] == found.dtype
         assert bytes(theirs[name]["data"]) == content[found.offset : found.offset + found.nbytes]
+
+
+OF_THREE = {"U16": 6, "U32": 12, "U64": 24, "C64": 24, "F8_E8M0": 3, "F8_E4M3FNUZ": 3, "F8_E5M2FNUZ": 3}
+"""Bytes of three elements."""
+SHARING = {"F4": ((3, 2), 3), "F6_E2M3": ((4,), 3), "F6_E3M2": ((4,), 3)}
+"""Elements of 4 and 6 bits share bytes: a shape, and the bytes that it fills."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"),
+    [
+        *((dtype, (3,), nbytes) for dtype, nbytes in OF_THREE.items()),
+        *((name, *rest) for name, rest in SHARING.items()),
+    ],
+)
+def test_every_dtype_of_the_format_is_known(
+    write: Callable[[bytes], Path], dtype: str, shape: tuple[int, ...], nbytes: int
+) -> None:
+    content = file_bytes({"a": entry(dtype, shape, (0, nbytes))}, bytes(nbytes))
+    found = read_header(write(content))["a"]
+    assert (found.dtype_name, found.shape, found.nbytes) == (dtype, shape, nbytes)
+    if dtype.startswith(("U", "C")):  # the library's functions for NumPy have no floats of 8 bits and less
+        assert deserialize(content)[0][1]["dtype"] == dtype
+
+
+def test_elements_that_do_not_fill_the_last_byte_are_refused(write: Callable[[bytes], Path]) -> None:
+    with pytest.raises(CheckpointError, match="the header lies"):
+        read_header(write(file_bytes({"a": entry("F4", (3,), (0, 1))}, bytes(1))))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 1641920\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "remedy"),
+    [
+        (LFS, "a git-lfs pointer", "git lfs pull"),
+        (b"/annex/objects/SHA256E-s10--ab\n", "a git-annex pointer", "git annex get"),
+        (b"<!DOCTYPE html><html><body>401 Unauthorized</body></html>", "an HTML or XML page", "logged in"),
+        (b"\n  <?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an HTML or XML page", "logged in"),
+        (b"Entry not found", "a server's error message", "access token"),
+        (b"PK\x03\x04" + bytes(40), "a pickled PyTorch file", "does not unpickle"),
+        (b"\x80\x02}q\x00" + bytes(40), "a pickled PyTorch file", "does not unpickle"),
+        (b"\x1f\x8b\x08" + bytes(range(40)), "compressed with gzip", "Decompress"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(range(1, 40)), "a GGUF file", "path by itself"),
+    ],
+)
+def test_what_lies_in_a_files_stead_is_named(
+    write: Callable[[bytes], Path], content: bytes, what: str, remedy: str
+) -> None:
+    with pytest.raises(CheckpointError, match="not a safetensors file") as caught:
+        read_header(write(content))
+    assert what in caught.value.message
+    assert remedy in str(caught.value.hint)
+
+
+def test_other_content_is_not_called_truncated(write: Callable[[bytes], Path]) -> None:
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read_header(write(b"just some text that somebody saved"))
+
+
+FEW = 1000
+"""What the tests take for the bound of a header's tensors: the true one takes seconds to write."""
+
+
+def hostile(form: str) -> bytes:
+    """A header that would become far more objects than its tensors need."""
+    if form == "tensors":
+        one = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+        return b"{" + b",".join(one % number for number in range(FEW + 1)) + b"}"
+    inner = {"lists": b"[]", "numbers": b"7" * 9}[form]
+    return b'{"a":[' + b",".join([inner] * (20 * FEW)) + b"]}"
+
+
+@pytest.mark.parametrize("form", ["tensors", "lists", "numbers"])
+def test_more_than_a_header_can_hold_is_not_built(
+    write: Callable[[bytes], Path], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "MAX_TENSORS", FEW)
+    monkeypatch.setattr(header, "_MAX_COMMAS", 16 * FEW)
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("was parsed"))
+    with pytest.raises(CheckpointError, match="not plausible"):
+        read_header(write(file_bytes(hostile(form))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        entry(shape=[7] * 50_000),
+        entry(shape="x" * 50_000),
+        entry("D" * 50_000),
+        entry(offsets=list(range(9000))),
+        entry(shape=[[[[1] * 100] * 10] * 10]),
+    ],
+    ids=["dimensions", "shape", "dtype", "offsets", "nested"],
+)
+def test_messages_do_not_quote_megabytes(write: Callable[[bytes], Path], fields: Entry) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_header(write(file_bytes({"n" * 50_000: fields}, bytes(8))))
+    assert len(str(caught.value)) < 1000
+
+
+def test_half_of_a_surrogate_pair_is_no_name(write: Callable[[bytes], Path]) -> None:
+    text = b'{"\\ud800":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}'
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_header(write(file_bytes(text, b"\0")))
+
+
+def test_a_device_is_not_read() -> None:
+    with pytest.raises(CheckpointError, match="it is no file"):
+        read_header(Path("/dev/zero"))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qconv.checkpoint import reader
 from qconv.checkpoint.header import read_header
+from qconv.checkpoint.maps import SharedMaps
 from qconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, require_finite
 from qconv.errors import CheckpointError
 
@@ -90,7 +91,7 @@ INDEX_FAULTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"b": "model-2.safetensors"},
         ("model-1.safetensors", "'b'", "places in 'model-2.safetensors'"),
     ),
-    "not in the index": ({"b": None}, ("model-1.safetensors", "'b'", "places in None")),
+    "not in the index": ({"b": None}, ("model-1.safetensors", "'b'", "places in no file")),
     "not in the shard": ({"x": "model-2.safetensors"}, ("model-2.safetensors", "lacks tensor 'x'")),
     "parent folder": ({"x": "../model-1.safetensors"}, ("'x'", "not a file name")),
     "absolute path": ({"x": "/etc/passwd"}, ("'x'", "not a file name")),
@@ -98,8 +99,57 @@ INDEX_FAULTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dots": ({"x": ".."}, ("..",)),
     "a number": ({"x": 3}, ("'x'", "not a file name")),
     "a list": ({"x": ["model-1.safetensors"]}, ("'x'", "not a file name")),
-    "empty name": ({"x": ""}, ("missing",)),
+    "empty name": ({"x": ""}, ("'x'", "not a file name")),
+    "zero byte": ({"x": "a\0"}, ("'x'", "not a file name")),
+    "null": ({"x": "/dev/zero"}, ("'x'", "not a file name")),
 }
+
+
+def test_a_single_file_beside_an_index_of_others_is_two_models(folder: Path) -> None:
+    save_file({"a": torch.ones(3)}, folder / SINGLE_NAME)
+    with pytest.raises(CheckpointError, match="two models") as caught:
+        Checkpoint.open(folder)
+    assert caught.value.hint is not None
+    assert SINGLE_NAME in caught.value.hint
+    assert INDEX_NAME in caught.value.hint
+
+
+def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
+    write_folder(tmp_path, {SINGLE_NAME: {"a": torch.ones(3)}})
+    assert torch.equal(Checkpoint.open(tmp_path).read("a"), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "index"),
+        (["weights.safetensors"], "Name it model.safetensors"),
+        (["m-Q8_0.GGUF", "tokenizer.json"], "GGUF"),
+        (["pytorch_model.bin"], "pickled"),
+        (["tokenizer.json"], "finish the download"),
+    ],
+)
+def test_a_folder_without_weights_says_what_there_is(tmp_path: Path, files: list[str], said: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in files:
+        (tmp_path / name).write_bytes(b"GGUF" if name.endswith("GGUF") else b"{}")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors\.index\.json") as caught:
+        Checkpoint.open(tmp_path)
+    assert said in str(caught.value)
+    assert ("pickled" in str(caught.value)) == ("pytorch_model.bin" in files)
+
+
+def test_a_tensor_whose_elements_share_bytes_is_not_read(folder: Path) -> None:
+    header = {"q": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    (folder / "model-3.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    change_index(folder, q="model-3.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.entry("q").dtype_name == "F4"
+    with pytest.raises(CheckpointError, match="'q' is F4"):
+        checkpoint.read("q")
+    with pytest.raises(CheckpointError, match="'q' is F4"):
+        SharedMaps()(checkpoint.entry("q"))
 
 
 @pytest.mark.parametrize("case", INDEX_FAULTS)
