@@ -77,7 +77,9 @@ def parse_json(text: bytes | str, where: str, error: type[QconvError], *, hint: 
     except (ValueError, RecursionError, Unreadable) as problem:
         instead = instead_of_file(text[:HEAD_BYTES]) if isinstance(text, bytes) else None
         if instead is not None:
-            raise error(f"{printable(where)}: is {instead.what}.", hint=instead.remedy) from problem
+            raise error(
+                f"{printable(where)}: cannot be read as JSON: it is {instead.what}.", hint=instead.remedy
+            ) from problem
         raise error(f"{printable(where)}: cannot be read as JSON: {_reason(problem)}.", hint=hint) from problem
     return value
 
