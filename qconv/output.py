@@ -18,6 +18,7 @@ from qconv.errors import CheckpointError, OutputError, UsageError
 from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, require_same
 from qconv.plan import BuildPlan
 from qconv.report import Report
+from qconv.rope import in_both_spellings
 from qconv.source import COMPANION_PATTERNS, Source
 from qconv.verification.checksums import CHECKSUMS_NAME
 
@@ -229,15 +230,15 @@ def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json that readers before and after transformers 5 understand.
 
     transformers 5 renamed ``num_experts`` to ``num_local_experts`` (except for Mixtral, which always said so) and moved
-    ``rope_theta`` into ``rope_parameters``; AutoAWQ and other archived readers know the old names alone.
+    what rotary embeddings need (:mod:`qconv.rope`); AutoAWQ and other archived readers know the old names alone.
+
+    Raises:
+        CheckpointError, UsageError: rope parameters that are malformed or contradict each other.
     """
     both = dict(config)
     if "num_local_experts" in both and both.get("model_type") != "mixtral":
         both.setdefault("num_experts", both["num_local_experts"])
-    rope = both.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        both.setdefault("rope_theta", rope["rope_theta"])
-    return both
+    return both | in_both_spellings(both)
 
 
 def _write_json(path: Path, values: object) -> None:

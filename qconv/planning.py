@@ -22,6 +22,7 @@ from qconv.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
 from qconv.printable import name_of
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
+from qconv.rope import in_both_spellings
 from qconv.source import fp8_scheme, weight_dtype
 
 
@@ -99,10 +100,12 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     Raises:
         CheckpointError: config.json is missing, damaged, of unknown architecture, or quantized otherwise than to FP8.
         RecipeError: the recipe does not fit the model.
+        UsageError: config.json says two things of rotary embeddings.
     """
     config = read_json(path / "config.json")
     scheme = fp8_scheme(path, config)
     model = architecture(config)
+    in_both_spellings(config)
     dtype = weight_dtype(path, config)
     listed = read_weight_map(path)
     stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))

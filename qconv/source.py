@@ -16,6 +16,7 @@ from qconv.checkpoint.reader import Checkpoint, require_finite
 from qconv.errors import CheckpointError
 from qconv.models import Architecture, architecture
 from qconv.models.base import EMBEDDING, HEAD, TIED
+from qconv.rope import in_both_spellings
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -52,6 +53,7 @@ class Source:
 
         Raises:
             CheckpointError: the first thing that is wrong, by file and tensor.
+            UsageError: config.json says two things of rotary embeddings.
         """
         stored = Checkpoint.open(path)
         checkpoint = untied(stored)
@@ -60,6 +62,7 @@ class Source:
         if scheme is not None:
             checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
         _check_tensors(checkpoint, model)
+        in_both_spellings(checkpoint.config)  # contradictions are told now, and not when the work is done
         require_tokenizer(path)
         return cls(checkpoint, model, is_untied)
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings as a config.json states them, old spelling or new, in llama.cpp's terms."""
+"""Rotary embeddings as a config.json states them, in llama.cpp's terms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconv.errors import CheckpointError, UsageError
+from qconv.rope import stated_rope
 
 _DEFAULT_THETA = {"llama": 10000.0}
 """Where a config may leave the base out. Llama's first models did; everywhere else a guess would be silently wrong."""
@@ -58,31 +59,26 @@ _YARN_BOUNDARIES = {"beta_fast": 32.0, "beta_slow": 1.0}
 def rope_of(config: dict[str, Any]) -> Rope:
     """The rotary embedding of a config.json.
 
-    transformers 5 writes ``rope_parameters``, which holds everything; older versions write ``rope_theta`` and
-    ``rope_scaling``.
-
     Raises:
         CheckpointError: the base or a number of the scaling is missing or is no positive number.
-        UsageError: a scaling that llama.cpp does not compute as transformers does.
+        UsageError: a scaling that llama.cpp does not compute as transformers does, or two that contradict each other.
     """
-    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(stated, dict):
-        raise CheckpointError(f"config.json: rope parameters {stated!r} are not an object.", hint="Repair config.json.")
-    theta = stated.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA.get(str(config.get("model_type")))))
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    stated = stated_rope(config)
+    theta = stated.get("rope_theta", _DEFAULT_THETA.get(str(config.get("model_type"))))
+    kind = stated["rope_type"]
     if kind not in _REQUIRED:
         raise UsageError(
             f"config.json: rope scaling {kind!r} cannot be expressed in a GGUF file of this architecture.",
             hint=f"llama.cpp computes {', '.join(_REQUIRED)}.",
         )
-    parameters = {name: _positive(name, stated.get(name, config.get(name))) for name in _REQUIRED[kind]}
+    parameters = {name: _positive(name, stated.get(name)) for name in _REQUIRED[kind]}
     rope = Rope(_positive("rope_theta", theta), kind, parameters)
-    _check_expressible(config, stated, rope)
+    _check_expressible(stated, rope)
     return rope
 
 
-def _check_expressible(config: dict[str, Any], stated: dict[str, Any], rope: Rope) -> None:
-    partial = stated.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+def _check_expressible(stated: dict[str, Any], rope: Rope) -> None:
+    partial = stated.get("partial_rotary_factor")
     reason = None
     if partial not in (None, 1):
         reason = f"partial_rotary_factor {partial!r}: llama.cpp rotates whole heads of this architecture"
