@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from qconv.evaluation.sandbox.inside import COMMAND, ENVIRONMENT, hidden_folders, mounts
 from qconv.evaluation.sandbox.limits import Limits
-from qconv.evaluation.sandbox.seccomp import seccomp_filter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,6 @@ class Bubblewrap:
         """The first of those installed, or None."""
         return next(iter(cls.installed()), None)
 
-    @property
-    def denies_calls(self) -> bool:
-        """Whether the guest is started with system calls denied."""
-        return True
-
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         """A guest that waits for its setup; stdin and stdout are its pipes, stderr says why it did not start.
 
@@ -47,28 +41,32 @@ class Bubblewrap:
         Raises:
             OSError: bwrap cannot be executed.
         """
-        descriptor = os.memfd_create("seccomp")
-        try:
-            os.write(descriptor, seccomp_filter())
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            return subprocess.Popen(
-                [self.executable, *self._options(limits, descriptor), *COMMAND],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                env={},
-                cwd="/",
-                pass_fds=(descriptor,),
-                process_group=group,
-            )
-        finally:
-            os.close(descriptor)
+        return subprocess.Popen(
+            [self.executable, *self.options(limits), *COMMAND],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env={},
+            cwd="/",
+            process_group=group,
+        )
 
-    def _options(self, limits: Limits, seccomp: int) -> list[str]:
+    def options(self, limits: Limits) -> list[str]:
+        """What stands before the guest's command. It is left one capability, which it gives up (``guest``)."""
         options = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--clearenv"]
-        options += ["--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
-        options += ["--seccomp", str(seccomp)]
+        options += [
+            "--cap-drop",
+            "ALL",
+            "--cap-add",
+            "CAP_SYS_ADMIN",
+            "--uid",
+            "65534",
+            "--gid",
+            "65534",
+            "--hostname",
+            "sandbox",
+        ]
         for source, target in mounts():
             # A system folder that is a link (/lib to usr/lib) stays one.
             link = os.readlink(source) if source.is_symlink() and str(source) == target else None

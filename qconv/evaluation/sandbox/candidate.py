@@ -42,12 +42,11 @@ class Backend(Protocol):
     def name(self) -> str:
         """For reports."""
 
-    @property
-    def denies_calls(self) -> bool:
-        """Whether the guest is started with system calls denied; else it denies them itself."""
-
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
-        """A guest (``guest.py``) in a new sandbox, with three pipes, in a process group (``guard.Guard``)."""
+        """A guest (``guest.py``) in a new sandbox, with three pipes, in a process group (``guard.Guard``).
+
+        It may remount its /tmp (CAP_SYS_ADMIN in its user namespace), and gives that up before any other code runs.
+        """
 
 
 class Running:
@@ -118,7 +117,7 @@ class Candidate:
         try:
             self._descriptors = self._open()
             self._deadline = time.monotonic() + limits.start_seconds
-            self._set_up(None if backend.denies_calls else seccomp_filter())
+            self._set_up()
         except BaseException:
             self.close()
             raise
@@ -168,12 +167,12 @@ class Candidate:
         into, out, errors = descriptors
         return into, out, errors
 
-    def _set_up(self, seccomp: bytes | None) -> None:
+    def _set_up(self) -> None:
         nonce = secrets.token_hex(8)
         limits: Json = {name: list(pair) for name, pair in self._limits.resources().items()}
         try:
-            denied = None if seccomp is None else seccomp.hex()
-            self._send(write_message({"limits": limits, "seccomp": denied, "nonce": nonce}))
+            setup: dict[str, Json] = {"limits": limits, "tmpfs": self._limits.tmpfs, "seccomp": seccomp_filter().hex()}
+            self._send(write_message(setup | {"nonce": nonce}))
             if read_message(self._receive()) != {"nonce": nonce}:
                 raise SandboxFailed("the sandbox's first words are not the guest's")
         except (CandidateFailed, NotLiteral) as error:

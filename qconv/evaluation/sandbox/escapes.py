@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qconv.evaluation.sandbox.forgery import FAIL, IDLE, MEMORY, TIMEOUT, Forgery, escape, program
+from qconv.evaluation.sandbox.seccomp import numbers_of
 
 _SPYING = (
     escape(
@@ -151,6 +152,98 @@ _ESCAPES = (
     ),
 )
 
+_CALLS = """
+import ctypes, os
+def called(numbers, *arguments):
+    return ctypes.CDLL(None).syscall(numbers[os.uname().machine], *arguments) >= 0
+"""
+
+
+def _any_call(*calls: tuple[str, str]) -> str:
+    """An action that works if one of these system calls does, each with its arguments."""
+    tried = [f"called({numbers_of(name)}, {arguments})" for name, arguments in calls]
+    return f"assert any([{', '.join(tried)}])"
+
+
+_KERNEL_MEMORY = (
+    escape(
+        "extended attributes",
+        _any_call(
+            ("setxattr", "b'/tmp/x', b'user.a', b'x' * 60_000, 60_000, 0"),
+            ("lsetxattr", "b'/tmp/x', b'user.b', b'x' * 60_000, 60_000, 0"),
+            ("fsetxattr", "file, b'user.c', b'x' * 60_000, 60_000, 0"),
+        ),
+        before=_CALLS + "file = os.open('/tmp/x', os.O_CREAT | os.O_RDWR)",
+    ),
+    escape(
+        "files without end",
+        "for number in range(10_000): os.close(os.open(f'/tmp/{number}', os.O_CREAT | os.O_WRONLY))",
+        before="import os",
+    ),
+    escape(
+        "links without end", "for number in range(10_000): os.symlink('x' * 100, f'/tmp/{number}')", before="import os"
+    ),
+    escape(
+        "locks without end",
+        "for number in range(10_000, 0, -1): fcntl.lockf(file, fcntl.LOCK_EX, 1, 2 * number)",
+        before="import fcntl\nfile = open('/tmp/x', 'w')",
+    ),
+    escape(
+        "a pipe, event, timer or watch",
+        _any_call(
+            ("pipe2", "(ctypes.c_int * 2)(), 0"),
+            ("eventfd2", "0, 0"),
+            ("epoll_create1", "0"),
+            ("signalfd4", "-1, ctypes.c_uint64(0), 8, 0"),
+            ("timerfd_create", "1, 0"),
+            ("timer_create", "1, None, ctypes.byref(ctypes.c_int())"),
+            ("inotify_init1", "0"),
+            ("io_setup", "64, ctypes.byref(ctypes.c_uint64())"),
+        ),
+        before=_CALLS,
+    ),
+    escape(
+        "memory shared, a message queue or semaphores",
+        _any_call(
+            ("shmget", "0, 4096, 0o1600"),
+            ("semget", "0, 1, 0o1600"),
+            ("msgget", "0, 0o1600"),
+            ("mq_open", "b'x', 0o102, 0o600, None"),
+            ("memfd_secret", "0"),
+            ("userfaultfd", "1"),
+        ),
+        before=_CALLS,
+    ),
+    escape(
+        "a key, a kernel's program, a ring or a rule set",
+        _any_call(
+            ("add_key", "b'user', b'x', b'x', 1, -3"),
+            ("keyctl", "1, None"),
+            ("bpf", "0, ctypes.byref((ctypes.c_uint32 * 16)(2, 4, 4, 1)), 64"),
+            ("io_uring_setup", "8, ctypes.byref((ctypes.c_uint32 * 30)())"),
+            ("landlock_create_ruleset", "None, 0, 1"),
+            ("perf_event_open", "ctypes.byref((ctypes.c_uint32 * 32)(1, 128)), 0, -1, -1, 0"),
+        ),
+        before=_CALLS,
+    ),
+    escape(
+        "signals queued",
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, [40])
+        for _ in range(10_000): signal.raise_signal(40)
+        """,
+        before="import signal",
+    ),
+    escape(
+        "a capability",
+        """
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capget(header, sets) == 0 and any(sets)
+        """,
+        before="import ctypes",
+    ),
+)
+
 _EXHAUSTION = (
     escape("memory without end", "block = [0]\nwhile len(block) < 1 << 31: block = block + block", MEMORY),
     escape("memory mapped", "mmap.mmap(-1, 1 << 33)", MEMORY, FAIL, before="import mmap"),
@@ -174,5 +267,5 @@ _EXHAUSTION = (
     program("a slow pattern", "import re\ndef double(x): return re.match('(a+)+$', 'a' * 64 + 'b')", TIMEOUT),
 )
 
-ESCAPES = _SPYING + _ESCAPES + _EXHAUSTION
+ESCAPES = _SPYING + _ESCAPES + _KERNEL_MEMORY + _EXHAUSTION
 """Those that use up their time come last."""

@@ -3,9 +3,9 @@
 It runs beside the candidate in one process, so nothing it says is believed: it only carries values. It never holds a
 check or an expected result. Only the standard library and ``literals`` exist where it runs.
 
-Messages, one line of JSON each: in ``{limits, seccomp, nonce}``, out ``{nonce}``; in ``{program, entry_point, nonce}``,
-out an answer; then for each call in ``{arguments, keywords, nonce}``, out an answer. An answer has the request's nonce
-and either ``value`` or ``error`` (one of ``raised``, ``memory``, ``value``) with ``detail``.
+Messages, one line of JSON each: in ``{limits, tmpfs, seccomp, nonce}``, out ``{nonce}``; in ``{program, entry_point,
+nonce}``, out an answer; then for each call in ``{arguments, keywords, nonce}``, out an answer. An answer has the
+request's nonce and either ``value`` or ``error`` (one of ``raised``, ``memory``, ``value``) with ``detail``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from qconv.evaluation.sandbox.literals import LARGEST_MESSAGE, NotLiteral, decod
 _DETAIL = 300
 _LOOK_MILLISECONDS = 50
 _NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
+_REMOUNT, _NO_SUID, _NO_DEVICES = 32, 2, 4
+_AMBIENT, _CLEAR_ALL = 47, 4
+_CAPABILITY_VERSION = 0x20080522
 
 
 class _Channel:
@@ -55,6 +58,8 @@ def main() -> None:
     assert isinstance(limits, dict)
     for name, (soft, hard) in limits.items():
         resource.setrlimit(getattr(resource, name), (soft, hard))
+    if setup["tmpfs"] is not None:
+        _limit_files(str(setup["tmpfs"]).encode())
     if setup["seccomp"] is not None:
         _deny_calls(bytes.fromhex(str(setup["seccomp"])))
     channel.send(write_message({"nonce": str(setup["nonce"])}))
@@ -81,6 +86,21 @@ def keep() -> None:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
     os._exit(0)
+
+
+def _limit_files(options: bytes) -> None:
+    """Remount /tmp with its options, then give up every capability: mount(2), capset(2), linux/capability.h.
+
+    Programs that make sandboxes limit the bytes of a tmpfs, and none the number of its files.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(None, b"/tmp", None, _REMOUNT | _NO_SUID | _NO_DEVICES, options):
+        raise OSError(ctypes.get_errno(), "the number of files in /tmp cannot be limited")
+    header, none = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    if libc.prctl(_AMBIENT, _CLEAR_ALL, 0, 0, 0) or libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
 
 
 def _deny_calls(program: bytes) -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 MIB = 1 << 20
+MOST_FILES = 64
+"""Files, folders and links in /tmp. Each takes a kilobyte of kernel memory that no limit on bytes counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,14 @@ class Limits:
             "RLIMIT_NPROC": (1, 1),
             "RLIMIT_MEMLOCK": (0, 0),
             "RLIMIT_MSGQUEUE": (0, 0),
+            "RLIMIT_SIGPENDING": (64, 64),
             "RLIMIT_CORE": (0, 0),
         }
+
+    @property
+    def tmpfs(self) -> str:
+        """Options of the file system at /tmp: tmpfs(5)."""
+        return f"size={self.disk},nr_inodes={MOST_FILES}"
 
     @property
     def longest_seconds(self) -> float:

@@ -19,8 +19,7 @@ class Podman:
     """Starts guests with ``podman run --rootfs`` on an empty folder, into which everything is mounted.
 
     A container does not end with the podman that started it, but its standard input does: the guest is kept by a
-    process that ends the container then (``guest.keep``). podman's own filter allows new processes, so the guest puts
-    qconv's filter on itself.
+    process that ends the container then (``guest.keep``).
     """
 
     executable: str
@@ -32,11 +31,6 @@ class Podman:
         """The installed one, or None; root's podman is not rootless."""
         executable = shutil.which("podman")
         return cls(executable) if executable and os.geteuid() != 0 else None
-
-    @property
-    def denies_calls(self) -> bool:
-        """Whether the guest is started with system calls denied."""
-        return False
 
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         """See :class:`~qconv.evaluation.sandbox.candidate.Backend`.
@@ -58,7 +52,16 @@ class Podman:
         options = ["run", "--rm", "--interactive", "--log-driver", "none", "--timeout", str(limits.longest_seconds)]
         options += ["--network", "none", "--ipc", "none", "--pid", "private", "--uts", "private"]
         options += ["--hostname", "sandbox", "--no-hosts", "--passwd=false", "--unsetenv-all", "--user", "65534:65534"]
-        options += ["--cap-drop", "all", "--security-opt", "no-new-privileges", "--security-opt", "mask=/sys"]
+        options += [
+            "--cap-drop",
+            "all",
+            "--cap-add",
+            "sys_admin",
+            "--security-opt",
+            "no-new-privileges",
+            "--security-opt",
+            "mask=/sys",
+        ]
         options += ["--read-only", "--read-only-tmpfs=false", "--ulimit", "nofile=64:64", "--ulimit", "nproc=64:64"]
         options += ["--tmpfs", f"/tmp:rw,nosuid,nodev,size={limits.disk},mode=1777,notmpcopyup", "--workdir", "/tmp"]
         for source, target in mounts():

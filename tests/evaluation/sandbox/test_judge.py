@@ -34,7 +34,6 @@ class Broken:
     command: tuple[str, ...] = ("sh", "-c", "echo setting up uid map: Permission denied >&2; exit 1")
     starts: list[int] = field(default_factory=list)
     name: str = "broken"
-    denies_calls: bool = True
 
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         self.starts.append(1)

@@ -26,12 +26,16 @@ class Leaky:
 
     executable: str
     name: str = "leaky"
-    denies_calls: bool = True
 
     def start(self, limits: Limits, group: int) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
         options = ["--dev-bind", "/", "/", "--die-with-parent"]
-        guest = [sys.executable, "-c", "from qconv.evaluation.sandbox.guest import main; main()"]
+        program = (
+            "from qconv.evaluation.sandbox import guest\n"
+            "guest._limit_files = guest._deny_calls = lambda _: None\n"
+            "guest.main()"
+        )
+        guest = [sys.executable, "-c", program]
         command = [self.executable, *options, *guest]
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, process_group=group)
 

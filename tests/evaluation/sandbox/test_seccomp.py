@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import re
 import struct
 from pathlib import Path
@@ -10,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from qconv.errors import SandboxError
-from qconv.evaluation.sandbox.seccomp import denied_calls, seccomp_filter
+from qconv.evaluation.sandbox.seccomp import DENIED_COMMANDS, denied_calls, seccomp_filter
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*, linux/audit.h
 ALLOW, KILL, DENY = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
 HEADER = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 
 
-def outcome(program: bytes, architecture: int, number: int) -> int:
-    """What the kernel returns for a system call: classic BPF, linux/filter.h."""
+def outcome(program: bytes, architecture: int, number: int, second: int = 0) -> int:
+    """What the kernel returns for a system call with a second argument: classic BPF, linux/filter.h."""
     instructions = list(struct.iter_unpack("=HBBI", program))
-    data = struct.pack("=II", number, architecture)
+    data = struct.pack("=IIQQQ", number, architecture, 0, 0, second)  # struct seccomp_data, as far as it is read
     at = accumulator = 0
     while True:
         code, if_true, if_false, value = instructions[at]
@@ -49,6 +50,19 @@ def test_a_foreign_abi_kills(machine: str) -> None:
     program = seccomp_filter(machine)
     assert outcome(program, 0x40000003, 1) == KILL  # i386, whose numbers differ
     assert outcome(program, ARCHITECTURES[machine], 0x40000000 | 56) == KILL  # x32
+
+
+@pytest.mark.parametrize(("machine", "fcntl_number"), [("x86_64", 72), ("aarch64", 25)])
+def test_of_fcntls_commands_those_that_take_memory_are_denied(machine: str, fcntl_number: int) -> None:
+    program = seccomp_filter(machine)
+    locking = {fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW}
+    for command in range(1100):
+        expected = DENY if command in DENIED_COMMANDS.values() else ALLOW
+        assert outcome(program, ARCHITECTURES[machine], fcntl_number, command) == expected, command
+        # The kernel looks at 32 bits alone.
+        assert outcome(program, ARCHITECTURES[machine], fcntl_number, command | 1 << 40) == expected, command
+    assert locking <= set(DENIED_COMMANDS.values())
+    assert outcome(program, ARCHITECTURES[machine], 3, fcntl.F_SETLK) == ALLOW, "of other calls that is no command"
 
 
 def test_an_unknown_machine_has_no_sandbox() -> None:
