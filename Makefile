@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ scale: $(STAMP)  ## speed and peak memory on layers of the 480B model's true sha
 
 sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame must name each, and nothing in 20 runs of sound builds
 	$(BIN)/python evals/sensitivity.py
+
+sanitize: $(STAMP)  ## the C++ and its callers under the sanitizers of addresses, undefined behaviour and threads
+	$(BIN)/python evals/sanitize.py
 
 clean:  ## remove build/, dist/ and caches; environments stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

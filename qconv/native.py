@@ -29,6 +29,9 @@ import torch
 SWITCH = "QCONV_NATIVE"
 """This environment variable set to 0 leaves everything to torch."""
 
+EXTRA_FLAGS = "QCONV_NATIVE_FLAGS"
+"""This environment variable holds further options of the compiler, such as ``-fsanitize=address``."""
+
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -106,7 +109,7 @@ def build(sources: Path, name: str, cache: Path, compiler: Sequence[str]) -> cty
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=cache) as folder:
             partial = Path(folder) / made.name
-            _run([*compiler, *FLAGS, "-o", str(partial), str(sources / f"{name}.cpp")])
+            _run([*compiler, *flags(), "-o", str(partial), str(sources / f"{name}.cpp")])
             library = ctypes.CDLL(str(partial))
             os.replace(partial, made)
     except OSError as error:
@@ -129,6 +132,11 @@ def compiler() -> list[str]:
     return [found]
 
 
+def flags() -> list[str]:
+    """The compiler's options: :data:`FLAGS`, and those of the environment."""
+    return [*FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
+
+
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
     home = os.environ.get("XDG_CACHE_HOME")
@@ -143,8 +151,8 @@ def kernels_folder() -> Path:
 
 
 def _digest(sources: Path, name: str, compiler: Sequence[str]) -> str:
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    digest.update(_run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]))
+    digest = hashlib.sha256(" ".join(flags()).encode())
+    digest.update(_run([*compiler, *flags(), "-dM", "-E", "-x", "c++", os.devnull]))
     try:
         for file in [sources / f"{name}.cpp", *sorted(sources.rglob("*.h"))]:
             digest.update(str(file.relative_to(sources)).encode() + b"\0" + file.read_bytes())

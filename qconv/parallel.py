@@ -8,6 +8,7 @@ are: the same recipe gives the same bytes on any number of cores.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -16,12 +17,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Generic, ParamSpec, Self, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 MOST_DEFAULT_WORKERS = 8
 """Each worker holds an expert's working set, so memory grows with their number."""
@@ -41,6 +43,33 @@ def single_threaded_operations() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class MadeOnce(Generic[Arguments, Result]):
+    """A function whose result is made once for each of its arguments, however many threads ask first.
+
+    ``functools.cache`` does not lock: of two threads that ask first each makes a result, and one of them keeps working
+    with what the cache no longer holds. Use as a decorator; arguments are hashable.
+    """
+
+    def __init__(self, function: Callable[Arguments, Result]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._made: dict[object, Result] = {}
+        self._lock = threading.RLock()  # one result may be made of another one of the same function
+
+    def __call__(self, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        """The result, made now if it is not there."""
+        key = (arguments, *sorted(named.items()))
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = self._function(*arguments, **named)
+            return self._made[key]
+
+    def clear(self) -> None:
+        """Forget all results."""
+        with self._lock:
+            self._made.clear()
 
 
 class Allowance:

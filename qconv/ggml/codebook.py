@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from gguf.quants import IQ4_NL
 from torch import Tensor
+
+from qconv.parallel import MadeOnce
 
 _STEPS = 2  # per unit: the boundaries between two values are multiples of a half
 _REACH = 128
 
 
-@functools.cache
+@MadeOnce
 def _values(device: torch.device) -> Tensor:
     return torch.tensor(IQ4_NL.kvalues, dtype=torch.float32, device=device)
 
 
-@functools.cache
+@MadeOnce
 def _nearest_table(device: torch.device) -> Tensor:
     """The nearest value to each half unit from -128 upward, float32 [512]."""
     values = _values(device)

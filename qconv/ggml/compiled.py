@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from qconv.ggml.block_types import GgmlType
 from qconv.ggml.lattice import lattice
 from qconv.ggml.scaled import ScaledGrid
 from qconv.ggml.signed import SignedGrid
+from qconv.parallel import MadeOnce
 
 LIBRARY = "ggml"
 
@@ -39,7 +39,7 @@ class _Lattice(ctypes.Structure):
     )
 
 
-@functools.cache
+@MadeOnce
 def _lattice(grid: SignedGrid) -> tuple[_Lattice, list[Tensor]]:
     """What the C++ is told of a lattice, and the memory that it points to."""
     found = lattice(grid.type, torch.device("cpu"))
@@ -83,7 +83,8 @@ def encode_into(
     else:
         starts = torch.tensor(grid.starts(weighted=importance is not None), dtype=torch.float32)
         columns_importance = None if importance is None else importance.data_ptr()
-        points = ctypes.addressof(_lattice(grid)[0]) if isinstance(grid, SignedGrid) else None
+        held = _lattice(grid) if isinstance(grid, SignedGrid) else None  # until the call is over
+        points = None if held is None else ctypes.addressof(held[0])
         found = _BY_SEARCH(("qconv_encode_by_search", library))(
             *matrix, columns_importance, len(starts), starts.data_ptr(), points, encoded.data_ptr()
         )

@@ -7,7 +7,6 @@ half. Of the points that share a high half only the one with the best low half c
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from qconv.ggml.block_types import GgmlType
 from qconv.ggml.numeric import sum_of_halves
 from qconv.ggml.scaled import Moments
 from qconv.ggml.trials import best_trial
+from qconv.parallel import MadeOnce
 
 _GRIDS = {
     GgmlType.IQ2_XXS: IQ2_XXS,
@@ -100,7 +100,7 @@ def magnitudes(type: GgmlType) -> tuple[float, ...]:
     return tuple(map(float, _GRIDS[type].grid_map))
 
 
-@functools.cache
+@MadeOnce
 def lattice(type: GgmlType, device: torch.device) -> Lattice:
     """A type's lattice, as the gguf package has it."""
     grid = _GRIDS[type]
