@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,17 @@ class UnitWriter:
     Use as a context manager: leaving it before :meth:`commit` removes every temporary file.
     """
 
-    def __init__(self, out: Path, plan: BuildPlan, unit: Unit) -> None:
+    def __init__(self, out: Path, plan: BuildPlan, unit: Unit, staged: Callable[[str], Path]) -> None:
+        """Begin a unit.
+
+        Args:
+            out: The build's folder.
+            plan: Its plan.
+            unit: Which unit.
+            staged: Where a file is written before it gets its name.
+        """
         self._out = out
+        self._staged = staged
         self._plan = plan
         self._unit = unit
         self._stack = contextlib.ExitStack()
@@ -68,13 +77,20 @@ class UnitWriter:
             self._open(self._out / shard, specs)
         self._writers[-1].write_blocks(name, blocks)
 
-    def commit(self, source: Source, scales: Mapping[str, Tensor], workers: Workers) -> CommittedUnit:
+    def commit(
+        self,
+        source: Source,
+        scales: Mapping[str, Tensor],
+        workers: Workers,
+        announce: Callable[[Sequence[ShardRecord]], None],
+    ) -> CommittedUnit:
         """Check what is on disk against the source and publish it.
 
         Args:
             source: The source model.
             scales: What was folded into the layer, float32 by producer's module name.
             workers: Threads for the comparison.
+            announce: Told what the files are once they are checked and before they get their names.
 
         Raises:
             OutputError: the disk is full or a file cannot be written.
@@ -93,6 +109,7 @@ class UnitWriter:
             snr_db = self._check(shards, comparison, workers)
             for writer in self._writers[len(shards) :]:
                 writer.require_same(sha256_of(writer.temporary))
+        announce(files)
         for writer in self._writers:
             writer.publish()
         return CommittedUnit(tuple(files), snr_db)
@@ -105,7 +122,7 @@ class UnitWriter:
         return Folds.none() if layer is None else Folds.of(self._plan.architecture, layer, scales)
 
     def _open(self, path: Path, specs: Sequence[TensorSpec]) -> None:
-        self._writers.append(self._stack.enter_context(ShardWriter(path, specs)))
+        self._writers.append(self._stack.enter_context(ShardWriter(path, specs, self._staged(path.name))))
 
     def _check(
         self, shards: Sequence[ShardWriter], comparison: Comparison, workers: Workers

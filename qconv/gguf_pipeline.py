@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, scratch_bytes, versions
 from qconv.checkpoint.reader import read_json
-from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
+from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.errors import UsageError, VerificationError
 from qconv.ggml import compiled, encode
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
@@ -44,17 +44,18 @@ from qconv.output import (
     FolderState,
     Outcome,
     already_complete,
+    begin,
     enter,
-    open_journal,
+    publish,
     require_apart,
-    require_disk,
     require_published,
 )
+from qconv.ownership import remove_claimed
 from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.recipe import TextSettings
 from qconv.source import Source
-from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 from qconv.verification.gguf import decoded, floor_db
 from qconv.verification.outcome import Progress
 
@@ -80,7 +81,7 @@ def quantize_gguf(
         model: The source checkpoint's folder.
         out: The folder of the files; made if absent.
         recipe: What to build.
-        restart: Discard what ``out`` holds, if that is a model or build.
+        restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts, and blocks of rows, worked on at once; the bytes do not depend on it.
         progress: Told what is at work, the weights done and the weights in all, of collecting and then of encoding.
         log: Told about decisions, one sentence each.
@@ -206,16 +207,16 @@ class _Run:
         self.done = 0
 
     def run(self, restart: bool) -> Outcome:
-        state = enter(self.out, restart)
+        state = enter(self.out)
         tokens = None if self.text is None else build_tokens(self.text, self.source.checkpoint.path)
         fingerprints = self._fingerprints(tokens)
-        if state is FolderState.COMPLETE:
+        if state is FolderState.COMPLETE and not restart:
             return already_complete(self.out, fingerprints)
-        journal, resumed = open_journal(self.out, fingerprints)
+        names = [*self._weight_files(), REPORT_NAME, "README.md"]
+        journal, resumed = begin(self.out, fingerprints, names, partial(self._needed, tokens), restart=restart)
         if resumed:
             committed = sum(file.name in journal.units for file in self.plan.files)
             self.log(f"resuming: {committed} of {len(self.plan.files)} files are committed")
-        self._require_disk(tokens, journal)
         self._get_importance(tokens, journal)
         for file in self.plan.files:
             self._file(file, journal)
@@ -232,11 +233,16 @@ class _Run:
             "versions": f"qconv={__version__} torch={torch.__version__}" if tokens is None else versions(),
         }
 
-    def _require_disk(self, tokens: TokenSet | None, journal: Journal) -> None:
-        needed = sum(file.size for file in self.plan.files if file.name not in journal.units)
-        if tokens is not None and IMATRIX_NAME not in journal.units:
+    def _weight_files(self) -> list[str]:
+        """The importance matrix, if one is collected, and the files of the model."""
+        return [*([] if self.text is None else [IMATRIX_NAME]), *(file.name for file in self.plan.files)]
+
+    def _needed(self, tokens: TokenSet | None, committed: Collection[str]) -> int:
+        """Bytes of disk that a run still needs that has committed some files."""
+        needed = sum(file.size for file in self.plan.files if file.name not in committed)
+        if tokens is not None and IMATRIX_NAME not in committed:
             needed += scratch_bytes(self.source.architecture, tokens, self.work)
-        require_disk(self.out, needed)
+        return needed
 
     def _get_importance(self, tokens: TokenSet | None, journal: Journal) -> None:
         """Collect an importance matrix where one is asked for, and put it together with those that were given."""
@@ -261,9 +267,11 @@ class _Run:
             require_published(self.out / file.name, journal.units[file.name]["size"])
             self.done += weights
             return
-        with GgufWriter(self.out, file) as writer:
+        with GgufWriter(self.out, file, journal.staged(file.name)) as writer:
             snr_db = self._write(file, writer)
-            record = writer.commit()
+            record = writer.finish()
+            journal.announce([record])
+            writer.publish()
         journal.commit(file.name, {"size": record.size, "sha256": record.sha256, "snr_db": snr_db})
 
     def _write(self, file: FileLayout, writer: GgufWriter) -> dict[str, float | None]:
@@ -316,17 +324,17 @@ class _Run:
                 for name, snr in journal.units[file.name]["snr_db"].items()
             },
         }
-        write_atomically(self.out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
-        write_atomically(self.out / "README.md", model_card(report).encode())
-        names = build_files(self.out)
+        small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
+        publish(self.out, journal, small)
+        names = sorted({*small, *self._weight_files()})
         sums = dict(zip(names, self.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
-        for name in (*([] if self.text is None else [IMATRIX_NAME]), *(file.name for file in plan.files)):
+        for name in self._weight_files():
             if sums.get(name) != journal.units[name]["sha256"]:
                 raise VerificationError(
                     f"{self.out / name}: changed since it was committed.", hint="Start over with --restart."
                 )
-        write_atomically(self.out / CHECKSUMS_NAME, render_checksums(sums).encode())
-        shutil.rmtree(self.work)
+        publish(self.out, journal, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        remove_claimed(self.work)
         return report
 
     def _imatrix_values(self) -> dict[str, Any] | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ from qconv import __version__
 from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, scratch_bytes, versions
-from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
+from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.gguf.imatrix import read_imatrix
 from qconv.gguf.metadata import require_expressible
 from qconv.gguf.names import gguf_tensors
 from qconv.gguf.recipe import ImatrixSettings
 from qconv.gguf_report import Coverage
 from qconv.manifest import WORK_FOLDER, locked
-from qconv.output import FolderState, Outcome, already_complete, enter, open_journal, require_apart, require_disk
+from qconv.output import FolderState, Outcome, already_complete, begin, enter, publish, require_apart
+from qconv.ownership import remove_claimed
 from qconv.parallel import Workers
 from qconv.recipe import TextSettings
 from qconv.source import Source
@@ -44,7 +44,7 @@ def write_model_imatrix(
         model: The source checkpoint's folder.
         out: The folder that gets ``imatrix.gguf``, a report and checksums; made if absent.
         text: What the model reads.
-        restart: Discard what ``out`` holds, if that is a model or build.
+        restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts worked on at once; the bytes do not depend on it.
         progress: Told the layer at work, the weights passed and the weights in all.
         log: Told about decisions, one sentence each.
@@ -65,7 +65,7 @@ def write_model_imatrix(
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out), Workers(threads) as workers:
-        state = enter(out, restart)
+        state = enter(out)
         tokens = build_tokens(text, source.checkpoint.path)
         log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
         fingerprints = {
@@ -74,13 +74,16 @@ def write_model_imatrix(
             "calibration data": tokens.digest,
             "versions": versions(),
         }
-        if state is FolderState.COMPLETE:
+        if state is FolderState.COMPLETE and not restart:
             return already_complete(out, fingerprints)
-        journal, resumed = open_journal(out, fingerprints)
+        work = out / WORK_FOLDER
+
+        def needed(committed: Collection[str]) -> int:
+            return 0 if IMATRIX_NAME in committed else scratch_bytes(described, tokens, work)
+
+        journal, resumed = begin(out, fingerprints, [IMATRIX_NAME, REPORT_NAME], needed, restart=restart)
         if resumed:
             log(f"resuming: {len(journal.units)} of {len(described.layers)} layers are collected")
-        work = out / WORK_FOLDER
-        require_disk(out, scratch_bytes(described, tokens, work))
         path = collect_imatrix(source, tokens, out, work, journal, workers, progress)
         coverage = Coverage.of(read_imatrix(path), tensors, ImatrixSettings().shrinkage_tokens)
         report: dict[str, Any] = {
@@ -92,8 +95,8 @@ def write_model_imatrix(
             "datasets": [tokens.source],
             "coverage": coverage.values(),
         }
-        write_atomically(out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+        publish(out, journal, {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode()})
         sums = {name: sha256_of(out / name) for name in (IMATRIX_NAME, REPORT_NAME)}
-        write_atomically(out / CHECKSUMS_NAME, render_checksums(sums).encode())
-        shutil.rmtree(work)
+        publish(out, journal, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        remove_claimed(work)
         return Outcome(out, report, already_complete=False)

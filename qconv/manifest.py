@@ -11,15 +11,16 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qconv.checkpoint.writer import output_errors
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors
 from qconv.errors import ArtifactError, OutputError, StaleJournalError
+from qconv.ownership import WORK_FOLDER as WORK_FOLDER
+from qconv.ownership import claim, own_folder
 
-WORK_FOLDER = ".qconv"
 JOURNAL_NAME = "journal.jsonl"
 
 
@@ -32,12 +33,15 @@ class Journal:
         fingerprints: What the run belongs to: weights, recipe, calibration data, versions.
         units: The committed units' records by key.
         activations: By layer index, sha256 and size of the file with the layer's inputs, for those still on disk.
+        files: What the run published or was about to publish, by path relative to the output folder: the sha256 that
+            such a file may have.
     """
 
     path: Path
     fingerprints: dict[str, str]
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     activations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, frozenset[str]] = field(default_factory=dict)
 
     @classmethod
     def create(cls, path: Path, fingerprints: Mapping[str, str]) -> Journal:
@@ -46,6 +50,8 @@ class Journal:
         Raises:
             OutputError: the file cannot be written.
         """
+        own_folder(path.parent)
+        claim(path)
         journal = cls(path, dict(fingerprints))
         journal._append({"kind": "start", "fingerprints": journal.fingerprints})
         return journal
@@ -89,6 +95,19 @@ class Journal:
         """
         require_same(self.path.parent.parent, self.fingerprints, fingerprints)
 
+    def staged(self, name: str) -> Path:
+        """Where a file of the build is written before it gets its name: in the work folder, claimed.
+
+        Raises:
+            OutputError: the work folder cannot be written.
+        """
+        return claim(self.path.parent / f"{Path(name).name}{TEMPORARY_SUFFIX}")
+
+    def announce(self, files: Iterable[ShardRecord]) -> None:
+        """Record what is about to get its name: a kill right after that leaves a file that the journal knows."""
+        listed = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in files]
+        self._append({"kind": "files", "files": listed})
+
     def commit(self, key: str, record: Mapping[str, Any]) -> None:
         """Record that a unit's shards are published."""
         self._append({"kind": "unit", "unit": key, **record})
@@ -106,12 +125,20 @@ class Journal:
             self._apply(record)
 
     def _apply(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "unit":
+        if record["kind"] == "files":
+            self._own(record["files"])
+        elif record["kind"] == "unit":
+            self._own(record.get("files", ()))
             self.units[record["unit"]] = {key: value for key, value in record.items() if key not in ("kind", "unit")}
         elif record["kind"] == "activations":
             self.activations = {record["layer"]: record}
         else:
             raise ValueError(f"unknown kind {record['kind']!r}")
+
+    def _own(self, files: Iterable[Mapping[str, Any]]) -> None:
+        for file in files:
+            name = str(file["name"])
+            self.files[name] = self.files.get(name, frozenset()) | {str(file["sha256"])}
 
 
 def require_same(folder: Path, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:

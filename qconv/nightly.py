@@ -10,7 +10,6 @@ other builds' numbers of that night say less about their weights.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from qconv.evaluation.suites import Section, Suite, load_suite, parse_settings
 from qconv.gguf.recipe import FORMAT as GGUF
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
+from qconv.nights import begin_night, remove_old
 from qconv.pipeline import quantize
 from qconv.recipe import parse_recipe, read_values
 
@@ -156,7 +156,7 @@ def run_night(settings: NightlySettings, date: str, *, progress: Progress, log: 
         OutputError: the work folder or the history cannot be written.
     """
     suites = {name: load_suite(name) for name in settings.suites}
-    folder = settings.work / date
+    folder = begin_night(settings.work, date)
     deadline = None if settings.budget_minutes is None else time.monotonic() + 60.0 * settings.budget_minutes
     nights = [BuildNight(build.name) for build in settings.builds]
     with History.open(settings.history) as history:
@@ -181,7 +181,7 @@ def run_night(settings: NightlySettings, date: str, *, progress: Progress, log: 
         for build, night in zip(settings.builds, nights, strict=True):
             if build.canary:
                 night.changes = _moved(history, night)
-    _remove_old(settings, log)
+    remove_old(settings.work, settings.keep_nights, date, log)
     return Night(folder, tuple(nights), _verdict(nights, settings))
 
 
@@ -319,18 +319,6 @@ def _verdict(nights: list[BuildNight], settings: NightlySettings) -> Verdict:
     ):
         said += f"; not measured: {', '.join(left_out)}"
     return Verdict(outcome=worst, sentence=said)
-
-
-def _remove_old(settings: NightlySettings, log: Log) -> None:
-    nights = sorted(path for path in settings.work.iterdir() if path.is_dir() and _is_date(path.name))
-    for path in nights[: -settings.keep_nights]:
-        log(f"{path.name}: removed; the history keeps its runs")
-        shutil.rmtree(path)
-
-
-def _is_date(name: str) -> bool:
-    parts = name.split("-")
-    return [len(part) for part in parts] == [4, 2, 2] and all(part.isdigit() for part in parts)
 
 
 def runs_of(night: Night) -> Iterator[tuple[Path, Run]]:

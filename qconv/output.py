@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import enum
 import fnmatch
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.build import REPORT_NAME, SCALES_FOLDER
+from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
 from qconv.checkpoint.reader import INDEX_NAME, read_json
-from qconv.checkpoint.writer import output_errors, write_atomically
-from qconv.errors import CheckpointError, OutputError, UsageError
-from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, Journal, require_same
+from qconv.checkpoint.writer import ShardRecord, output_errors, write_atomically
+from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError
+from qconv.manifest import JOURNAL_NAME, Journal, require_same
+from qconv.ownership import (
+    LEDGER_NAME,
+    WORK_FOLDER,
+    claimed,
+    recover,
+    remove_claimed,
+    replaced,
+    require_free,
+    require_own,
+    strangers,
+    within,
+)
 from qconv.plan import BuildPlan
 from qconv.report import Report
 from qconv.rope import in_both_spellings
 from qconv.source import COMPANION_PATTERNS, Source
-from qconv.verification.checksums import CHECKSUMS_NAME
+from qconv.verification.checksums import CHECKSUMS_NAME, parse_checksums
 
-REMOVABLE = (
-    "*.safetensors",
-    "*.gguf",
-    "*.partial",
-    "*.json",
-    "README.md",
-    CHECKSUMS_NAME,
-    SCALES_FOLDER,
-    WORK_FOLDER,
-    *COMPANION_PATTERNS,
-)
-"""What a checkpoint or build is made of: the only names that ``--restart`` removes."""
+_FIXED_NAMES = frozenset({INDEX_NAME, "config.json", "README.md", REPORT_NAME, CHECKSUMS_NAME, "imatrix.gguf"})
+_NUMBERED_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + SCALES_FOLDER + r"/layer-\d{5}\.safetensors")
 
 
 class FolderState(enum.Enum):
@@ -60,19 +64,20 @@ class Outcome:
     already_complete: bool
 
 
-def enter(out: Path, restart: bool) -> FolderState:
-    """What ``out`` holds at the start of a run, which ``restart`` discards first.
+def enter(out: Path) -> FolderState:
+    """What ``out`` holds at the start of a run, once what a killed ``--restart`` left is put in order.
 
     Raises:
-        OutputError: it is foreign, or cannot be read or emptied.
+        OutputError: it is foreign, or cannot be read.
     """
-    if restart:
-        clear(out)
+    recover(out)
     state = folder_state(out)
     if state is FolderState.FOREIGN:
+        held = sorted(entry.name for entry in out.iterdir())
+        more = "" if len(held) <= 5 else f" and {len(held) - 5} more"
         raise OutputError(
-            f"{out}: is not empty and not a build of qconv.",
-            hint="Choose another folder, or --restart to discard a model that lies there.",
+            f"{out}: is not empty and not a build of qconv: it holds {', '.join(held[:5])}{more}.",
+            hint="Choose another folder, or empty this one by hand.",
         )
     return state
 
@@ -86,8 +91,79 @@ def already_complete(out: Path, fingerprints: Mapping[str, str]) -> Outcome:
     """
     report = finished_report(out)
     require_same(out, report["fingerprints"], fingerprints)
-    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    remove_claimed(out / WORK_FOLDER)
     return Outcome(out, report, already_complete=True)
+
+
+def begin(
+    out: Path,
+    fingerprints: Mapping[str, str],
+    names: Iterable[str],
+    needed: Callable[[Collection[str]], int],
+    *,
+    restart: bool,
+) -> tuple[Journal, bool]:
+    """The journal of a run, whose whole request is known to be good, and whether it goes on from an earlier one.
+
+    Args:
+        out: The output folder.
+        fingerprints: What the run belongs to.
+        names: Every file that it will give a name to, relative to ``out``.
+        needed: Bytes of disk that it still needs, given the keys of what is committed.
+        restart: Discard what ``out`` holds; until the new run has begun nothing of it is lost.
+
+    Raises:
+        OutputError: ``out`` holds something that qconv did not write, where the run would write or, if it is to be
+            discarded, anywhere; or it cannot be written, or the disk is too small.
+        ArtifactError: the earlier run's journal is damaged.
+        StaleJournalError: the earlier run had other inputs.
+    """
+    wanted = [*names, CHECKSUMS_NAME]
+    if restart:
+        owned = owned_files(out)
+        require_own(out, owned)
+        with output_errors(out):
+            freed = sum((out / name).stat().st_size for name in owned if (out / name).is_file())
+        require_disk(out, needed(()) - freed)
+        with replaced(out, owned):
+            return open_journal(out, fingerprints)
+    journal, resumed = open_journal(out, fingerprints)
+    kept = {file["name"] for record in journal.units.values() for file in record.get("files", ())} | {*journal.units}
+    require_free(out, (name for name in wanted if name not in kept), journal.files)
+    require_disk(out, needed(journal.units))
+    return journal, resumed
+
+
+def owned_files(out: Path) -> dict[str, frozenset[str] | None]:
+    """What can be proven to be qconv's in the folder of a build, finished or not.
+
+    A finished build's checksums list its files, if its report is among them and each is of a kind that builds have; an
+    unfinished one's journal lists what was published, and the ledgers of the work folder what lies there.
+    """
+    owned = within(WORK_FOLDER, claimed(out / WORK_FOLDER))
+    try:
+        journal = Journal.load(out / WORK_FOLDER / JOURNAL_NAME)
+    except ArtifactError:
+        journal = None
+    if journal is not None:
+        owned |= {f"{WORK_FOLDER}/{JOURNAL_NAME}": None, **journal.files}
+    try:
+        sums = parse_checksums((out / CHECKSUMS_NAME).read_text())
+        gguf_files = read_json(out / REPORT_NAME).get("files", [])
+    except (OSError, ValueError, CheckpointError):
+        return owned
+    if REPORT_NAME in sums:
+        known = {name for name in sums if _is_build_name(name) or name in gguf_files}
+        owned |= {CHECKSUMS_NAME: None, **{name: frozenset({sums[name]}) for name in known}}
+    return owned
+
+
+def _is_build_name(name: str) -> bool:
+    return (
+        name in _FIXED_NAMES
+        or _NUMBERED_NAME.fullmatch(name) is not None
+        or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS))
+    )
 
 
 def open_journal(out: Path, fingerprints: Mapping[str, str]) -> tuple[Journal, bool]:
@@ -99,8 +175,6 @@ def open_journal(out: Path, fingerprints: Mapping[str, str]) -> tuple[Journal, b
         StaleJournalError: the earlier run had other inputs.
     """
     path = out / WORK_FOLDER / JOURNAL_NAME
-    with output_errors(path):
-        path.parent.mkdir(exist_ok=True)
     journal = Journal.load(path)
     if journal is None:
         return Journal.create(path, fingerprints), False
@@ -138,7 +212,8 @@ def folder_state(out: Path) -> FolderState:
             return FolderState.UNFINISHED
         # A run killed before its first journal line leaves the bare work folder: nothing is lost by starting anew.
         names = {entry.name for entry in out.iterdir()}
-        return FolderState.EMPTY if names <= {WORK_FOLDER} else FolderState.FOREIGN
+        bare = names <= {WORK_FOLDER} and not strangers(out, within(WORK_FOLDER, {LEDGER_NAME: None}))
+        return FolderState.EMPTY if bare else FolderState.FOREIGN
 
 
 def finished_report(out: Path) -> dict[str, Any]:
@@ -164,33 +239,6 @@ def require_apart(model: Path, out: Path) -> None:
         raise UsageError(f"{out}: overlaps the model's folder {model}.", hint="Choose another output folder.")
 
 
-def clear(out: Path) -> None:
-    """Empty an output folder for a new start.
-
-    Raises:
-        OutputError: it holds something that is no part of a checkpoint or build; then nothing is removed.
-    """
-    with output_errors(out):
-        entries = sorted(out.iterdir())
-        strange = [entry.name for entry in entries if not _removable(entry)]
-        if strange:
-            raise OutputError(
-                f"{out}: holds {', '.join(strange[:5])}, which is no part of a model; nothing was removed.",
-                hint="Empty the folder by hand or choose another one.",
-            )
-        for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
-
-def _removable(entry: Path) -> bool:
-    if entry.is_dir() and entry.name not in (WORK_FOLDER, SCALES_FOLDER):
-        return False
-    return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in REMOVABLE)
-
-
 def require_disk(out: Path, needed: int) -> None:
     """Check free space.
 
@@ -206,24 +254,44 @@ def require_disk(out: Path, needed: int) -> None:
         )
 
 
-def write_companions(out: Path, source: Source, plan: BuildPlan, report: Report) -> None:
-    """Write everything but the shards: index, config, tokenizer, chat template, model card, report.
+def planned_files(plan: BuildPlan) -> list[str]:
+    """The shards of a build, and the files of scales that its layers may get."""
+    layers = [unit.layer.index for unit in plan.units if unit.layer is not None]
+    scales = [str(scales_path(Path(), index)) for index in layers]
+    return [*(shard for unit in plan.units for shard, _ in unit.shards), *scales]
 
-    Raises:
-        OutputError: a file cannot be written.
-    """
+
+def companion_names(source: Source) -> list[str]:
+    """The names of :func:`companion_files`."""
+    return [INDEX_NAME, "config.json", "README.md", REPORT_NAME, *(file.name for file in source.companions())]
+
+
+def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str, bytes]:
+    """Everything but the shards, by name: index, config, tokenizer, chat template, model card, report."""
     weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
-    _write_json(out / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config = with_both_spellings(source.checkpoint.config)
     config["quantization_config"] = plan.format.config(
         plan.grid, plan.skipped, [linear.name for linear in plan.quantized]
     )
-    _write_json(out / "config.json", config)
-    for file in source.companions():
-        write_atomically(out / file.name, file.read_bytes())
-    write_atomically(out / "README.md", report.model_card().encode())
-    _write_json(out / REPORT_NAME, report.values)
+    return {
+        INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
+        "config.json": _json(config),
+        **{file.name: file.read_bytes() for file in source.companions()},
+        "README.md": report.model_card().encode(),
+        REPORT_NAME: _json(report.values),
+    }
+
+
+def publish(out: Path, journal: Journal, files: Mapping[str, bytes]) -> None:
+    """Write small files, announced in the journal before they get their names.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    journal.announce(ShardRecord(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
+    for name, data in files.items():
+        write_atomically(out / name, data, journal.staged(name))
 
 
 def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
@@ -241,5 +309,5 @@ def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     return both | in_both_spellings(both)
 
 
-def _write_json(path: Path, values: object) -> None:
-    write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+def _json(values: object) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from qconv import __version__
 from qconv.build import Build
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerReport
-from qconv.checkpoint.writer import output_errors, sha256_of, write_atomically
+from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.committer import UnitWriter
 from qconv.heap import return_freed_memory
 from qconv.manifest import WORK_FOLDER, Journal, locked
@@ -31,20 +30,23 @@ from qconv.output import (
     FolderState,
     Outcome,
     already_complete,
+    begin,
+    companion_files,
+    companion_names,
     enter,
-    open_journal,
+    planned_files,
+    publish,
     require_apart,
-    require_disk,
     require_published,
-    write_companions,
 )
+from qconv.ownership import remove_claimed
 from qconv.parallel import Workers, default_workers
 from qconv.plan import BuildPlan, Item, Module, Unit, make_plan, modelled_costs
 from qconv.qtensor import CHANNEL, QTensor
 from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
-from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.structure import check_structure
 
@@ -67,7 +69,7 @@ def quantize(
         model: The source checkpoint's folder.
         out: The build's folder; made if absent.
         recipe: What to build.
-        restart: Discard what ``out`` holds, if that is a model or build.
+        restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes of the build do not depend on it.
         progress: Told the unit at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
@@ -131,17 +133,17 @@ class _Run:
         """Weights of the units that are behind."""
 
     def run(self, restart: bool) -> Outcome:
-        state = enter(self.out, restart)
+        state = enter(self.out)
         if self.plan.needs_calibration:
             self.tokens = build_tokens(self.recipe.calibration, self.source.checkpoint.path)
             self.log(f"calibration: {self.tokens.ids.numel():,} tokens of {self.tokens.source}")
         fingerprints = self._fingerprints()
-        if state is FolderState.COMPLETE:
+        if state is FolderState.COMPLETE and not restart:
             return already_complete(self.out, fingerprints)
-        journal, resumed = open_journal(self.out, fingerprints)
+        names = [*planned_files(self.plan), *companion_names(self.source)]
+        journal, resumed = begin(self.out, fingerprints, names, self._needed, restart=restart)
         if resumed:
             self.log(f"resuming: {len(journal.units)} of {len(self.plan.units)} units are committed")
-        self._require_disk(journal)
         self._units(journal)
         return Outcome(self.out, self._finish(journal), already_complete=False)
 
@@ -156,11 +158,12 @@ class _Run:
             "versions": " ".join(f"{name}={number}" for name, number in sorted(versions.items())),
         }
 
-    def _require_disk(self, journal: Journal) -> None:
-        pending = sum(unit.nbytes for unit in self.plan.units if unit.key not in journal.units)
+    def _needed(self, committed: Collection[str]) -> int:
+        """Bytes of disk that a run still needs that has committed some units."""
+        pending = sum(unit.nbytes for unit in self.plan.units if unit.key not in committed)
         scratch = modelled_costs(self.plan).scratch if pending else 0
         present = sum(file.stat().st_size for file in self.work.glob("*.bin"))
-        require_disk(self.out, pending + max(0, scratch - present))
+        return pending + max(0, scratch - present)
 
     def _units(self, journal: Journal) -> None:
         """The loop: every unit that is not committed yet."""
@@ -245,7 +248,7 @@ class _Run:
     ) -> None:
         """Write a unit; it is checked and published while the next one is worked on, one unit at a time."""
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(UnitWriter(self.out, self.plan, unit))
+            writer = stack.enter_context(UnitWriter(self.out, self.plan, unit, journal.staged))
             made = stack.enter_context(contextlib.closing(modules))
             for packed in self._shown(unit, made):
                 for name, blocks in packed.tensors:
@@ -255,7 +258,7 @@ class _Run:
 
         def publish() -> None:
             with written:
-                committed = writer.commit(self.source, scales, self.workers)
+                committed = writer.commit(self.source, scales, self.workers, journal.announce)
             files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
             outcome = dataclasses.asdict(report)
             journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
@@ -290,12 +293,13 @@ class _Run:
         corpus = None if self.tokens is None else self.tokens.source
         name = self.source.checkpoint.path.resolve().name
         report = Report.make(self.plan, name, journal.fingerprints, corpus, journal.units)
-        write_companions(self.out, self.source, self.plan, report)
-        names = build_files(self.out)
+        small = companion_files(self.source, self.plan, report)
+        publish(self.out, journal, small)
+        names = sorted({*small, *(file["name"] for record in journal.units.values() for file in record["files"])})
         sums = dict(zip(names, self.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
         self._check_whole(journal, sums)
-        write_atomically(self.out / CHECKSUMS_NAME, render_checksums(sums).encode())
-        shutil.rmtree(self.work)
+        publish(self.out, journal, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        remove_claimed(self.work)
         return report.values
 
     def _check_whole(self, journal: Journal, sums: Mapping[str, str]) -> None:

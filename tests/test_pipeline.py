@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qconv import pipeline
+from qconv import output, pipeline
 from qconv.calibration.stream import LayerStream
 from qconv.checkpoint import reader
 from qconv.committer import UnitWriter
@@ -68,10 +68,12 @@ def no_final_names(out: Path) -> bool:
     return not out.exists() or not [file for file in out.iterdir() if file.name != WORK_FOLDER]
 
 
-def refused(model: Path, out: Path, recipe: Recipe, kind: type[QconvError], code: int, *parts: str) -> QconvError:
+def refused(
+    model: Path, out: Path, recipe: Recipe, kind: type[QconvError], code: int, *parts: str, **options: Any
+) -> QconvError:
     """The build fails with an error of that kind and exit code whose message holds all parts."""
     with pytest.raises(QconvError) as caught:
-        build(model, out, recipe)
+        build(model, out, recipe, **options)
     assert type(caught.value) is kind
     assert caught.value.exit_code == code
     for part in parts:
@@ -190,7 +192,7 @@ def test_a_layers_outputs_never_count_before_the_layer_itself(
     apply = Journal._apply
 
     def record(self: Journal, line: dict[str, Any]) -> None:
-        order.append(line.get("unit") or f"inputs {line['layer']}")
+        order.append(line.get("unit") or f"inputs {line.get('layer')}")
         apply(self, line)
 
     monkeypatch.setattr(UnitWriter, "commit", slow)
@@ -219,14 +221,14 @@ def test_a_crash_while_finishing_or_tidying_up_is_resumed(
         raise Stop
 
     out = tmp_path / "out"
-    for name in ("write_companions", "render_checksums"):
+    for name in ("companion_files", "render_checksums"):
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, name, crash)
             with pytest.raises(Stop):
                 build(moe, out, RTN)
         assert not (out / CHECKSUMS_NAME).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", crash)
+        patch.setattr(pipeline, "remove_claimed", crash)
         with pytest.raises(Stop):
             build(moe, out, RTN)
     assert (out / WORK_FOLDER).exists()
@@ -284,8 +286,10 @@ def test_a_foreign_folder_is_never_overwritten(moe: Path, tmp_path: Path) -> Non
     (out / "config.json").write_text("mine")
     refused(moe, out, RTN, OutputError, 1, str(out), "not empty and not a build")
     assert folder_bytes(out) == {"config.json": b"mine"}
-    build(moe, out, RTN, restart=True)  # it looks like a model: --restart may have it
-    assert verify(out).problems == []
+    refused(moe, out, RTN, OutputError, 1, "config.json", restart=True)  # though it looks like a model
+    assert folder_bytes(out) == {"config.json": b"mine"}
+    (out / "config.json").unlink()
+    build(moe, out, RTN)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt.*nothing was removed"):
         build(moe, out, RTN, restart=True)
@@ -434,7 +438,7 @@ def test_bad_input_a_disk_that_runs_full_and_is_then_made_larger(
     disk = small_disk(400_000)
     out = disk / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "require_disk", lambda folder, needed: None)  # somebody else filled it meanwhile
+        patch.setattr(output, "require_disk", lambda folder, needed: None)  # somebody else filled it meanwhile
         refused(moe, out, recipe, OutputError, 1, "the disk is full")
     assert not list(out.rglob("*.partial"))
     assert not (out / CHECKSUMS_NAME).exists()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.writer import output_errors, sha256_of
+from qconv.ownership import claim
 
 WINDOW_TOKENS = 4096
 """Rows that a pass over a file holds at once."""
@@ -44,6 +45,7 @@ class ActivationFile:
         Raises:
             OutputError: the disk is full or the file cannot be made.
         """
+        claim(self.path)
         with output_errors(self.path), self.path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(self.nbytes, 1))
             file.truncate(self.nbytes)

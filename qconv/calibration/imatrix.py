@@ -28,6 +28,7 @@ from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.manifest import Journal
 from qconv.models import Architecture
 from qconv.models.base import Layer
+from qconv.ownership import claim, remove_claimed
 from qconv.parallel import Workers
 from qconv.source import Source
 
@@ -69,10 +70,10 @@ def collect_imatrix(
             _collect_layers(source, tokens, work, journal, workers, progress)
         parts = [_collected(work, layer, journal) for layer in layers]
         entries = ChainMap(*(cast(MutableMapping[str, Entry], part.entries) for part in parts))
-        record = write_imatrix(path, Imatrix(entries, (tokens.source,), tokens.ids.shape[1]))
+        matrix = Imatrix(entries, (tokens.source,), tokens.ids.shape[1])
+        record = write_imatrix(path, matrix, journal.staged(path.name), journal.announce)
         journal.commit(IMATRIX_NAME, {"size": record.size, "sha256": record.sha256})
-    for file in (*work.glob("*.bin"), *work.glob("*.gguf")):
-        file.unlink()
+    remove_claimed(work, (".bin", ".gguf"))
     return path
 
 
@@ -120,7 +121,9 @@ def _collect_layers(
             progress(what, done, total)
         entries = layer_entries((tensor for tensor in tensors if tensor.layer == layer.index), seen)
         # Once its outputs count as made nothing computes the layer again: its sums must be safe before.
-        record = write_imatrix(_path(work, layer), Imatrix(entries, (tokens.source,), tokens.ids.shape[1]))
+        matrix = Imatrix(entries, (tokens.source,), tokens.ids.shape[1])
+        path = claim(_path(work, layer))
+        record = write_imatrix(path, matrix, journal.staged(path.name))
         journal.commit(_key(layer), {"size": record.size, "sha256": record.sha256})
         stream.advance(layer.index, space)
 

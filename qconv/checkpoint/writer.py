@@ -72,13 +72,18 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> None:
     """Replace ``path`` by ``data`` so that after a crash it holds either the old bytes or the new.
+
+    Args:
+        path: The file.
+        data: What it will hold.
+        temporary: Where it is written first, on the same file system; beside it by default.
 
     Raises:
         OutputError: disk full, read-only ...
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary or path.with_name(path.name + TEMPORARY_SUFFIX)
     with output_errors(path):
         with temporary.open("wb") as file:
             file.write(data)
@@ -95,14 +100,14 @@ class StagedFile(ABC):
     tensors after the header and says in :attr:`missing` how many are yet to come.
     """
 
-    def __init__(self, path: Path, header: bytes) -> None:
-        """Open the temporary file and write the header.
+    def __init__(self, path: Path, header: bytes, temporary: Path | None = None) -> None:
+        """Open the temporary file, on the same file system and by default beside the final one; write the header.
 
         Raises:
             OutputError: the file cannot be created or the disk is full.
         """
         self.path = path
-        self.temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        self.temporary = temporary or path.with_name(path.name + TEMPORARY_SUFFIX)
         self._digest = hashlib.sha256()
         self._published = False
         with output_errors(path):
@@ -196,15 +201,15 @@ class StagedFile(ABC):
 class ShardWriter(StagedFile):
     """Writes the tensors of ``specs``, in that order, to ``path``."""
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
-        """Open the temporary file and write the header.
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], temporary: Path | None = None) -> None:
+        """Open the temporary file, as :class:`StagedFile` does, and write the header.
 
         Raises:
             OutputError: the file cannot be created or the disk is full.
         """
         self._specs = list(specs)
         self._next = 0
-        super().__init__(path, encode_header(self._specs))
+        super().__init__(path, encode_header(self._specs), temporary)
 
     @property
     def specs(self) -> Sequence[TensorSpec]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @engine_options
 @suite_options
 @out_option("The run's folder.")
-@click.option("--restart", is_flag=True, help="Discard the run that the folder holds.")
+@click.option("--restart", is_flag=True, help="Discard the run that the folder holds, if qconv made all of it.")
 @json_option
 def command(
     build: str,

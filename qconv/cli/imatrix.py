@@ -25,7 +25,7 @@ from qconv.recipe import TextSettings, parse_as
 @click.option("--tokens", type=COUNT, help="Calibration tokens.")
 @click.option("--sequence-length", type=COUNT, help="Tokens of one sequence, a chunk of llama.cpp.")
 @click.option("--seed", type=SEED, help="Seed of the calibration's samples.")
-@click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
+@click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
 @json_option
 def command(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @model_argument
 @out_option("The build's folder.")
 @recipe_options
-@click.option("--restart", is_flag=True, help="Discard the model or build that the folder holds.")
+@click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option(
     "--threads",
     type=THREADS,

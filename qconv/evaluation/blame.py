@@ -27,6 +27,7 @@ from qconv.evaluation.statistics import ratio_standard_error
 from qconv.evaluation.variants import Sums, Variants
 from qconv.folding import Folds
 from qconv.models.base import Layer
+from qconv.ownership import own_folder
 from qconv.runtime.files import ModelFiles
 
 CONFIRMED = 5
@@ -124,7 +125,7 @@ def find_blame(
     measured = []
     for number, one in enumerate([build] if baseline is None else [build, baseline]):
         folder = scratch / str(number)
-        folder.mkdir()
+        own_folder(folder)
         measured.append(Variants(reference, one.files, one.folds, sequences, folder, device))
     bench = _Bench(measured, progress)
     architecture = reference.architecture

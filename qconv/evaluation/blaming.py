@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from qconv.build import Build
-from qconv.checkpoint.writer import output_errors, write_atomically
 from qconv.errors import ArtifactError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.blame import Blame, Suspect, find_blame
@@ -20,11 +18,14 @@ from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.folding import Folds
 from qconv.formats import detect
-from qconv.manifest import WORK_FOLDER, locked
+from qconv.manifest import locked
 from qconv.models.base import Layer
+from qconv.ownership import ledger, own_folder, remove_claimed, require_free, write_own
 from qconv.runtime.files import ModelFiles, open_files
 
 BLAME_NAME = "blame.json"
+SCRATCH_FOLDER = ".qconv-blame"
+"""Within the run's folder, and not its work folder: whatever began there is not blame's to remove."""
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
@@ -68,6 +69,7 @@ def blame_run(
     for artifact in (run.build, run.reference, *(() if before is None else (before.build,))):
         _require_unchanged(artifact)
     build, reference = Path(run.build.path), Path(run.reference.path)
+    require_free(folder, [BLAME_NAME], ledger(folder) or {})
     sequences = _sequences(task, build, reference, run.seed, tokens)
     log(f"{run.build.name}: parts of it in {run.reference.name}, {sum(map(len, sequences)):,} tokens")
     with _scratch(folder) as scratch:
@@ -82,7 +84,7 @@ def blame_run(
             progress=progress,
         )
     values = {"baseline": None if before is None else before.build.name, **found.as_values()}
-    write_atomically(folder / BLAME_NAME, json.dumps(values, indent=1).encode() + b"\n")
+    write_own(folder / BLAME_NAME, json.dumps(values, indent=1).encode() + b"\n")
     return found
 
 
@@ -94,14 +96,12 @@ def _scratch(run: Path) -> Iterator[Path]:
         OutputError: another process works on the run, or its folder cannot be written.
     """
     with locked(run):
-        folder = run / WORK_FOLDER
-        shutil.rmtree(folder, ignore_errors=True)  # what was killed left it
-        with output_errors(folder):
-            folder.mkdir()
+        folder = run / SCRATCH_FOLDER
+        remove_claimed(folder)  # what was killed left it
         try:
-            yield folder
+            yield own_folder(folder)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_claimed(folder)
 
 
 def suspect(path: Path) -> Suspect:

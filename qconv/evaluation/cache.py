@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from qconv.checkpoint.writer import output_errors, write_atomically
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
+from qconv.errors import OutputError
+from qconv.ownership import claim
 
 KEY_NAME = "key.json"
 
@@ -47,10 +49,16 @@ class Cache:
         """
         text = json.dumps(key, sort_keys=True, indent=1)
         entry = Entry(self.folder / kind / hashlib.sha256(text.encode()).hexdigest(), shared=True)
+        file, content = entry.path / KEY_NAME, text.encode() + b"\n"
         with output_errors(entry.path):
             entry.path.mkdir(parents=True, exist_ok=True)
-        if not (entry.path / KEY_NAME).exists():  # for people; the folder's name already is the key
-            write_atomically(entry.path / KEY_NAME, text.encode() + b"\n")
+            # For people, and the proof that what lies beside it is the cache's.
+            if not file.exists():
+                if any(not path.name.startswith(KEY_NAME) for path in entry.path.iterdir()):
+                    raise OutputError(f"{entry.path}: was not made by qconv.", hint="Choose another cache.")
+                write_atomically(file, content)
+            elif file.read_bytes() != content:
+                raise OutputError(f"{file}: was not written by qconv.", hint="Choose another cache.")
         return entry
 
 
@@ -92,9 +100,14 @@ class Entry:
             data = self._read(name)
             if data is None:
                 data = make()
+                files = self.path / name, self._sum(name)
+                if not self.shared:
+                    for file in files:
+                        claim(file)
+                        claim(file.with_name(file.name + TEMPORARY_SUFFIX))
                 self._sum(name).unlink(missing_ok=True)
-                write_atomically(self.path / name, data)
-                write_atomically(self._sum(name), hashlib.sha256(data).hexdigest().encode())
+                write_atomically(files[0], data)
+                write_atomically(files[1], hashlib.sha256(data).hexdigest().encode())
         return data
 
     def has(self, name: str) -> bool:

@@ -246,6 +246,12 @@ def _sha256(run: Run) -> str | None:
 
 
 def _prepare(path: Path, database: sqlite3.Connection) -> None:
+    (tables,) = database.execute(
+        "SELECT count(*) FROM sqlite_master"
+    ).fetchone()  # before the version that comes with it
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if tables and version == 0:
+        raise OutputError(f"{path}: is a database of something else.", hint="Choose another folder for the history.")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA foreign_keys = ON")
     with database:

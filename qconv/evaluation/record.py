@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from qconv.checkpoint.writer import write_atomically
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, write_atomically
 from qconv.errors import ArtifactError, OutputError
-from qconv.manifest import WORK_FOLDER
+from qconv.ownership import WORK_FOLDER, claim, write_own
 
 RUN_NAME = "run.json"
 FILES_FOLDER = "files"
@@ -217,7 +217,7 @@ def write_run(folder: Path, run: Run) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
-    write_atomically(folder / RUN_NAME, (run.model_dump_json(indent=1) + "\n").encode())
+    write_own(folder / RUN_NAME, (run.model_dump_json(indent=1) + "\n").encode())
 
 
 def folder_of(run: Path) -> Path:
@@ -255,13 +255,14 @@ def store(folder: Path, data: bytes, suffix: str) -> FileRef:
         OutputError: the folder cannot be written.
     """
     digest = hashlib.sha256(data).hexdigest()
-    path = folder / FILES_FOLDER / f"{digest}{suffix}"
+    path, work = folder / FILES_FOLDER / f"{digest}{suffix}", folder / WORK_FOLDER
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path.parent}: {error.strerror}.") from error
     if not path.exists():
-        write_atomically(path, data)
+        temporary = claim(work / f"{path.name}{TEMPORARY_SUFFIX}") if work.is_dir() else None
+        write_atomically(path, data, temporary)
     return FileRef(name=path.name, sha256=digest, size=len(data))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, r
 from qconv.evaluation.judging import judge
 from qconv.evaluation.record import Artifact, Gate, Run, Task, Unmeasured, write_run
 from qconv.evaluation.reference import Kept
-from qconv.evaluation.run_folder import device_facts, enter, kept_report, require_key, run_key, versions
+from qconv.evaluation.run_folder import begin, device_facts, enter, kept_report, run_key, versions
 from qconv.evaluation.suites import Suite, TextSettings
 from qconv.evaluation.tasks import Bench, Kind, Log, Progress, Subject, settings_of
-from qconv.manifest import WORK_FOLDER, locked
+from qconv.manifest import locked
+from qconv.ownership import WORK_FOLDER, own_folder, remove_claimed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,13 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
     build = _identified(request)
     build_class = None if judges is None else class_of(judges, build)
     reference = None if request.reference is None else identify(request.reference)
-    enter(request.out, restart)
+    with output_errors(request.out):
+        request.out.mkdir(parents=True, exist_ok=True)
     with locked(request.out):
+        enter(request.out, restart)
         work = request.out / WORK_FOLDER
         subjects = _subjects(request, build, reference)
-        require_key(work, run_key(request.suite, build, reference, subjects[0].engine))
+        begin(request.out, run_key(request.suite, build, reference, subjects[0].engine), restart)
         checked = judges is not None and build.kind != "endpoint"
         gates = [_integrity_gate(build, reference, progress)] if checked else []
         tasks: list[Task] = []
@@ -121,7 +123,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
             verdict=verdict(gates, unmeasured),
         )
         write_run(request.out, run)
-        shutil.rmtree(work)
+        remove_claimed(work)
     return run
 
 
@@ -179,8 +181,7 @@ def _measured(kind: Kind, settings: object, bench: Bench) -> Task:
     def make() -> bytes:
         return kind.measure(settings, bench).model_dump_json().encode()
 
-    with output_errors(bench.work):
-        bench.work.mkdir(parents=True, exist_ok=True)
+    own_folder(bench.work)
     return Task.model_validate_json(Entry(bench.work).bytes_of("task.json", make))
 
 

@@ -2,46 +2,105 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from qconv import __version__
 from qconv.build import REPORT_NAME
 from qconv.checkpoint.reader import read_json
-from qconv.checkpoint.writer import output_errors, write_atomically
-from qconv.errors import OutputError
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
+from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
-from qconv.evaluation.record import RUN_NAME, Artifact, FileRef, store_json
+from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, read_run, store_json
 from qconv.evaluation.suites import Suite
-from qconv.manifest import WORK_FOLDER, require_same
+from qconv.manifest import require_same
+from qconv.ownership import (
+    LEDGER_NAME,
+    WORK_FOLDER,
+    claim,
+    claimed,
+    ledger,
+    own_folder,
+    recover,
+    replaced,
+    require_own,
+    strangers,
+    within,
+)
 
 KEY_NAME = "key.json"
+_KEYS = frozenset({"build", "reference", "suite", "engine", "qconv"})
+_BARE = frozenset({LEDGER_NAME, f"{KEY_NAME}{TEMPORARY_SUFFIX}"})
+"""What a run that was killed before it kept its key leaves in its work folder."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "gguf")
 
 
 def enter(out: Path, restart: bool) -> None:
-    """Make the folder, or check that it holds a run.
+    """Check that a folder is empty, or holds the beginning of a run, or a finished one that is to be discarded.
+
+    What a killed ``--restart`` left is put in order first.
 
     Raises:
-        OutputError: it holds something else.
+        OutputError: it holds something else, or a finished run that is to be kept.
     """
+    recover(out)
+    owned = owned_files(out)
     with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
-        if not found:
-            return
-        if RUN_NAME not in found and WORK_FOLDER not in found:
-            raise OutputError(f"{out}: holds something else than a run.", hint="Choose another folder.")
-        if restart:
-            for name in found:
-                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-        elif RUN_NAME in found:
-            raise OutputError(f"{out}: holds a finished run.", hint="Choose another folder, or give --restart.")
+        work = {path.name for path in (out / WORK_FOLDER).glob("*")}
+    finished = RUN_NAME in found & owned.keys()
+    bare = found == {WORK_FOLDER} and work <= _BARE and not strangers(out, owned)
+    if found and not finished and not bare and KEY_NAME not in work:
+        named = ", ".join(sorted(found)[:5])
+        raise OutputError(f"{out}: holds something else than a run: {named}.", hint="Choose another folder.")
+    if restart:
+        require_own(out, owned)
+    elif finished:
+        raise OutputError(f"{out}: holds a finished run.", hint="Choose another folder, or give --restart.")
+
+
+def begin(out: Path, key: Mapping[str, str], restart: bool) -> None:
+    """Begin a run whose whole request is known to be good, or check that the one that was begun is the same.
+
+    Args:
+        out: The run's folder, which :func:`enter` found fit.
+        key: What the run belongs to.
+        restart: Discard what ``out`` holds; until the new run has begun nothing of it is lost.
+
+    Raises:
+        StaleJournalError: the folder holds the beginning of another run.
+        OutputError: it cannot be written, or holds something that no run is known to have written.
+    """
+    if restart:
+        owned = owned_files(out)
+        require_own(out, owned)
+        with replaced(out, owned):
+            require_key(out / WORK_FOLDER, key)
+    else:
+        require_key(out / WORK_FOLDER, key)
+
+
+def owned_files(out: Path) -> dict[str, frozenset[str] | None]:
+    """What can be proven to be qconv's in the folder of a run, finished or not."""
+    owned = within(WORK_FOLDER, claimed(out / WORK_FOLDER))
+    listed = ledger(out)
+    if listed is not None:
+        owned |= listed
+    else:  # versions before this one kept no ledgers
+        with contextlib.suppress(ArtifactError):
+            read_run(out)
+            owned[RUN_NAME] = None
+        with contextlib.suppress(ArtifactError):
+            if dict(read_json(out / WORK_FOLDER / KEY_NAME)).keys() >= _KEYS:
+                owned[f"{WORK_FOLDER}/{KEY_NAME}"] = None
+    for file in (out / FILES_FOLDER).glob("*"):
+        owned[f"{FILES_FOLDER}/{file.name}"] = frozenset({file.name.partition(".")[0]})
+    return owned
 
 
 def run_key(suite: Suite, build: Artifact, reference: Artifact | None, engine: Engine) -> dict[str, str]:
@@ -62,13 +121,12 @@ def require_key(work: Path, key: Mapping[str, str]) -> None:
         StaleJournalError: the folder holds the beginning of another run.
         OutputError: it cannot be written.
     """
-    with output_errors(work):
-        work.mkdir(exist_ok=True)
-    file = work / KEY_NAME
+    file = own_folder(work) / KEY_NAME
     if file.exists():
         require_same(work.parent, json.loads(file.read_text()), key)
     else:
-        write_atomically(file, json.dumps(key).encode())
+        claim(file)
+        write_atomically(file, json.dumps(key).encode(), claim(work / f"{KEY_NAME}{TEMPORARY_SUFFIX}"))
 
 
 def kept_report(build: Path, out: Path) -> FileRef | None:

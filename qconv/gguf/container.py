@@ -159,8 +159,8 @@ def _split_keys(number: int, count: int, tensors: int) -> Metadata:
 class GgufWriter(StagedFile):
     """Writes the tensors of a layout, in that order."""
 
-    def __init__(self, folder: Path, layout: FileLayout) -> None:
-        """Open the temporary file and write the header.
+    def __init__(self, folder: Path, layout: FileLayout, temporary: Path | None = None) -> None:
+        """Open the temporary file, as :class:`StagedFile` does, and write the header.
 
         Raises:
             OutputError: the file cannot be created or the disk is full.
@@ -168,7 +168,7 @@ class GgufWriter(StagedFile):
         """
         self._tensors = layout.tensors
         self._next = 0
-        super().__init__(folder / layout.name, layout.header)
+        super().__init__(folder / layout.name, layout.header, temporary)
 
     @property
     def missing(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,8 +156,19 @@ def merge(parts: Iterable[Imatrix]) -> Imatrix:
     return Imatrix(entries, tuple(datasets), chunk_sizes[0])
 
 
-def write_imatrix(path: Path, matrix: Imatrix) -> ShardRecord:
+def write_imatrix(
+    path: Path,
+    matrix: Imatrix,
+    temporary: Path | None = None,
+    announce: Callable[[Sequence[ShardRecord]], None] = lambda _: None,
+) -> ShardRecord:
     """Write the GGUF form, entries by name.
+
+    Args:
+        path: The file.
+        matrix: What it will hold.
+        temporary: Where it is written first; beside it by default.
+        announce: Told what the file is once it is checked and before it gets its name.
 
     Raises:
         UsageError: a name is too long, or an entry or the list of datasets is empty.
@@ -175,12 +186,15 @@ def write_imatrix(path: Path, matrix: Imatrix) -> ShardRecord:
     for name in sorted(matrix.entries):
         shape = tuple(matrix.entries[name].sums.shape)
         infos += [_info(name + _SUMS, shape), _info(name + _COUNTS, (shape[0], 1))]
-    with GgufWriter(path.parent, FileLayout(path.name, metadata, tuple(infos))) as writer:
+    with GgufWriter(path.parent, FileLayout(path.name, metadata, tuple(infos)), temporary) as writer:
         for name in sorted(matrix.entries):
             entry = matrix.entries[name]
             for suffix, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts)):
                 writer.write_blocks(name + suffix, [values.float().contiguous().view(torch.uint8)])
-        return writer.commit()
+        record = writer.finish()
+        announce([record])
+        writer.publish()
+    return record
 
 
 def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:

@@ -108,16 +108,32 @@ def test_a_foreign_folder_is_refused_and_left_alone(invoke: Invoke, small: Path,
         assert contents(out) == {"thesis.txt": b"years of work"}
 
 
-def test_somebodys_model_is_replaced_with_restart_alone(invoke: Invoke, small: Path, tmp_path: Path) -> None:
+def test_somebodys_model_is_never_replaced(invoke: Invoke, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    refused = invoke("quantize", small, "-o", out, *ROUNDED)
-    assert refused.exit_code == 1
-    assert "--restart" in refused.stderr
-    assert contents(out) == {"config.json": b"{}"}
-    assert invoke("quantize", small, "-o", out, *ROUNDED, "--restart").exit_code == 0
-    assert invoke("verify", out).exit_code == 0
+    for options in ((), ("--restart",)):
+        refused = invoke("quantize", small, "-o", out, *ROUNDED, *options)
+        assert refused.exit_code == 1
+        assert "config.json" in refused.stderr
+        assert contents(out) == {"config.json": b"{}"}
+
+
+def test_a_restart_that_cannot_begin_leaves_the_build(invoke: Invoke, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("quantize", small, "-o", out, *ROUNDED).exit_code == 0
+    before = contents(out)
+    wrong = (
+        ("--fmt", "awq", "--calib", f"text:{tmp_path / 'absent'}"),
+        ("--fmt", "gguf:Q8_0", "--calib", f"text:{tmp_path / 'absent'}"),
+        ("--fmt", "w4a16", "--group-size", "7"),
+    )
+    for options in wrong:
+        assert invoke("quantize", small, "-o", out, *options, "--restart").exit_code == 2
+        assert contents(out) == before
+    assert invoke("imatrix", small, "-o", out, "--calib", f"text:{tmp_path / 'absent'}", "--restart").exit_code == 2
+    assert invoke("quantize", tmp_path / "absent", "-o", out, *ROUNDED, "--restart").exit_code == 2
+    assert contents(out) == before
 
 
 def test_another_recipe_for_a_finished_build_is_stale(invoke: Invoke, small: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Literal, Self, TextIO
 from qconv.checkpoint.writer import output_errors
 from qconv.evaluation.sandbox.verdict import Status
 from qconv.manifest import require_same
+from qconv.ownership import claim, own_folder
 
 JOURNAL_NAME = "humaneval.jsonl"
 
@@ -67,8 +68,8 @@ class Journal:
         """
         path = folder / JOURNAL_NAME
         self.samples: dict[tuple[str, int], Sample] = {}
+        claim(own_folder(folder) / JOURNAL_NAME)
         with output_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
             text = path.read_bytes() if path.exists() else b""
             whole = text[: text.rfind(b"\n") + 1]
             lines = whole.splitlines()

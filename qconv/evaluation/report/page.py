@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qconv import __version__
-from qconv.checkpoint.writer import write_atomically
 from qconv.evaluation.record import Gate
 from qconv.evaluation.report.view import RunView, number, summary
+from qconv.ownership import ledger, own_folder, require_free, write_own
 
 NAMES = {"html": "report.html", "markdown": "report.md", "junit": "junit.xml", "json": "report.json"}
 """What is written, by kind."""
@@ -22,13 +22,15 @@ def write_report(folder: Path, views: Sequence[RunView], kinds: Sequence[str] = 
     """Write the report of one or more runs in every form that is asked for.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds a file of that name which qconv did not write.
     """
     made = {"html": html, "markdown": markdown, "junit": junit, "json": as_json}
+    own_folder(folder)
+    require_free(folder, [NAMES[kind] for kind in kinds], ledger(folder) or {})
     written = []
     for kind in kinds:
         path = folder / NAMES[kind]
-        write_atomically(path, made[kind](views).encode())
+        write_own(path, made[kind](views).encode())
         written.append(path)
     return written
 
