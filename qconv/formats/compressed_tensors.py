@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Sequence
 from typing import Any
+
+from qconv.errors import CheckpointError
+from qconv.patterns import Pattern, PatternError
 
 VERSION = "0.20.0"
 """The release whose layouts these are; written to config.json as readers expect."""
@@ -48,8 +51,23 @@ def is_of_kind(section: dict[str, Any], kind: str) -> bool:
 
 
 def is_skipped(module: str, skipped: Sequence[str]) -> bool:
-    """Whether a list of exceptions holds a module: exact match, or a regular expression after ``re:``."""
+    """Whether a list of exceptions holds a module: exact match, or a regular expression after ``re:``.
+
+    Raises:
+        CheckpointError: an expression of a kind that is not read.
+    """
     return any(
-        bool(re.match(entry.removeprefix("re:"), module)) if entry.startswith("re:") else entry == module
+        _pattern(entry.removeprefix("re:")).match(module) if entry.startswith("re:") else entry == module
         for entry in skipped
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(text: str) -> Pattern:
+    try:
+        return Pattern.parse(text)
+    except PatternError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config.ignore: {text!r} is no regular expression that is read: {error}.",
+            hint="Write it with groups, sets, repeats and look-ahead alone.",
+        ) from error

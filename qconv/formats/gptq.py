@@ -27,6 +27,7 @@ from qconv import __version__
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, by_rows, read_tensors
+from qconv.patterns import Pattern, PatternError
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -234,9 +235,9 @@ class GptqFormat:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
-    """Compiled once for all modules: there can be more of them than ``re`` itself remembers."""
-    return tuple(re.compile(pattern) for pattern in patterns)
+def _compiled(patterns: tuple[str, ...]) -> tuple[Pattern, ...]:
+    """Compiled once for all modules."""
+    return tuple(map(Pattern.parse, patterns))
 
 
 def check(module: str, parts: Mapping[str, Tensor], grid: Grid) -> None:
@@ -318,9 +319,12 @@ def _exclusions(dynamic: Any) -> list[str]:
                 hint="Only rules that leave modules alone (-:PATTERN) are read: quantize all others in the same way.",
             )
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CheckpointError(f"config.json: dynamic rule {rule!r} is no regular expression: {error}.") from error
+            Pattern.parse(pattern)
+        except PatternError as error:
+            raise CheckpointError(
+                f"config.json: dynamic rule {rule!r} is no regular expression that is read: {error}.",
+                hint="Write it with groups, sets, repeats and look-ahead alone.",
+            ) from error
         patterns.append(pattern)
     return patterns
 

@@ -7,7 +7,6 @@ promises. Rows that a type's block does not divide get a type of smaller blocks.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -18,6 +17,7 @@ from qconv.errors import UsageError
 from qconv.gguf.names import GgufTensor
 from qconv.models import Architecture
 from qconv.models.base import Moe
+from qconv.patterns import Pattern
 
 T: TypeAlias = GGMLQuantizationType
 
@@ -255,7 +255,7 @@ def tensor_types(
     tensors: Sequence[GgufTensor],
     *,
     importance: bool,
-    overrides: Sequence[tuple[re.Pattern[str], T]] = (),
+    overrides: Sequence[tuple[Pattern, T]] = (),
 ) -> dict[str, T]:
     """The type of every tensor by name.
 

@@ -6,7 +6,6 @@ same bytes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.gguf.rope import rope_of
 from qconv.gguf.tensors import Importance, encoded, encoder, uniform
 from qconv.gguf.tokenizer import tokenizer_metadata
+from qconv.patterns import Pattern
 from qconv.source import Source
 
 DEFAULT_SPLIT_SIZE = 50 * 10**9
@@ -61,7 +61,7 @@ def plan_gguf(
     name: str,
     *,
     importance: bool = False,
-    overrides: Sequence[tuple[re.Pattern[str], GGMLQuantizationType]] = (),
+    overrides: Sequence[tuple[Pattern, GGMLQuantizationType]] = (),
     max_split_size: int = DEFAULT_SPLIT_SIZE,
 ) -> GgufPlan:
     """Plan a build.

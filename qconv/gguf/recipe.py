@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from qconv.errors import RecipeError, UsageError
 from qconv.gguf.mixture import MIXTURES
 from qconv.gguf.names import GgufTensor
 from qconv.gguf.tensors import encoder
+from qconv.patterns import Pattern, PatternError
 from qconv.recipe import OutputSettings, Section, TextSettings, parse_as
 
 FORMAT = "gguf"
@@ -63,18 +63,18 @@ class GgufRecipe(Section):
         types = {}
         for pattern, name in value.items():
             try:
-                re.compile(pattern)
+                Pattern.parse(pattern)
                 types[pattern] = _tensor_type(name).name
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            except PatternError as error:
+                raise ValueError(f"{pattern!r} is no regular expression that is read: {error}") from error
             except UsageError as error:
                 raise ValueError(f"{pattern}: {error.message.removesuffix('.')}") from error
         return types
 
     @property
-    def overrides(self) -> tuple[tuple[re.Pattern[str], GGMLQuantizationType], ...]:
+    def overrides(self) -> tuple[tuple[Pattern, GGMLQuantizationType], ...]:
         """``tensor_types``, ready for use."""
-        return tuple((re.compile(pattern), _tensor_type(name)) for pattern, name in self.tensor_types.items())
+        return tuple((Pattern.parse(pattern), _tensor_type(name)) for pattern, name in self.tensor_types.items())
 
     def digest(self) -> str:
         """sha256 of what decides about the build, hexadecimal; imatrix files count by content, not by name."""
@@ -114,9 +114,9 @@ def require_matches(recipe: GgufRecipe, tensors: Iterable[GgufTensor]) -> None:
         RecipeError: one fits none.
     """
     names = [tensor.name for tensor in tensors if tensor.quantizable]
-    for pattern in recipe.tensor_types:
-        if not any(re.search(pattern, name) for name in names):
+    for pattern, _ in recipe.overrides:
+        if not any(map(pattern.search, names)):
             raise RecipeError(
-                f"tensor_types.{pattern}: fits no weight of the model.",
+                f"tensor_types.{pattern.text}: fits no weight of the model.",
                 hint="It is searched for in names such as blk.0.ffn_down_exps.weight; norms and routers stay F32.",
             )
