@@ -24,16 +24,24 @@ from qconv.folding import SCALE_SUFFIX, Folds
 from qconv.models.base import Linear
 from qconv.parallel import Workers
 from qconv.plan import BuildPlan, Item, Unit
+from qconv.readings import combined
 from qconv.source import Source
 from qconv.verification.weights import Comparison
 
 
 @dataclass(frozen=True, slots=True)
 class CommittedUnit:
-    """A published unit: its files, relative to the build, and each quantized linear's signal to noise in decibels."""
+    """A published unit.
+
+    Attributes:
+        files: Its files, named relative to the build.
+        snr_db: Each quantized linear's signal to noise ratio in decibels; None for infinity.
+        read: The checksum of the source's tensors of which it was made.
+    """
 
     files: tuple[ShardRecord, ...]
     snr_db: dict[str, float | None]
+    read: str
 
 
 class UnitWriter:
@@ -106,13 +114,13 @@ class UnitWriter:
             files = [self._sealed(writer) for writer in self._writers]
             compensated = "gptq" in self._plan.recipe.method
             comparison = Comparison(source.checkpoint, self._folds(scales), compensated)
-            snr_db = self._check(shards, comparison, workers)
+            snr_db, read = self._check(shards, comparison, workers)
             for writer in self._writers[len(shards) :]:
                 writer.require_same(sha256_of(writer.temporary))
         announce(files)
         for writer in self._writers:
             writer.publish()
-        return CommittedUnit(tuple(files), snr_db)
+        return CommittedUnit(tuple(files), snr_db, read)
 
     def _sealed(self, writer: ShardWriter) -> ShardRecord:
         return replace(writer.seal(), name=str(writer.path.relative_to(self._out)))
@@ -126,15 +134,18 @@ class UnitWriter:
 
     def _check(
         self, shards: Sequence[ShardWriter], comparison: Comparison, workers: Workers
-    ) -> dict[str, float | None]:
+    ) -> tuple[dict[str, float | None], str]:
         """Read the shards back from the disk, once, and compare every tensor with the source and every byte's checksum.
 
-        This thread reads; the workers unpack and compare.
+        This thread reads; the workers unpack and compare. Gives each quantized linear's signal to noise ratio, and the
+        checksum of the source's tensors.
         """
         snr_db: dict[str, float | None] = {}
+        checksums: list[tuple[str, int]] = []
         read, sizes = self._read_back(shards, comparison), (item.size for item in self._unit.items)
         with contextlib.closing(workers.map(partial(self._compare, comparison), read, sizes)) as compared:
-            for name, snr, problem in compared:
+            for name, snr, problem, found in compared:
+                checksums += found
                 if problem is not None:
                     raise VerificationError(
                         f"{self._unit.key}: what is on disk does not stand for the source: {problem}.",
@@ -143,7 +154,7 @@ class UnitWriter:
                 if snr is not None:
                     # JSON knows no infinity: an exact weight (an expert of zeros) has no ratio.
                     snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
-        return snr_db
+        return snr_db, combined(checksums)
 
     def _read_back(self, shards: Sequence[ShardWriter], comparison: Comparison) -> Iterator[_ReadBack]:
         """The unit's items with their tensors; what must be a copy of the source is compared on the way."""
@@ -163,8 +174,10 @@ class UnitWriter:
             yield _ReadBack(item, tensors, problem)
         writer.require_same(stream.sha256())
 
-    def _compare(self, comparison: Comparison, read: _ReadBack) -> tuple[str, float | None, str | None]:
-        """A module's name, its signal to noise ratio where it is quantized, and what is wrong or None."""
+    def _compare(
+        self, comparison: Comparison, read: _ReadBack
+    ) -> tuple[str, float | None, str | None, list[tuple[str, int]]]:
+        """A module's name, its signal to noise ratio if it is quantized, what is wrong or None, and what was read."""
         module, snr, problem = read.item.module, None, read.problem
         for name, _ in module.tensors():
             found = None
@@ -175,7 +188,7 @@ class UnitWriter:
             elif name in read.tensors:
                 found = comparison.folded(module, name, read.tensors[name])
             problem = problem or found
-        return module.name, snr, problem
+        return module.name, snr, problem, [(name, comparison.source.crc32(name)) for name, _ in module.tensors()]
 
     def _write_scales(self, scales: Mapping[str, Tensor]) -> None:
         assert self._unit.layer is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor
 from qconv import __version__, native
 from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import TokenSet, build_tokens
-from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, scratch_bytes, versions
+from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings, scratch_bytes
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.errors import UsageError, VerificationError
@@ -38,6 +39,7 @@ from qconv.gguf.recipe import GgufRecipe, require_matches
 from qconv.gguf.rope import rope_of
 from qconv.gguf.tensors import Importance, encoder, importance_of, uniform, weighted_blocks
 from qconv.gguf_report import Coverage, model_card
+from qconv.inputs import fingerprints, lasting
 from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.models import architecture
 from qconv.output import (
@@ -53,6 +55,7 @@ from qconv.output import (
 from qconv.ownership import remove_claimed
 from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
+from qconv.readings import READ, SourceRecord, combined
 from qconv.recipe import TextSettings
 from qconv.source import Source
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
@@ -209,29 +212,26 @@ class _Run:
     def run(self, restart: bool) -> Outcome:
         state = enter(self.out)
         tokens = None if self.text is None else build_tokens(self.text, self.source.checkpoint.path)
-        fingerprints = self._fingerprints(tokens)
+        belongs = self._fingerprints(tokens)
         if state is FolderState.COMPLETE and not restart:
-            return already_complete(self.out, fingerprints)
+            return already_complete(self.out, belongs)
         names = [*self._weight_files(), REPORT_NAME, "README.md"]
-        journal, resumed = begin(self.out, fingerprints, names, partial(self._needed, tokens), restart=restart)
+        journal, resumed = begin(self.out, belongs, names, partial(self._needed, tokens), restart=restart)
         if resumed:
             committed = sum(file.name in journal.units for file in self.plan.files)
             self.log(f"resuming: {committed} of {len(self.plan.files)} files are committed")
-        self._get_importance(tokens, journal)
+        record = SourceRecord(self.source.checkpoint, journal, self._readings(tokens))
+        record.require_unchanged(self.progress)
+        self._get_importance(tokens, journal, record)
         for file in self.plan.files:
             self._file(file, journal)
+        record.require_unchanged(self.progress)
         return Outcome(self.out, self._finish(journal), already_complete=False)
 
     def _fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
-        data = [sha256_of(Path(file)) for file in self.recipe.imatrix.files]
-        if tokens is not None:
-            data.append(tokens.digest)
-        return {
-            "weights": self.source.checkpoint.fingerprint(),
-            "recipe": self.recipe.digest(),
-            "calibration data": "+".join(data) or "none",
-            "versions": f"qconv={__version__} torch={torch.__version__}" if tokens is None else versions(),
-        }
+        files = [sha256_of(Path(file)) for file in self.recipe.imatrix.files]
+        # Encoders add up in an order of their own.
+        return fingerprints(self.source, self.recipe.digest(), tokens, files, adds_up=False)
 
     def _weight_files(self) -> list[str]:
         """The importance matrix, if one is collected, and the files of the model."""
@@ -244,12 +244,24 @@ class _Run:
             needed += scratch_bytes(self.source.architecture, tokens, self.work)
         return needed
 
-    def _get_importance(self, tokens: TokenSet | None, journal: Journal) -> None:
+    def _readings(self, tokens: TokenSet | None) -> dict[str, Callable[[], str]]:
+        """By the journal's keys what reads again that of which a file was made, and gives its checksum."""
+
+        def read(file: FileLayout) -> str:
+            checksums = self.workers.map(_checksum, self._blocks(file, uniform))
+            return combined((str(number), one) for number, one in enumerate(checksums))
+
+        collected = {} if tokens is None else layer_readings(self.source, self.workers)
+        return collected | {file.name: partial(read, file) for file in self.plan.files}
+
+    def _get_importance(self, tokens: TokenSet | None, journal: Journal, record: SourceRecord) -> None:
         """Collect an importance matrix where one is asked for, and put it together with those that were given."""
         matrices = list(self.given)
         if tokens is not None:
             self.log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
-            path = collect_imatrix(self.source, tokens, self.out, self.work, journal, self.workers, self.progress)
+            path = collect_imatrix(
+                self.source, tokens, self.out, self.work, journal, record, self.workers, self.progress
+            )
             require_published(path, journal.units[IMATRIX_NAME]["size"])
             matrices.append(read_imatrix(path))
         if not matrices:
@@ -268,19 +280,23 @@ class _Run:
             self.done += weights
             return
         with GgufWriter(self.out, file, journal.staged(file.name)) as writer:
-            snr_db = self._write(file, writer)
+            snr_db, read = self._write(file, writer)
             record = writer.finish()
             journal.announce([record])
             writer.publish()
-        journal.commit(file.name, {"size": record.size, "sha256": record.sha256, "snr_db": snr_db})
+        journal.commit(file.name, {"size": record.size, "sha256": record.sha256, "snr_db": snr_db, READ: read})
 
-    def _write(self, file: FileLayout, writer: GgufWriter) -> dict[str, float | None]:
-        """Encode and write a file's tensors; each one's signal to noise on the sampled rows, in decibels."""
+    def _write(self, file: FileLayout, writer: GgufWriter) -> tuple[dict[str, float | None], str]:
+        """Encode and write a file's tensors.
+
+        Gives each one's signal to noise on the sampled rows, in decibels, and the checksum of what was read.
+        """
         snr_db: dict[str, float | None] = {}
-        encoded = self.workers.map(_encode, self._blocks(file))
+        checksums: list[int] = []
+        encoded = self.workers.map(_encode, self._blocks(file, self.columns))
         for name, group in itertools.groupby(encoded, key=lambda one: one.name):
             errors: list[SquaredError] = []
-            writer.write_blocks(name, self._counted(group, errors))
+            writer.write_blocks(name, self._counted(group, errors, checksums))
             snr = sum(errors, SquaredError()).snr_db
             floor = floor_db(self.plan.types[name], self.importance is not None)
             if not snr >= floor:
@@ -290,21 +306,22 @@ class _Run:
                     hint="Nothing of this file was kept. If memory is sound, this is a bug.",
                 )
             snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
-        return snr_db
+        return snr_db, combined((str(number), one) for number, one in enumerate(checksums))
 
-    def _counted(self, group: Iterator[_Encoded], errors: list[SquaredError]) -> Iterator[Tensor]:
+    def _counted(self, group: Iterator[_Encoded], errors: list[SquaredError], checksums: list[int]) -> Iterator[Tensor]:
         for one in group:
             errors.append(one.error)
+            checksums.append(one.checksum)
             yield one.data
             self.done += one.weights
             self.progress(one.name, self.done, self.weights)
 
-    def _blocks(self, file: FileLayout) -> Iterator[_Block]:
+    def _blocks(self, file: FileLayout, columns: Importance) -> Iterator[_Block]:
         for info in file.tensors:
             tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
-            importance = self.columns if tensor.quantizable else uniform
-            for rows, columns in weighted_blocks(self.source, tensor, importance):
-                yield _Block(tensor.name, type, rows, columns)
+            importance = columns if tensor.quantizable else uniform
+            for rows, weights in weighted_blocks(self.source, tensor, importance):
+                yield _Block(tensor.name, type, rows, weights)
 
     def _finish(self, journal: Journal) -> dict[str, Any]:
         plan = self.plan
@@ -312,7 +329,7 @@ class _Run:
             "qconv": __version__,
             "source": self.source.checkpoint.path.resolve().name,
             "format": f"gguf:{plan.file_type}",
-            "fingerprints": journal.fingerprints,
+            "fingerprints": lasting(journal.fingerprints),
             "recipe": self.recipe.model_dump(mode="json"),
             "imatrix": self._imatrix_values(),
             "parameters": self.weights,
@@ -362,10 +379,16 @@ class _Encoded:
     data: Tensor
     weights: int
     error: SquaredError
+    checksum: int
 
 
 def _encode(block: _Block) -> _Encoded:
     data = encode(block.rows, encoder(block.type), block.importance)
     reference = block.rows[:SAMPLED_ROWS].float().contiguous()
     error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type))
-    return _Encoded(block.name, data, block.rows.numel(), error)
+    return _Encoded(block.name, data, block.rows.numel(), error, _checksum(block))
+
+
+def _checksum(block: _Block) -> int:
+    rows = block.rows.contiguous().view(-1).view(torch.uint8)
+    return zlib.crc32(rows.numpy().data) if rows.numel() else 0

@@ -10,17 +10,19 @@ from typing import Any
 from qconv import __version__
 from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import build_tokens
-from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, scratch_bytes, versions
+from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, layer_readings, scratch_bytes
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.gguf.imatrix import read_imatrix
 from qconv.gguf.metadata import require_expressible
 from qconv.gguf.names import gguf_tensors
 from qconv.gguf.recipe import ImatrixSettings
 from qconv.gguf_report import Coverage
+from qconv.inputs import fingerprints, lasting
 from qconv.manifest import WORK_FOLDER, locked
 from qconv.output import FolderState, Outcome, already_complete, begin, enter, publish, require_apart
 from qconv.ownership import remove_claimed
 from qconv.parallel import Workers
+from qconv.readings import SourceRecord
 from qconv.recipe import TextSettings
 from qconv.source import Source
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
@@ -68,29 +70,27 @@ def write_model_imatrix(
         state = enter(out)
         tokens = build_tokens(text, source.checkpoint.path)
         log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
-        fingerprints = {
-            "weights": source.checkpoint.fingerprint(),
-            "recipe": "imatrix",
-            "calibration data": tokens.digest,
-            "versions": versions(),
-        }
+        belongs = fingerprints(source, "imatrix", tokens, adds_up=True)
         if state is FolderState.COMPLETE and not restart:
-            return already_complete(out, fingerprints)
+            return already_complete(out, belongs)
         work = out / WORK_FOLDER
 
         def needed(committed: Collection[str]) -> int:
             return 0 if IMATRIX_NAME in committed else scratch_bytes(described, tokens, work)
 
-        journal, resumed = begin(out, fingerprints, [IMATRIX_NAME, REPORT_NAME], needed, restart=restart)
+        journal, resumed = begin(out, belongs, [IMATRIX_NAME, REPORT_NAME], needed, restart=restart)
         if resumed:
             log(f"resuming: {len(journal.units)} of {len(described.layers)} layers are collected")
-        path = collect_imatrix(source, tokens, out, work, journal, workers, progress)
+        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers))
+        record.require_unchanged(progress)
+        path = collect_imatrix(source, tokens, out, work, journal, record, workers, progress)
+        record.require_unchanged(progress)
         coverage = Coverage.of(read_imatrix(path), tensors, ImatrixSettings().shrinkage_tokens)
         report: dict[str, Any] = {
             "qconv": __version__,
             "source": source.checkpoint.path.resolve().name,
             "format": "imatrix",
-            "fingerprints": journal.fingerprints,
+            "fingerprints": lasting(journal.fingerprints),
             "calibration": text.model_dump(mode="json"),
             "datasets": [tokens.source],
             "coverage": coverage.values(),

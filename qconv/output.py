@@ -17,7 +17,7 @@ from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import ShardRecord, output_errors, write_atomically
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from qconv.manifest import JOURNAL_NAME, Journal, require_same
+from qconv.manifest import JOURNAL_NAME, Journal, require_fingerprints, require_same
 from qconv.ownership import (
     LEDGER_NAME,
     WORK_FOLDER,
@@ -86,11 +86,12 @@ def already_complete(out: Path, fingerprints: Mapping[str, str]) -> Outcome:
     """The outcome of asking for a build that is complete already.
 
     Raises:
-        CheckpointError: its report cannot be read.
+        ArtifactError: its report cannot be read.
         StaleJournalError: it was made from other inputs.
     """
     report = finished_report(out)
-    require_same(out, report["fingerprints"], fingerprints)
+    # A whole build was made with one arithmetic, whichever that was.
+    require_same(out, report["fingerprints"], fingerprints, ignored=["arithmetic"])
     remove_claimed(out / WORK_FOLDER)
     return Outcome(out, report, already_complete=True)
 
@@ -220,11 +221,11 @@ def finished_report(out: Path) -> dict[str, Any]:
     """The report of a finished build.
 
     Raises:
-        CheckpointError: it cannot be read or names no fingerprints.
+        ArtifactError: it cannot be read or names no fingerprints.
     """
-    report = read_json(out / REPORT_NAME)
-    if not isinstance(report.get("fingerprints"), dict):
-        raise CheckpointError(f"{out / REPORT_NAME}: names no fingerprints.", hint="Start over with --restart.")
+    path = out / REPORT_NAME
+    report = read_json(path)
+    require_fingerprints(report.get("fingerprints"), str(path), "Start over with --restart.")
     return report
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from qconv import __version__
 from qconv.build import Build
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerReport
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.committer import UnitWriter
 from qconv.heap import return_freed_memory
+from qconv.inputs import fingerprints, lasting
 from qconv.manifest import WORK_FOLDER, Journal, locked
 from qconv.methods import fp8, rtn
 from qconv.methods.base import assemble
@@ -43,6 +41,7 @@ from qconv.ownership import remove_claimed
 from qconv.parallel import Workers, default_workers
 from qconv.plan import BuildPlan, Item, Module, Unit, make_plan, modelled_costs
 from qconv.qtensor import CHANNEL, QTensor
+from qconv.readings import READ, SourceRecord, checksum
 from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
@@ -137,26 +136,31 @@ class _Run:
         if self.plan.needs_calibration:
             self.tokens = build_tokens(self.recipe.calibration, self.source.checkpoint.path)
             self.log(f"calibration: {self.tokens.ids.numel():,} tokens of {self.tokens.source}")
-        fingerprints = self._fingerprints()
+        belongs = self._fingerprints()
         if state is FolderState.COMPLETE and not restart:
-            return already_complete(self.out, fingerprints)
+            return already_complete(self.out, belongs)
         names = [*planned_files(self.plan), *companion_names(self.source)]
-        journal, resumed = begin(self.out, fingerprints, names, self._needed, restart=restart)
+        journal, resumed = begin(self.out, belongs, names, self._needed, restart=restart)
         if resumed:
             self.log(f"resuming: {len(journal.units)} of {len(self.plan.units)} units are committed")
-        self._units(journal)
+        record = SourceRecord(self.source.checkpoint, journal, self._readings())
+        record.require_unchanged(self.progress)
+        self._units(journal, record)
+        record.require_unchanged(self.progress)
         return Outcome(self.out, self._finish(journal), already_complete=False)
 
     def _fingerprints(self) -> dict[str, str]:
-        versions = {"qconv": __version__, "torch": torch.__version__, "machine": platform.machine()}
-        if self.tokens is not None:
-            versions["transformers"] = version("transformers")
-        return {
-            "weights": self.source.checkpoint.fingerprint(),
-            "recipe": self.recipe.digest(),
-            "calibration data": "none" if self.tokens is None else self.tokens.digest,
-            "versions": " ".join(f"{name}={number}" for name, number in sorted(versions.items())),
-        }
+        # The search of clipping ranges compares sums, whose order is torch's.
+        return fingerprints(self.source, self.recipe.digest(), self.tokens, adds_up=self.recipe.searches_clipping)
+
+    def _readings(self) -> dict[str, Callable[[], str]]:
+        """By unit what reads its part of the source again, and gives the checksum of it."""
+
+        def read(unit: Unit) -> str:
+            names = (name for item in unit.items for name, _ in item.module.tensors())
+            return checksum(self.source.checkpoint, names, self.workers)
+
+        return {unit.key: partial(read, unit) for unit in self.plan.units}
 
     def _needed(self, committed: Collection[str]) -> int:
         """Bytes of disk that a run still needs that has committed some units."""
@@ -165,9 +169,9 @@ class _Run:
         present = sum(file.stat().st_size for file in self.work.glob("*.bin"))
         return pending + max(0, scratch - present)
 
-    def _units(self, journal: Journal) -> None:
+    def _units(self, journal: Journal, record: SourceRecord) -> None:
         """The loop: every unit that is not committed yet."""
-        calibrated = self._calibrated_units(journal) if self._pending_layers(journal) else None
+        calibrated = self._calibrated_units(journal, record) if self._pending_layers(journal) else None
         for unit in self.plan.units:
             self._show(unit)
             if unit.layer is not None and calibrated is not None and self.tokens is not None:
@@ -177,7 +181,7 @@ class _Run:
             else:
                 sizes = (item.size for item in unit.items)
                 packed = self.workers.map(lambda item: self._pack(self._rounded(item)), unit.items, sizes)
-                self._commit(unit, packed, {}, LayerReport(), journal)
+                self._commit(unit, packed, {}, LayerReport(), record)
             self.done += unit.weights
             return_freed_memory()
         self._await_commit()
@@ -189,7 +193,7 @@ class _Run:
     def _pending_layers(self, journal: Journal) -> bool:
         return any(unit.layer is not None and unit.key not in journal.units for unit in self.plan.units)
 
-    def _calibrated_units(self, journal: Journal) -> Callable[[Unit], None] | None:
+    def _calibrated_units(self, journal: Journal, record: SourceRecord) -> Callable[[Unit], None] | None:
         """What makes a calibrated layer, or None if the method needs no calibration."""
         if self.tokens is None:
             return None
@@ -213,7 +217,7 @@ class _Run:
                     pass
             else:
                 packed = self.workers.map(self._pack, modules)
-                self._commit(unit, packed, context.scales, context.report, journal)
+                self._commit(unit, packed, context.scales, context.report, record)
             # A layer's outputs may only count as made once the layer itself is safe.
             self._await_commit()
             calibration.advance(context)
@@ -244,11 +248,11 @@ class _Run:
         modules: Generator[_Packed, None, None],
         scales: Mapping[str, Tensor],
         report: LayerReport,
-        journal: Journal,
+        record: SourceRecord,
     ) -> None:
         """Write a unit; it is checked and published while the next one is worked on, one unit at a time."""
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(UnitWriter(self.out, self.plan, unit, journal.staged))
+            writer = stack.enter_context(UnitWriter(self.out, self.plan, unit, record.journal.staged))
             made = stack.enter_context(contextlib.closing(modules))
             for packed in self._shown(unit, made):
                 for name, blocks in packed.tensors:
@@ -258,10 +262,11 @@ class _Run:
 
         def publish() -> None:
             with written:
-                committed = writer.commit(self.source, scales, self.workers, journal.announce)
+                committed = writer.commit(self.source, scales, self.workers, record.journal.announce)
             files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
             outcome = dataclasses.asdict(report)
-            journal.commit(unit.key, {"files": files, "snr_db": committed.snr_db, "report": outcome})
+            made = {"files": files, "snr_db": committed.snr_db, "report": outcome, READ: committed.read}
+            record.commit(unit.key, made)
 
         self.committing = self.committer.submit(publish)
 
@@ -292,7 +297,7 @@ class _Run:
         """Complete the folder, check it as a whole, and only then write the checksums that call it complete."""
         corpus = None if self.tokens is None else self.tokens.source
         name = self.source.checkpoint.path.resolve().name
-        report = Report.make(self.plan, name, journal.fingerprints, corpus, journal.units)
+        report = Report.make(self.plan, name, lasting(journal.fingerprints), corpus, journal.units)
         small = companion_files(self.source, self.plan, report)
         publish(self.out, journal, small)
         names = sorted({*small, *(file["name"] for record in journal.units.values() for file in record["files"])})

@@ -142,3 +142,70 @@ def test_a_folder_that_is_not_there_cannot_be_locked(tmp_path: Path) -> None:
 def test_lines_are_json_without_times(path: Path) -> None:
     for line in path.read_text().splitlines():
         assert not {"time", "date", "seconds", "duration"} & json.loads(line).keys()
+
+
+def test_a_line_whose_text_was_changed_is_named_though_it_is_what_qconv_might_write(path: Path) -> None:
+    lines = path.read_bytes().splitlines()
+    for old, new in ((b'"size":1', b'"size":2'), (b'"x"', b'"y"'), (b'"files":[', b'"fyles":['), (b"0000", b"0001")):
+        assert old in lines[3]
+        path.write_bytes(b"\n".join([*lines[:3], lines[3].replace(old, new, 1), lines[4]]) + b"\n")
+        with pytest.raises(ArtifactError, match="line 4 is damaged: it does not have its checksum"):
+            Journal.load(path)
+
+
+@pytest.mark.parametrize("fingerprints", [5, [], {"weights": 5}, {"weights": None}, None])
+def test_fingerprints_that_are_no_text_are_damage(path: Path, fingerprints: object) -> None:
+    lines = path.read_bytes().splitlines()
+    lines[0] = json.dumps({"kind": "start", "fingerprints": fingerprints}).encode()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(ArtifactError, match="line 1 is damaged"):
+        Journal.load(path)
+
+
+def test_a_line_of_brackets_is_damage(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000 + b"\n")  # beyond the parser's recursion limit
+    with pytest.raises(ArtifactError, match="line 1 is damaged"):
+        Journal.load(path)
+
+
+def test_a_folder_in_the_journals_place_is_an_error_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(OutputError):
+        Journal.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "there", "now"),
+    [
+        # The versions that are equal are left out, and the others are whole however long they are.
+        (
+            "machine=x86_64 qconv=0.1.0",
+            "machine=x86_64 qconv=0.1.0.dev2026",
+            "qconv=0.1.0 there",
+            "qconv=0.1.0.dev2026",
+        ),
+        ("machine=x86_64", "machine=x86_64 transformers=5.0", "transformers=none", "transformers=5.0"),
+        ("a" * 64, "b" * 64, "a" * 12 + " there", "b" * 12 + " now"),
+        # Digests joined by a plus that differ in the second one alone.
+        ("a" * 64 + "+" + "b" * 64, "a" * 64 + "+" + "c" * 64, "b" * 64, "c" * 64),
+        ("some words", "some words more", "some words there", "some words more now"),
+    ],
+)
+def test_what_is_shown_of_two_values_tells_them_apart(
+    tmp_path: Path, found: str, wanted: str, there: str, now: str
+) -> None:
+    with pytest.raises(StaleJournalError) as caught:
+        require_same(tmp_path, {"key": found}, {"key": wanted})
+    _, _, shown = caught.value.message.partition("(key: ")
+    left, _, right = shown.partition(" there, ")
+    assert left != right.removesuffix(" now).")
+    assert there in shown
+    assert now in shown
+    assert "x86_64" not in shown
+
+
+def test_another_arithmetic_is_named_with_the_processors(tmp_path: Path) -> None:
+    there, now = {"arithmetic": "cpu=aa", "processor": "EPYC"}, {"arithmetic": "cpu=bb", "processor": "Xeon"}
+    with pytest.raises(StaleJournalError, match=r"arithmetic: cpu=aa \(EPYC\) there, cpu=bb \(Xeon\) now"):
+        require_same(tmp_path, there, now)
+    require_same(tmp_path, there, now, ignored=["arithmetic"])
+    require_same(tmp_path, there, {"arithmetic": "cpu=aa", "processor": "Xeon"})  # another name of the same arithmetic

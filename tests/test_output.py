@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qconv.checkpoint.writer import ShardRecord
-from qconv.errors import CheckpointError, OutputError, UsageError
+from qconv.errors import ArtifactError, OutputError, UsageError
 from qconv.output import (
     FolderState,
     begin,
@@ -232,7 +232,7 @@ def test_too_little_disk_is_said_before_the_work(small_disk: Callable[[int], Pat
 
 
 def test_a_report_without_fingerprints_is_refused(tmp_path: Path) -> None:
-    for text in ("{}", '{"fingerprints": 3}', "{"):
+    for text in ("{}", '{"fingerprints": 3}', '{"fingerprints": {"weights": 3}}', "{"):
         (tmp_path / "qconv-report.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"qconv-report\.json"):
+        with pytest.raises(ArtifactError, match=r"qconv-report\.json"):
             finished_report(tmp_path)

@@ -7,22 +7,20 @@ work folder until all of them become one.
 
 from __future__ import annotations
 
-import platform
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from qconv import __version__
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.forward import Decoder
 from qconv.calibration.squares import InputSquares, LayerPass, collect_squares
 from qconv.calibration.stream import LayerStream
-from qconv.checkpoint.writer import sha256_of
-from qconv.errors import OutputError
+from qconv.checkpoint.writer import is_same
+from qconv.errors import VerificationError
 from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.manifest import Journal
@@ -30,6 +28,7 @@ from qconv.models import Architecture
 from qconv.models.base import Layer
 from qconv.ownership import claim, remove_claimed
 from qconv.parallel import Workers
+from qconv.readings import READ, SourceRecord, checksum
 from qconv.source import Source
 
 IMATRIX_NAME = "imatrix.gguf"
@@ -44,6 +43,7 @@ def collect_imatrix(
     out: Path,
     work: Path,
     journal: Journal,
+    record: SourceRecord,
     workers: Workers,
     progress: Progress,
 ) -> Path:
@@ -55,33 +55,28 @@ def collect_imatrix(
         out: The folder that gets the finished file.
         work: The folder of the activations and of each layer's sums.
         journal: Records both.
+        record: What was read of the source.
         workers: Threads; each holds one expert.
         progress: Told the layer at work, the weights passed and the weights in all.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite.
-        OutputError: the disk is full, or what was collected is gone.
+        OutputError: the disk is full.
+        VerificationError: what was collected is gone or damaged.
         UsageError: the model has no GGUF form.
     """
     path = out / IMATRIX_NAME
     if IMATRIX_NAME not in journal.units:
         layers = source.architecture.layers
         if any(_key(layer) not in journal.units for layer in layers):
-            _collect_layers(source, tokens, work, journal, workers, progress)
+            _collect_layers(source, tokens, work, journal, record, workers, progress)
         parts = [_collected(work, layer, journal) for layer in layers]
         entries = ChainMap(*(cast(MutableMapping[str, Entry], part.entries) for part in parts))
         matrix = Imatrix(entries, (tokens.source,), tokens.ids.shape[1])
-        record = write_imatrix(path, matrix, journal.staged(path.name), journal.announce)
-        journal.commit(IMATRIX_NAME, {"size": record.size, "sha256": record.sha256})
+        written = write_imatrix(path, matrix, journal.staged(path.name), journal.announce)
+        journal.commit(IMATRIX_NAME, {"size": written.size, "sha256": written.sha256})
     remove_claimed(work, (".bin", ".gguf"))
     return path
-
-
-def versions() -> str:
-    """What the collected bytes depend on besides weights and tokens."""
-    found = {"qconv": __version__, "torch": torch.__version__, "machine": platform.machine()}
-    found["transformers"] = version("transformers")
-    return " ".join(f"{name}={number}" for name, number in sorted(found.items()))
 
 
 def scratch_bytes(model: Architecture, tokens: TokenSet, work: Path) -> int:
@@ -98,7 +93,13 @@ def layer_weights(model: Architecture) -> int:
 
 
 def _collect_layers(
-    source: Source, tokens: TokenSet, work: Path, journal: Journal, workers: Workers, progress: Progress
+    source: Source,
+    tokens: TokenSet,
+    work: Path,
+    journal: Journal,
+    record: SourceRecord,
+    workers: Workers,
+    progress: Progress,
 ) -> None:
     model = source.architecture
     tensors = gguf_tensors(model)
@@ -123,8 +124,9 @@ def _collect_layers(
         # Once its outputs count as made nothing computes the layer again: its sums must be safe before.
         matrix = Imatrix(entries, (tokens.source,), tokens.ids.shape[1])
         path = claim(_path(work, layer))
-        record = write_imatrix(path, matrix, journal.staged(path.name))
-        journal.commit(_key(layer), {"size": record.size, "sha256": record.sha256})
+        written = write_imatrix(path, matrix, journal.staged(path.name))
+        read = checksum(source.checkpoint, _read_for(source, layer), workers)
+        record.commit(_key(layer), {"size": written.size, "sha256": written.sha256, READ: read})
         stream.advance(layer.index, space)
 
 
@@ -139,6 +141,18 @@ def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares
     return entries
 
 
+def layer_readings(source: Source, workers: Workers) -> dict[str, Callable[[], str]]:
+    """By the journal's keys of the layers what reads again that for which they were collected; gives its checksum."""
+    layers = source.architecture.layers
+    return {_key(layer): partial(checksum, source.checkpoint, _read_for(source, layer), workers) for layer in layers}
+
+
+def _read_for(source: Source, layer: Layer) -> list[str]:
+    """The tensors that the pass through a layer reads; the first one's inputs are made of the embedding."""
+    names = [name for name, _ in layer.tensors()]
+    return names if layer.index else [source.architecture.embedding.weight, *names]
+
+
 def _key(layer: Layer) -> str:
     return f"imatrix-{layer.index:05d}"
 
@@ -149,8 +163,8 @@ def _path(work: Path, layer: Layer) -> Path:
 
 def _collected(work: Path, layer: Layer, journal: Journal) -> Imatrix:
     path, record = _path(work, layer), journal.units[_key(layer)]
-    if not path.is_file() or path.stat().st_size != record["size"] or sha256_of(path) != record["sha256"]:
-        raise OutputError(
+    if not is_same(path, record["size"], record["sha256"]):
+        raise VerificationError(
             f"{path}: was collected but is now missing or changed.", hint="Put it back, or start over with --restart."
         )
     return read_imatrix(path)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.layer import Workspace, inputs_file
-from qconv.checkpoint.writer import sha256_of
+from qconv.checkpoint.writer import is_same
 from qconv.manifest import Journal
 from qconv.source import Source
 
@@ -74,17 +74,19 @@ class LayerStream:
         return inputs_file(self._work, index, self._ids.numel(), self._source.architecture.hidden_size)
 
     def _find_or_start(self) -> int:
+        embedding = self._source.architecture.embedding.weight
         for index, record in self._journal.activations.items():
             path = self._inputs(index).path
-            if path.exists() and path.stat().st_size == record["size"] and sha256_of(path) == record["sha256"]:
+            # Of the embedding nothing need be committed yet: whether it is still the same must be seen here.
+            same = index > 0 or record["read"] == self._source.checkpoint.crc32(embedding)
+            if same and is_same(path, record["size"], record["sha256"]):
                 return index
-        first = self._inputs(0).create()
-        embedding = self._source.architecture.embedding.weight
+        first, read = self._inputs(0).create(), self._source.checkpoint.crc32(embedding)
         ids = self._ids.flatten().long()
         for start, stop in first.windows():
             first.write(start, self._source.checkpoint.gather(embedding, ids[start:stop]).float())
-        self._seal(0, first)
+        self._seal(0, first, read)
         return 0
 
-    def _seal(self, index: int, file: ActivationFile) -> None:
-        self._journal.commit_activations(index, file.nbytes, file.seal())
+    def _seal(self, index: int, file: ActivationFile, read: int | None = None) -> None:
+        self._journal.commit_activations(index, file.nbytes, file.seal(), read)

@@ -166,6 +166,15 @@ class Dequantized(Checkpoint):
             digest.update(map_tensor(entry).view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def crc32(self, name: str, value: int = 0) -> int:
+        """Of the stored tensor and, if it has one, of its scale.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        value = self.stored.crc32(name, value)
+        return self.stored.crc32(self.scales[name].name, value) if name in self.scales else value
+
     def read(self, name: str) -> Tensor:
         """The dense tensor.
 

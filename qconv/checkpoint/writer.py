@@ -63,6 +63,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_same(path: Path, size: int, sha256: str) -> bool:
+    """Whether a path is a file that holds what it should.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    with output_errors(path):
+        return path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+
+
 def sync_folder(path: Path) -> None:
     """Make renames in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -14,13 +14,14 @@ from torch.nn import functional
 from qconv.calibration import layer as layer_module
 from qconv.calibration import squares
 from qconv.calibration.corpus import TokenSet, build_tokens
-from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix
+from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings
 from qconv.calibration.stream import LayerStream
-from qconv.errors import OutputError
+from qconv.errors import VerificationError
 from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix
 from qconv.manifest import Journal
 from qconv.models.base import Mlp, Moe
 from qconv.parallel import Workers
+from qconv.readings import SourceRecord
 from qconv.recipe import TextSettings
 from qconv.source import Source
 from tests.calibration.test_forward import Float32File
@@ -44,7 +45,8 @@ def collect(model: Path, out: Path, text: TextSettings = TEXT, threads: int = 2)
     journal = Journal.create(work / "journal.jsonl", {})
     with Workers(threads) as workers:
         tokens = build_tokens(text, model)
-        return collect_imatrix(source, tokens, out, work, journal, workers, lambda *_: None)
+        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers))
+        return collect_imatrix(source, tokens, out, work, journal, record, workers, lambda *_: None)
 
 
 @pytest.fixture
@@ -220,7 +222,8 @@ def resume(source: Source, tokens: TokenSet, out: Path, progress: Any) -> Path:
     path = work / "journal.jsonl"
     journal = Journal.load(path) or Journal.create(path, {})
     with Workers(2) as workers:
-        return collect_imatrix(source, tokens, out, work, journal, workers, progress)
+        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers))
+        return collect_imatrix(source, tokens, out, work, journal, record, workers, progress)
 
 
 def test_a_crash_between_sums_and_outputs_repeats_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +253,6 @@ def test_sums_that_were_changed_are_not_used(tmp_path: Path) -> None:
             data[-1] ^= 1
             path.write_bytes(data)
 
-    with pytest.raises(OutputError, match=r"imatrix-00000\.gguf: was collected but is now missing or changed"):
+    with pytest.raises(VerificationError, match=r"imatrix-00000\.gguf: was collected but is now missing or changed"):
         resume(source, tokens, tmp_path / "out", damage)
     assert not (tmp_path / "out" / IMATRIX_NAME).exists()
