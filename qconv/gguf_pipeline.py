@@ -98,10 +98,11 @@ def quantize_gguf(
     """
     require_apart(model, out)
     source = Source.open(model)
+    source.require_publishable()
     for notice in source.notices():
         log(f"source: {notice}")
     given = [read_imatrix(Path(file)) for file in recipe.imatrix.files]
-    plan, text = _decide(source, recipe, f"{model.resolve().name}-{recipe.type}")
+    plan, text = _decide(source, recipe, f"{source.name}-{recipe.type}")
     if given:
         _require_coverage(plan, recipe, merge(given), complete=text is None)
     if text is not None and recipe.calibration is None:
@@ -327,7 +328,7 @@ class _Run:
         plan = self.plan
         report = {
             "qconv": __version__,
-            "source": self.source.checkpoint.path.resolve().name,
+            "source": self.source.name,
             "format": f"gguf:{plan.file_type}",
             "fingerprints": lasting(journal.fingerprints),
             "recipe": self.recipe.model_dump(mode="json"),

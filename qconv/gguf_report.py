@@ -18,6 +18,7 @@ from torch import Tensor
 from qconv.errors import UsageError
 from qconv.gguf.imatrix import Imatrix
 from qconv.gguf.names import GgufTensor
+from qconv.printable import markdown_block, markdown_code, markdown_text
 
 WEAKEST = 10
 """Experts that a report names."""
@@ -118,13 +119,13 @@ def model_card(report: Mapping[str, Any]) -> str:
     figures = {name: one["snr_db"] for name, one in report["tensors"].items() if one["snr_db"] is not None}
     lines = [
         f"---\n{front}---",
-        f"# {report['source']}, {report['format']}",
+        f"# {markdown_text(report['source'])}, {report['format']}",
         f"Written for llama.cpp with qconv {report['qconv']}, straight from the source's shards: "
         f"{report['bits_per_weight']:.2f} bits per weight over all {report['parameters']:,} parameters. "
         + (
-            f"Give llama.cpp the first of {len(report['files'])} files, `{report['files'][0]}`."
+            f"Give llama.cpp the first of {len(report['files'])} files, {markdown_code(report['files'][0])}."
             if len(report["files"]) > 1
-            else f"The model is `{report['files'][0]}`."
+            else f"The model is {markdown_code(report['files'][0])}."
         ),
         _table(("type", "tensors"), [(name, str(count)) for name, count in sorted(types.items())]),
         "## Importance matrix",
@@ -140,7 +141,7 @@ def model_card(report: Mapping[str, Any]) -> str:
                 [(f"`{name}`", report["tensors"][name]["type"], f"{figures[name]:.1f}") for name in worst],
             ),
         ]
-    lines += ["## Recipe", f"```yaml\n{yaml.safe_dump(report['recipe'], sort_keys=False)}```"]
+    lines += ["## Recipe", markdown_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml")]
     lines.append(
         "`qconv-report.json` holds every tensor's figures. `qconv verify . --against SOURCE` checks this folder "
         "against the source again; `sha256sum -c SHA256SUMS` checks the files alone."
@@ -152,7 +153,7 @@ def _imatrix_lines(imatrix: Mapping[str, Any] | None) -> list[str]:
     if imatrix is None:
         return ["None: every column of a weight counts alike."]
     coverage = imatrix["coverage"]
-    lines = [f"Collected on {'; '.join(imatrix['datasets']) or 'what its file does not say'}."]
+    lines = [f"Collected on {markdown_text('; '.join(imatrix['datasets'])) or 'what its file does not say'}."]
     if imatrix["file"] is not None:
         lines.append(f"`{imatrix['file']}` is what qconv collected, in the form that llama.cpp's programs read.")
     lines.append(f"{coverage['covered']} of {coverage['weights']} weights in the layers have an importance.")

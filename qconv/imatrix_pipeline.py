@@ -59,6 +59,7 @@ def write_model_imatrix(
     """
     require_apart(model, out)
     source = Source.open(model)
+    name = source.name
     for notice in source.notices():
         log(f"source: {notice}")
     described = source.architecture
@@ -88,7 +89,7 @@ def write_model_imatrix(
         coverage = Coverage.of(read_imatrix(path), tensors, ImatrixSettings().shrinkage_tokens)
         report: dict[str, Any] = {
             "qconv": __version__,
-            "source": source.checkpoint.path.resolve().name,
+            "source": name,
             "format": "imatrix",
             "fingerprints": lasting(journal.fingerprints),
             "calibration": text.model_dump(mode="json"),

@@ -6,6 +6,7 @@ import enum
 import fnmatch
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
 from qconv.checkpoint.reader import INDEX_NAME, read_json
-from qconv.checkpoint.writer import ShardRecord, output_errors, write_atomically
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, write_atomically
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from qconv.manifest import JOURNAL_NAME, Journal, require_fingerprints, require_same
 from qconv.ownership import (
@@ -31,11 +32,14 @@ from qconv.ownership import (
     within,
 )
 from qconv.plan import BuildPlan
+from qconv.printable import name_of
 from qconv.report import Report
 from qconv.rope import in_both_spellings
 from qconv.source import COMPANION_PATTERNS, Source
 from qconv.verification.checksums import CHECKSUMS_NAME, parse_checksums
 
+_LONGEST_NAME = 255
+"""Bytes; of every common file system on Linux."""
 _FIXED_NAMES = frozenset({INDEX_NAME, "config.json", "README.md", REPORT_NAME, CHECKSUMS_NAME, "imatrix.gguf"})
 _NUMBERED_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + SCALES_FOLDER + r"/layer-\d{5}\.safetensors")
 
@@ -114,12 +118,14 @@ def begin(
         restart: Discard what ``out`` holds; until the new run has begun nothing of it is lost.
 
     Raises:
+        UsageError: a file's name would be too long.
         OutputError: ``out`` holds something that qconv did not write, where the run would write or, if it is to be
             discarded, anywhere; or it cannot be written, or the disk is too small.
         ArtifactError: the earlier run's journal is damaged.
         StaleJournalError: the earlier run had other inputs.
     """
     wanted = [*names, CHECKSUMS_NAME]
+    _require_storable(wanted)
     if restart:
         owned = owned_files(out)
         require_own(out, owned)
@@ -133,6 +139,17 @@ def begin(
     require_free(out, (name for name in wanted if name not in kept), journal.files)
     require_disk(out, needed(journal.units))
     return journal, resumed
+
+
+def _require_storable(names: Iterable[str]) -> None:
+    """Check that a file system takes the names, and those of the same files while they are written.
+
+    Raises:
+        UsageError: one is too long.
+    """
+    for name in names:
+        if len(os.fsencode(f"{Path(name).name}{TEMPORARY_SUFFIX}")) > _LONGEST_NAME:
+            raise UsageError(f"{name_of(name)}: is too long for a file's name.", hint="Rename the model's folder.")
 
 
 def owned_files(out: Path) -> dict[str, frozenset[str] | None]:

@@ -82,6 +82,7 @@ def quantize(
     """
     require_apart(model, out)
     source = Source.open(model)
+    source.require_publishable()
     for notice in source.notices():
         log(f"source: {notice}")
     plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
@@ -296,8 +297,7 @@ class _Run:
     def _finish(self, journal: Journal) -> dict[str, Any]:
         """Complete the folder, check it as a whole, and only then write the checksums that call it complete."""
         corpus = None if self.tokens is None else self.tokens.source
-        name = self.source.checkpoint.path.resolve().name
-        report = Report.make(self.plan, name, lasting(journal.fingerprints), corpus, journal.units)
+        report = Report.make(self.plan, self.source.name, lasting(journal.fingerprints), corpus, journal.units)
         small = companion_files(self.source, self.plan, report)
         publish(self.out, journal, small)
         names = sorted({*small, *(file["name"] for record in journal.units.values() for file in record["files"])})

@@ -15,7 +15,9 @@ MAX_NAME = 200
 
 _ACTING = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 """Unicode's categories of control and format characters, halves of surrogate pairs, private use and line ends."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$-])")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#!|~&$@]|^[-+=]|(?<=\bwww)\.|:(?=//)")
+"""What acts anywhere in a line, at its start, or in an address."""
+_NUMBERED = re.compile(r"^(\d+)([.)])")
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -39,7 +41,26 @@ def name_of(text: str, most: int = MAX_NAME) -> str:
 
 def markdown_text(text: str) -> str:
     """The text for a line of Markdown: printable, and with nothing that Markdown or HTML would take as markup."""
-    return _MARKDOWN.sub(r"\\\1", printable(text))
+    return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", printable(text)))
+
+
+def markdown_code(text: str) -> str:
+    """The text, printable, as code within a line of Markdown, whatever backticks it holds."""
+    shown = printable(text)
+    ticks = _fence(shown, 1)
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{ticks}{pad}{shown}{pad}{ticks}"
+
+
+def markdown_block(text: str, language: str) -> str:
+    """The lines as a block of code, whatever backticks they hold."""
+    ticks = _fence(text, 3)
+    return f"{ticks}{language}\n{printable(text, keep=chr(10))}{ticks}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks in a row than any in the text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _acts(character: str) -> bool:

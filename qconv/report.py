@@ -15,6 +15,7 @@ import yaml
 
 from qconv import __version__
 from qconv.plan import BuildPlan
+from qconv.printable import markdown_block, markdown_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Report:
         )
         lines = [
             f"---\n{front}---",
-            f"# {values['source']}, {values['format']}",
+            f"# {markdown_text(values['source'])}, {values['format']}",
             f"Quantized with qconv {values['qconv']}: method `{method}`, format `{values['format']}`, "
             f"{values['scheme']}; "
             f"{values['bits_per_weight']:.2f} bits per weight over all {values['parameters']:,} parameters, "
@@ -89,7 +90,7 @@ class Report:
             _table(("layer", "least", "mean", "worst module"), [_error_row(layer) for layer in values["layers"]]),
         ]
         lines += self._calibration_lines()
-        lines += ["## Recipe", f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"]
+        lines += ["## Recipe", markdown_block(yaml.safe_dump(recipe, sort_keys=False), "yaml")]
         lines.append(
             "`qconv-report.json` holds every module's figures. `qconv verify . --against SOURCE` checks this folder "
             "against the source again; `sha256sum -c SHA256SUMS` checks the files alone."
@@ -104,7 +105,7 @@ class Report:
         lines = [
             "## Calibration",
             f"{calibration['tokens']:,} tokens in sequences of {calibration['sequence_length']}: "
-            f"{values['calibration_corpus']}.",
+            f"{markdown_text(values['calibration_corpus'])}.",
         ]
         if coverage is not None:
             lines += _coverage_lines(coverage)

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
+from qconv.checkpoint.hub import folder_name, require_inside
 from qconv.checkpoint.reader import Checkpoint, require_finite
 from qconv.errors import CheckpointError
 from qconv.models import Architecture, architecture
 from qconv.models.base import EMBEDDING, HEAD, TIED
+from qconv.printable import printable
 from qconv.rope import in_both_spellings
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -113,10 +115,52 @@ class Source:
             )
         return sentences
 
+    @property
+    def name(self) -> str:
+        """What the model is called: its folder's name.
+
+        Raises:
+            UsageError: no report could hold it.
+        """
+        return folder_name(self.checkpoint.path)
+
     def companions(self) -> list[Path]:
-        """Tokenizer, chat template and generation config, sorted by name."""
-        path = self.checkpoint.path
-        return sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if file.is_file()})
+        """Tokenizer, chat template and generation config, sorted by name.
+
+        Raises:
+            CheckpointError: as :func:`companions`.
+        """
+        return companions(self.checkpoint.path)
+
+    def require_publishable(self) -> None:
+        """Check the model's name and the files that a build takes from it, before any work.
+
+        Raises:
+            UsageError: no report could hold the name.
+            CheckpointError: as :func:`companions`.
+        """
+        _ = self.name
+        self.companions()
+
+
+def companions(path: Path) -> list[Path]:
+    """The files of a model's folder that a build takes over, sorted by name.
+
+    Raises:
+        CheckpointError: one is a link out of the folder, no plain file, or has a name that no list of checksums can
+            hold.
+    """
+    found = sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if not file.is_dir()})
+    for file in found:
+        if printable(file.name) != file.name:
+            raise CheckpointError(
+                f"{printable(str(file))}: its name holds characters that no list of checksums can.",
+                hint="Rename the file, or remove it.",
+            )
+        require_inside(path, file)
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is no plain file.", hint="Remove it.")
+    return found
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from qconv.printable import markdown_text, name_of, printable
+from qconv.printable import markdown_block, markdown_code, markdown_text, name_of, printable
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,41 @@ def test_a_long_name_is_cut_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["# head", "[a](http://b)", "<script>x</script>", "a\n\n# b", "`x`", "*x*", "![i](j)", "&lt;"]
+    "name",
+    [
+        *("# head", "[a](http://b)", "<script>x</script>", "a\n\n# b", "`x`", "*x*", "![i](j)", "&lt;", "_x_", "~~x~~"),
+        *("- item", "+ item", "1. item", "23) item", "===", "---", "www.example.com", "http://a.b", "me@example.com"),
+    ],
 )
 def test_markdown_shows_the_name_and_nothing_else(name: str) -> None:
-    tokens = MarkdownIt().parse(markdown_text(name))
+    tokens = MarkdownIt("commonmark").parse(markdown_text(name))
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     children = tokens[1].children or []
     assert {child.type for child in children} <= {"text", "text_special"}
     assert "".join(child.content for child in children) == printable(name)
+
+
+@pytest.mark.parametrize("address", ["www.example.com", "see www.a.b", "http://a.b", "me@example.com"])
+def test_what_sites_turn_into_links_by_themselves_is_escaped(address: str) -> None:
+    # The autolinks of GitHub's Markdown look for these in the text as it is written.
+    assert not re.search(r"www\.|[^\\]://|[^\\]@", markdown_text(address))
+
+
+def test_an_ordinary_name_stays_as_it_is() -> None:
+    for name in ("tiny-coder-moe", "Qwen3-Coder-480B-A35B", "python-stdlib, seed 0: 8 x 32 tokens of 3 documents (a)"):
+        assert markdown_text(name) == name
+
+
+@pytest.mark.parametrize("name", ["a", "`", "a`b", "``a", "a\n# b", "a\n```\n# b", "```"])
+def test_code_is_one_piece(name: str) -> None:
+    tokens = MarkdownIt("commonmark").parse(f"It is {markdown_code(name)} here.")
+    (code,) = (child for child in tokens[1].children or [] if child.type == "code_inline")
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+    assert code.content == printable(name)
+
+
+@pytest.mark.parametrize("text", ["a: 1\n", "```\n# b\n", "a\n````\n~~~\n", "\x1b[2J\n"])
+def test_a_block_of_code_is_one_piece(text: str) -> None:
+    tokens = MarkdownIt("commonmark").parse(markdown_block(text, "yaml") + "\n\nafter\n")
+    assert [token.type for token in tokens] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+    assert tokens[0].content == printable(text, keep="\n")

@@ -6,9 +6,50 @@ import re
 from pathlib import Path
 
 from qconv.errors import CheckpointError, UsageError
+from qconv.printable import printable
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "merges.txt", "LICENSE*"]
+
+
+def folder_name(path: Path) -> str:
+    """What a model is called: its folder's name.
+
+    Raises:
+        UsageError: it is no UTF-8, or holds line ends or other characters that act instead of showing, so that no
+            report, list of checksums or name of a file could hold it.
+    """
+    name = path.resolve().name
+    if printable(name) != name:
+        raise UsageError(
+            f"{printable(str(path))}: the folder's name holds characters that no report can.",
+            hint="Rename the folder.",
+        )
+    return name
+
+
+def require_inside(folder: Path, file: Path) -> None:
+    """Check that a file that will be published with a build is the model's, and no link to something else.
+
+    Args:
+        folder: The model's folder. If it is a snapshot of the Hub's cache, links into the cache's own blobs are fine.
+        file: A file in it.
+
+    Raises:
+        CheckpointError: it leads elsewhere, or nowhere.
+    """
+    root = folder.resolve()
+    snapshot = root.parent.name == "snapshots"
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself, before Python 3.13
+        raise CheckpointError(f"{file}: is a link that leads nowhere.", hint="Copy the file, or remove it.") from error
+    if target.is_relative_to(root) or (snapshot and target.is_relative_to(root.parent.parent / "blobs")):
+        return
+    raise CheckpointError(
+        f"{file}: is a link out of the model's folder, to {target}, and its content would be published with the build.",
+        hint="Copy the file into the folder, or remove it.",
+    )
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 
 from qconv.build import REPORT_NAME
-from qconv.checkpoint.hub import resolve_model
+from qconv.checkpoint.hub import folder_name, resolve_model
 from qconv.checkpoint.reader import Checkpoint, read_json
 from qconv.checkpoint.writer import sha256_of
 from qconv.errors import CheckpointError, UsageError
@@ -57,7 +57,7 @@ def identify(path: Path) -> Artifact:
     report = _report(path)
     kind: Literal["model", "build"] = "model" if detect(checkpoint.config) is None else "build"
     return Artifact(
-        name=path.resolve().name,
+        name=folder_name(path),
         path=str(path),
         kind=kind,
         sha256=weights,
@@ -106,7 +106,7 @@ def _gguf(path: Path) -> Artifact:
     nbytes = sum(entry.nbytes for entry in made.entries.values())
     told = _told(_report(folder)) | {"bits_per_weight": round(8 * nbytes / numel, 4) if numel else None}
     return Artifact(
-        name=path.resolve().name,
+        name=folder_name(path),
         path=str(path),
         kind="gguf",
         sha256=_digest(made.files),

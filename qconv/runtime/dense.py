@@ -14,7 +14,7 @@ from qconv.errors import OutputError
 from qconv.models.base import Linear, Norm
 from qconv.runtime.files import is_gguf, open_files, require_no_bias
 from qconv.runtime.tokenizer import load_tokenizer
-from qconv.source import COMPANION_PATTERNS
+from qconv.source import companions
 
 
 def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
@@ -64,6 +64,5 @@ def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
     write_atomically(out / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
     if is_gguf(path):
         load_tokenizer(path).save_pretrained(out)
-    for pattern in COMPANION_PATTERNS if path.is_dir() else ():
-        for file in path.glob(pattern):
-            write_atomically(out / file.name, file.read_bytes())
+    for file in companions(path) if path.is_dir() else ():
+        write_atomically(out / file.name, file.read_bytes())
