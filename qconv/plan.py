@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from qconv.checkpoint.header import TensorSpec, encode_header
+from qconv.engines import TRANSFORMERS, limits
 from qconv.errors import RecipeError
+from qconv.fitting import check_shapes, check_skips, group_sizes
 from qconv.formats import get_format
 from qconv.formats.base import Format
 from qconv.models import Architecture
-from qconv.models.base import HEAD, Layer, Linear, Moe, Norm
+from qconv.models.base import HEAD, Layer, Linear, Norm
 from qconv.parallel import default_workers
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
@@ -91,22 +93,19 @@ class BuildPlan:
 
     def notices(self) -> list[str]:
         """What a reader of the build may stumble over, as sentences."""
+        experts = any(".experts." in linear.name for linear in self.quantized)
+        sentences = [str(limit) for limit in limits(self.format.name, self.grid, experts=experts)]
         grid = self.grid
         if not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
-            return []
-        ragged = [
-            linear
-            for linear in self.quantized
-            if linear.out_features % grid.block_rows or linear.in_features % grid.group_size
-        ]
-        if not ragged:
-            return []
-        first = ragged[0]
-        return [
-            f"{len(ragged)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
-            f"{first.name} of {first.out_features} x {first.in_features}: transformers 5 reads their scales wrongly, "
-            "and vLLM refuses them where it fuses linears"
-        ]
+            return sentences
+        ragged = [linear for linear in self.quantized if linear.out_features % grid.block_rows]
+        if ragged:
+            first = ragged[0]
+            sentences.append(
+                f"{len(ragged)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
+                f"{first.name} of {first.out_features} x {first.in_features}: {TRANSFORMERS} refuses or misreads them"
+            )
+        return sentences
 
     def allowance(self, workers: int) -> float:
         """How many weights may be in flight, in the unit that is made and the one that is checked together.
@@ -178,7 +177,8 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
         dtype_of: The stored dtype of each source tensor.
 
     Raises:
-        RecipeError: the format cannot hold the grid or a linear, or linears that engines fuse are treated differently.
+        RecipeError: the format cannot hold the grid or a linear, engines cannot read one, or what is skipped does not
+            fit the model.
     """
     output_format = get_format(recipe.format)
     grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
@@ -189,8 +189,8 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
         )
     if "gptq" in recipe.method and recipe.gptq.ordering == "desc_act":
         grid = _in_act_order(grid, output_format)
-    _check_fused(architecture, recipe)
-    _check_shapes(architecture, recipe, output_format, grid)
+    check_skips(architecture, recipe)
+    check_shapes(architecture, recipe, output_format, grid)
 
     def item(module: Module, quantizable: bool = False) -> Item:
         dense = tuple(TensorSpec(name, dtype_of(name), shape) for name, shape in module.tensors())
@@ -268,6 +268,13 @@ def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
     return problems
 
 
+def topology_group_sizes(plan: BuildPlan, ranks: int) -> list[int]:
+    """The group sizes with which that topology can hold the build; empty where none helps."""
+    sizes = group_sizes(plan.quantized, plan.format, plan.recipe, plan.grid)
+    others = {size: replace(plan, grid=replace(plan.grid, group_size=size)) for size in sizes}
+    return [size for size, other in others.items() if not topology_problems(other, ranks)]
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Modelled costs of a run, in bytes."""
@@ -331,35 +338,3 @@ def _in_act_order(grid: Grid, output_format: Format) -> Grid:
             hint="Take ordering static, which needs none and is about as good, or format gptq.",
         )
     return replace(grid, act_order=True)
-
-
-def _check_fused(architecture: Architecture, recipe: Recipe) -> None:
-    """Engines fuse q, k, v, and gate, up, and hold a layer's experts as one tensor: each set is all or nothing."""
-    for layer in architecture.layers:
-        sets: list[tuple[str, Sequence[Linear]]] = [("q, k and v", layer.attention.linears()[:3])]
-        if isinstance(layer.mlp, Moe):
-            sets.append(("the experts", [linear for mlp in layer.mlp.experts for linear in mlp.linears()]))
-            shared = layer.mlp.shared_expert
-            if shared is not None:
-                sets.append(("the shared expert's gate and up", (shared.gate, shared.up)))
-        else:
-            sets.append(("gate and up", (layer.mlp.gate, layer.mlp.up)))
-        for what, linears in sets:
-            skipped = [linear.name for linear in linears if recipe.skips(linear.name)]
-            if skipped and len(skipped) != len(linears):
-                raise RecipeError(
-                    f"skip: {skipped[0]} is skipped but others of {what} of layer {layer.index} are not; engines load "
-                    "them as one.",
-                    hint="Skip all of them or none.",
-                )
-
-
-def _check_shapes(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> None:
-    for layer in architecture.layers:
-        for linear in layer.linears():
-            problem = output_format.check(linear.out_features, linear.in_features, grid)
-            if problem and not recipe.skips(linear.name):
-                raise RecipeError(
-                    f"grid.group_size: {linear.name} does not fit format {output_format.name}: {problem}.",
-                    hint="Choose another group size, or skip the module in the recipe.",
-                )

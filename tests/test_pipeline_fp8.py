@@ -28,8 +28,8 @@ from qconv.source import Source
 from qconv.verification.build import verify
 from qconv.verification.floors import FLOAT_SNR_FLOOR_DB
 from qconv.verification.weights import weight_error
-from tests.conftest import BUNDLED, build, folder_bytes, small_recipe
-from tests.test_verify import edit, problems, reseal
+from tests.conftest import BUNDLED, build, folder_bytes, random_model, save_model, small_recipe
+from tests.verification.test_build import edit, problems, reseal
 
 EXPERT = "model.layers.1.mlp.experts.2"
 KINDS: dict[str, Recipe] = {
@@ -40,6 +40,13 @@ KINDS: dict[str, Recipe] = {
 }
 SCALE = dict.fromkeys(KINDS, "weight_scale") | {"blocks": "weight_scale_inv"}
 SCHEME = dict.fromkeys(KINDS, "FP8 128x128") | {"rows": "FP8 channel", "static": "FP8 tensor"}
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random sparse model of whole blocks of 128, which is as small as blocks allow; do not write to it."""
+    sizes = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4, "moe_intermediate_size": 128}
+    return save_model(random_model("qwen3_moe", **sizes), tmp_path_factory.mktemp("whole") / "model", "900KB")
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +140,7 @@ def test_sizes_are_planned_and_inspected_as_they_are(kind: str, made: dict[str, 
         (SCALE[kind], "F32" if kind == "blocks" else "BF16"),
         *([("input_scale", "F32")] if kind == "static" else []),
     }
-    assert up.weights == up.modules * 64 * 32
+    assert up.weights == up.modules * 128 * 128
 
 
 def test_static_inputs_have_a_scale_each_that_linears_with_one_input_share(made: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from qconv.errors import RecipeError
 from qconv.models import Architecture, architecture
-from qconv.plan import BuildPlan, layer_modules, make_plan, topology_problems
+from qconv.plan import BuildPlan, layer_modules, make_plan, topology_group_sizes, topology_problems
 from qconv.recipe import parse_recipe
 from tests.conftest import EXPERTS, FAMILIES, SIZES, small_recipe
 
@@ -92,6 +93,87 @@ def test_a_group_size_that_does_not_divide_is_refused_by_key_and_module(
     assert message.startswith("grid.group_size: ")
     assert where in message
     assert "group size 32 does not divide" in message
+
+
+@pytest.mark.parametrize(
+    ("output_format", "changes", "sizes"),
+    [
+        # SmolLM2's 576 and 1536, and its three key-value heads of 64: 128 does not divide 576.
+        ("w4a16", {"hidden_size": 576, "head_dim": 144, "intermediate_size": 1536}, "64, 32, -1 (one scale a row)"),
+        ("gptq", {"hidden_size": 576, "head_dim": 144, "intermediate_size": 1536}, "64, 32, -1 (one scale a row)"),
+        ("awq", {"hidden_size": 576, "head_dim": 144, "intermediate_size": 1536}, "64, 32"),
+        ("w4a16", {"hidden_size": 96, "intermediate_size": 96}, "32, -1 (one scale a row)"),
+        ("w4a16", {"hidden_size": 80, "intermediate_size": 96}, "-1 (one scale a row)"),
+    ],
+)
+def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(
+    output_format: str, changes: dict[str, Any], sizes: str
+) -> None:
+    with pytest.raises(RecipeError, match="group size 128 does not divide") as caught:
+        plan(model("llama", **changes), format=output_format, grid={"group_size": 128})
+    hint = str(caught.value.hint)
+    assert hint.startswith(f"Group sizes that fit every linear: {sizes}")
+    for size in (int(word.split()[0]) for word in sizes.split(", ")):
+        assert plan(model("llama", **changes), format=output_format, grid={"group_size": size})
+
+
+def test_where_no_group_size_fits_the_hint_says_what_to_leave_alone() -> None:
+    described = model("llama", head_dim=21)  # o reads 84 inputs; k and v give 42 rows, which no word of eight holds
+    with pytest.raises(RecipeError) as caught:
+        plan(described, format="awq")
+    patterns = re.findall(r"--skip '([^']*)'", str(caught.value.hint))
+    assert patterns == [f"*.self_attn.{name}_proj" for name in "qkvo"]
+    assert plan(described, format="awq", skip=patterns).quantized
+
+
+def test_a_pattern_that_names_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^skip: '\*\.q_prj' matches no module") as caught:
+        plan(model("qwen3_moe"), skip=["*.o_proj", "*.q_prj"])
+    assert "model.layers.1.self_attn.q_proj" in str(caught.value.hint)
+    # What is left alone anyway may be named, a tied head too.
+    tied = model("llama", tie_word_embeddings=True)
+    assert plan(tied, skip=["lm_head", "model.embed_tokens", "*layernorm"]).quantized
+    assert plan(model("qwen3_moe"), skip=["*.mlp.gate"]).quantized
+
+
+def test_a_recipe_that_skips_everything_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^skip: leaves no linear to quantize"):
+        plan(model("qwen3_moe"), skip=["*.self_attn.*", "*.mlp.experts.*"])
+
+
+LIMITED: list[tuple[dict[str, Any], str, list[str]]] = [
+    ({"format": "gptq", "grid": {"group_size": 32, "symmetric": False}}, "qwen3_moe", ["vLLM", "SGLang"]),
+    ({"format": "gptq", "grid": {"group_size": 32, "symmetric": False}}, "llama", ["vLLM"]),
+    ({"format": "gptq", "grid": {"group_size": 32, "bits": 2}}, "llama", ["vLLM"]),
+    ({"format": "gptq", "grid": {"group_size": 32, "bits": 2}}, "qwen3_moe", ["vLLM", "SGLang"]),
+    ({"format": "gptq", "grid": {"group_size": 32, "bits": 8}}, "qwen3_moe", []),
+    ({"format": "gptq"}, "qwen3_moe", []),
+    ({"format": "awq"}, "qwen3_moe", []),
+    ({"format": "w4a16"}, "qwen3_moe", []),
+    ({"format": "w4a16", "grid": {"group_size": 16}}, "llama", ["vLLM", "SGLang"]),
+    ({"format": "w4a16", "grid": {"group_size": -1}}, "llama", []),
+    ({"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}}, "mixtral", ["vLLM", "transf"]),
+    ({"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}}, "llama", ["transformers"]),
+]
+
+
+@pytest.mark.parametrize(("recipe", "model_type", "engines"), LIMITED, ids=lambda value: str(value))
+def test_what_engines_refuse_is_told(recipe: dict[str, Any], model_type: str, engines: list[str]) -> None:
+    said = plan(model(model_type), **recipe).notices()
+    assert [notice.startswith(engine) for engine, notice in zip(engines, said, strict=True)] == [True] * len(engines)
+    assert all(re.search(r"\d.* \((run|read)\): ", notice) for notice in said), "which version, and how it is known"
+
+
+def test_desc_act_is_told() -> None:
+    values = {"format": "gptq", "method": "gptq", "grid": {"group_size": 32}, "gptq": {"ordering": "desc_act"}}
+    (notice,) = make_plan(model("llama"), parse_recipe(values), lambda _: torch.bfloat16).notices()
+    assert "refuses desc_act" in notice
+
+
+def test_experts_that_are_left_alone_limit_nothing() -> None:
+    recipe = {"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}}
+    (notice,) = plan(model("qwen3_moe"), skip=["*.experts.*"], **recipe).notices()
+    assert notice.startswith("transformers")
 
 
 FUSED: list[tuple[str, list[str], str | None]] = [
@@ -177,6 +259,17 @@ def test_topologies() -> None:
         problem.startswith("gate_proj: 32 output features over 8 ranks are 4 each")
         for problem in topology_problems(words, 8)
     )
+
+
+def test_group_sizes_that_split_are_found() -> None:
+    # o reads 96 inputs, 48 a rank; down 64, 32 a rank.
+    planned = plan(model("qwen3_moe", moe_intermediate_size=64))
+    assert topology_group_sizes(planned, 2) == [-1]
+    wide = plan(model("qwen3_moe", hidden_size=256, head_dim=64, moe_intermediate_size=256), grid={"group_size": 128})
+    assert topology_problems(wide, 4)
+    assert topology_group_sizes(wide, 4) == [64, 32, -1]
+    # Heads do not split whatever the groups are.
+    assert topology_group_sizes(planned, 3) == []
 
 
 def test_the_plan_needs_a_known_format() -> None:

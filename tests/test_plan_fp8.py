@@ -22,8 +22,12 @@ KINDS: dict[str, tuple[str, int, str]] = {
 }
 
 
-def model(**changes: Any) -> Architecture:
-    return architecture({"model_type": "qwen3_moe", **SIZES, **FAMILIES["qwen3_moe"], **changes})
+WHOLE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_key_value_heads": 2}
+"""Sizes that are whole blocks of 128 everywhere."""
+
+
+def model(model_type: str = "qwen3_moe", **changes: Any) -> Architecture:
+    return architecture({"model_type": model_type, **SIZES, **FAMILIES[model_type], **WHOLE, **changes})
 
 
 def plan(described: Architecture, kind: str, **recipe: Any) -> BuildPlan:
@@ -85,28 +89,75 @@ def test_a_rank_must_own_whole_blocks_along_either_side() -> None:
     assert "128 output features over 2 ranks are 64 each" in found[0]
 
 
-def test_engines_that_fuse_linears_cannot_hold_ragged_blocks() -> None:
-    # 64 outputs of gate, then 64 of up, would share a block where they are one linear.
-    ragged = plan(model(**WIDE | {"moe_intermediate_size": 64}), "fp8")
-    assert any(
-        problem.startswith("gate_proj: 64 output features over 1 ranks") for problem in topology_problems(ragged, 1)
-    )
-
-
 def test_rows_and_whole_weights_split_anywhere() -> None:
     for kind in ("rows", "static"):
         assert topology_problems(plan(model(**WIDE | {"moe_intermediate_size": 40}), kind), 4) == []
 
 
+RAGGED: list[tuple[str, dict[str, Any], list[str], list[str], str]] = [
+    # What is ragged, other patterns of skip, the patterns that the hint gives, and what is said of the first misfit.
+    ("qwen3_moe", {"moe_intermediate_size": 192}, [], ["*.mlp.experts.*"], "experts.0.gate_proj .* 192 rows"),
+    ("qwen2_moe", {"moe_intermediate_size": 192}, [], ["*.mlp.experts.*"], "experts.0.gate_proj .* 192 rows"),
+    ("mixtral", {"intermediate_size": 192}, [], ["*.block_sparse_moe.experts.*"], "experts.0.w1 .* 192 rows"),
+    (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 64},
+        [],
+        [f"*.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")],
+        "shared_expert.gate_proj .* 64 rows",
+    ),
+    # Only k and v are ragged, and q is held with them.
+    ("llama", {"num_key_value_heads": 1}, [], [f"*.self_attn.{name}_proj" for name in "qkv"], "k_proj .* 64 rows"),
+    (
+        "llama",
+        {"intermediate_size": 320},
+        [],
+        [f"*.mlp.{name}_proj" for name in ("gate", "up", "down")],
+        "gate_proj .* 320 rows",
+    ),
+    ("llama", {"head_dim": 80}, ["*.[qkv]_proj"], ["*.self_attn.o_proj"], "o_proj .* 320 inputs"),
+    # One layer alone: dense, beside sparse ones of whole blocks.
+    (
+        "qwen3_moe",
+        {"intermediate_size": 96, "mlp_only_layers": [1]},
+        [],
+        [f"*.mlp.{name}_proj" for name in ("gate", "up", "down")],
+        "layers.1.mlp.gate_proj .* 96 rows",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "blocks"])
+@pytest.mark.parametrize(("model_type", "changes", "skip", "patterns", "said"), RAGGED, ids=lambda value: str(value))
+def test_what_engines_cannot_read_in_blocks_is_refused_with_the_patterns_that_help(
+    kind: str, model_type: str, changes: dict[str, Any], skip: list[str], patterns: list[str], said: str
+) -> None:
+    described = model(model_type, **{"intermediate_size": 256, "shared_expert_intermediate_size": 128} | changes)
+    with pytest.raises(RecipeError, match=rf"^format: .*{said} are no multiple") as caught:
+        plan(described, kind, skip=skip)
+    assert caught.value.exit_code == 2
+    hint = str(caught.value.hint)
+    assert hint.endswith(" ".join(f"--skip '{pattern}'" for pattern in patterns))
+    left = plan(described, kind, skip=[*skip, *patterns])
+    assert left.quantized
+    assert left.notices() == plan(model(), kind).notices()
+
+
+def test_a_model_without_any_whole_block_is_told_of_another_format() -> None:
+    # As SmolLM2: 576 is four and a half blocks, so that no linear's inputs are whole.
+    with pytest.raises(RecipeError, match="q_proj does not fit blocks of 128 x 128: its 576 rows") as caught:
+        plan(
+            model("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536), "fp8"
+        )
+    assert "fp8-dynamic" in str(caught.value.hint)
+    assert plan(model("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3), "rows").quantized
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_are_not_whole_blocks_are_pointed_out(kind: str) -> None:
-    whole = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_key_value_heads": 2}
-    assert plan(model(**whole), kind).notices() == []
-    notices = plan(model(**whole | {"moe_intermediate_size": 192}), kind).notices()
-    if KINDS[kind][1] == -1:
-        assert notices == []  # no blocks
-        return
-    (notice,) = notices
-    # 2 layers of 6 experts, each with gate, up and down.
-    first = "model.layers.0.mlp.experts.0.gate_proj of 192 x 256"
-    assert notice.startswith(f"36 linears are not whole blocks of 128 x 128, the first {first}")
+def test_rows_of_a_linear_that_stands_alone_are_pointed_out(kind: str) -> None:
+    # o and down give 192 rows each, and read whole blocks; all that reads 192 inputs is left alone.
+    described = model("llama", hidden_size=192, intermediate_size=256, head_dim=64)
+    planned = plan(described, kind, skip=["*.[qkv]_proj", "*.gate_proj", "*.up_proj"])
+    said = [notice for notice in planned.notices() if "not whole blocks" in notice]
+    assert bool(said) == (KINDS[kind][1] == 128)
+    assert all(notice.startswith("4 linears are not whole blocks of 128 x 128") for notice in said)

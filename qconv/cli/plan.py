@@ -42,17 +42,19 @@ def command(model: str, tp: int | None, units: bool, as_json: bool, **options: A
         return 0
     recipe = given.load()
     from qconv.checkpoint.hub import resolve_model
-    from qconv.plan import topology_problems
+    from qconv.plan import topology_group_sizes, topology_problems
     from qconv.planning import estimate
 
     result = estimate(resolve_model(model, weights=False), recipe)
     problems = [] if tp is None else topology_problems(result.plan, tp)
+    sizes = topology_group_sizes(result.plan, tp) if problems and tp is not None else []
     if as_json:
-        print_json({**_values(result, units), "tp": tp, "topology_problems": problems})
+        topology = {"tp": tp, "topology_problems": problems, "topology_group_sizes": sizes}
+        print_json({**_values(result, units), **topology})
     else:
         _print(result, units)
         if tp is not None:
-            _print_topology(tp, problems)
+            _print_topology(tp, problems, sizes)
     return _TOPOLOGY_FAILS if problems else 0
 
 
@@ -131,7 +133,9 @@ def _print(result: Estimate, units: bool) -> None:
     say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
 
 
-def _print_topology(ranks: int, problems: Sequence[str]) -> None:
+def _print_topology(ranks: int, problems: Sequence[str], sizes: Sequence[int]) -> None:
+    from qconv.fitting import shown_sizes
+
     console = stdout()
     if not problems:
         say(console, f"topology     tensor parallel {ranks} can hold the build")
@@ -139,7 +143,8 @@ def _print_topology(ranks: int, problems: Sequence[str]) -> None:
     say(console, f"topology     tensor parallel {ranks} cannot hold the build:", style="bold red")
     for problem in problems:
         say(console, f"  {problem}")
-    say(console, "  Choose another --group-size, another number of ranks, or expert parallelism.")
+    fits = f"--group-size {shown_sizes(sizes)} fits; or choose" if sizes else "No group size fits; choose"
+    say(console, f"  {fits} another number of ranks, or expert parallelism.")
 
 
 def _span(names: Sequence[str]) -> str:
