@@ -25,6 +25,7 @@ from qconv.models.base import Linear
 from qconv.parallel import Workers
 from qconv.plan import BuildPlan, Item, Unit
 from qconv.readings import combined
+from qconv.scale_range import require_storable
 from qconv.source import Source
 from qconv.verification.weights import Comparison
 
@@ -177,7 +178,11 @@ class UnitWriter:
     def _compare(
         self, comparison: Comparison, read: _ReadBack
     ) -> tuple[str, float | None, str | None, list[tuple[str, int]]]:
-        """A module's name, its signal to noise ratio if it is quantized, what is wrong or None, and what was read."""
+        """A module's name, its signal to noise ratio if it is quantized, what is wrong or None, and what was read.
+
+        Raises:
+            RecipeError: the format cannot hold a weight's scales.
+        """
         module, snr, problem = read.item.module, None, read.problem
         for name, _ in module.tensors():
             found = None
@@ -185,6 +190,8 @@ class UnitWriter:
                 shape = (module.out_features, module.in_features)
                 weight = self._plan.format.unpack(module.name, shape, read.tensors.__getitem__, self._plan.grid)
                 snr, found = comparison.weight(module, weight)
+                if found is not None:
+                    require_storable(comparison.source, self._plan.architecture, module, weight)
             elif name in read.tensors:
                 found = comparison.folded(module, name, read.tensors[name])
             problem = problem or found

@@ -44,6 +44,7 @@ from qconv.qtensor import CHANNEL, QTensor
 from qconv.readings import READ, SourceRecord, checksum
 from qconv.recipe import Recipe
 from qconv.report import Report
+from qconv.scale_range import check_scales
 from qconv.source import Source
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 from qconv.verification.outcome import Progress, Verification
@@ -140,6 +141,10 @@ class _Run:
         belongs = self._fingerprints()
         if state is FolderState.COMPLETE and not restart:
             return already_complete(self.out, belongs)
+        if self.tokens is not None and (restart or state is not FolderState.UNFINISHED):
+            # Now, and not when a layer's calibration is done; an unfinished run has done it.
+            self.progress("scales", 0, self.plan.weights)
+            check_scales(self.source, self.plan.quantized, self.plan.grid, self.workers)
         names = [*planned_files(self.plan), *companion_names(self.source)]
         journal, resumed = begin(self.out, belongs, names, self._needed, restart=restart)
         if resumed:

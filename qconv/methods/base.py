@@ -64,6 +64,17 @@ def range_parameters(low: Tensor, span: Tensor, grid: Grid) -> tuple[Tensor, Ten
     return scales, torch.round(-low / scales.float()).clamp_(0, grid.levels - 1).to(torch.uint8)
 
 
+def group_scales(weight: Tensor, grid: Grid) -> Tensor:
+    """The scales that each group's range asks for, before they are stored: float32 [rows, groups].
+
+    Args:
+        weight: [rows, in_features], any float dtype.
+        grid: The grid.
+    """
+    _, span = _group_ranges(weight, grid)
+    return span / (grid.levels - 1)
+
+
 def grid_parameters(weight: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points that cover each group's range times ``ratio``.
 
@@ -75,12 +86,17 @@ def grid_parameters(weight: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> 
     Returns:
         scales (``grid.scale_dtype`` [rows, groups], positive) and zero points (uint8 [rows, groups]) or None.
     """
+    low, span = _group_ranges(weight, grid)
+    return range_parameters(low * ratio, span * ratio, grid)
+
+
+def _group_ranges(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """:func:`group_range` of a weight's groups, float32 [rows, groups] each."""
     groups = grid.groups(weight.shape[1])
     extremes = integer_grid.extremes(weight, groups)
     if extremes is None:
         extremes = _extremes(weight, groups)
-    low, span = _reach(*extremes, grid)
-    return range_parameters(low * ratio, span * ratio, grid)
+    return _reach(*extremes, grid)
 
 
 def _extremes(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
