@@ -83,6 +83,10 @@ class IncapableEngineError(UnmeasurableError, UsageError):
     """The engine cannot compute what a task needs: whole distributions, likelihoods, or new tokens."""
 
 
+class UnscorableError(UnmeasurableError, EngineError):
+    """A server does not say how probable a prompt's tokens are, or says what no model can give."""
+
+
 class BackendError(QconvError):
     """A kernel cannot be compiled, loaded or launched on this machine."""
 

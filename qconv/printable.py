@@ -63,6 +63,13 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair, which has no UTF-8 form."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _acts(character: str) -> bool:
     return character != "\u200d" and unicodedata.category(character) in _ACTING
 

@@ -8,7 +8,8 @@ How the tokens are laid out
     no separator.
 
 Special tokens
-    A tokenizer that puts BOS before a text gets one BOS at the start of each sequence and none inside. What looks like
+    A tokenizer that puts BOS before a text gets one BOS at the start of each sequence and none inside, also of chats
+    whose template writes one. What looks like
     a control token inside plain text (``<|im_end|>`` in a source file) is tokenized as the characters that it is; only
     a chat template's own rendering is parsed for control tokens.
 """
@@ -26,12 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qconv.calibration.documents import Document, documents
+from qconv.calibration.documents import Document, documents, with_parsed_arguments
+from qconv.chat.templates import ChatTemplates, RefusedChatError
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
 from qconv.models.base import Config
 from qconv.recipe import TextSettings
 from qconv.source import require_tokenizer
+from qconv.tokenizer import leading_bos
+from qconv.tokenizer import load_tokenizer as load_folder
 
 DOCUMENT_SEQUENCES = 1
 """Sequences' worth of tokens that a document may give in one round."""
@@ -73,14 +77,15 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
     bos = leading_bos(tokenizer)
     payload = length - len(bos)  # tokens of text in a sequence
     used: dict[str, None] = {}
-    stream = _stream(
-        documents(settings.corpus, settings.seed),
-        lambda document: _encode(tokenizer, document, bos),
-        cap=DOCUMENT_SEQUENCES * length,
-        eos=tokenizer.eos_token_id,
-        used=used,
-    )
-    ids = np.fromiter(islice(stream, count * payload), dtype=np.int32)
+    with ChatTemplates(tokenizer, model_dir) as chats:
+        stream = _stream(
+            documents(settings.corpus, settings.seed),
+            lambda document: _encode(tokenizer, chats, document, bos),
+            cap=DOCUMENT_SEQUENCES * length,
+            eos=tokenizer.eos_token_id,
+            used=used,
+        )
+        ids = np.fromiter(islice(stream, count * payload), dtype=np.int32)
     if len(ids) < count * payload:
         raise _too_short(settings, len(ids), len(ids) // payload, len(used))
     rows = ids.reshape(count, payload)
@@ -105,16 +110,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         CheckpointError: no tokenizer files, or transformers cannot make a tokenizer of them.
     """
     require_tokenizer(model_dir)
-    from transformers import AutoTokenizer  # seconds to import, and only calibration needs it
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    # transformers and tokenizers let whatever their parsing meets escape: ValueError, KeyError, a bare Exception.
-    except Exception as error:
-        raise CheckpointError(
-            f"transformers cannot load the tokenizer of {model_dir}: {type(error).__name__}: {error}",
-            hint="Copy the model's tokenizer files again.",
-        ) from error
+    return load_folder(model_dir)
 
 
 def _stream(
@@ -140,12 +136,12 @@ def _stream(
         turns = iter(unfinished)
 
 
-def _encode(tokenizer: Any, document: Document, bos: list[int]) -> Iterator[int]:
+def _encode(tokenizer: Any, chats: ChatTemplates, document: Document, bos: list[int]) -> Iterator[int]:
     """The document's tokens without a leading BOS, piece by piece as they are asked for."""
     if not isinstance(document.content, list):
         pieces = (_ids(tokenizer, piece, control_tokens=False) for piece in document.pieces())
         return chain.from_iterable(pieces)
-    ids = _ids(tokenizer, render_chat(tokenizer, document), control_tokens=True)
+    ids = _ids(tokenizer, render_chat(chats, document), control_tokens=True)
     return iter(ids[len(bos) :] if ids[: len(bos)] == bos else ids)
 
 
@@ -155,27 +151,30 @@ def _ids(tokenizer: Any, text: str, *, control_tokens: bool) -> list[int]:
     return ids
 
 
-def render_chat(tokenizer: Any, document: Document) -> str:
+def render_chat(chats: ChatTemplates, document: Document) -> str:
     """A chat through the tokenizer's template.
+
+    Templates are written for arguments of tool calls that are objects, and OpenAI's form has them as a JSON text: what
+    a template refuses as it stands is given to it once more with objects.
 
     Raises:
         UsageError: no template, or one that refuses this chat.
+        CheckpointError: the template is none, or takes too much time or memory.
     """
-    from jinja2 import TemplateError
-
+    assert isinstance(document.content, list)
     try:
-        return str(tokenizer.apply_chat_template(document.content, tokenize=False))
-    except (ValueError, TypeError, TemplateError) as error:
+        try:
+            return chats.render(document.content)
+        except RefusedChatError:
+            parsed = with_parsed_arguments(document.content)
+            if parsed == document.content:
+                raise
+            return chats.render(parsed)
+    except (RefusedChatError, UsageError) as error:
         raise UsageError(
-            f"calibration document {document.name}: the tokenizer cannot render this chat: {error}.",
-            hint="Use a corpus of plain text, or a checkpoint that has its chat_template.jinja.",
+            f"document {document.name}: the tokenizer cannot render this chat: {error.message}",
+            hint="Use a corpus of plain text, repair the chat, or take a checkpoint that has its chat template.",
         ) from error
-
-
-def leading_bos(tokenizer: Any) -> list[int]:
-    """``[bos]`` if the tokenizer puts BOS before a text, else ``[]``."""
-    ids = tokenizer("a", add_special_tokens=True).input_ids
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
 def _too_short(settings: TextSettings, found: int, sequences: int, used: int) -> UsageError:

@@ -15,16 +15,17 @@ order, since shuffling them would need all of them.
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import random
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qconv.errors import UsageError
+from qconv.errors import QconvError, UsageError
+from qconv.reading import parse_json
 
 STDLIB = "python-stdlib"
 DEFAULT_FIELD = "text"
@@ -32,6 +33,9 @@ DEFAULT_SPLIT = "train"
 
 PIECE_SIZE = 1 << 14
 """Bytes (or characters) of one piece of a document. A piece ends with a line, for tokens rarely reach across one."""
+
+LONGEST_LINE = 64 << 20
+"""Bytes of one line of a ``jsonl`` file, which is read whole."""
 
 TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".rst", ".tex", ".html", ".sh", ".py", ".js", ".jsx", ".ts", ".tsx", ".java", ".kt", ".scala", ".c"}
@@ -46,13 +50,18 @@ _NOT_CODE_TO_LEARN_FROM = frozenset(
 _BUILD_PREFIXES = ("_sysconfigdata", "config-")
 
 
+_SAYING = frozenset({"content", "tool_calls"})
+"""A turn has one of these, or it is no turn: ``{"from": ..., "value": ...}`` would be rendered as nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One text.
 
     Attributes:
         name: What errors and reports call it: a relative path, ``file.jsonl:3``.
-        content: A file, a text, or a chat as a list of ``{"role": ..., "content": ...}``.
+        content: A file, a text, or a chat as a list of ``{"role": ..., "content": ...}``; a turn that only calls tools
+            has ``tool_calls`` and no content.
     """
 
     name: str
@@ -123,17 +132,16 @@ def _text(path: Path, seed: int) -> Iterator[Document]:
 def _jsonl(path: Path, name: str) -> Iterator[Document]:
     try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path.name}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), start=1):
+                where = f"calibration file {path}, line {number}"
+                if len(line) > LONGEST_LINE:
                     raise UsageError(
-                        f"calibration file {path}, line {number}: not JSON: {error}.", hint="Repair or remove the line."
-                    ) from error
-                yield Document(where, _field(row, name, f"calibration file {path}, line {number}"))
+                        f"{where}: longer than {LONGEST_LINE >> 20} MiB.",
+                        hint="Give one document a line, or text:PATH.",
+                    )
+                if line.strip():
+                    row = parse_json(line, where, UsageError, hint="Repair or remove the line.")
+                    yield Document(f"{path.name}:{number}", _field(row, name, where))
     except OSError as error:
         raise UsageError(
             f"cannot read calibration file {path}: {error.strerror}.", hint="Check the path after 'jsonl:'."
@@ -156,7 +164,10 @@ def _hub(spec: str) -> Iterator[Document]:
         for number, row in enumerate(rows):
             where = f"{dataset}[{number}]"
             yield Document(where, _field(row, name or DEFAULT_FIELD, f"data set {where}"))
-    except (OSError, ValueError) as error:  # what datasets raises for: not found, no network, bad config or split
+    except QconvError:
+        raise
+    # What datasets and what it reads with raise: not found, no network, a bad config or split, a damaged file.
+    except Exception as error:
         raise UsageError(
             f"cannot stream data set {dataset}: {error}.", hint="Check its name, config, split and the network."
         ) from error
@@ -178,11 +189,38 @@ def _field(row: Any, name: str, where: str) -> str | list[dict[str, Any]]:
     value = row[name]
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+    if isinstance(value, list) and value and all(map(_is_turn, value)):
         return value
     raise UsageError(
         f"{where}: field {name!r} is neither a string nor a list of {{role, content}}.", hint="Choose another field."
     )
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether this is a turn of a chat: by someone, and with content or calls of tools, if only null."""
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and not _SAYING.isdisjoint(value)
+
+
+def with_parsed_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with the arguments of tool calls as objects where they are the JSON text of one, as in OpenAI's form."""
+    return [
+        {**turn, "tool_calls": [_with_parsed_arguments(call) for call in turn["tool_calls"]]}
+        if isinstance(turn.get("tool_calls"), list)
+        else turn
+        for turn in chat
+    ]
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments, str):
+        return call
+    try:
+        parsed = parse_json(arguments, "arguments", UsageError)
+    except UsageError:
+        return call
+    return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
 
 
 def _split_field(rest: str) -> tuple[Path, str]:

@@ -48,14 +48,19 @@ def command(
         raise UsageError("--prompt and --chat cannot be mixed.", hint="Give one of them.")
     given = list(prompts or messages) or [_standard_input()]
     with reporting(quiet=True):
+        from qconv.chat.templates import ChatTemplates
         from qconv.checkpoint.hub import resolve_model
-        from qconv.runtime.generation import chat_prompt, complete
+        from qconv.decoding import decoding_settings
+        from qconv.runtime.generation import complete, recommended
         from qconv.runtime.loading import load
         from qconv.runtime.tokenizer import load_tokenizer
 
         path = Path(build) if build.endswith(".gguf") else resolve_model(build)
         tokenizer = load_tokenizer(path)
-        texts = [chat_prompt(tokenizer, message) for message in messages] or given
+        texts = given
+        if messages:
+            with ChatTemplates(tokenizer, path, date=None) as chats:
+                texts = [chats.render([{"role": "user", "content": one}], answer=True) for one in messages]
         model = load(path, backend=backend, device=device, dtype=dtype)
         started = time.perf_counter()
         completions = complete(
@@ -70,19 +75,27 @@ def command(
         )
         seconds = time.perf_counter() - started
     tokens = sum(completion.tokens for completion in completions)
+    settings, unused = decoding_settings(max_tokens, temperature, seed=seed), recommended(model)
     if as_json:
         values = [
             {"prompt": one.prompt, "text": one.text, "tokens": one.tokens, "stopped": one.stopped}
             for one in completions
         ]
-        print_json({"path": str(path), "completions": values, "tokens": tokens, "seconds": seconds})
+        told = {"settings": settings, "generation_config_not_applied": unused}
+        print_json({"path": str(path), "completions": values, "tokens": tokens, "seconds": seconds, **told})
         return
     if len(completions) == 1:
         _write("\n")
     for text, completion in zip(given, completions, strict=True) if len(completions) > 1 else ():
         say(stdout(), f"> {text}", style="bold")
         say(stdout(), f"{completion.text}\n")
-    say(stderr(), f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second", style="dim")
+    speed = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second"
+    say(
+        stderr(), f"{speed}; {'greedy' if temperature == 0 else f'sampled at temperature {temperature:g}'}", style="dim"
+    )
+    if unused:
+        listed = ", ".join(f"{key} {value}" for key, value in unused.items())
+        say(stderr(), f"not applied of generation_config.json: {listed}", style="dim")
 
 
 def _standard_input() -> str:

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qconv.build import REPORT_NAME
-from qconv.calibration.corpus import build_tokens, leading_bos, render_chat
+from qconv.calibration.corpus import build_tokens, render_chat
 from qconv.calibration.documents import STDLIB, Document, documents
+from qconv.chat.templates import ChatTemplates
 from qconv.checkpoint.reader import read_json
 from qconv.errors import QconvError, UsageError
+from qconv.evaluation.encoding import Encoded, encode, encode_pieces
 from qconv.evaluation.suites import TextSettings
-from qconv.evaluation.windows import Encoded, WindowedText, cut, encode
+from qconv.evaluation.windows import WindowedText, cut, most_tokens
 from qconv.recipe import CalibrationSettings
 from qconv.runtime.tokenizer import load_tokenizer
+from qconv.tokenizer import leading_bos
 
 HELD_BACK = 192
 """Documents of the standard library that are calibration's; the packaged recipes use 64."""
 SHORTEST = 64
 """Tokens of a document; less gives hardly any context."""
+LARGE = 16 << 20
+"""Bytes of a file of which only as much is measured as the task asks for, though no ``document_tokens`` say so."""
 
 
 def windowed_text(settings: TextSettings, model_dir: Path, seed: int, exclude: Collection[str] = ()) -> WindowedText:
@@ -45,17 +51,19 @@ def windowed_text(settings: TextSettings, model_dir: Path, seed: int, exclude: C
     tokenizer = load_tokenizer(model_dir)
     bos = leading_bos(tokenizer)
     kept = (one for one in _evaluated(settings.corpus, seed) if one.name not in exclude)
-    encoded = (one for one in (_encode(tokenizer, document) for document in kept) if len(one.ids) >= SHORTEST)
-    text = cut(
-        encoded,
-        f"{settings.corpus}, seed {seed}",
-        rule=settings.rule,
-        context=settings.context,
-        stride=settings.stride,
-        bos=bos,
-        tokens=settings.tokens,
-        document_tokens=settings.document_tokens,
-    )
+    most = most_tokens(settings.rule, settings.context, settings.tokens, settings.document_tokens)
+    with ChatTemplates(tokenizer, model_dir) as chats:
+        encoder = _Encoder(tokenizer, chats, bool(bos) or settings.rule == "llama.cpp", most, settings.tokens)
+        text = cut(
+            (one for one in map(encoder.encode, kept) if len(one.ids) >= SHORTEST),
+            f"{settings.corpus}, seed {seed}",
+            rule=settings.rule,
+            context=settings.context,
+            stride=settings.stride,
+            bos=bos,
+            tokens=settings.tokens,
+            document_tokens=settings.document_tokens,
+        )
     if len(text.windows) < 2:
         raise UsageError(
             f"corpus {settings.corpus}: {text.scored} tokens can be scored, which is less than two windows of"
@@ -84,7 +92,33 @@ def _evaluated(corpus: str, seed: int) -> Iterator[Document]:
     return iter(rest)
 
 
-def _encode(tokenizer: Any, document: Document) -> Encoded:
-    if isinstance(document.content, list):
-        return encode(tokenizer, document.name, render_chat(tokenizer, document), control_tokens=True)
-    return encode(tokenizer, document.name, "".join(chain(document.pieces())))
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """Documents to tokens.
+
+    Attributes:
+        tokenizer: transformers' tokenizer.
+        chats: Renders chats.
+        without_bos: Whether the BOS that a template writes is taken away: the tokenizer's own is put there, or none.
+        most: The most tokens of a document that are of use; None for all.
+        enough: So many are taken of a file larger than :data:`LARGE` where all would be of use.
+    """
+
+    tokenizer: Any
+    chats: ChatTemplates
+    without_bos: bool
+    most: int | None
+    enough: int
+
+    def encode(self, document: Document) -> Encoded:
+        """A document's tokens, without BOS, read only as far as it takes."""
+        if not isinstance(document.content, list):
+            large = isinstance(document.content, Path) and document.content.stat().st_size > LARGE
+            most = self.enough if self.most is None and large else self.most
+            return encode_pieces(self.tokenizer, document.name, document.pieces(), most)
+        rendered = render_chat(self.chats, document)
+        found = encode(self.tokenizer, document.name, rendered, control_tokens=True)
+        bos = self.tokenizer.bos_token_id
+        if not self.without_bos or bos is None or found.ids[:1].tolist() != [bos]:
+            return found
+        return Encoded(document.name, found.ids[1:], found.nbytes[1:])

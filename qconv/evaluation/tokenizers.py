@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.calibration.documents import STDLIB, documents
+from qconv.chat.templates import ChatTemplates, RefusedChatError
 from qconv.evaluation.record import Artifact
 from qconv.runtime.tokenizer import load_tokenizer
 
@@ -34,10 +35,18 @@ def difference(build: Artifact, reference: Artifact) -> str | None:
     for text in (*texts, *(str(message["content"]) for message in _CHAT)):
         if ours(text).input_ids != theirs(text).input_ids:
             return "its tokenizer gives other tokens than the reference's"
-    return None if _rendered(ours) == _rendered(theirs) else "its chat template is another than the reference's"
+    same = _rendered(ours, build) == _rendered(theirs, reference)
+    return None if same else "its chat template is another than the reference's"
 
 
-def _rendered(tokenizer: Any) -> str | None:
-    if tokenizer.chat_template is None:
-        return None
-    return str(tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True))
+def _rendered(tokenizer: Any, artifact: Artifact) -> dict[str, str]:
+    """What each of the model's chat templates makes of a chat, by name; a refusal is an answer too."""
+    found = {}
+    with ChatTemplates(tokenizer, artifact.path) as chats:
+        for name in chats.names:
+            for chat in (_CHAT, _CHAT[1:]):  # some templates know no system's turn
+                try:
+                    found[f"{name} {len(chat)}"] = chats.render(chat, answer=True, name=name)
+                except RefusedChatError:
+                    found[f"{name} {len(chat)}"] = "refused"
+    return found

@@ -18,31 +18,16 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+
+from qconv.evaluation.encoding import Encoded, Integers
 
 Rule: TypeAlias = Literal["documents", "llama.cpp"]
-Integers: TypeAlias = NDArray[np.int32]
 
 LEAST_UNITS = 20
 """Documents below which windows of text are the units of resampling instead."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A document as tokens.
-
-    Attributes:
-        name: Its name.
-        ids: int32 [tokens].
-        nbytes: int32 [tokens]; bytes of UTF-8 text that each token stands for.
-    """
-
-    name: str
-    ids: Integers
-    nbytes: Integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +90,18 @@ class WindowedText:
         return digest.hexdigest()
 
 
-def encode(tokenizer: Any, name: str, text: str, *, control_tokens: bool = False) -> Encoded:
-    """A text's tokens without BOS, each with its bytes: those from the end of the token before it to its own end."""
-    fast = bool(tokenizer.is_fast)
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=not control_tokens,
-        return_offsets_mapping=fast,
-        verbose=False,
-    )
-    ids = np.array(encoding.input_ids, dtype=np.int32)
-    if fast:
-        ends = np.array([end for _, end in encoding.offset_mapping], dtype=np.int64)
-    else:  # each token is given its own text's share
-        ends = np.cumsum([len(tokenizer.decode([one])) for one in encoding.input_ids])
-        ends = np.minimum(ends, len(text))
-    # Bytes before each character. A token may end within a character: that counts for the first token to cover it.
-    before = np.concatenate([[0], np.cumsum([len(character.encode(errors="replace")) for character in text])])
-    reached = np.maximum.accumulate(before[ends]) if len(ends) else np.zeros(0, dtype=np.int64)
-    return Encoded(name, ids, np.diff(reached, prepend=0).astype(np.int32))
+def most_tokens(rule: Rule, context: int, tokens: int, document_tokens: int | None) -> int | None:
+    """How many tokens of one document :func:`cut` may have a use for at most; None for all."""
+    return _stream_tokens(context, tokens) if rule == "llama.cpp" else document_tokens
+
+
+def _stream_tokens(context: int, tokens: int) -> int:
+    """Tokens of the stream that hold ``tokens`` scored ones."""
+    return -(-tokens // (context - _first_of_stream(context))) * context
+
+
+def _first_of_stream(context: int) -> int:
+    return context // 2 + 1
 
 
 def cut(
@@ -199,9 +176,7 @@ def sliding(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def _stream_windows(
     documents: Iterable[Encoded], context: int, bos: Sequence[int], tokens: int
 ) -> tuple[list[Window], list[str]]:
-    half = context // 2
-    first = half + 1
-    wanted = -(-tokens // (context - first)) * context
+    first, wanted = _first_of_stream(context), _stream_tokens(context, tokens)
     parts: list[Encoded] = []
     found = 0
     for document in documents:

@@ -14,8 +14,10 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from qconv.chat.files import templates_of
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
+from qconv.generation_config import read_generation_config
 from qconv.gguf.metadata import Metadata
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -66,7 +68,7 @@ def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metad
     described = read_json(path)
     vocabulary = read_vocabulary(path, described, rows)
     settings = _optional_json(folder / "tokenizer_config.json")
-    generation = _optional_json(folder / "generation_config.json")
+    generation = read_generation_config(folder)
 
     writer = GGUFWriter(None, "")
     writer.add_tokenizer_model("gpt2")
@@ -142,32 +144,15 @@ def detect_pre_tokenizer(path: Path, described: Any) -> str:
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | list[Mapping[str, str]] | None:
-    """The chat template, or several by name; chat_template.jinja goes before tokenizer_config.json.
+    """The chat template, or several by name, as gguf's writer takes them.
 
     Raises:
         CheckpointError: it cannot be read or is malformed.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot read: {error}.", hint="Download it again.") from error
-    match settings.get("chat_template"):
-        case None:
-            return None
-        case str(template):
-            return template
-        case list(several) if all(_is_named_template(entry) for entry in several):
-            return several
-    raise CheckpointError(
-        f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor a list of named ones.",
-        hint="Download it again.",
-    )
-
-
-def _is_named_template(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+    found = templates_of(folder, settings)
+    if set(found) <= {"default"}:
+        return found.get("default")
+    return [{"name": name, "template": template} for name, template in found.items()]
 
 
 def _tokens(path: Path, described: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,15 @@ import torch
 from torch import Tensor
 
 from qconv.errors import UsageError
+from qconv.printable import well_formed
+
+_CHOOSING = frozenset(
+    {"do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+    | {"repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty", "diversity_penalty"}
+    | {"penalty_alpha", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "guidance_scale"}
+    | {"forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "min_length", "min_new_tokens"}
+)
+"""Keys of a generation config that change which token comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +39,10 @@ class Completion:
     stopped: Literal["end", "length"]
 
 
-def chat_prompt(tokenizer: Any, message: str) -> str:
-    """A user's message as the model's chat template renders it, with the beginning of the answer.
-
-    Raises:
-        UsageError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise UsageError("the model has no chat template.", hint="Give a plain prompt.")
-    conversation = [{"role": "user", "content": message}]
-    rendered: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    return rendered
+def recommended(model: Any) -> dict[str, Any]:
+    """What the model's generation config says of how tokens should be chosen; :func:`complete` does none of it."""
+    stated = model.generation_config.to_diff_dict()
+    return {key: value for key, value in sorted(stated.items()) if key in _CHOOSING}
 
 
 def complete(
@@ -55,6 +58,9 @@ def complete(
 ) -> list[Completion]:
     """Continue prompts, all in one batch, with a key-value cache.
 
+    Of the model's generation config only the end tokens count: at temperature 0 the likeliest token comes next, without
+    penalties and beams, above it one drawn from the whole distribution.
+
     Args:
         model: What :func:`qconv.runtime.loading.load` gave.
         tokenizer: Its tokenizer.
@@ -68,6 +74,9 @@ def complete(
     Raises:
         UsageError: no prompt, an empty one, or one that is too long for the model.
     """
+    for number, prompt in enumerate(prompts, start=1):
+        if prompt != well_formed(prompt):
+            raise UsageError(f"prompt {number} holds half of a surrogate pair, which is no text.")
     ids = [tokenizer(prompt, add_special_tokens=special_tokens).input_ids for prompt in prompts]
     _check(ids, model.config.max_position_embeddings - max_tokens)
     longest = max(map(len, ids))
@@ -76,7 +85,7 @@ def complete(
     batch = torch.tensor([[pad] * (longest - len(one)) + one for one in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=model.device)
     torch.manual_seed(seed)
-    with torch.no_grad():
+    with torch.no_grad(), _nothing_inherited(model):
         output: Tensor = model.generate(
             batch,
             attention_mask=mask,
@@ -85,6 +94,19 @@ def complete(
         )
     answers = output[:, longest:].tolist()
     return [_completion(tokenizer, prompt, answer, ends) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+@contextlib.contextmanager
+def _nothing_inherited(model: Any) -> Iterator[None]:
+    """Hide the model's generation config, from which generate() takes whatever it is not told."""
+    from transformers import GenerationConfig
+
+    untyped: Any = GenerationConfig
+    stated, model.generation_config = model.generation_config, untyped()
+    try:
+        yield
+    finally:
+        model.generation_config = stated
 
 
 def _check(ids: Sequence[Sequence[int]], room: int) -> None:

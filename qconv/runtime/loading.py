@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qconv.checkpoint.maps import SharedMaps
-from qconv.errors import UsageError
+from qconv.errors import CheckpointError, UsageError
+from qconv.generation_config import GENERATION_CONFIG, read_generation_config
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import ModelFiles, open_files
 from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
@@ -51,12 +52,30 @@ def load(
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
     if left:
         raise UsageError(f"{path}: nothing was loaded for {left[0]!r} and {len(left) - 1} others.")
-    if (files.path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(files.path)
+    stated = read_generation_config(files.path)
+    if stated:
+        model.generation_config = _generation_config(files.path, stated)
     model.config.name_or_path = str(path)
     return model
+
+
+def _generation_config(folder: Path, values: dict[str, Any]) -> Any:
+    """transformers' object of the file's values.
+
+    Raises:
+        CheckpointError: transformers refuses them.
+    """
+    from transformers import GenerationConfig
+
+    untyped: Any = GenerationConfig
+    try:
+        return untyped.from_dict(values)
+    # Its checks raise whatever comparing and counting values of other types raises.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / GENERATION_CONFIG}: transformers refuses it: {type(error).__name__}: {error}.",
+            hint="Take the original model's file, or leave it away.",
+        ) from error
 
 
 def memory(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qconv.calibration import corpus as corpus_module
+from qconv.calibration import documents as documents_module
 from qconv.calibration.corpus import TokenSet, build_tokens, load_tokenizer
 from qconv.calibration.documents import Document, documents
 from qconv.errors import CheckpointError, UsageError
@@ -227,13 +228,18 @@ def test_text_shorter_than_asked_says_how_much_there_is(tmp_path: Path, tokenize
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{broken", r"rows\.jsonl, line 2: not JSON"),
-        (b'"\xff"', r"rows\.jsonl, line 2: not JSON"),
+        (b"{broken", r"rows\.jsonl, line 2: cannot be read as JSON"),
+        (b'"\xff"', r"rows\.jsonl, line 2: cannot be read as JSON"),
         (b"[1]", r"rows\.jsonl, line 2: a list, not an object"),
         (b'{"body": 1, "id": 2}', r"rows\.jsonl, line 2: no field 'text'; its fields are: 'body', 'id'"),
         (b"{}", r"its fields are: none"),
         (b'{"text": 3}', r"line 2: field 'text' is neither a string nor a list"),
         (b'{"text": [{"role": "user"}]}', r"line 2: field 'text' is neither a string nor a list"),
+        (b'{"text": [{"from": "human", "value": "hi"}]}', r"line 2: field 'text' is neither a string nor a list"),
+        (b'{"text": [{"role": 5, "content": "hi"}]}', r"line 2: field 'text' is neither a string nor a list"),
+        (b'{"text": []}', r"line 2: field 'text' is neither a string nor a list"),
+        (b'{"text": "a \\ud800 b"}', r"line 2: cannot be read as JSON: a string holds half"),
+        (b"[" * 100_000, r"line 2: cannot be read as JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
@@ -268,6 +274,45 @@ def test_a_chat_without_a_template_is_a_usage_error(model: Path, tmp_path: Path)
     path.write_text(json.dumps({"text": [{"role": "user", "content": "hi"}]}))
     with pytest.raises(UsageError, match=r"rows\.jsonl:1: the tokenizer cannot render this chat"):
         build(f"jsonl:{path}", model=model)
+
+
+TOOLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({% for key, value in c.function.arguments | items %}{{ key }}={{ value }}{% endfor %})"
+    "{% endfor %}{% endfor %}"
+)
+"""As Qwen3-Coder's: arguments of calls are objects."""
+
+
+@pytest.mark.parametrize("turn", [{}, {"content": None}])
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'])
+def test_a_turn_that_only_calls_tools_is_rendered(
+    turn: dict[str, Any], arguments: object, model: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    (model / "chat_template.jinja").write_text(TOOLS)
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+    chat = [{"role": "assistant", "tool_calls": calls, **turn}, {"role": "user", "content": "return self\n" * 40}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": chat}) + "\n")
+    ids = build(f"jsonl:{path}", 64, 64, model=model).ids.flatten().tolist()
+    assert tokenizer.decode(ids).startswith("<assistant>weather(city=Rome)<user>return self")
+
+
+def test_what_is_no_object_in_a_call_is_refused_with_the_line(model: Path, tmp_path: Path) -> None:
+    (model / "chat_template.jinja").write_text(TOOLS)
+    calls = [{"function": {"name": "f", "arguments": "not json"}}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": [{"role": "assistant", "tool_calls": calls}]}))
+    with pytest.raises(UsageError, match=r"rows\.jsonl:1: the tokenizer cannot render this chat"):
+        build(f"jsonl:{path}", model=model)
+
+
+def test_a_line_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", 1 << 20)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "' + "a" * (1 << 21))
+    with pytest.raises(UsageError, match="line 1: longer than 1 MiB"):
+        build(f"jsonl:{path}")
 
 
 def test_missing_tokenizer_names_the_files_looked_for(model: Path) -> None:

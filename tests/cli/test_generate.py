@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -29,6 +30,36 @@ def test_a_batch_and_json(invoke: Invoke, build: Path) -> None:
     shown = invoke(*arguments).stdout
     for one, message in zip(values["completions"], ("hi", "What is a list?"), strict=True):
         assert f"> {message}\n{one['text']}\n" in shown
+
+
+def test_it_says_how_tokens_were_chosen_and_what_was_not_applied(invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(build, tmp_path / "copy"))
+    (copy / "generation_config.json").write_text('{"repetition_penalty": 1.5, "do_sample": true, "eos_token_id": 0}')
+    arguments = ("--prompt", PROMPT, "--max-tokens", 6)
+    plain, told = (json.loads(invoke("generate", path, *arguments, "--json").stdout) for path in (build, copy))
+    assert told["completions"] == plain["completions"]
+    assert told["settings"]["decoding"] == "greedy"
+    assert told["settings"]["repetition_penalty"] == 1.0
+    assert told["generation_config_not_applied"] == {"do_sample": True, "repetition_penalty": 1.5}
+    shown = invoke("generate", copy, *arguments).stderr
+    assert "; greedy" in shown
+    assert "not applied of generation_config.json: do_sample True, repetition_penalty 1.5" in shown
+    assert "sampled at temperature 0.5" in invoke("generate", copy, *arguments, "--temperature", 0.5).stderr
+
+
+def test_files_that_libraries_refuse_are_named(invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(build, tmp_path / "copy"))
+    for name, text, option, word in (
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}', "--prompt", "generation_config"),
+        ("chat_template.jinja", "{{ messages[99].content }}", "--chat", "chat template"),
+        ("chat_template.jinja", "{% for a in b %}", "--chat", "chat template"),
+        ("tokenizer.json", "{", "--prompt", "tokenizer"),
+    ):
+        kept = (copy / name).read_bytes() if (copy / name).exists() else None
+        (copy / name).write_text(text)
+        result = invoke("generate", copy, option, "a", "--max-tokens", 1)
+        assert (result.exit_code, word in result.stderr) == (5, True), result.stderr
+        (copy / name).unlink() if kept is None else (copy / name).write_bytes(kept)
 
 
 def test_what_cannot_be_generated(invoke: Invoke, build: Path, tmp_path: Path) -> None:

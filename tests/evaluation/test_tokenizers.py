@@ -35,3 +35,15 @@ def test_another_chat_template_is_told(copy: Path, moe: Path) -> None:
     template = copy / "chat_template.jinja"
     template.write_text(template.read_text() + "!")
     assert "chat template" in str(difference(identify(copy), identify(moe)))
+
+
+def test_a_template_that_knows_no_system_turn_differs_only_in_what_it_renders(
+    copy: Path, moe: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(moe, tmp_path / "other"))
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
+    (copy / "chat_template.jinja").write_text(refusing + "{% endfor %}")
+    (other / "chat_template.jinja").write_text(refusing + "{#- the same -#}{% endfor %}")
+    assert difference(identify(copy), identify(other)) is None
+    (other / "chat_template.jinja").write_text(refusing + "!{% endfor %}")
+    assert "chat template" in str(difference(identify(copy), identify(other)))

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qconv.calibration.corpus import load_tokenizer
-from qconv.evaluation.windows import LEAST_UNITS, Encoded, cut, encode, sliding
+from qconv.evaluation.encoding import Encoded, encode
+from qconv.evaluation.windows import LEAST_UNITS, cut, sliding
 from tests.conftest import BUNDLED
 
 

@@ -164,6 +164,14 @@ def test_a_chat_template_in_the_configuration_is_found(folder: Path) -> None:
         keys_of(folder)
 
 
+def test_templates_in_files_of_their_own_are_kept(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    keys = keys_of(folder)
+    assert keys["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
+    assert keys["tokenizer.chat_template.tool_use"] == "tools"
+
+
 def test_a_model_without_chat_template_has_none(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     assert "tokenizer.chat_template" not in keys_of(folder)

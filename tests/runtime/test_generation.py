@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import qconv
 from qconv.errors import UsageError
-from qconv.runtime.generation import chat_prompt, complete
+from qconv.runtime.generation import complete, recommended
 from qconv.runtime.tokenizer import load_tokenizer
 from tests.conftest import BUNDLED, build, small_recipe
 
 PROMPTS = ["class Node:\n    def __init__(self, value, left=None", "import", "def add(a, b):\n    return"]
 """The first does not end soon."""
+CONFIG: Any = transformers.GenerationConfig
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +74,34 @@ def test_an_end_ends_it(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPa
     assert (completion.tokens, completion.stopped) == (2, "end")
 
 
-def test_the_chat_template_is_the_models(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = chat_prompt(tokenizer, "hi")
-    assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer(prompt, add_special_tokens=False).input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(UsageError, match="no chat template"):
-        chat_prompt(tokenizer, "hi")
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"repetition_penalty": 1.5},
+        {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+        {"suppress_tokens": list(range(5, 2000)), "forced_bos_token_id": 4},
+        {"min_new_tokens": 5, "max_length": 3, "no_repeat_ngram_size": 1},
+    ],
+)
+def test_greedy_is_greedy_whatever_the_model_recommends(
+    model: Any, tokenizer: Any, stated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = complete(model, tokenizer, PROMPTS[:1], max_tokens=8)
+    config = CONFIG(**stated, eos_token_id=model.generation_config.eos_token_id)
+    monkeypatch.setattr(model, "generation_config", config)
+    assert complete(model, tokenizer, PROMPTS[:1], max_tokens=8) == wanted
+    assert model.generation_config is config
+    assert recommended(model).keys() <= stated.keys()
+    assert recommended(model)
+
+
+def test_sampling_is_from_the_whole_distribution(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """top_k 1 would make every sample the greedy one."""
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.5, "seed": 1}
+    wanted = complete(model, tokenizer, PROMPTS[:1], **options)
+    monkeypatch.setattr(model, "generation_config", CONFIG(top_k=1, top_p=0.1))
+    assert complete(model, tokenizer, PROMPTS[:1], **options) == wanted
 
 
 @pytest.mark.parametrize("special_tokens", [True, False])
@@ -102,7 +125,12 @@ def test_a_rendered_prompt_gets_no_second_beginning(model: Any, tokenizer: Any, 
 
 
 def test_prompts_that_cannot_be_continued(model: Any, tokenizer: Any) -> None:
-    for prompts, error in (([], "no prompt"), (["x", ""], "prompt 2 is empty"), (["a b " * 4000], "has room for 4088")):
+    for prompts, error in (
+        ([], "no prompt"),
+        (["x", ""], "prompt 2 is empty"),
+        (["\ud800"], "surrogate"),
+        (["a b " * 4000], "has room for 4088"),
+    ):
         with pytest.raises(UsageError, match=error):
             complete(model, tokenizer, prompts, max_tokens=8)
 

@@ -137,6 +137,16 @@ def test_the_tokenizer_is_the_files_own(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_every_chat_template_of_a_file_is_kept(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(BUNDLED, tmp_path / "source"))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    out = convert(source, tmp_path / "out", "Q8_0")
+    ours = load_tokenizer(next(out.glob("*.gguf")))
+    assert ours.chat_template == load_tokenizer(source).chat_template
+    assert ours.chat_template["tool_use"] == "tools"
+
+
 def test_rows_come_back_to_transformers_order() -> None:
     rows = torch.arange(24).view(24, 1)
     assert torch.equal(original_heads(permute_heads(rows, 3), 3), rows)

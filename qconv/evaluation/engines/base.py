@@ -14,6 +14,8 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.decoding import Setting, decoding_settings
+
 Step: TypeAlias = Callable[[float], None]
 """Told the share of a batch that is done."""
 Logits: TypeAlias = NDArray[np.float32]
@@ -28,11 +30,14 @@ class Prompt:
         text: The prompt as rendered: exactly what the model reads.
         control_tokens: Whether control tokens in ``text`` are meant, as a chat template writes them.
         messages: The chat that ``text`` is a rendering of, for endpoints that render it themselves.
+        bos: What ``text`` begins with if that is a BOS which the tokenizer puts before a text anyway: whoever leaves
+            tokenizing to a server sends the rest. Else empty.
     """
 
     text: str
     control_tokens: bool = False
     messages: tuple[Mapping[str, str], ...] | None = None
+    bos: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,10 @@ class Sampling:
     def digest(self) -> str:
         """sha256 of the settings, hexadecimal."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def settings(self) -> dict[str, Setting]:
+        """Everything that decides which token comes next, for the record."""
+        return decoding_settings(self.max_tokens, self.temperature, seed=self.seed, top_p=self.top_p, stop=self.stop)
 
     def seed_of(self, prompt: Prompt, sample: int) -> int:
         """The seed of one completion, below 2**63."""
@@ -140,6 +149,15 @@ class LikelihoodEngine(Protocol):
             IncapableEngineError: this one does not.
             EngineError: the engine failed.
         """
+
+
+@runtime_checkable
+class RefusingEngine(Protocol):
+    """An engine whose server may refuse to be told some settings, and then applies its own."""
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Names of the settings that were refused so far."""
 
 
 def stop_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -11,7 +11,7 @@ from qconv.evaluation.humaneval.dataset import Problem
 
 Style: TypeAlias = Literal["completion", "chat"]
 Message: TypeAlias = dict[str, str]
-Render: TypeAlias = Callable[[Sequence[Message]], str]
+Render: TypeAlias = Callable[[Sequence[Message]], Prompt]
 """A chat as the model reads it, up to where its answer begins."""
 
 COMPLETION_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
@@ -35,7 +35,7 @@ def render_prompt(problem: Problem, style: Style, render: Render | None) -> Prom
     if render is None:
         raise ValueError("chat prompts need a chat template")
     message = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt.rstrip())}
-    return Prompt(render([message]), control_tokens=True, messages=(message,))
+    return render([message])
 
 
 def stop_strings(style: Style) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
+from qconv.chat.templates import ChatTemplates
+from qconv.evaluation.engines.base import Prompt, RefusingEngine
 from qconv.evaluation.humaneval.dataset import SHA256, Problem, load_problems
 from qconv.evaluation.humaneval.flips import flips
 from qconv.evaluation.humaneval.prompts import Message, Render, render_prompt
@@ -23,6 +25,7 @@ from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.statistics import ratio_interval, wilson
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.runtime.tokenizer import load_tokenizer
+from qconv.tokenizer import rendered_bos
 
 SETTINGS = HumanEvalSettings
 
@@ -60,6 +63,7 @@ def measure(settings: HumanEvalSettings, bench: Bench) -> Task:
         "data_set": SHA256,
         "statuses": {str(status): count for status, count in outcome.statuses().items()},
         "unjudged": list(outcome.unjudged()),
+        "generation": _generation(settings, bench),
     }
     if known is not None:
         metrics |= {f"reference.{name}": metric for name, metric in _metrics(settings, known).items()}
@@ -82,6 +86,18 @@ def measure(settings: HumanEvalSettings, bench: Bench) -> Task:
         engine=dict(bench.build.engine.identity),
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _generation(settings: HumanEvalSettings, bench: Bench) -> JsonValue:
+    """The settings that decided the build's answers, and those that its server refused to be told."""
+    engine = bench.build.engine
+    found: dict[str, JsonValue] = json.loads(json.dumps(settings.sampling(bench.seed).settings()))
+    if isinstance(engine, RefusingEngine):
+        found["refused"] = list(engine.refused)
+        if engine.refused:
+            listed = ", ".join(engine.refused)
+            bench.log(f"{settings.name}: the server refuses {listed}: whatever it has for them is applied")
+    return found
 
 
 def _reference(
@@ -120,11 +136,16 @@ def _reference(
 
 
 def _renderer(model_dir: Path) -> Render:
-    """The reference's chat template."""
+    """The reference's chat template, rendering each chat once."""
     tokenizer = load_tokenizer(model_dir)
+    chats, known = ChatTemplates(tokenizer, model_dir), dict[str, Prompt]()
 
-    def render(messages: Sequence[Message]) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    def render(messages: Sequence[Message]) -> Prompt:
+        key = json.dumps(messages)
+        if key not in known:
+            text = chats.render(messages, answer=True)
+            known[key] = Prompt(text, True, tuple(messages), rendered_bos(tokenizer, text))
+        return known[key]
 
     return render
 

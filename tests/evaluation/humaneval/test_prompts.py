@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qconv.evaluation.engines.base import stop_at
+from qconv.evaluation.engines.base import Prompt, stop_at
 from qconv.evaluation.humaneval.dataset import Problem
 from qconv.evaluation.humaneval.prompts import (
     COMPLETION_STOP,
@@ -39,7 +39,11 @@ def test_a_completion_prompt_is_the_problem_itself() -> None:
 
 
 def test_a_chat_prompt_is_rendered_and_keeps_its_messages() -> None:
-    prompt = render_prompt(PROBLEM, "chat", lambda messages: f"<user>{messages[0]['content']}<assistant>")
+    prompt = render_prompt(
+        PROBLEM,
+        "chat",
+        lambda chat: Prompt(f"<user>{chat[0]['content']}<assistant>", control_tokens=True, messages=tuple(chat)),
+    )
     assert prompt.control_tokens
     assert prompt.messages is not None
     assert prompt.text == f"<user>{prompt.messages[0]['content']}<assistant>"

@@ -97,6 +97,9 @@ def test_the_references_answers_are_known_the_second_time(measured: Measure, tmp
 
 def test_without_a_reference_only_the_build_is_measured(measured: Measure) -> None:
     task = measured(build=[3], reference=None)
+    told: Any = task.details["generation"]
+    assert (told["decoding"], told["repetition_penalty"], told["top_k"]) == ("greedy", 1.0, None)
+    assert "refused" not in told
     assert task.reference_items == ()
     assert set(task.metrics) == {"pass@1"}
     low, high = task.metrics["pass@1"].low, task.metrics["pass@1"].high
