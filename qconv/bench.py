@@ -13,11 +13,13 @@ How it is fast and small
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,11 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec, encode_header
-from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, sync_folder, write_atomically
+from qconv.checkpoint.writer import output_errors, sync_folder, write_atomically
 from qconv.errors import CheckpointError, OutputError, ResourceError, UsageError
+from qconv.manifest import JOURNAL_NAME, Journal, locked
 from qconv.models import architecture
+from qconv.ownership import LEDGER_NAME, WORK_FOLDER, remove_claimed, strangers
 
 Progress = Callable[[str, int, int], None]
 """Called with the shard's name, bytes written so far and bytes in all."""
@@ -119,10 +123,10 @@ def write_slice(
     shape: SliceShape | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a random bf16 checkpoint of ``layers`` layers with ``experts`` experts each.
+    """Write a random bf16 checkpoint of ``layers`` layers with ``experts`` experts each, or go on with it.
 
     Args:
-        out: A folder that does not exist or is empty.
+        out: A folder that does not exist, is empty, or holds the beginning of the same slice.
         layers, experts: How much of the model (480B: 62 and 160).
         seed: The same seed gives the same bytes.
         shard_size: Bytes a shard may have; one tensor larger than that gets a shard of its own.
@@ -131,14 +135,15 @@ def write_slice(
 
     Raises:
         UsageError: a count below 1 or beyond what config.json may say, or a vocabulary without room for the tokenizer.
-        OutputError: the folder holds something, or cannot be written.
+        OutputError: the folder holds something else, or cannot be written.
+        StaleJournalError: it holds the beginning of another slice.
         ResourceError: the disk lacks room; nothing was written.
     """
     shape = shape or SliceShape()
     if layers < 1 or experts < 1 or shape.vocab_size < FIRST_SPECIAL + len(SPECIAL_TOKENS):
         raise UsageError(f"a slice of {layers} layers, {experts} experts and {shape.vocab_size} tokens cannot be made.")
     total = shape.nbytes(layers, experts)
-    _prepare(out, total)
+    _require_fit(out, total)
     config = shape.config(layers, experts)
     try:
         specs = [TensorSpec(name, torch.bfloat16, size) for name, size in architecture(config).tensors()]
@@ -146,24 +151,30 @@ def write_slice(
         raise UsageError(f"a slice of {layers:,} layers of {experts:,} experts: {error.message}") from error
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-
-    weights = _Weights(seed)
-    shards = _split(specs, shard_size)
-    weight_map: dict[str, str] = {}
-    done = 0
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for size in _write_shard(out / name, shard, weights):
-            done += size
-            if progress is not None:
-                progress(name, done, total)
-        weight_map |= {spec.name: name for spec in shard}
-    _write_tokenizer(out)
-    _write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": FIRST_SPECIAL})
-    _write_json(out / "config.json", config)
-    # The index comes last: a slice that was interrupted has none, and no reader takes it for a whole one.
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(out / "model.safetensors.index.json", index)
+    asked = f"{layers} layers, {experts} experts, seed {seed}, shards of {shard_size}, {shape}"
+    with locked(out):
+        journal = _journal(out, {"slice": hashlib.sha256(asked.encode()).hexdigest()})
+        weights = _Weights(seed)
+        shards = _split(specs, shard_size)
+        weight_map: dict[str, str] = {}
+        done = 0
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            for size in _write_shard(out / name, shard, weights, journal):
+                done += size
+                if progress is not None:
+                    progress(name, done, total)
+            weight_map |= {spec.name: name for spec in shard}
+        # The index comes last: a slice that was interrupted has none, and no reader takes it for a whole one.
+        small = {
+            **_tokenizer_files(),
+            "generation_config.json": _json({"do_sample": False, "eos_token_id": FIRST_SPECIAL}),
+            "config.json": _json(config),
+            "model.safetensors.index.json": _json({"metadata": {"total_size": total}, "weight_map": weight_map}),
+        }
+        for name, data in small.items():
+            _write_small(out / name, data, journal)
+        remove_claimed(out / WORK_FOLDER)
 
 
 class _Weights:
@@ -203,13 +214,15 @@ class _Weights:
         return weight.bfloat16()
 
 
-def _prepare(out: Path, total: int) -> None:
-    """Check that the folder is new or empty and its disk has room."""
+def _require_fit(out: Path, total: int) -> None:
+    """Check that the folder is new, empty or the beginning of a slice, and that its disk has room."""
     with output_errors(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        begun = (out / WORK_FOLDER / JOURNAL_NAME).is_file()
+        fit = begun or not out.exists() or (out.is_dir() and not strangers(out, {f"{WORK_FOLDER}/{LEDGER_NAME}": None}))
+        if not fit:
             raise OutputError(f"{out} exists and is not an empty folder.", hint="Choose another folder or remove it.")
         existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in out.glob("*.safetensors"))
         if free < total + _SMALL_FILES:
             raise ResourceError(
                 f"{out}: the slice needs {total / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free.",
@@ -230,20 +243,55 @@ def _split(specs: Sequence[TensorSpec], shard_size: int) -> list[list[TensorSpec
     return shards
 
 
-def _write_shard(path: Path, specs: Sequence[TensorSpec], weights: _Weights) -> Iterator[int]:
-    """Stream a shard, yielding the bytes of each block. No checksum: the data mean nothing, and speed is asked for."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+def _journal(out: Path, fingerprints: Mapping[str, str]) -> Journal:
+    """The journal of a slice, begun or gone on with.
+
+    Raises:
+        StaleJournalError: it is another slice's.
+    """
+    path = out / WORK_FOLDER / JOURNAL_NAME
+    journal = Journal.load(path)
+    if journal is None:
+        return Journal.create(path, fingerprints)
+    journal.require(fingerprints)
+    return journal
+
+
+def _write_shard(path: Path, specs: Sequence[TensorSpec], weights: _Weights, journal: Journal) -> Iterator[int]:
+    """Stream a shard, yielding the bytes of each block. No checksum: the data mean nothing, and speed is asked for.
+
+    One that is there already is passed over if the journal knows it by its size; nothing is ever replaced.
+    """
+    header = encode_header(specs)
+    size = len(header) + sum(spec.nbytes for spec in specs)
+    temporary = journal.staged(path.name)
     with output_errors(path):
+        if os.path.lexists(path):
+            if journal.units.get(path.name) != {"size": size} or path.lstat().st_size != size or path.is_symlink():
+                raise OutputError(f"{path}: was not written by this slice.", hint="Move it away.")
+            yield size - len(header)
+            return
         with temporary.open("wb") as file:
-            file.write(encode_header(specs))
+            file.write(header)
             for spec in specs:
                 for block in weights.blocks(spec):
                     yield file.write(block.view(torch.uint8).numpy().data)
+        journal.commit(path.name, {"size": size})
         temporary.rename(path)
         sync_folder(path.parent)
 
 
-def _write_tokenizer(out: Path) -> None:
+def _write_small(path: Path, data: bytes, journal: Journal) -> None:
+    """Write a file of always the same bytes; one that is there must have them."""
+    with output_errors(path):
+        if os.path.lexists(path):
+            if path.is_symlink() or path.read_bytes() != data:
+                raise OutputError(f"{path}: was not written by this slice.", hint="Move it away.")
+            return
+    write_atomically(path, data, journal.staged(path.name))
+
+
+def _tokenizer_files() -> dict[str, bytes]:
     """A byte-level BPE of one token a byte and hardly a merge, with ChatML's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -253,7 +301,6 @@ def _write_tokenizer(out: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    write_atomically(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": SPECIAL_TOKENS[0],
@@ -261,9 +308,12 @@ def _write_tokenizer(out: Path) -> None:
         "model_max_length": 262144,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(out / "tokenizer_config.json", settings)
-    write_atomically(out / "chat_template.jinja", CHAT_TEMPLATE.encode())
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": _json(settings),
+        "chat_template.jinja": CHAT_TEMPLATE.encode(),
+    }
 
 
-def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"

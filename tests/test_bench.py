@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor
 from qconv import bench
 from qconv.bench import SliceShape, write_slice
 from qconv.calibration.corpus import build_tokens
-from qconv.errors import OutputError, ResourceError, UsageError
+from qconv.errors import OutputError, ResourceError, StaleJournalError, UsageError
 from qconv.models import architecture
 from qconv.models.base import Moe
 from qconv.recipe import CalibrationSettings
+from tests.conftest import folder_bytes
 
 TINY = SliceShape(hidden_size=64, expert_width=32, heads=6, kv_heads=2, head_dim=16, vocab_size=300)
 
@@ -158,6 +160,57 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(ResourceError, match=r"needs 19\.2 GB of disk and 0\.0 GB are free"):
         write_slice(tmp_path / "new" / "slice", layers=1, experts=160)
     assert not list(tmp_path.iterdir())
+
+
+class Killed(Exception):
+    """The process died here."""
+
+
+def test_a_killed_slice_goes_on_and_ends_with_the_same_bytes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"layers": 2, "experts": 4, "shape": TINY, "shard_size": 40_000}
+    real, made = Path.rename, 0
+    while True:  # killed before each of its renames in turn, it goes on in one folder
+        renames = iter(range(made + 1))
+        with monkeypatch.context() as patch:
+
+            def rename(self: Path, target: Path, renames: Iterator[int] = renames) -> Path:
+                if next(renames, None) is None:
+                    raise Killed
+                return real(self, target)
+
+            patch.setattr(Path, "rename", rename)
+            try:
+                write_slice(tmp_path / "out", **arguments)
+            except Killed:
+                made = 0 if made else 1
+            else:
+                break
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tiny)
+    with pytest.raises(OutputError, match="not an empty folder"):
+        write_slice(tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize("name", ["a shard", "config.json", "tokenizer.json"])
+def test_a_slice_replaces_nothing_that_it_did_not_write(
+    tiny: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"layers": 2, "experts": 4, "shape": TINY, "shard_size": 40_000}
+    if name == "a shard":
+        name = sorted(tiny.glob("*.safetensors"))[1].name
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_slice(tmp_path / "out", **arguments, progress=kill)
+    with pytest.raises(StaleJournalError, match="slice changed"):
+        write_slice(tmp_path / "out", **arguments | {"seed": 1})
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    with pytest.raises(OutputError, match=name):
+        write_slice(tmp_path / "out", **arguments)
+    assert (tmp_path / "out" / name).read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("counts", [(0, 1), (1, 0), (-1, 4)])

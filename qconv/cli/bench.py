@@ -20,12 +20,12 @@ def command() -> None:
 @command.command("slice", short_help="Write a random checkpoint of Qwen3-Coder-480B's shapes.")
 @click.option("--layers", type=COUNT, required=True, help="Decoder layers; the whole model has 62.")
 @click.option("--experts", type=COUNT, required=True, help="Experts a layer; the whole model has 160.")
-@out_option("A new or empty folder.")
+@out_option("A new or empty folder, or one that the same command began.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed, the same bytes.")
 @json_option
 def write(layers: int, experts: int, out: Path, seed: int, as_json: bool) -> None:
     """Write a random bf16 checkpoint with the true shapes of Qwen3-Coder-480B-A35B and fewer layers or experts."""
-    with reporting(quiet=as_json, remedy=f"Remove {out} and start again.") as reporter:
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         from qconv.bench import write_slice
 
         write_slice(out, layers=layers, experts=experts, seed=seed, progress=reporter.progress)
