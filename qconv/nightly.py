@@ -10,75 +10,34 @@ other builds' numbers of that night say less about their weights.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
 
-import yaml
-from pydantic import Field, model_validator
-
-from qconv.errors import EngineError, QconvError, SandboxError, UnmeasurableError, UsageError
+from qconv.checkpoint.writer import output_errors
+from qconv.errors import ArtifactError, EngineError, OutputError, QconvError, StaleJournalError, UnmeasurableError
 from qconv.evaluation.artifacts import locate
 from qconv.evaluation.cache import Cache, default_folder
+from qconv.evaluation.engines import is_endpoint
 from qconv.evaluation.history import History, differences
 from qconv.evaluation.record import EXIT_CODES, RUN_NAME, Outcome, Run, Verdict, read_run
 from qconv.evaluation.run import Request, evaluate
-from qconv.evaluation.suites import Section, Suite, load_suite, parse_settings
-from qconv.gguf.recipe import FORMAT as GGUF
-from qconv.gguf.recipe import parse_gguf_recipe
+from qconv.evaluation.standing import Standing
+from qconv.gguf.recipe import GgufRecipe
 from qconv.gguf_pipeline import quantize_gguf
+from qconv.manifest import locked
+from qconv.nightly_settings import NightBuild, NightPlan, NightSuite
 from qconv.nights import begin_night, remove_old
 from qconv.pipeline import quantize
-from qconv.recipe import parse_recipe, read_values
+from qconv.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
 
 _WORST: tuple[Outcome, ...] = ("corrupt", "regression", "inconclusive", "not gated", "pass")
 """From the worst to the best."""
-
-
-class BuildSettings(Section):
-    """One build that is followed from night to night."""
-
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    reference: str
-    """The unquantized model: a folder or a Hub id."""
-    recipe: str | dict[str, Any] | None = None
-    """Quantize the reference by it: a packaged recipe's name, a file, ``gguf:TYPE``, or a recipe's keys themselves."""
-    build: str | None = None
-    """Take this build instead: a folder, a GGUF file or a Hub id."""
-    canary: bool = False
-
-    @model_validator(mode="after")
-    def _made_in_one_way(self) -> Self:
-        if (self.recipe is None) == (self.build is None):
-            raise ValueError("give either a recipe or a build")
-        return self
-
-
-class NightlySettings(Section):
-    """A nightly configuration. Paths are relative to the file."""
-
-    work: Path
-    """Where the nights lie, each in a folder of its own."""
-    history: Path
-    suites: Annotated[tuple[str, ...], Field(min_length=1)]
-    """From cheap to dear."""
-    budget_minutes: Annotated[float, Field(gt=0.0)] | None = None
-    keep_nights: Annotated[int, Field(ge=1)] = 7
-    """Older nights' folders are removed; the history keeps their runs."""
-    engine: str = "local"
-    builds: Annotated[tuple[BuildSettings, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [build.name for build in self.builds]
-        if len(set(names)) != len(names):
-            raise ValueError("every build needs a name of its own")
-        return self
 
 
 @dataclass(slots=True)
@@ -121,76 +80,61 @@ class Night:
     verdict: Verdict
 
 
-def load_nightly(path: Path) -> NightlySettings:
-    """A configuration from a YAML file.
-
-    Raises:
-        UsageError: it cannot be read, or a key is wrong; names it.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path}: {reason}.", hint="Give a nightly configuration, as evals/nightly.yaml.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: is not YAML: {error}.") from error
-    settings = parse_settings(NightlySettings, values, str(path))
-    base = path.resolve().parent
-    builds = tuple(one.model_copy(update=_placed(one, base)) for one in settings.builds)
-    work, history = ((base / path).resolve() for path in (settings.work, settings.history))
-    changed = {"work": work, "history": history, "builds": builds}
-    return settings.model_copy(update=changed)
-
-
-def run_night(settings: NightlySettings, date: str, *, progress: Progress, log: Log) -> Night:
+def run_night(plan: NightPlan, date: str, *, progress: Progress, log: Log) -> Night:
     """Run one night, or continue it.
 
     Args:
-        settings: What to do.
+        plan: What to do.
         date: Names the night: ``2026-01-31``.
         progress: Told what is at work, and how far.
         log: Told about steps, one sentence each.
 
     Raises:
-        UsageError: a suite does not exist.
-        OutputError: the work folder or the history cannot be written.
+        OutputError: another night is at work there, or the work folder or the history cannot be written.
+        ArtifactError: the history is damaged.
     """
-    suites = {name: load_suite(name) for name in settings.suites}
-    folder = begin_night(settings.work, date)
-    deadline = None if settings.budget_minutes is None else time.monotonic() + 60.0 * settings.budget_minutes
-    nights = [BuildNight(build.name) for build in settings.builds]
-    with History.open(settings.history) as history:
+    with _held(plan.work), History.open(plan.history) as history:
+        deadline = None if plan.budget_minutes is None else time.monotonic() + 60.0 * plan.budget_minutes
+        at_work = _AtWork(plan, begin_night(plan.work, date), history, Standing(progress), progress, log)
+        nights = [BuildNight(build.name) for build in plan.builds]
         made: dict[str, Path] = {}
-        for build, night in zip(settings.builds, nights, strict=True):
+        for build, night in zip(plan.builds, nights, strict=True):
             with _reported(night, log):
-                made[build.name] = _made(build, folder, progress, log)
+                made[build.name] = at_work.made(build)
         # Suite by suite over all builds, so that a short night has at least the cheap answers for every one.
-        for name, suite in suites.items():
-            for build, night in zip(settings.builds, nights, strict=True):
+        for suite in plan.suites:
+            for build, night in zip(plan.builds, nights, strict=True):
                 reason = _reason_to_skip(night, deadline)
                 if reason is not None:
-                    night.skipped[name] = reason
-                    log(f"{build.name}: {name} skipped: {reason}")
+                    night.skipped[suite.name] = reason
+                    log(f"{build.name}: {suite.name} skipped: {reason}")
                     continue
                 with _reported(night, log):
                     try:
-                        _measure(settings, build, made[build.name], name, suite, folder, history, night, progress, log)
+                        night.runs[suite.name] = at_work.measured(build, made[build.name], suite)
                     except UnmeasurableError as error:
-                        night.unmeasured[name] = error
-                        log(f"{build.name}: {name} not measured: {error}")
-        for build, night in zip(settings.builds, nights, strict=True):
+                        night.unmeasured[suite.name] = error
+                        log(f"{build.name}: {suite.name} not measured: {error}")
+        for build, night in zip(plan.builds, nights, strict=True):
             if build.canary:
                 night.changes = _moved(history, night)
-    remove_old(settings.work, settings.keep_nights, date, log)
-    return Night(folder, tuple(nights), _verdict(nights, settings))
+        remove_old(plan.work, plan.keep_nights, date, log)
+    return Night(at_work.folder, tuple(nights), _verdict(nights, plan))
 
 
-def _placed(build: BuildSettings, base: Path) -> dict[str, str]:
-    """Paths of a build relative to the configuration's folder, where they exist there."""
-    values = {"reference": build.reference, "build": build.build}
-    if isinstance(build.recipe, str):
-        values["recipe"] = build.recipe
-    return {key: str(base / one) for key, one in values.items() if one is not None and (base / one).exists()}
+@contextlib.contextmanager
+def _held(work: Path) -> Iterator[None]:
+    """The folder of the nights, made if absent, for this process alone.
+
+    Raises:
+        OutputError: it is a file, cannot be made, or another night is at work there.
+    """
+    if work.exists() and not work.is_dir():
+        raise OutputError(f"{work}: is a file.", hint="Give a folder as work.")
+    with output_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        yield
 
 
 class _reported:
@@ -211,28 +155,104 @@ class _reported:
         return True
 
 
-def _made(build: BuildSettings, folder: Path, progress: Progress, log: Log) -> Path:
-    """The build's path, quantized now where it is made from a recipe."""
-    if build.build is not None:
-        return locate(build.build)
-    model, out = locate(build.reference), folder / build.name / "build"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    values, where = _recipe_values(build)
-    log(f"{build.name}: quantizing to {values.get('format')}")
-    if values.get("format") == GGUF:
-        quantize_gguf(model, out, parse_gguf_recipe(values, where), progress=progress, log=log)
-    else:
-        quantize(model, out, parse_recipe(values), progress=progress, log=log)
-    return out
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    """What makes and measures the builds of one night.
 
+    Attributes:
+        plan: What is to be done.
+        folder: The night's.
+        history: Where its runs go.
+        standing: Whether what an interrupted night measured still stands.
+        progress: Told what is at work, and how far.
+        log: Told about steps.
+    """
 
-def _recipe_values(build: BuildSettings) -> tuple[dict[str, Any], str]:
-    if isinstance(build.recipe, dict):
-        return dict(build.recipe), f"builds.{build.name}.recipe"
-    assert build.recipe is not None
-    if build.recipe.startswith(f"{GGUF}:"):
-        return {"format": GGUF, "type": build.recipe.removeprefix(f"{GGUF}:")}, build.recipe
-    return read_values(build.recipe)
+    plan: NightPlan
+    folder: Path
+    history: History
+    standing: Standing
+    progress: Progress
+    log: Log
+
+    def made(self, build: NightBuild) -> Path:
+        """The build's path, quantized now where it is made from a recipe; what other inputs began is made anew."""
+        if build.recipe is None:
+            assert build.build is not None
+            return Path(build.build) if is_endpoint(self.plan.engine) else locate(build.build)
+        model, out = locate(build.reference), self.folder / build.name / "build"
+        with output_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        self.log(f"{build.name}: quantizing to {build.recipe.format}")
+        try:
+            self._quantize(model, out, build.recipe, restart=False)
+        except StaleJournalError as error:
+            self.log(f"{build.name}: quantizing anew: {error.message}")
+            self._quantize(model, out, build.recipe, restart=True)
+        return out
+
+    def _quantize(self, model: Path, out: Path, recipe: Recipe | GgufRecipe, *, restart: bool) -> None:
+        if isinstance(recipe, GgufRecipe):
+            quantize_gguf(model, out, recipe, restart=restart, progress=self.progress, log=self.log)
+        else:
+            quantize(model, out, recipe, restart=restart, progress=self.progress, log=self.log)
+
+    def measured(self, build: NightBuild, made: Path, suite: NightSuite) -> tuple[Path, Run]:
+        """A build's run on a suite with its folder: what this night measured before, where it still stands."""
+        out = self.folder / build.name / suite.folder
+        before = self.history.baseline(build.name, suite.suite.digest())
+        engine = () if self.plan.engine == "local" else ("--engine", self.plan.engine)
+        request = Request(
+            build=made,
+            reference=locate(build.reference),
+            suite=suite.suite,
+            suite_name=suite.name,
+            out=out,
+            cache=Cache(default_folder()),
+            engine=self.plan.engine,
+            gates=suite.gates,
+            baseline=None if before is None else before.run,
+            command=(
+                "qconv",
+                "eval",
+                "run",
+                str(made),
+                "--reference",
+                build.reference,
+                "--suite",
+                suite.source,
+                *engine,
+            ),
+        )
+        try:
+            run = self._stored(build, request) or self._evaluated(build, request)
+            self.history.add(out, run, name=build.name)
+        except ArtifactError as error:
+            if not error.message.startswith(str(out)):
+                raise
+            raise ArtifactError(error.message, hint=f"Remove {out}: the same command measures it again.") from error
+        self.log(f"{build.name}: {suite.name}: {run.verdict.sentence}")
+        return out, run
+
+    def _stored(self, build: NightBuild, request: Request) -> Run | None:
+        """What this night measured before; None where nothing was, or it does not stand any more."""
+        if not (request.out / RUN_NAME).exists():
+            return None
+        run = read_run(request.out)
+        reason = self.standing.reason(run, request)
+        if reason is not None:
+            self.log(f"{build.name}: {request.suite_name} was measured already, but {reason}")
+        return run if reason is None else None
+
+    def _evaluated(self, build: NightBuild, request: Request) -> Run:
+        """The build, measured now; what a run of other inputs left in its folder is discarded."""
+        self.log(f"{build.name}: measuring on {request.suite_name}")
+        restart = (request.out / RUN_NAME).exists()
+        try:
+            return evaluate(request, restart=restart, progress=self.progress, log=self.log)
+        except StaleJournalError as error:
+            self.log(f"{build.name}: measuring anew: {error.message}")
+            return evaluate(request, restart=True, progress=self.progress, log=self.log)
 
 
 def _reason_to_skip(night: BuildNight, deadline: float | None) -> str | None:
@@ -246,49 +266,12 @@ def _reason_to_skip(night: BuildNight, deadline: float | None) -> str | None:
     return None
 
 
-def _measure(
-    settings: NightlySettings,
-    build: BuildSettings,
-    made: Path,
-    suite_name: str,
-    suite: Suite,
-    folder: Path,
-    history: History,
-    night: BuildNight,
-    progress: Progress,
-    log: Log,
-) -> None:
-    out = folder / build.name / f"run-{Path(suite_name).stem}"
-    if (out / RUN_NAME).exists():
-        run = read_run(out)
-    else:
-        before = history.baseline(build.name, suite.digest())
-        request = Request(
-            build=made,
-            reference=locate(build.reference),
-            suite=suite,
-            suite_name=suite_name,
-            out=out,
-            cache=Cache(default_folder()),
-            engine=settings.engine,
-            gates=suite.gates,
-            baseline=None if before is None else before.run,
-            command=("qconv", "eval", "run", str(made), "--reference", build.reference, "--suite", suite_name),
-        )
-        log(f"{build.name}: measuring on {suite_name}")
-        run = evaluate(request, progress=progress, log=log)
-    history.add(out, run, name=build.name)
-    night.runs[suite_name] = out, run
-    log(f"{build.name}: {suite_name}: {run.verdict.sentence}")
-
-
 def _moved(history: History, night: BuildNight) -> tuple[str, ...]:
     """What changed since the canary's run before, if its numbers moved though its weights did not."""
     found: list[str] = []
-    for suite, (_, run) in night.runs.items():
-        before = next(
-            (one.run for one in history.runs(name=night.name, suite=suite) if one.run.started < run.started), None
-        )
+    for _, run in night.runs.values():
+        earlier = history.before(run, night.name)
+        before = None if earlier is None else earlier.run
         if before is None or before.build.sha256 != run.build.sha256 or _numbers(before, run) == _numbers(run, before):
             continue
         found += [one for one in differences(before, run) if one not in found] or ["nothing that is recorded"]
@@ -304,7 +287,7 @@ def _numbers(run: Run, other: Run) -> Mapping[str, Mapping[str, float | None]]:
     }
 
 
-def _verdict(nights: list[BuildNight], settings: NightlySettings) -> Verdict:
+def _verdict(nights: list[BuildNight], plan: NightPlan) -> Verdict:
     outcomes = {night.name: night.outcome for night in nights}
     worst = min(outcomes.values(), key=_WORST.index)
     named = ", ".join(name for name, outcome in outcomes.items() if outcome == worst)
@@ -312,7 +295,7 @@ def _verdict(nights: list[BuildNight], settings: NightlySettings) -> Verdict:
     said = "no regression in any build" if worst == "pass" else f"{worst}: {named}"
     if moved:
         said += f"; the canary {moved[0].name} moved, so the stack has changed: {'; '.join(moved[0].changes)}"
-    elif any(build.canary for build in settings.builds):
+    elif any(build.canary for build in plan.builds):
         said += "; the canary did not move"
     if left_out := dict.fromkeys(
         one.name for night in nights for _, run in night.runs.values() for one in run.unmeasured
@@ -340,17 +323,18 @@ def not_measured(night: Night) -> list[str]:
 
 
 def require_any_run(night: Night) -> None:
-    """Check that there is something to report.
+    """Check that there is something to report: a run, or that the time was too short for any.
 
     Raises:
-        SandboxError: no build could be measured for want of a sandbox that works.
-        EngineError: no build could be measured.
+        EngineError: no build could be made or measured; names every cause, and ends the process as they would, where
+            they agree.
     """
-    if any(build.runs for build in night.builds):
-        return
     causes = {build.name: [*filter(None, (build.problem, *build.unmeasured.values()))] for build in night.builds}
     every = [cause for found in causes.values() for cause in found]
-    if every and all(isinstance(cause, SandboxError) for cause in every):
-        raise every[0]
-    problems = "; ".join(f"{name}: {' '.join(map(str, found))}" for name, found in causes.items())
-    raise EngineError(f"nothing could be measured: {problems}")
+    if not every or any(build.runs for build in night.builds):
+        return
+    problems = "; ".join(f"{name}: {' '.join(map(str, found))}" for name, found in causes.items() if found)
+    error = EngineError(f"nothing could be measured: {problems}")
+    codes, corrupt = {cause.exit_code for cause in every}, EXIT_CODES["corrupt"]
+    error.exit_code = corrupt if corrupt in codes else codes.pop() if len(codes) == 1 else EngineError.exit_code
+    raise error

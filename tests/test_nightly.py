@@ -10,14 +10,16 @@ import pytest
 import torch
 import yaml
 
-from qconv.errors import UsageError
+from qconv.errors import ArtifactError, EngineError, OutputError, QconvError, UsageError
 from qconv.evaluation.blaming import BLAME_NAME, blame_run
 from qconv.evaluation.history import History
+from qconv.evaluation.record import RUN_NAME, Verdict
 from qconv.evaluation.report.page import html
 from qconv.evaluation.report.view import view
 from qconv.evaluation.run import evaluate
-from qconv.manifest import WORK_FOLDER
-from qconv.nightly import Night, load_nightly, run_night
+from qconv.manifest import WORK_FOLDER, locked
+from qconv.nightly import BuildNight, Night, require_any_run, run_night
+from qconv.nightly_settings import load_nightly
 from tests.evaluation.test_blame import change
 from tests.evaluation.test_run import corpus, suite_on  # noqa: F401 - a fixture
 
@@ -148,23 +150,222 @@ def test_old_nights_are_removed_and_remembered(config: Path, tmp_path: Path) -> 
         assert len(history.runs()) == 2
 
 
+def test_a_stored_run_stands_only_for_what_was_measured(
+    config: Path, rtn_build: Path, moe: Path, tmp_path: Path
+) -> None:
+    made = Path(shutil.copytree(rtn_build, tmp_path / "made"))
+    suites = yaml.safe_load(config.read_text())["suites"][:1]
+    rewrite(config, builds=[{"name": "one", "reference": str(moe), "build": "made"}], suites=suites)
+    first = night(config)
+    log: list[str] = []
+
+    def said(word: str) -> bool:
+        log.clear()
+        night(config, log=log)
+        return any(word in line for line in log)
+
+    assert not said("measuring"), "nothing changed"
+    gates, suite = yaml.safe_load((tmp_path / "gates.yaml").read_text()), yaml.safe_load(Path(suites[0]).read_text())
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump(gates | {"alpha": 0.01}))
+    assert said("changed since: what judges")
+    Path(suites[0]).write_text(yaml.safe_dump(suite | {"seed": 1}))
+    assert said("changed since: the suite")
+    template = made / "chat_template.jinja"
+    original = template.read_bytes()
+    template.write_bytes(original + b" ")
+    assert said("changed since: the build")
+    template.write_bytes(original)
+    assert said("changed since: the build")
+    (made / "generation_config.json").write_text('{"top_k": 1}')  # in no hash but SHA256SUMS
+    assert said("is not what it was")
+    shard = sorted(made.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    log.clear()
+    found = night(config, log=log)
+    assert (first.verdict.outcome, found.verdict.outcome) == ("pass", "corrupt")
+    assert any("changed since: the build" in line for line in log)
+    assert not said("measuring"), "a corrupt build that stayed as it was is corrupt still"
+
+
+def test_a_damaged_stored_run_is_corrupt_and_names_the_remedy(config: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    rewrite(config, builds=values["builds"][:1], suites=values["suites"][:1])
+    folder, _ = next(iter(night(config).builds[0].runs.values()))
+    record = (folder / RUN_NAME).read_bytes()
+    (folder / RUN_NAME).write_bytes(record.replace(b'"tokens"', b'"broken"'))
+    found = night(config)
+    assert found.verdict.outcome == "corrupt"
+    assert found.builds[0].problem is not None
+    assert "run.json" in found.builds[0].problem.message
+    assert str(folder) in str(found.builds[0].problem.hint)
+    (folder / RUN_NAME).write_bytes(record)
+    assert night(config).verdict.outcome == "pass"
+
+
+def test_a_build_that_other_inputs_began_is_made_anew(config: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    build = values["builds"][1]
+    rewrite(config, builds=[build], suites=values["suites"][:1])
+    night(config)
+    rewrite(config, builds=[build | {"recipe": RECIPE | {"grid": {"bits": 4, "group_size": 32}}}])
+    log: list[str] = []
+    found = night(config, log=log)
+    assert any("quantizing anew" in line for line in log)
+    ((_, run),) = found.builds[0].runs.values()
+    assert run.build.quantized_bits_per_weight is not None
+    assert run.build.quantized_bits_per_weight < 5.0  # four bits and a scale for every 32
+
+
+def test_suites_of_one_stem_are_two(config: Path, moe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    suite = yaml.safe_load((tmp_path / "cheap.yaml").read_text())
+    for folder, seed in (("one", 0), ("other", 1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.yaml").write_text(yaml.safe_dump(suite | {"seed": seed}))
+    rewrite(config, builds=values["builds"][:1], suites=["one/same.yaml", "other/same.yaml"])
+    runs = night(config).builds[0].runs
+    assert {name: run.seed for name, (_, run) in runs.items()} == {"one/same.yaml": 0, "other/same.yaml": 1}
+    assert len({folder for folder, _ in runs.values()}) == 2
+    rewrite(config, suites=["one/same.yaml", "other/../one/same.yaml"])
+    with pytest.raises(UsageError, match="twice"):
+        load_nightly(config)
+
+
+def test_paths_are_relative_to_the_file(
+    config: Path, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load(config.read_text())
+    suite = yaml.safe_load((tmp_path / "cheap.yaml").read_text())
+    (tmp_path / "cheap.yaml").write_text(yaml.safe_dump(suite | {"gates": "gates.yaml"}))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "model").symlink_to(moe)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "model").mkdir(parents=True)
+    for name in ("cheap.yaml", "gates.yaml", "mine.yaml", "smoke", "awq"):
+        (elsewhere / name).write_text("wrong: [")
+    (tmp_path / "awq").mkdir()  # neither is a folder beside the file the packaged recipe of its name
+    (tmp_path / "smoke").mkdir()
+    monkeypatch.chdir(elsewhere)
+    builds = [
+        {"name": "made", "reference": "model", "recipe": "mine.yaml"},
+        {"name": "packaged", "reference": "owner/model", "recipe": "awq"},
+        {"name": "absent", "reference": "model", "build": "nowhere"},
+    ]
+    rewrite(config, suites=["cheap.yaml", "smoke"], builds=builds)
+    plan = load_nightly(config)
+    assert [suite.source for suite in plan.suites] == [str(tmp_path / "cheap.yaml"), "smoke"]
+    assert [suite.gates for suite in plan.suites] == [str(tmp_path / "gates.yaml"), "default"]
+    assert [build.reference for build in plan.builds] == [
+        str(tmp_path / "model"),
+        "owner/model",
+        str(tmp_path / "model"),
+    ]
+    assert plan.builds[2].build == str(tmp_path / "nowhere")
+    assert (plan.work, plan.history) == (tmp_path / values["work"], tmp_path / values["history"])
+
+
+@pytest.mark.parametrize(("problem", "code"), [({"build": "nowhere"}, 2), ({"build": "empty"}, 5)])
+def test_a_night_of_nothing_names_the_builds_own_problem(
+    config: Path, moe: Path, tmp_path: Path, problem: dict[str, str], code: int
+) -> None:
+    (tmp_path / "empty").mkdir()
+    rewrite(config, builds=[{"name": "gone", "reference": str(moe), **problem}])
+    with pytest.raises(EngineError, match=f"gone: .*{problem['build']}") as caught:
+        require_any_run(night(config))
+    assert caught.value.exit_code == code
+
+
+def test_causes_that_differ_are_a_failure_and_a_corrupt_one_is_corrupt(tmp_path: Path) -> None:
+    def code(*problems: QconvError) -> int:
+        nights = tuple(BuildNight(str(number), problem=one) for number, one in enumerate(problems))
+        with pytest.raises(EngineError) as caught:
+            require_any_run(Night(tmp_path, nights, Verdict(outcome="inconclusive", sentence="")))
+        return caught.value.exit_code
+
+    assert code(UsageError("a"), UsageError("b")) == 2
+    assert code(UsageError("a"), OutputError("b")) == 1
+    assert code(UsageError("a"), ArtifactError("b")) == 5
+
+
+def test_a_budget_spent_on_making_builds_is_inconclusive_and_no_error(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(config, budget_minutes=10.0)
+    clock = iter(range(0, 10**7, 1000))  # more than the budget passes at every look
+    monkeypatch.setattr("qconv.nightly.time.monotonic", lambda: float(next(clock)))
+    found = night(config)
+    require_any_run(found)
+    assert found.verdict.outcome == "inconclusive"
+    assert not any(build.runs for build in found.builds)
+
+
+def test_two_nights_of_one_work_folder_are_not_run_at_once(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "nights").mkdir()
+    with locked(tmp_path / "nights"), pytest.raises(OutputError, match="another qconv process"):
+        night(config, "2026-01-02")
+    assert list((tmp_path / "nights").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nights", "history"])
+def test_a_work_folder_or_history_that_is_a_file_is_named(config: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=name):
+        night(config)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+BUILD = {"name": "a", "reference": "m", "build": "x"}
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"suites": []}, "suites"),
+        ({"suites": ["a\x00b"]}, "suites"),
+        ({"suites": ["absent.yaml"]}, "absent"),
+        ({"suites": ["wrong-task.yaml"]}, "name"),
+        ({"suites": ["wrong-gates.yaml"]}, "nowhere"),
         ({"wrong": 1}, "wrong: unknown key"),
+        ({"work": ""}, "work"),
+        ({"work": "a\x00b"}, "work"),
+        ({"work": ["a"]}, "work"),
+        ({"history": 5}, "history"),
         ({"builds": [{"name": "a", "reference": "m"}]}, "either a recipe or a build"),
-        ({"builds": [{"name": "a/b", "reference": "m", "build": "x"}]}, "name"),
-        ({"builds": [{"name": "a", "reference": "m", "build": "x"}] * 2}, "a name of its own"),
-        ({"budget_minutes": 0}, "budget_minutes"),
+        *(
+            ({"builds": [BUILD | {"name": name}]}, "name")
+            for name in ("a/b", "..", ".", "/a", "a\n", "a\x00", "", "report.html", "JUNIT.xml", "a" * 300)
+        ),
+        ({"builds": [BUILD] * 2}, "a name of its own"),
+        ({"builds": [BUILD, BUILD | {"name": "A"}]}, "a name of its own"),
+        ({"builds": [BUILD | {"canary": "yes"}]}, "canary"),
+        ({"builds": [BUILD | {"reference": "a\x07"}]}, "reference"),
+        ({"builds": [{"name": "a", "reference": "m", "recipe": "absent.yaml"}]}, "absent"),
+        ({"builds": [{"name": "a", "reference": "m", "recipe": {"wrong": 1}}]}, "wrong"),
+        ({"builds": [{"name": "a", "reference": "m", "recipe": "gguf:NONE"}]}, "NONE"),
+        *(
+            ({"budget_minutes": value}, "budget_minutes")
+            for value in (0, -1, True, "ten", float("nan"), float("inf"), 10**400)
+        ),
+        *(({"keep_nights": value}, "keep_nights") for value in (0, -1, True, 1.5, 10**30, float("inf"))),
+        *(({"engine": value}, "engine") for value in ("warp", "", "openai:", 7)),
     ],
 )
-def test_a_wrong_configuration_names_its_key(config: Path, changes: dict[str, Any], match: str) -> None:
+def test_a_wrong_configuration_names_its_key_before_anything_is_written(
+    config: Path, tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    suite = yaml.safe_load((tmp_path / "cheap.yaml").read_text())
+    (tmp_path / "wrong-gates.yaml").write_text(yaml.safe_dump(suite | {"gates": "nowhere.yaml"}))
+    tasks = [{"kind": "text", "name": "../../out"}]
+    (tmp_path / "wrong-task.yaml").write_text(yaml.safe_dump(suite | {"tasks": tasks}))
     rewrite(config, **changes)
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=match):
-        load_nightly(config)
+        night(config)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_packaged_configuration_is_well_formed() -> None:
-    settings = load_nightly(Path(__file__).resolve().parents[1] / "evals/nightly.yaml")
-    assert all(Path(build.reference).is_dir() for build in settings.builds)
+    plan = load_nightly(Path(__file__).resolve().parents[1] / "evals/nightly.yaml")
+    assert all(Path(build.reference).is_dir() for build in plan.builds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def require_inside(folder: Path, file: Path) -> None:
     )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id: ``owner/name[@revision]``."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def resolve_model(model: str, *, weights: bool = True) -> Path:
     """The folder of ``model``: itself if it is one, else the Hub snapshot of ``owner/name[@revision]``.
 
@@ -63,12 +69,11 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
         UsageError: neither a folder nor a Hub id.
         CheckpointError: the download failed.
     """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
+    if os.path.isdir(model):  # which says no, and raises nothing, where a name is none that a file system takes
+        return Path(model)
+    if os.path.exists(model):
         raise UsageError(f"{model} is a file.", hint="Give the folder that holds config.json.")
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise UsageError(f"{model}: no such folder.", hint="Give a folder or a Hub id such as Qwen/Qwen3-Coder-480B.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

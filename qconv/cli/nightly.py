@@ -28,12 +28,13 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
         from qconv.evaluation.history import History
         from qconv.evaluation.report.page import write_report
         from qconv.evaluation.report.view import summary, view
-        from qconv.nightly import load_nightly, not_measured, require_any_run, run_night
+        from qconv.nightly import not_measured, require_any_run, run_night
+        from qconv.nightly_settings import load_nightly
 
-        settings = load_nightly(config)
-        night = run_night(settings, night_date, progress=reporter.progress, log=reporter.log)
+        plan = load_nightly(config)
+        night = run_night(plan, night_date, progress=reporter.progress, log=reporter.log)
         require_any_run(night)
-        with History.open(settings.history) as history:
+        with History.open(plan.history) as history:
             views = [view(folder, run, history, one.name) for one in night.builds for folder, run in one.runs.values()]
         files = write_report(night.folder, views)
     if as_json:

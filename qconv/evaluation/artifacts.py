@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +39,7 @@ def locate(name: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    path = Path(name)
-    return path if path.suffix == ".gguf" and path.is_file() else resolve_model(name)
+    return Path(name) if name.endswith(".gguf") and os.path.isfile(name) else resolve_model(name)
 
 
 def identify(path: Path) -> Artifact:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -64,6 +66,10 @@ class GateFile(Section):
     alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.001
     least_units: Annotated[int, Field(strict=True, ge=2, le=10**9)] = 10
     classes: Annotated[tuple[BuildClass, ...], Field(min_length=1)]
+
+    def digest(self) -> str:
+        """sha256 of the gates' canonical JSON, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def load_gates(source: str) -> GateFile:

@@ -2,25 +2,33 @@
 
 A history is a folder. ``history.sqlite`` holds every run's record whole, with what is looked up in columns of its own;
 ``files/`` holds what the records name by sha256, so that a run's own folder may go once it is added.
+
+Runs come in the order in which they were added, which their numbers tell. When they were made is for people: a clock
+that was ahead once must not make its run the newest for ever.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import Any
 
 from qconv.errors import ArtifactError, OutputError, UsageError
-from qconv.evaluation.record import FileRef, Run, load, store
+from qconv.evaluation.record import FileRef, Run, load, parse_run, store
 
 DATABASE_NAME = "history.sqlite"
 SCHEMA_VERSION = 1
-_WAIT_SECONDS = 30.0
+_WAIT_SECONDS = 20.0
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_UNUSABLE = frozenset(
+    {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
+)
+"""What the system says no to; everything else that SQLite finds wrong with a database is damage."""
+_UNREADABLE = "Use the version that wrote it, or begin a new history."
 _SCHEMA = """
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY,
@@ -78,6 +86,9 @@ class Point:
     high: float | None
 
 
+_NUMBER = (float, int, type(None))
+
+
 class History:
     """Open with :meth:`open`; a history that does not exist yet is made."""
 
@@ -98,6 +109,10 @@ class History:
         path = folder / DATABASE_NAME
         if not create and not path.exists():
             raise UsageError(f"{folder}: no history there.", hint="qconv nightly makes one, or eval history --add RUN.")
+        if (folder.exists() and not folder.is_dir()) or (path.exists() and not path.is_file()):
+            raise OutputError(
+                f"{path}: is no file within a folder.", hint="Give the folder of a history, or a new one."
+            )
         with _errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(path, timeout=_WAIT_SECONDS)
@@ -151,11 +166,11 @@ class History:
         return found[0]
 
     def runs(self, *, name: str | None = None, suite: str | None = None, limit: int = 50) -> list[Entry]:
-        """The newest runs, newest first."""
+        """The runs that were added last, the last first."""
         conditions = [(column, value) for column, value in (("name", name), ("suite", suite)) if value is not None]
         where = " AND ".join(f"{column} = ?" for column, _ in conditions)
         values = [value for _, value in conditions]
-        return self._entries(f"WHERE {where or '1'} ORDER BY started DESC, id DESC LIMIT ?", (*values, limit))
+        return self._entries(f"WHERE {where or '1'} ORDER BY id DESC LIMIT ?", (*values, limit))
 
     def run(self, id: int) -> Entry:
         """One run by its number.
@@ -168,10 +183,18 @@ class History:
             raise UsageError(f"{self.folder}: no run {id} there.", hint="qconv eval history lists them.")
         return found[0]
 
-    def baseline(self, name: str, suite_sha256: str, *, before: str | None = None) -> Entry | None:
-        """The last accepted run of what is followed under ``name``, on exactly that suite."""
-        where = "WHERE name = ? AND suite_sha256 = ? AND accepted AND started < ? ORDER BY started DESC LIMIT 1"
-        found = self._entries(where, (name, suite_sha256, before or "9999"))
+    def baseline(self, name: str, suite_sha256: str) -> Entry | None:
+        """Of what is followed under ``name``, on exactly that suite, the accepted run that was added last."""
+        found = self._entries(
+            "WHERE name = ? AND suite_sha256 = ? AND accepted ORDER BY id DESC LIMIT 1", (name, suite_sha256)
+        )
+        return found[0] if found else None
+
+    def before(self, run: Run, name: str) -> Entry | None:
+        """Of what is followed under ``name``, on a suite so called, the run that was added before this one."""
+        here = "coalesce((SELECT id FROM runs WHERE digest = ? AND started = ?), 9223372036854775807)"
+        where = f"WHERE name = ? AND suite = ? AND id < {here} ORDER BY id DESC LIMIT 1"
+        found = self._entries(where, (name, run.suite, run.digest, run.started))
         return found[0] if found else None
 
     def accept(self, id: int, accepted: bool = True) -> None:
@@ -185,29 +208,38 @@ class History:
             database.execute("UPDATE runs SET accepted = ? WHERE id = ?", (int(accepted), id))
 
     def trend(self, name: str, suite: str, task: str, metric: str, *, limit: int = 60) -> list[Point]:
-        """One metric over the last runs of what is followed under ``name``, oldest first."""
+        """One metric over the last runs of what is followed under ``name``, in the order in which they were added."""
         statement = """
             SELECT id, started, build_sha256, outcome, value, low, high
             FROM runs JOIN metrics ON metrics.run = runs.id
             WHERE name = ? AND suite = ? AND task = ? AND metric = ?
-            ORDER BY started DESC, id DESC LIMIT ?"""
-        with _errors(self.folder / DATABASE_NAME):
-            rows = self._database.execute(statement, (name, suite, task, metric, limit)).fetchall()
+            ORDER BY id DESC LIMIT ?"""
+        rows = self._rows(
+            statement, (name, suite, task, metric, limit), (int, str, str, str, _NUMBER, _NUMBER, _NUMBER)
+        )
         return [Point(*row) for row in reversed(rows)]
 
     def _entries(self, condition: str, values: tuple[object, ...]) -> list[Entry]:
-        with _errors(self.folder / DATABASE_NAME):
-            rows = self._database.execute(f"SELECT id, name, accepted, record FROM runs {condition}", values).fetchall()
-        try:
-            return [
-                Entry(id, name, bool(accepted), Run.model_validate_json(record)) for id, name, accepted, record in rows
-            ]
-        except ValidationError as error:
-            raise ArtifactError(
-                f"{self.folder / DATABASE_NAME}: holds a record that this version of qconv cannot read: "
-                f"{error.errors()[0]['msg']}.",
-                hint="Use the version that wrote it, or begin a new history.",
-            ) from error
+        statement = f"SELECT id, name, accepted, record FROM runs {condition}"
+        path = self.folder / DATABASE_NAME
+        return [
+            Entry(id, name, bool(accepted), parse_run(record, f"{path}, run {id}", _UNREADABLE))
+            for id, name, accepted, record in self._rows(statement, values, (int, str, int, str))
+        ]
+
+    def _rows(self, statement: str, values: tuple[object, ...], types: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """What a statement finds; SQLite keeps values of any type in any column.
+
+        Raises:
+            ArtifactError: the database is damaged, or a value is of another type than qconv writes.
+        """
+        path = self.folder / DATABASE_NAME
+        with _errors(path):
+            rows: list[tuple[Any, ...]] = self._database.execute(statement, values).fetchall()
+        for row in rows:
+            if not all(isinstance(value, type) for value, type in zip(row, types, strict=True)):
+                raise ArtifactError(f"{path}: holds a row that qconv did not write.", hint=_UNREADABLE)
+        return rows
 
 
 def files_of(run: Run) -> list[FileRef]:
@@ -246,25 +278,23 @@ def _sha256(run: Run) -> str | None:
 
 
 def _prepare(path: Path, database: sqlite3.Connection) -> None:
-    (tables,) = database.execute(
-        "SELECT count(*) FROM sqlite_master"
-    ).fetchone()  # before the version that comes with it
+    (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (version,) = database.execute("PRAGMA user_version").fetchone()
-    if tables and version == 0:
+    if version not in (0, SCHEMA_VERSION):
+        raise ArtifactError(
+            f"{path}: is of version {version}, this qconv reads {SCHEMA_VERSION}.", hint="Use a newer qconv."
+        )
+    if version == 0 and tables:  # counted before the version is read: another process may be making them
         raise OutputError(f"{path}: is a database of something else.", hint="Choose another folder for the history.")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA foreign_keys = ON")
     with database:
         database.execute("BEGIN IMMEDIATE")
         (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version == 0:  # and not begun by another process meanwhile
             for statement in _SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{path}: is of version {version}, this qconv reads {SCHEMA_VERSION}.", hint="Use a newer qconv."
-            )
 
 
 @contextmanager
@@ -272,12 +302,15 @@ def _errors(path: Path) -> Iterator[None]:
     """Turn SQLite's and the system's errors into ours."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        raise OutputError(f"{path}: {error}.", hint="Is it writable, and the disk not full?") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.Error, UnicodeError) as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # the low byte of an extended code
+        if code in _BUSY:
+            raise OutputError(f"{path}: {error}.", hint="Another process holds it: wait for that one.") from error
+        if code in _UNUSABLE:
+            raise OutputError(f"{path}: {error}.", hint="Is it writable, and the disk not full?") from error
         raise ArtifactError(f"{path}: is damaged: {error}.", hint="Restore it, or begin a new history.") from error
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}.") from error
+        raise OutputError(f"{path}: {error.strerror}.", hint="Is it writable?") from error
 
 
 def as_values(entry: Entry) -> dict[str, object]:

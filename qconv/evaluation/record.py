@@ -9,20 +9,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, write_atomically
 from qconv.errors import ArtifactError, OutputError
 from qconv.ownership import WORK_FOLDER, claim, write_own
+from qconv.reading import parse_json, read_json
 
 RUN_NAME = "run.json"
 FILES_FOLDER = "files"
+_AGAIN = "Run the evaluation again, into another folder."
 
 Sha256: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Status: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured"]
@@ -73,20 +77,31 @@ class Metric(_Values):
     note: str | None = None
 
 
+def _number(value: object) -> object:
+    """What JSON holds no number for is written as null."""
+    return math.nan if value is None else value
+
+
 class Item(_Values):
     """What is drawn in resampling, and paired between runs: a document, a window of text, or a problem."""
 
     name: str
-    values: dict[str, float]
+    values: dict[str, Annotated[float, BeforeValidator(_number)]]
     """Sums over the item: ``tokens``, ``bytes``, ``nll``, ``kl`` ... or ``samples`` and ``passed``."""
 
 
 class FileRef(_Values):
-    """A file of the run, under ``files/``."""
+    """A file of the run, under ``files/``; its name is its sha256 and a suffix."""
 
     name: str
     sha256: Sha256
-    size: int
+    size: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _named_by_content(self) -> Self:
+        if self.name.removeprefix(self.sha256) not in ("", ".json", ".safetensors"):
+            raise ValueError(f"{self.name} is not named by its sha256")
+        return self
 
 
 class Task(_Values):
@@ -109,6 +124,22 @@ class Task(_Values):
     details: dict[str, JsonValue] = {}
     engine: dict[str, str] = {}
     seconds: float = 0.0
+
+    @model_validator(mode="after")
+    def _items_have_what_is_judged(self) -> Self:
+        for items in (self.items, self.reference_items):
+            for item in items:
+                self._require(item, items[0])
+        return self
+
+    def _require(self, item: Item, first: Item) -> None:
+        """Check that an item has the columns of its kind, as all have, and a number of parts that can be divided by."""
+        parts, least = ("samples", {"samples", "passed"}) if self.unit == "problem" else ("tokens", {"tokens", "nll"})
+        lacking = sorted((least | first.values.keys()) - item.values.keys())
+        if lacking:
+            raise ValueError(f"{self.unit} {item.name!r} has no {', '.join(lacking)}")
+        if not 0.0 < item.values[parts] < math.inf:
+            raise ValueError(f"{self.unit} {item.name!r} has {item.values[parts]} {parts}")
 
 
 class Unmeasured(_Values):
@@ -188,6 +219,8 @@ class Run(_Values):
     unmeasured: tuple[Unmeasured, ...] = ()
     gates: tuple[Gate, ...] = ()
     gates_name: str | None = None
+    gates_sha256: Sha256 | None = None
+    """Of the gates that judged; null in records of versions before it was kept."""
     build_class: str | None = None
     baseline: str | None = None
     """The baseline's :attr:`digest`."""
@@ -197,14 +230,21 @@ class Run(_Values):
     def digest(self) -> str:
         """sha256 of what was measured, without time, duration, gates and verdict: equal for equal results."""
         told = {"started", "seconds", "command", "unmeasured"}
-        told |= {"gates", "gates_name", "build_class", "baseline", "verdict"}
-        values = self.model_dump(mode="json", exclude=told)
+        told |= {"gates", "gates_name", "gates_sha256", "build_class", "baseline", "verdict"}
+        values = json.loads(self.model_dump_json(exclude=told))  # as it is read again: without infinity and NaN
         for task in values["tasks"]:
             del task["seconds"]
         for artifact in (values["build"], values["reference"]):
             if artifact is not None:
                 del artifact["path"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def _tasks_are_named_once(self) -> Self:
+        names = [*(task.name for task in self.tasks), *(one.name for one in self.unmeasured)]
+        if len(set(names)) < len(names):
+            raise ValueError("two tasks have one name")
+        return self
 
     def task(self, name: str) -> Task | None:
         """A task by name."""
@@ -232,20 +272,30 @@ def read_run(folder: Path) -> Run:
         ArtifactError: no run there, not finished, or a record that qconv did not write.
     """
     path = folder_of(folder) / RUN_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
+    if not path.exists():
         unfinished = (path.parent / WORK_FOLDER).exists()
         hint = "The run is not finished: run its command again." if unfinished else "Give the folder of a run."
-        raise ArtifactError(f"{path}: {error.strerror}.", hint=hint) from error
+        raise ArtifactError(f"{path}: there is none.", hint=hint)
+    return _run(read_json(path, ArtifactError, hint=_AGAIN), str(path), _AGAIN)
+
+
+def parse_run(text: str, where: str, hint: str) -> Run:
+    """A run from its record.
+
+    Raises:
+        ArtifactError: it is none that qconv wrote.
+    """
+    return _run(parse_json(text, where, ArtifactError, hint=hint), where, hint)
+
+
+def _run(values: object, where: str, hint: str) -> Run:
     try:
-        return Run.model_validate_json(text)
+        return Run.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(
-            f"{path}: is no run of this version of qconv: {where}: {first['msg']}.", hint="Run the evaluation again."
-        ) from error
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ArtifactError(f"{where}: is no run of this version of qconv: {key}: {problem}.", hint=hint) from error
 
 
 def store(folder: Path, data: bytes, suffix: str) -> FileRef:
@@ -274,11 +324,13 @@ def load(folder: Path, file: FileRef) -> bytes:
     """
     path = folder / FILES_FOLDER / file.name
     try:
-        data = path.read_bytes()
+        found = path.stat()
+        whole = stat.S_ISREG(found.st_mode) and found.st_size == file.size
+        data = path.read_bytes() if whole else b""
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}.", hint="Run the evaluation again.") from error
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise ArtifactError(f"{path}: is damaged: its sha256 is not {file.sha256}.", hint="Run the evaluation again.")
+        raise ArtifactError(f"{path}: {error.strerror}.", hint=_AGAIN) from error
+    if not whole or hashlib.sha256(data).hexdigest() != file.sha256:
+        raise ArtifactError(f"{path}: is damaged: its sha256 is not {file.sha256}.", hint=_AGAIN)
     return data
 
 
@@ -295,9 +347,13 @@ def load_arrays(folder: Path, file: FileRef) -> dict[str, NDArray[Any]]:
     Raises:
         ArtifactError: absent or damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 
-    arrays: dict[str, NDArray[Any]] = parse(load(folder, file))
+    try:
+        arrays: dict[str, NDArray[Any]] = parse(load(folder, file))
+    except (SafetensorError, KeyError) as error:  # a dtype that NumPy does not have is a KeyError
+        raise ArtifactError(f"{folder / FILES_FOLDER / file.name}: holds no arrays: {error}.", hint=_AGAIN) from error
     return arrays
 
 
@@ -314,5 +370,6 @@ def load_json(folder: Path, file: FileRef) -> JsonValue:
     Raises:
         ArtifactError: absent or damaged.
     """
-    value: JsonValue = json.loads(load(folder, file))
+    path = folder / FILES_FOLDER / file.name
+    value: JsonValue = parse_json(load(folder, file), str(path), ArtifactError, hint=_AGAIN)
     return value

@@ -76,7 +76,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
     kinds = settings_of(request.suite, request.suite_name)
     judges = None if request.gates is None else load_gates(request.gates)
     log(f"{request.build}: hashing")
-    build = _identified(request)
+    build = identified(request)
     build_class = None if judges is None else class_of(judges, build)
     reference = None if request.reference is None else identify(request.reference)
     with output_errors(request.out):
@@ -84,10 +84,10 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
     with locked(request.out):
         enter(request.out, restart)
         work = request.out / WORK_FOLDER
-        subjects = _subjects(request, build, reference)
+        subjects = subjects_of(request, build, reference)
         begin(request.out, run_key(request.suite, build, reference, subjects[0].engine), restart)
         checked = judges is not None and build.kind != "endpoint"
-        gates = [_integrity_gate(build, reference, progress)] if checked else []
+        gates = [integrity_gate(build, reference, progress)] if checked else []
         tasks: list[Task] = []
         unmeasured: list[Unmeasured] = []
         if all(gate.status == "pass" for gate in gates):
@@ -118,6 +118,7 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
             unmeasured=tuple(unmeasured),
             gates=tuple(gates),
             gates_name=request.gates,
+            gates_sha256=None if judges is None else judges.digest(),
             build_class=None if build_class is None else build_class.name,
             baseline=None if request.baseline is None else request.baseline.digest,
             verdict=verdict(gates, unmeasured),
@@ -138,7 +139,7 @@ def keep_reference(
     """
     log(f"{model}: hashing")
     request = Request(model, model, suite, suite_name, Path(), cache, device=device)
-    subjects = _subjects(request, identify(model), identify(model))
+    subjects = subjects_of(request, identify(model), identify(model))
     bench = _bench(request, *subjects, progress, log, Path())
     rows = [
         text_task.keep_reference(settings, bench)
@@ -230,7 +231,7 @@ def _bench(
     )
 
 
-def _subjects(request: Request, build: Artifact, reference: Artifact | None) -> tuple[Subject, Subject | None]:
+def subjects_of(request: Request, build: Artifact, reference: Artifact | None) -> tuple[Subject, Subject | None]:
     """The build on the engine that was asked for; the reference on the local one, or streamed if the build is."""
 
     def opener(name: str, path: Path, dtype: str | None, rows: int | None) -> Engine:
@@ -259,14 +260,14 @@ def _dtype(request: Request) -> str:
     return "float32" if torch.device(request.device).type == "cpu" else "bfloat16"
 
 
-def _identified(request: Request) -> Artifact:
+def identified(request: Request) -> Artifact:
     """The build by its files, or where they are not here, by the endpoint that serves them."""
     if is_endpoint(request.engine) and not request.build.exists():
         return endpoint(request.engine.partition(":")[2], str(request.build))
     return identify(request.build)
 
 
-def _integrity_gate(build: Artifact, reference: Artifact | None, progress: Progress) -> Gate:
+def integrity_gate(build: Artifact, reference: Artifact | None, progress: Progress) -> Gate:
     """Whether the build is what it claims; never measured a second time."""
     result = check_integrity(build, progress)
     if not result.problems and reference is not None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qconv.errors import ArtifactError
+from qconv.evaluation.metrics import column
 from qconv.evaluation.record import (
     FILES_FOLDER,
     RUN_NAME,
@@ -22,6 +27,7 @@ from qconv.evaluation.record import (
     load_arrays,
     load_json,
     read_run,
+    store,
     store_arrays,
     store_json,
     write_run,
@@ -82,7 +88,7 @@ def test_the_digest_is_that_of_the_results_alone() -> None:
     elsewhere = run.build.model_copy(update={"path": "/elsewhere"})
     assert example(build=elsewhere).digest == run.digest
     assert example(seed=1).digest != run.digest
-    other = run.tasks[0].model_copy(update={"items": (Item(name="a.py", values={"tokens": 4.0}),)})
+    other = run.tasks[0].model_copy(update={"items": (Item(name="a.py", values={"tokens": 4.0, "nll": 0.1 + 0.2}),)})
     assert example(tasks=(other,)).digest != run.digest
 
 
@@ -130,3 +136,99 @@ def test_a_damaged_file_is_found(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"completion", b"completiom"))
     with pytest.raises(ArtifactError, match="damaged"):
         load_json(tmp_path, file)
+
+
+def test_a_record_of_numbers_that_json_lacks_is_the_same_run_when_it_is_read(tmp_path: Path) -> None:
+    """What a build of broken weights gives: it must be reported, and be known again."""
+    items = (Item(name="a.py", values={"tokens": 3.0, "nll": math.inf}),)
+    run = example(tasks=(example().tasks[0].model_copy(update={"items": items}),))
+    write_run(tmp_path, run)
+    found = read_run(tmp_path)
+    assert column(found.tasks[0].items, "nll").tolist() == [math.inf]
+    assert found.digest == run.digest
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no tokens": lambda run: run["tasks"][0]["items"][0]["values"].pop("tokens"),
+    "no nll": lambda run: run["tasks"][0]["items"][0]["values"].pop("nll"),
+    "tokens of text": lambda run: run["tasks"][0]["items"][0]["values"].update(tokens="many"),
+    "tokens of nothing": lambda run: run["tasks"][0]["items"][0]["values"].update(tokens=0.0),
+    "tokens without end": lambda run: run["tasks"][0]["items"][0]["values"].update(tokens=math.inf),
+    "tokens below nothing": lambda run: run["tasks"][0]["items"][0]["values"].update(tokens=-1.0),
+    "items of unlike columns": lambda run: run["tasks"][0]["items"].append({"name": "b", "values": {"tokens": 1.0}}),
+    "items as a number": lambda run: run["tasks"][0].update(items=5),
+    "one task twice": lambda run: run["tasks"].append(run["tasks"][0]),
+    "another unit": lambda run: run["tasks"][0].update(unit="problem"),
+    "a file elsewhere": lambda run: run["tasks"][0].update(files={"tokens": file("../../../../dev/zero")}),
+    "a file of another name": lambda run: run["tasks"][0].update(files={"tokens": file(f"{SHA}/../x")}),
+    "a file below nothing": lambda run: run["tasks"][0].update(files={"tokens": file(f"{SHA}.json", size=-1)}),
+    "no verdict": lambda run: run.pop("verdict"),
+    "a verdict that is none": lambda run: run["verdict"].update(outcome="fine"),
+    "a hash that is none": lambda run: run.update(suite_sha256="0"),
+    "another version": lambda run: run.update(schema_version=2),
+}
+
+
+def file(name: str, size: int = 1) -> dict[str, object]:
+    return {"name": name, "sha256": SHA, "size": size}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_named_with_a_remedy(tmp_path: Path, damage: str) -> None:
+    write_run(tmp_path, example())
+    values = json.loads((tmp_path / RUN_NAME).read_text())
+    DAMAGES[damage](values)
+    (tmp_path / RUN_NAME).write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match=r"run\.json") as caught:
+        read_run(tmp_path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"\xe7\xff", b"[" * 10**5, b'{"seed": ' + b"9" * 5000 + b"}", b'"\\ud800"']
+)
+def test_a_record_that_is_none_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / RUN_NAME).write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"run\.json"):
+        read_run(tmp_path)
+
+
+def test_a_record_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RUN_NAME)
+    with pytest.raises(ArtifactError, match="is no file"):
+        read_run(tmp_path)
+
+
+def test_a_file_that_is_none_any_more_is_damaged(tmp_path: Path) -> None:
+    kept = store_json(tmp_path, {"a": 1})
+    path = tmp_path / FILES_FOLDER / kept.name
+    path.unlink()
+    with pytest.raises(ArtifactError, match="No such file"):
+        load_json(tmp_path, kept)
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match="damaged"):
+        load_json(tmp_path, kept)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match="damaged"):
+        load_json(tmp_path, kept)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no arrays",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        # bfloat16, which NumPy does not have
+        struct.pack("<Q", 57) + b'{"kl": {"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}' + b"xx",
+    ],
+)
+def test_arrays_that_are_none_are_named(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(ArtifactError, match="holds no arrays"):
+        load_arrays(tmp_path, store(tmp_path, data, ".safetensors"))
+
+
+def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read as JSON"):
+        load_json(tmp_path, store(tmp_path, b"{", ".json"))

@@ -24,6 +24,11 @@ def is_endpoint(name: str) -> bool:
     return name.startswith(("openai:", "openai-chat:"))
 
 
+def is_engine(name: str) -> bool:
+    """Whether the table above has a name."""
+    return name in ("local", "stream", "llamacpp") or (is_endpoint(name) and bool(name.partition(":")[2]))
+
+
 def open_engine(name: str, path: Path, *, dtype: str, device: str, rows: int) -> Engine:
     """An engine; models are loaded when they are first needed.
 

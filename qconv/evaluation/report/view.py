@@ -116,11 +116,9 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
     since = None
     if history is not None:
         charts += _trends(history, followed, run)
-        before = [
-            one for one in history.runs(name=followed, suite=run.suite, limit=60) if one.run.started < run.started
-        ]
-        if before:
-            changes, since = tuple(differences(before[0].run, run)), before[0].run.started
+        before = history.before(run, followed)
+        if before is not None:
+            changes, since = tuple(differences(before.run, run)), before.run.started
     maps, worst = _maps(folder, run)
     return RunView(
         run=run,

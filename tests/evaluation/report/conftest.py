@@ -55,7 +55,7 @@ def write(tmp_path: Path) -> Write:
                 "kld.p99": Metric(value=kld * 9, unit="nats", units=30),
                 "noise.kld.mean": Metric(value=kld / 50, unit="nats", note="bfloat16"),
             },
-            items=(Item(name="a.py", values={"tokens": 4000.0, "kl": 4000 * kld}),),
+            items=(Item(name="a.py", values={"tokens": 4000.0, "nll": 14000.0, "kl": 4000 * kld}),),
             files={"tokens": store_arrays(path, {"kl": values})},
             details={"by_confidence": [{"from": 0.0, "to": 0.5, "tokens": 12, "kld.mean": 0.1, "top1.flips": None}]},
         )
