@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
+from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, write_atomically
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError
@@ -180,6 +181,7 @@ def _is_build_name(name: str) -> bool:
     return (
         name in _FIXED_NAMES
         or _NUMBERED_NAME.fullmatch(name) is not None
+        or fnmatch.fnmatchcase(name, f"{ADDITIONAL_FOLDER}/*.jinja")
         or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS))
     )
 
@@ -281,7 +283,7 @@ def planned_files(plan: BuildPlan) -> list[str]:
 
 def companion_names(source: Source) -> list[str]:
     """The names of :func:`companion_files`."""
-    return [INDEX_NAME, "config.json", "README.md", REPORT_NAME, *(file.name for file in source.companions())]
+    return [INDEX_NAME, "config.json", "README.md", REPORT_NAME, *source.named_companions()]
 
 
 def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str, bytes]:
@@ -295,7 +297,7 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     return {
         INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
         "config.json": _json(config),
-        **{file.name: file.read_bytes() for file in source.companions()},
+        **{name: file.read_bytes() for name, file in source.named_companions().items()},
         "README.md": report.model_card().encode(),
         REPORT_NAME: _json(report.values),
     }
@@ -309,6 +311,8 @@ def publish(out: Path, journal: Journal, files: Mapping[str, bytes]) -> None:
     """
     journal.announce(ShardRecord(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
     for name, data in files.items():
+        with output_errors(out / name):
+            (out / name).parent.mkdir(exist_ok=True)
         write_atomically(out / name, data, journal.staged(name))
 
 

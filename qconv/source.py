@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.chat.files import additional_files
 from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.hub import folder_name, require_inside
@@ -132,6 +133,10 @@ class Source:
         """
         return companions(self.checkpoint.path)
 
+    def named_companions(self) -> dict[str, Path]:
+        """:meth:`companions` by their names relative to the model's folder, which are those in a build."""
+        return {file.relative_to(self.checkpoint.path).as_posix(): file for file in self.companions()}
+
     def require_publishable(self) -> None:
         """Check the model's name and the files that a build takes from it, before any work.
 
@@ -144,13 +149,14 @@ class Source:
 
 
 def companions(path: Path) -> list[Path]:
-    """The files of a model's folder that a build takes over, sorted by name.
+    """The files of a model's folder that a build takes over, sorted by name; those of a folder within it come last.
 
     Raises:
         CheckpointError: one is a link out of the folder, no plain file, or has a name that no list of checksums can
             hold.
     """
     found = sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if not file.is_dir()})
+    found += additional_files(path)
     for file in found:
         if printable(file.name) != file.name:
             raise CheckpointError(

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 
+from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.gguf_pipeline import quantize_gguf
 from qconv.imatrix_pipeline import write_model_imatrix
 from qconv.recipe import TextSettings
+from qconv.runtime.tokenizer import load_tokenizer
 from qconv.source import companions
+from qconv.verification.build import verify
+from qconv.verification.checksums import CHECKSUMS_NAME, parse_checksums
 from tests.conftest import build, small_recipe
 
 NAMES = ("tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE")
@@ -171,3 +175,30 @@ def test_a_name_that_leaves_no_room_for_its_file_is_refused_before_any_work(
     recipe = parse_gguf_recipe({"format": "gguf", "type": "Q8_0"}, "here")
     with pytest.raises(UsageError, match="too long for a file's name"):
         quantize_gguf(model, tmp_path / "out", recipe, **quiet())
+
+
+def test_all_chat_templates_travel_and_a_restart_replaces_them(moe: Path, tmp_path: Path) -> None:
+    """The default one has a file of its own, the others a folder."""
+    source = Path(shutil.copytree(moe, tmp_path / "source"))
+    folder = source / ADDITIONAL_FOLDER
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("one")
+    before = identify(source).tokenizer_sha256
+    out = build(source, tmp_path / "out", small_recipe()).out
+    assert load_tokenizer(out).chat_template == load_tokenizer(source).chat_template
+    assert load_tokenizer(out).chat_template["tool_use"] == "one"
+    assert f"{ADDITIONAL_FOLDER}/tool_use.jinja" in parse_checksums((out / CHECKSUMS_NAME).read_text())
+    assert verify(out).problems == []
+    (folder / "tool_use.jinja").rename(folder / "rag.jinja")
+    assert identify(source).tokenizer_sha256 != before
+    build(source, out, small_recipe(), restart=True)
+    assert [file.name for file in (out / ADDITIONAL_FOLDER).iterdir()] == ["rag.jinja"]
+
+
+def test_a_template_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    (tmp_path / "private.jinja").write_text("secret")
+    (folder / ADDITIONAL_FOLDER).mkdir()
+    link(folder / ADDITIONAL_FOLDER / "rag.jinja", tmp_path / "private.jinja")
+    with pytest.raises(CheckpointError, match=r"rag\.jinja"):
+        companions(folder)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 
 from qconv.build import REPORT_NAME
+from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.hub import folder_name, resolve_model
 from qconv.checkpoint.reader import Checkpoint, read_json
 from qconv.checkpoint.writer import sha256_of
@@ -30,7 +31,7 @@ from qconv.verification.outcome import Progress, Verification
 WHOLE_BYTES = 10**11
 """A larger checkpoint than this is known by its headers and samples of its shards: hashing 960 GB takes hours."""
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-_TEMPLATE_PATTERNS = ("chat_template.*",)
+_TEMPLATE_PATTERNS = ("chat_template.*", f"{ADDITIONAL_FOLDER}/*.jinja")
 
 
 def locate(name: str) -> Path:

@@ -65,4 +65,6 @@ def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
     if is_gguf(path):
         load_tokenizer(path).save_pretrained(out)
     for file in companions(path) if path.is_dir() else ():
-        write_atomically(out / file.name, file.read_bytes())
+        copied = out / file.relative_to(path)
+        copied.parent.mkdir(exist_ok=True)
+        write_atomically(copied, file.read_bytes())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qconv.evaluation.engines.base import Completion, Prompt, Sampling, Step, stop_at
+from qconv.printable import well_formed
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Decoder:
 
     def _row(self, index: int, prompt: Prompt, sample: int, sampling: Sampling) -> _Row:
         encoding = self.tokenizer(
-            prompt.text,
+            well_formed(prompt.text),
             add_special_tokens=not prompt.control_tokens,
             split_special_tokens=not prompt.control_tokens,
             verbose=False,

@@ -16,6 +16,7 @@ import numpy as np
 import qconv
 from qconv.errors import EngineError, UsageError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
+from qconv.printable import well_formed
 
 INTERPRETER_VARIABLE = "QCONV_LLAMACPP_PYTHON"
 """Names the interpreter that has xllamacpp, if qconv's own has not."""
@@ -65,7 +66,7 @@ class LlamaCppEngine:
         for index, prompt in enumerate(prompts):
             for sample in range(sampling.samples):
                 request = {
-                    "prompt": prompt.text,
+                    "prompt": well_formed(prompt.text),
                     "control_tokens": prompt.control_tokens,
                     "max_tokens": sampling.max_tokens,
                     "temperature": sampling.temperature,

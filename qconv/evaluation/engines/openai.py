@@ -158,7 +158,9 @@ class OpenAIEngine:
             text = _content(message.get("content"))
         else:
             # The server puts BOS before a text as the tokenizer does.
-            answer, choice = self._post("completions", {**body, "prompt": prompt.text.removeprefix(prompt.bos)})
+            answer, choice = self._post(
+                "completions", {**body, "prompt": well_formed(prompt.text).removeprefix(prompt.bos)}
+            )
             text = _content(choice.get("text", choice))
         if text is None:
             path = "chat/completions" if self._chat else "completions"

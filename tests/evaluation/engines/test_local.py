@@ -157,3 +157,9 @@ def test_a_large_model_shares_its_work_between_threads(bundled: Path, monkeypatc
 
 def _count() -> int:
     return torch.get_num_threads()
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_replaced(engine: LocalEngine) -> None:
+    broken, replaced = engine.complete([Prompt("x = '\ud800'"), Prompt("x = '\ufffd'")], Sampling(max_tokens=4))
+    assert broken.tokens == replaced.tokens
+    broken.text.encode()
