@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity sanitize clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume scale sensitivity sanitize many-threads clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame mu
 
 sanitize: $(STAMP)  ## the C++ and its callers under the sanitizers of addresses, undefined behaviour and threads
 	$(BIN)/python evals/sanitize.py
+
+many-threads: $(STAMP)  ## 50 runs of every format with 8 threads: no crash, one set of bytes
+	$(BIN)/python evals/many_threads.py
 
 clean:  ## remove build/, dist/ and caches; environments stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,129 @@
+"""Quantize to every format again and again with more threads than cores: no run may crash, and all give the same bytes.
+
+Each run is a process forked from one that has only imported qconv, so that in each everything compiled, loaded or
+tabulated is used for the first time, by all threads at once. Exits with 1 if a run fails or bytes differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from qconv.cli.main import qconv
+from qconv.gguf.mixture import MIXTURES
+from qconv.gguf.recipe import FORMAT as GGUF
+from qconv.recipe import packaged_recipes
+
+TINY = Path(__file__).resolve().parent / "models/tiny-coder-moe"
+TEXT = ("--tokens", "1024", "--sequence-length", "64")
+"""Calibration of a size that keeps a run short; every thread still gets experts of its own."""
+
+
+@click.command(help=__doc__)
+@click.option("--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Of each format.")
+@click.option("--threads", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--fmt", "formats", multiple=True, help="Only these; repeatable.")
+@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True), default=TINY)
+def main(runs: int, threads: int, formats: Sequence[str], model: Path) -> None:
+    """Run, print a table, and exit."""
+    chosen = list(formats) or [*packaged_recipes(), *(f"{GGUF}:{name}" for name in MIXTURES)]
+    table = Table("format", "runs", "failed", "sets of bytes", "seconds a run")
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="qconv-threads-") as name:
+        scratch = Path(name)
+        model = scratch / "model"
+        if forked_call(lambda: make_model(model)):
+            raise click.ClickException("the model could not be made")
+        imatrix = scratch / "imatrix"
+        if any(fmt.startswith(GGUF) for fmt in chosen) and forked(["imatrix", str(model), "-o", str(imatrix), *TEXT]):
+            raise click.ClickException("the importance matrix could not be made")
+        for fmt in chosen:
+            options = [*TEXT] if not fmt.startswith(GGUF) else ["--imatrix", str(next(imatrix.glob("*.gguf")))]
+            started, failed, seen = time.monotonic(), 0, set()
+            for _ in range(runs):
+                out = scratch / "out"
+                code = forked(
+                    ["quantize", str(model), "--fmt", fmt, *options, "--threads", str(threads), "-o", str(out)]
+                )
+                failed += code != 0
+                if code == 0:
+                    seen.add(digest(out))
+                shutil.rmtree(out, ignore_errors=True)
+            failures += failed + (len(seen) != 1)
+            seconds = (time.monotonic() - started) / runs
+            table.add_row(fmt, str(runs), str(failed), str(len(seen)), f"{seconds:.2f}")
+            click.echo(f"{fmt}: {runs} runs, {failed} failed, {len(seen)} set(s) of bytes, {seconds:.2f} s a run")
+    Console().print(table)
+    sys.exit(1 if failures else 0)
+
+
+def make_model(folder: Path) -> None:
+    """A random model that is small, and whose rows every block type fits."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        moe_intermediate_size=256,
+        num_hidden_layers=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def forked(arguments: list[str]) -> int:
+    """A command's exit code, in a process of its own; minus a signal's number where that ended it."""
+    return forked_call(lambda: qconv.main(arguments, prog_name="qconv"))
+
+
+def forked_call(function: Callable[[], object]) -> int:
+    """The exit code of a process that calls the function and prints nothing."""
+    child = os.fork()
+    if child == 0:
+        silent, code = os.open(os.devnull, os.O_WRONLY), 1
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        try:
+            function()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def digest(folder: Path) -> str:
+    """Of names and contents of a build's files."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            found.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
