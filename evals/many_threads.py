@@ -7,7 +7,7 @@ tabulated is used for the first time, by all threads at once. Exits with 1 if a 
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib
 import os
 import shutil
 import sys
@@ -43,6 +43,9 @@ def main(runs: int, threads: int, formats: Sequence[str], model: Path) -> None:
     failures = 0
     with tempfile.TemporaryDirectory(prefix="qconv-threads-") as name:
         scratch = Path(name)
+        # What is only imported need not be imported in every process.
+        importlib.import_module("qconv.calibration.run")
+        importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
         model = scratch / "model"
         if forked_call(lambda: make_model(model)):
             raise click.ClickException("the model could not be made")
