@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, OrderedDict
+import re
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +18,7 @@ from qconv.evaluation.sandbox.literals import (
     DEEPEST,
     LARGEST_MESSAGE,
     MOST_NODES,
+    Foreign,
     Literal,
     NotLiteral,
     decode,
@@ -24,7 +28,16 @@ from qconv.evaluation.sandbox.literals import (
 )
 
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.just(10**400)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.complex_numbers(allow_nan=False)
+    | st.fractions()
+    | st.decimals(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.just(10**400)
 )
 KEYS = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3), max_leaves=5
@@ -94,10 +107,90 @@ def test_a_subclass_travels_as_the_builtin_it_holds(value: object, plain: object
     assert type(sent(value)) is type(plain)
 
 
-@pytest.mark.parametrize("value", [object(), range(3), iter([]), 1j, len, int, bytearray(b"x"), {1: [{2: object()}]}])
-def test_other_objects_do_not_travel(value: object) -> None:
-    with pytest.raises(NotLiteral, match="an object of type"):
-        encode(value)
+class Same:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __sub__(self, other: object) -> float:
+        return 0.0
+
+    __hash__ = None  # type: ignore[assignment]  # as Python itself does where only __eq__ is defined
+
+
+class Endless:
+    def __iter__(self) -> Iterator[int]:
+        return count()
+
+
+def failing() -> Iterator[int]:
+    yield 1
+    raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("value", "true", "items"),
+    [
+        (range(3), True, (0, 1, 2)),
+        (range(0), False, ()),
+        ((x * 2 for x in [1, 2]), True, (2, 4)),
+        (iter([]), True, ()),
+        (map(str, [1]), True, ("1",)),
+        (zip([1], [2], strict=True), True, ((1, 2),)),
+        ({"a": 1}.keys(), True, ("a",)),
+        ({"a": 1}.items(), True, (("a", 1),)),
+        ({}.values(), False, ()),
+        (deque([1]), True, (1,)),
+        (bytearray(b"x"), True, (120,)),
+        (re.match("a", "a"), True, None),
+        (object(), True, None),
+        (len, True, None),
+        (Same(), True, None),
+        (Endless(), True, None),
+        (failing(), True, None),
+    ],
+)
+def test_of_other_objects_truth_and_items_travel(value: object, true: bool, items: object) -> None:
+    arrived = sent(value)
+    assert isinstance(arrived, Foreign)
+    assert bool(arrived) is true
+    assert arrived != items
+    if items is None:
+        with pytest.raises((TypeError, ValueError), match=r"no items|does not end"):
+            tuple(arrived)
+    else:
+        assert tuple(arrived) == items
+    with pytest.raises(TypeError):
+        arrived - 1  # type: ignore[operator]  # that it has none is the point
+
+
+def test_within_containers_too() -> None:
+    arrived = sent([iter([1, 2])])
+    assert isinstance(arrived, list)
+    assert isinstance(arrived[0], Foreign)
+    assert list(arrived[0]) == [1, 2]
+    assert arrived != [[1, 2]]
+
+
+class Undecided:
+    def __bool__(self) -> bool:
+        raise ValueError
+
+
+def test_what_is_neither_true_nor_false_does_not_travel() -> None:
+    with pytest.raises(NotLiteral, match="of type Undecided that is neither"):
+        encode({1: [Undecided()]})
+
+
+def test_items_are_bounded_with_all_else() -> None:
+    arrived = sent(iter(range(MOST_NODES)))
+    assert isinstance(arrived, Foreign)
+    with pytest.raises(ValueError, match="does not end"):  # one more than there may be, with the object itself
+        tuple(arrived)
+    assert len(tuple(sent(iter(range(MOST_NODES - 1))))) == MOST_NODES - 1  # type: ignore[arg-type]  # as above
+    nested = sent(list(range(200)) for _ in count())
+    assert nested
+    with pytest.raises(ValueError, match="does not end"):
+        tuple(nested)  # type: ignore[arg-type]  # as above
 
 
 def test_depth_count_and_size_are_bounded_on_both_sides() -> None:
@@ -132,6 +225,18 @@ def test_depth_count_and_size_are_bounded_on_both_sides() -> None:
         ["int", "xyz"],
         ["float", "1.0"],
         ["bytes", "0"],
+        ["complex", "1"],
+        ["complex", "1", "x"],
+        ["fraction", "1", "0"],
+        ["fraction", "1", "1" + "0" * 1024],
+        ["decimal", "x"],
+        ["decimal", "1E+5000"],
+        ["decimal", "1E+" + "9" * 30],
+        ["decimal", "1" * 5000],
+        ["foreign", 1, [], True],
+        ["foreign", True, None, False],
+        ["foreign", True, {}, True],
+        ["set", [["decimal", "sNaN"]]],
         ["set", [["list", []]]],
         ["frozenset", [["dict", []]]],
         ["dict", [[1]]],
