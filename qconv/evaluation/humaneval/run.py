@@ -15,7 +15,7 @@ from qconv.evaluation.engines.base import Completion, Engine, Prompt
 from qconv.evaluation.humaneval.dataset import SHA256, Problem
 from qconv.evaluation.humaneval.estimator import mean_pass_at_k
 from qconv.evaluation.humaneval.prompts import Render, program_of, render_prompt
-from qconv.evaluation.humaneval.samples import Journal, Sample
+from qconv.evaluation.humaneval.samples import Journal, Sample, storable
 from qconv.evaluation.humaneval.settings import HumanEvalSettings
 from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.sandbox.pool import JudgePool
@@ -166,7 +166,7 @@ def _sample(problem: Problem, completion: Completion, verdict: Verdict) -> Sampl
     return Sample(
         task_id=problem.task_id,
         sample=completion.sample,
-        text=completion.text,
+        text=storable(completion.text),
         tokens=tuple(completion.tokens),
         finish=completion.finish,
         status=verdict.status,

@@ -10,7 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TextIO
 
+from pydantic import TypeAdapter
+
 from qconv.checkpoint.writer import output_errors
+from qconv.errors import ArtifactError
 from qconv.evaluation.sandbox.verdict import Status
 from qconv.manifest import require_same
 from qconv.ownership import claim, own_folder
@@ -25,7 +28,8 @@ class Sample:
     Attributes:
         task_id: The problem.
         sample: Which of its samples.
-        text: What the model wrote, up to the stop string.
+        text: What the model wrote, up to the stop string; halves of surrogate pairs, which no file of text can hold, as
+            escapes.
         tokens: Its token ids; empty where the engine does not tell them.
         finish: Whether a stop ended it, or its length.
         status: What became of it.
@@ -47,10 +51,24 @@ class Sample:
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Sample:
-        """From a journal's line."""
-        fields = dict(values)
-        fields["tokens"] = tuple(fields["tokens"])  # type: ignore[arg-type]  # qconv wrote it
-        return cls(**{**fields, "status": Status(str(fields["status"]))})  # type: ignore[arg-type]  # as above
+        """From a journal's line. Journals of earlier versions may hold halves of surrogate pairs.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another type.
+        """
+        return _SAMPLE.validate_python({key: _storable(value) for key, value in values.items()}, extra="forbid")
+
+
+_SAMPLE = TypeAdapter(Sample)
+
+
+def _storable(value: object) -> object:
+    return storable(value) if isinstance(value, str) else value
+
+
+def storable(text: str) -> str:
+    """The text with halves of surrogate pairs as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Journal:
@@ -64,6 +82,7 @@ class Journal:
 
         Raises:
             StaleJournalError: it is another run's; names what differs.
+            ArtifactError: a line is not what qconv writes.
             OutputError: it cannot be read or written.
         """
         path = folder / JOURNAL_NAME
@@ -72,11 +91,14 @@ class Journal:
         with output_errors(path):
             text = path.read_bytes() if path.exists() else b""
             whole = text[: text.rfind(b"\n") + 1]
-            lines = whole.splitlines()
+            lines = [_fields(path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
             if lines:
-                require_same(folder, json.loads(lines[0]), key)
-            for line in lines[1:]:
-                sample = Sample.of(json.loads(line))
+                require_same(folder, {name: str(value) for name, value in lines[0].items()}, key)
+            for number, fields in enumerate(lines[1:], start=2):
+                try:
+                    sample = Sample.of(fields)
+                except ValueError as error:
+                    raise _damaged(path, number) from error
                 self.samples[sample.task_id, sample.sample] = sample
             self._file: TextIO = path.open("r+" if text else "w", encoding="utf-8")
             self._file.seek(len(whole))
@@ -107,3 +129,21 @@ class Journal:
         self._file.write(line + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _fields(path: Path, number: int, line: bytes) -> dict[str, object]:
+    """A line's fields; strings may hold halves of surrogate pairs, which ``qconv.reading`` refuses."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, number) from error
+    if not isinstance(fields, dict):
+        raise _damaged(path, number)
+    return fields
+
+
+def _damaged(path: Path, number: int) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: line {number} is not what qconv writes.",
+        hint="Remove the file to let every problem be answered anew.",
+    )

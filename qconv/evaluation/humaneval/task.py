@@ -28,6 +28,8 @@ from qconv.runtime.tokenizer import load_tokenizer
 from qconv.tokenizer import rendered_bos
 
 SETTINGS = HumanEvalSettings
+JUDGING = 2
+"""Raised when answers may be judged otherwise than before: a build is not compared with verdicts of older rules."""
 
 
 def measure(settings: HumanEvalSettings, bench: Bench) -> Task:
@@ -117,6 +119,7 @@ def _reference(
             for problem in problems
         ],
         "data set": SHA256,
+        "judging": JUDGING,
         "engine": dict(subject.engine.identity),
         "seed": bench.seed,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qconv.errors import SandboxError, StaleJournalError
+from qconv.errors import ArtifactError, SandboxError, StaleJournalError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
 from qconv.evaluation.humaneval import run as run_module
 from qconv.evaluation.humaneval.dataset import Problem
@@ -136,6 +136,59 @@ def test_an_interrupted_run_continues_in_whole_batches(
     lines = (tmp_path / "cut" / JOURNAL_NAME).read_bytes().splitlines()
     assert len(lines) == 11
     assert len({json.loads(line)["task_id"] for line in lines[1:]}) == 10
+
+
+def test_an_answer_that_is_no_text_is_wrong_and_the_run_finishes(
+    backend: Bubblewrap, ten: tuple[Problem, ...], tmp_path: Path
+) -> None:
+    """Half of a surrogate pair: JSON can hold it as an escape, and no UTF-8 can."""
+    answers = {"HumanEval/0": "    return '\ud800'\n", "HumanEval/1": "    return '\ude00\ud83d \U0001f600'\n"}
+    first = measure(Scripted(ten[:3], answers), tmp_path, backend)
+    assert [sample.status for sample in first.samples] == [Status.FAIL, Status.FAIL, Status.PASS]
+    assert first.samples[0].text == "    return '\\ud800'\n"
+    assert first.samples[1].text == "    return '\\ude00\\ud83d \U0001f600'\n"
+    for sample in first.samples:
+        sample.text.encode()
+        sample.reason.encode()
+    journal = tmp_path / JOURNAL_NAME
+    # As earlier versions wrote it: the answer as it came.
+    journal.write_bytes(journal.read_bytes().replace(b"\\\\ud800", b"\\ud800"))
+    assert any("\ud800" in json.loads(line).get("text", "") for line in journal.read_bytes().splitlines())
+    again = Scripted(ten[:3], answers)
+    assert measure(again, tmp_path, backend).samples == first.samples
+    assert again.asked == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"{",
+        b"[1]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"{}",
+        b'{"task_id": "HumanEval/0"}',
+        b'{"task_id": 1, "sample": 0, "text": "", "tokens": [], "finish": "stop", "status": "pass", "reason": ""}',
+        b'{"task_id": "a", "sample": 0, "text": "", "tokens": 5, "finish": "stop", "status": "pass", "reason": ""}',
+        b'{"task_id": "a", "sample": 0, "text": "", "tokens": [], "finish": "x", "status": "pass", "reason": ""}',
+        b'{"task_id": "a", "sample": 0, "text": "", "tokens": [], "finish": "stop", "status": "x", "reason": ""}',
+        b'{"task_id": "a", "sample": 0, "text": "", "tokens": [], "finish": "stop", "status": "pass", "reason": "", '
+        b'"x": 1}',
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_damaged_journal_is_named(
+    backend: Bubblewrap, ten: tuple[Problem, ...], tmp_path: Path, damage: bytes, number: int
+) -> None:
+    measure(Scripted(ten[:1]), tmp_path, backend)
+    journal = tmp_path / JOURNAL_NAME
+    lines = journal.read_bytes().splitlines()
+    lines[number] = damage
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(ArtifactError, match=rf"line {number + 1} is not what|belongs to another run") as caught:
+        measure(Scripted(ten[:1]), tmp_path, backend)
+    assert caught.value.exit_code == 5
 
 
 def test_a_finished_run_asks_nothing_again(backend: Bubblewrap, ten: tuple[Problem, ...], tmp_path: Path) -> None:
