@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 from qconv.evaluation.engines.base import Prompt, stop_at
 from qconv.evaluation.humaneval.dataset import Problem
+from qconv.evaluation.humaneval.fences import take_apart
 
 Style: TypeAlias = Literal["completion", "chat"]
 Message: TypeAlias = dict[str, str]
@@ -20,8 +22,9 @@ INSTRUCTION = (
     "Complete the following Python function. Answer with the whole function, and the imports that it needs, in one "
     "code block.\n\n```python\n{prompt}\n```"
 )
-_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _THOUGHT = re.compile(r"\A.*?</think>", re.DOTALL)
+_CODE = re.compile(r"^(?:from +[\w.]+ +import\b|import +\w|(?:async +)?def +\w+ *\(|class +\w+ *[:(]|@\w)", re.M)
+"""How a line of code begins that prose does not begin with."""
 
 
 def render_prompt(problem: Problem, style: Style, render: Render | None) -> Prompt:
@@ -49,8 +52,8 @@ def program_of(problem: Problem, style: Style, answer: str) -> str:
         # An endpoint may have ignored the stop strings.
         return problem.prompt + stop_at(answer, COMPLETION_STOP)[0]
     code = extract_code(answer, problem.entry_point)
-    if not _defines(code, problem.entry_point):
-        return problem.prompt + code  # only the body
+    if not _defines(code, problem.entry_point):  # only the body
+        return problem.prompt + (code if code.lstrip("\n")[:1].isspace() else textwrap.indent(code, "    "))
     # Helpers and imports of the prompt that the answer does not repeat.
     return f"{problem.preamble}\n{code}"
 
@@ -58,14 +61,18 @@ def program_of(problem: Problem, style: Style, answer: str) -> str:
 def extract_code(answer: str, entry_point: str) -> str:
     """The code in a chat's answer: the last fenced block that defines the function, else the first block, else all.
 
-    A block that is cut off by the length counts. What a model thought aloud before ``</think>`` does not.
+    A block that is cut off by the length counts, and so does one that only its end marks as such. What a model thought
+    aloud before ``</think>`` does not.
     """
-    answer = _THOUGHT.sub("", answer)
-    blocks = [match[1] for match in _FENCE.finditer(answer)]
-    if not blocks:
-        return answer
+    found = take_apart(_THOUGHT.sub("", answer))
+    blocks = [block for block in found.blocks if block.strip()]
     defining = [block for block in blocks if _defines(block, entry_point)]
-    return defining[-1] if defining else blocks[0]
+    if defining:
+        return defining[-1]
+    if blocks and not _defines(found.before, entry_point):
+        return blocks[0]
+    begin = _CODE.search(found.before)
+    return found.before[begin.start() :] if begin and _defines(found.before, entry_point) else found.before
 
 
 def _defines(code: str, entry_point: str) -> bool:
