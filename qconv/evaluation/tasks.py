@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from qconv.errors import UsageError
+from qconv.errors import IncapableEngineError, UsageError
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.record import Artifact, Task
@@ -88,6 +88,19 @@ class Bench:
     noise: NoiseSettings | None
     progress: Progress
     log: Log
+
+    def tokenizer_folder(self) -> Path:
+        """``model_dir``, of which something is here.
+
+        Raises:
+            IncapableEngineError: the model is known to an endpoint alone, so that there is no tokenizer.
+        """
+        if self.build.artifact.kind == "endpoint" and not self.model_dir.exists():
+            raise IncapableEngineError(
+                f"{self.model_dir}: no such folder, so there is no tokenizer to make the endpoint's tokens with.",
+                hint="Give the folder or Hub id of the model that is served as BUILD or as --reference.",
+            )
+        return self.model_dir
 
 
 class Kind(Protocol):

@@ -38,7 +38,7 @@ def measure(settings: TextSettings, bench: Bench) -> Task:
     """
     start = time.monotonic()
     overlap = calibrated_on(bench.build.path, settings.corpus)
-    text = windowed_text(settings, bench.model_dir, bench.seed, exclude=overlap)
+    text = windowed_text(settings, bench.tokenizer_folder(), bench.seed, exclude=overlap)
     bench.log(f"{settings.name}: {text.scored:,} tokens of {len(text.units)} {text.unit}s, {text.source}")
     noise: dict[str, Metric] = {}
     if bench.reference is None or isinstance(bench.build.engine, LikelihoodEngine):

@@ -44,7 +44,7 @@ def measure(settings: HumanEvalSettings, bench: Bench) -> Task:
     """
     start = time.monotonic()
     backend, problems = find_backend(), load_problems()[: settings.problems]
-    render = _renderer(bench.model_dir) if settings.prompt == "chat" else None
+    render = _renderer(bench.tokenizer_folder()) if settings.prompt == "chat" else None
     known = None
     if bench.reference is not None:
         known = _reference(settings, bench, bench.reference, problems, backend, render)
