@@ -77,7 +77,7 @@ def measure(settings: HumanEvalSettings, bench: Bench) -> Task:
         name=settings.name,
         kind=settings.kind,
         inputs_sha256=outcome.prompts_sha256(),
-        source=f"HumanEval, {settings.prompt} prompts, {settings.samples} answers each",
+        source=f"HumanEval, {settings.prompt} prompts, {settings.samples} answers each, {_chosen(settings, bench)}",
         unit="problem",
         settings=json.loads(settings.model_dump_json()),
         metrics=metrics,
@@ -100,6 +100,15 @@ def _generation(settings: HumanEvalSettings, bench: Bench) -> JsonValue:
             listed = ", ".join(engine.refused)
             bench.log(f"{settings.name}: the server refuses {listed}: whatever it has for them is applied")
     return found
+
+
+def _chosen(settings: HumanEvalSettings, bench: Bench) -> str:
+    """How tokens were chosen, for people."""
+    sampled = f"sampled at temperature {settings.temperature:g}, top_p {settings.top_p:g}"
+    chosen = sampled if settings.temperature > 0.0 else "greedy"
+    engine = bench.build.engine
+    refused = engine.refused if isinstance(engine, RefusingEngine) else ()
+    return f"{chosen} but for {', '.join(refused)}, which the server refuses to be told" if refused else chosen
 
 
 def _reference(

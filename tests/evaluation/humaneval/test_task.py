@@ -85,6 +85,14 @@ def test_a_clear_loss_fails(measured: Measure) -> None:
     assert gate.status == "fail"  # 12 of 12 lost: p = 2 / 2**12
 
 
+def test_what_a_server_refuses_to_be_told_is_recorded(measured: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "refused", ("top_k", "min_p"), raising=False)
+    task = measured(build=[3], reference=None)
+    told: Any = task.details["generation"]
+    assert told["refused"] == ["top_k", "min_p"]
+    assert "greedy but for top_k, min_p" in task.source
+
+
 def test_the_references_answers_are_known_the_second_time(measured: Measure, tmp_path: Path) -> None:
     first = measured(build=[0], reference=[])
     journals = [path.read_bytes() for path in (tmp_path / "cache").rglob("*.jsonl")]
@@ -100,6 +108,7 @@ def test_without_a_reference_only_the_build_is_measured(measured: Measure) -> No
     told: Any = task.details["generation"]
     assert (told["decoding"], told["repetition_penalty"], told["top_k"]) == ("greedy", 1.0, None)
     assert "refused" not in told
+    assert task.source.endswith("1 answers each, greedy")
     assert task.reference_items == ()
     assert set(task.metrics) == {"pass@1"}
     low, high = task.metrics["pass@1"].low, task.metrics["pass@1"].high
