@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.hub import folder_name, require_inside
 from qconv.checkpoint.reader import Checkpoint, require_finite
-from qconv.errors import CheckpointError
+from qconv.errors import CheckpointError, UsageError
 from qconv.models import Architecture, architecture
 from qconv.models.base import EMBEDDING, HEAD, TIED
 from qconv.printable import printable
@@ -56,9 +57,10 @@ class Source:
 
         Raises:
             CheckpointError: the first thing that is wrong, by file and tensor.
-            UsageError: config.json says two things of rotary embeddings.
+            UsageError: experts are fused; config.json says two things of rotary embeddings.
         """
         stored = Checkpoint.open(path)
+        require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
         checkpoint = untied(stored)
         scheme = fp8_scheme(path, checkpoint.config)
         model, is_untied = architecture(checkpoint.config), checkpoint is not stored
@@ -169,6 +171,18 @@ def companions(path: Path) -> list[Path]:
     return found
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint or build whose experts have tensors of their own, with the head that its files hold.
+
+    Raises:
+        CheckpointError: as :meth:`Checkpoint.open`.
+        UsageError: experts are fused.
+    """
+    stored = Checkpoint.open(path)
+    require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
+    return untied(stored)
+
+
 def untied(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint whose config.json calls the head tied though the files hold another matrix: with that head.
 
@@ -186,6 +200,30 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
         if all(torch.equal(ours, theirs) for ours, theirs in pairs):
             return checkpoint
     return replace(checkpoint, config=checkpoint.config | {TIED: False})
+
+
+_FUSED = re.compile(r"\.experts\.(?!\d)")
+
+
+def require_single_experts(path: Path, listed: Mapping[str, str]) -> None:
+    """Check that every expert has tensors of its own.
+
+    Args:
+        path: The checkpoint's folder.
+        listed: The file of each tensor, by the tensor's name.
+
+    Raises:
+        UsageError: a tensor holds all experts of a layer, as transformers 5 has them in memory.
+    """
+    fused = sorted(name for name in listed if _FUSED.search(name))
+    if fused:
+        raise UsageError(
+            f"{path / listed[fused[0]]}: tensor {fused[0]!r} holds all experts of a layer, and so do {len(fused) - 1} "
+            "others: fused experts, which qconv does not read.",
+            hint="Give the checkpoint with tensors for each expert. In transformers 5: old = "
+            "AutoModelForCausalLM.from_pretrained(MODEL); new = AutoModelForCausalLM.from_config(old.config); "
+            "new.load_state_dict(old.state_dict()); new.save_pretrained(FOLDER) writes it.",
+        )
 
 
 def fp8_scheme(path: Path, config: dict[str, Any]) -> Fp8Scheme | None:

@@ -28,7 +28,7 @@ from qconv.models import Architecture, architecture
 from qconv.models.base import Linear
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
-from qconv.source import WEIGHT_DTYPES, untied, weight_dtype
+from qconv.source import WEIGHT_DTYPES, open_checkpoint, weight_dtype
 
 GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
 """Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
@@ -316,8 +316,8 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
         mapped: How tensors are mapped: by default each on its own, so that it takes no memory once it is dropped.
 
     Raises:
-        CheckpointError: damaged, incomplete, of an unknown architecture, or quantized in a way that qconv does not
-            read.
+        CheckpointError: damaged, incomplete, of an unknown architecture, or quantized in a way that is not read.
+        UsageError: experts are fused.
     """
     if is_gguf(path):
         from qconv.runtime.gguf_files import GgufFiles
@@ -325,7 +325,7 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
         return GgufFiles.open(path, mapped)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder.", hint="Give the folder of a model, or a GGUF file.")
-    checkpoint = untied(Checkpoint.open(path))
+    checkpoint = open_checkpoint(path)
     section = _quantization(path, checkpoint.config)
     config = strip_quantization(checkpoint.config)
     with in_config(path):
