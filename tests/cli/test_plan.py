@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qconv.bench import SliceShape
+from qconv.bench import SliceShape, write_slice
 from tests.cli.conftest import Invoke
 
 
@@ -47,6 +47,7 @@ def test_tensor_parallel_8_needs_groups_of_64(invoke: Invoke, coder_480b: Path) 
     refused = invoke("plan", coder_480b, "--fmt", "awq", "--tp", 8)
     assert refused.exit_code == 1
     assert "down_proj" in refused.stdout
+    assert "--group-size 64, 32 fits" in refused.stdout
     assert invoke("plan", coder_480b, "--fmt", "awq", "--tp", 8, "--group-size", 64).exit_code == 0
 
 
@@ -107,3 +108,35 @@ def test_older_configs_spell_the_dtype_differently(invoke: Invoke, tiny: Path, t
     (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     values = json.loads(invoke("plan", tmp_path, "--fmt", "awq", "--json").stdout)
     assert values["source_bytes"] == 4 * values["parameters"]
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        # As SmolLM2: hidden size 576.
+        (["--fmt", "awq", "--method", "rtn"], "64, 32"),
+        (["--fmt", "w4a16", "--method", "rtn"], "64, 32, -1"),
+        (["--fmt", "gptq", "--method", "rtn"], "64, 32, -1"),
+        (["--fmt", "fp8"], "--fmt fp8-dynamic"),
+        (["--fmt", "fp8-dynamic", "--group-size", "128"], "one scale a row"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_what_no_engine_reads_is_refused_with_what_they_do(
+    invoke: Invoke, tmp_path: Path, command: str, options: list[str], remedy: str
+) -> None:
+    shape = SliceShape(hidden_size=576, expert_width=128, heads=9, kv_heads=3, head_dim=64, vocab_size=512, top_k=2)
+    write_slice(tmp_path / "model", layers=1, experts=2, shape=shape)
+    out = ["-o", tmp_path / "out"] if command == "quantize" else []
+    refused = invoke(command, tmp_path / "model", *options, *out)
+    assert refused.exit_code == 2, refused.output
+    assert remedy in " ".join(refused.stderr.split())
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_what_engines_refuse_of_a_build_is_told(invoke: Invoke, coder_480b: Path) -> None:
+    result = invoke("plan", coder_480b, "--fmt", "w4a16", "--group-size", 16, "--json")
+    (no_index, *engines) = json.loads(result.stdout)["notices"]
+    assert no_index.startswith("no model.safetensors.index.json")
+    assert [notice.partition(" ")[0] for notice in engines] == ["vLLM", "SGLang"]
