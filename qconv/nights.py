@@ -11,7 +11,16 @@ from qconv.errors import OutputError, QconvError
 from qconv.evaluation import run_folder
 from qconv.manifest import locked
 from qconv.output import owned_files
-from qconv.ownership import ledger, own_folder, recover, replaced, strangers, within
+from qconv.ownership import (
+    DISCARDED_NAME,
+    TRASH_NAME,
+    ledger,
+    own_folder,
+    recover,
+    replaced,
+    strangers,
+    within,
+)
 
 
 def begin_night(work: Path, date: str) -> Path:
@@ -21,6 +30,8 @@ def begin_night(work: Path, date: str) -> Path:
         OutputError: something else lies there, or it cannot be written.
     """
     folder = work / date
+    if folder.is_dir():
+        recover(folder)  # its removal may have been begun
     with output_errors(folder):
         foreign = folder.exists() and ledger(folder) is None and any(folder.iterdir())
     if foreign:
@@ -39,7 +50,7 @@ def remove_old(work: Path, keep: int, tonight: str, log: Callable[[str], None]) 
     """
     with output_errors(work):
         folders = sorted(path for path in work.iterdir() if path.is_dir() and not path.is_symlink())
-        nights = [path for path in folders if _is_date(path.name) and path.name != tonight and ledger(path) is not None]
+        nights = [path for path in folders if _is_date(path.name) and path.name != tonight and _is_night(path)]
     for night in nights[: max(0, len(nights) - keep + 1)]:
         try:
             kept = _remove(night)
@@ -53,7 +64,7 @@ def _remove(night: Path) -> str | None:
     with contextlib.ExitStack() as held:
         held.enter_context(locked(night))
         recover(night)
-        owned = dict(ledger(night) or {})
+        owned = dict(ledger(night) or {})  # none where a removal was given up in its middle, and is finished now
         for made in _made(night):
             held.enter_context(locked(made))
             recover(made)
@@ -63,10 +74,16 @@ def _remove(night: Path) -> str | None:
             found = strangers(night, owned)
             if found:
                 return f"it holds {found[0]}, which no night is known to have made"
-            with replaced(night, owned):
-                pass
+            if any(night.iterdir()):
+                with replaced(night, owned):
+                    pass
             night.rmdir()
     return None
+
+
+def _is_night(folder: Path) -> bool:
+    """Whether a night was begun there, or its removal."""
+    return ledger(folder) is not None or any((folder / name).is_dir() for name in (TRASH_NAME, DISCARDED_NAME))
 
 
 def _made(night: Path) -> Iterator[Path]:
