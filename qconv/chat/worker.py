@@ -55,8 +55,11 @@ def _bare_tokenizer(setup: dict[str, Any]) -> Any:
 
         untyped: Any = chat_template_utils
         untyped.datetime = Fixed  # what its strftime_now asks
-    made: Any = Bare
-    return made(chat_template=setup["template"])
+    untyped_class: Any = Bare
+    made = untyped_class(chat_template=setup["template"])
+    # What rendering imports is imported before time and memory are counted.
+    made.apply_chat_template([{"role": "user", "content": ""}], chat_template="{{ messages }}", tokenize=False)
+    return made
 
 
 def _limit_memory() -> None:

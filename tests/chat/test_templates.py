@@ -47,17 +47,21 @@ def make() -> Iterator[Make]:
         one.close()
 
 
-@pytest.mark.parametrize(
-    "template", [None, TURNS + "{% endfor %}", "{% generation %}{{ messages }}{% endgeneration %}"]
-)
-@pytest.mark.parametrize("answer", [True, False])
-def test_text_is_what_transformers_makes_of_it(template: str | None, answer: bool) -> None:
+def test_text_is_what_transformers_makes_of_it() -> None:
     tokenizer = load_tokenizer(BUNDLED)
-    tokenizer.chat_template = template or tokenizer.chat_template
-    chat = CHAT if template else CHAT[:2]
-    wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+    tokenizer.chat_template = {
+        "default": tokenizer.chat_template,
+        "turns": TURNS + "{% endfor %}{{ 'go' if add_generation_prompt }}",
+        "masked": "{% generation %}{{ messages }}{% endgeneration %}",
+    }
     with ChatTemplates(tokenizer, BUNDLED) as chats:
-        assert chats.render(chat, answer=answer) == wanted
+        for name in chats.names:
+            chat = CHAT[:2] if name == "default" else CHAT
+            for answer in (True, False):
+                wanted = tokenizer.apply_chat_template(
+                    chat, chat_template=name, tokenize=False, add_generation_prompt=answer
+                )
+                assert chats.render(chat, answer=answer, name=name) == wanted
 
 
 @pytest.mark.parametrize(
@@ -65,10 +69,10 @@ def test_text_is_what_transformers_makes_of_it(template: str | None, answer: boo
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"),
         ("{{ (9 ** 9) ** (9 ** 9) }}", "more than 2 s|memory"),
-        ('{{ "a" * 10 ** 10 }}', "memory"),
+        ('{{ "a" * 10 ** 10 }}', "memory|more than"),
         (
             '{% set n = namespace(x="aa") %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}',
-            "memory|64 Mi",
+            "memory|64 Mi|more than",
         ),
         ("{% for a in b %}", "no Jinja template: line 1"),
     ],
@@ -81,32 +85,33 @@ def test_a_hostile_template_is_ended_by_name(
     with pytest.raises(CheckpointError, match=f"MODEL: its chat template.*({problem})") as caught:
         chats.render(CHAT)
     assert not isinstance(caught.value, RefusedChatError)
-    assert time.monotonic() - started < 60.0  # starting the process on a busy machine takes most of it
+    assert time.monotonic() - started < 120.0  # starting the process on a busy machine takes most of it
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages[99].content }}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ 1 // 0 }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ range(9999999) }}",
-        "{{ ''.__class__.__mro__ }}",
-    ],
+REFUSALS = (
+    "{{ messages[99].content }}",
+    "{{ raise_exception('roles must alternate') }}",
+    "{{ 1 // 0 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ range(9999999) }}",
+    "{{ ''.__class__.__mro__ }}",
 )
-def test_a_template_that_refuses_a_chat_may_render_another(template: str, make: Make) -> None:
-    chats = make("{% if messages | length > 1 %}" + template + "{% endif %}ok")
-    with pytest.raises(RefusedChatError, match="does not render this chat"):
-        chats.render(CHAT)
-    assert chats.render(CHAT[:1]) == "ok"
+
+
+def test_a_template_that_refuses_a_chat_may_render_another(make: Make) -> None:
+    named = {one: "{% if messages | length > 1 %}" + one + "{% endif %}ok" for one in REFUSALS}
+    chats = make(named)
+    for name in named:
+        with pytest.raises(RefusedChatError, match="does not render this chat"):
+            chats.render(CHAT, name=name)
+        assert chats.render(CHAT[:1], name=name) == "ok"
 
 
 def test_after_a_hostile_chat_the_next_is_rendered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(templates, "SECONDS", 4)  # the second chat has as long
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     chats = make("{% if messages | length > 1 %}" + loop + "{% endif %}ok")
-    with pytest.raises(CheckpointError, match="more than 1 s"):
+    with pytest.raises(CheckpointError, match="more than 4 s"):
         chats.render(CHAT)
     assert chats.render(CHAT[:1]) == "ok"
 
