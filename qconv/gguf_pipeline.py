@@ -27,6 +27,7 @@ from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings, scratch_bytes
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, sha256_of
+from qconv.completion import already_complete
 from qconv.errors import UsageError, VerificationError
 from qconv.ggml import compiled, encode
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
@@ -45,7 +46,6 @@ from qconv.models import architecture
 from qconv.output import (
     FolderState,
     Outcome,
-    already_complete,
     begin,
     enter,
     publish,
@@ -215,7 +215,7 @@ class _Run:
         tokens = None if self.text is None else build_tokens(self.text, self.source.checkpoint.path)
         belongs = self._fingerprints(tokens)
         if state is FolderState.COMPLETE and not restart:
-            return already_complete(self.out, belongs)
+            return already_complete(self.out, belongs, self._weight_files(), self.workers, self.progress)
         names = [*self._weight_files(), REPORT_NAME, "README.md"]
         journal, resumed = begin(self.out, belongs, names, partial(self._needed, tokens), restart=restart)
         if resumed:
@@ -232,7 +232,7 @@ class _Run:
     def _fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
         files = [sha256_of(Path(file)) for file in self.recipe.imatrix.files]
         # Encoders add up in an order of their own.
-        return fingerprints(self.source, self.recipe.digest(), tokens, files, adds_up=False)
+        return fingerprints(self.source, self.recipe.digest(), tokens, files, adds_up=False, companions="embedded")
 
     def _weight_files(self) -> list[str]:
         """The importance matrix, if one is collected, and the files of the model."""

@@ -12,6 +12,7 @@ from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, layer_readings, scratch_bytes
 from qconv.checkpoint.writer import output_errors, sha256_of
+from qconv.completion import already_complete
 from qconv.gguf.imatrix import read_imatrix
 from qconv.gguf.metadata import require_expressible
 from qconv.gguf.names import gguf_tensors
@@ -19,7 +20,7 @@ from qconv.gguf.recipe import ImatrixSettings
 from qconv.gguf_report import Coverage
 from qconv.inputs import fingerprints, lasting
 from qconv.manifest import WORK_FOLDER, locked
-from qconv.output import FolderState, Outcome, already_complete, begin, enter, publish, require_apart
+from qconv.output import FolderState, Outcome, begin, enter, publish, require_apart
 from qconv.ownership import remove_claimed
 from qconv.parallel import Workers
 from qconv.readings import SourceRecord
@@ -71,9 +72,9 @@ def write_model_imatrix(
         state = enter(out)
         tokens = build_tokens(text, source.checkpoint.path)
         log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
-        belongs = fingerprints(source, "imatrix", tokens, adds_up=True)
+        belongs = fingerprints(source, "imatrix", tokens, adds_up=True, companions="left out")
         if state is FolderState.COMPLETE and not restart:
-            return already_complete(out, belongs)
+            return already_complete(out, belongs, [IMATRIX_NAME], workers, progress)
         work = out / WORK_FOLDER
 
         def needed(committed: Collection[str]) -> int:

@@ -28,6 +28,8 @@ from qconv.reading import parse_json
 JOURNAL_NAME = "journal.jsonl"
 PROCESSOR = "processor"
 """Among fingerprints what is no input: the name, for people, of what has the ``arithmetic`` beside it."""
+COMPANIONS = "companions"
+"""Among fingerprints that of the files which only travel with a build: others are copied, whatever was there before."""
 
 _RESTART = "Start over with --restart."
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -102,12 +104,13 @@ class Journal:
         return journal
 
     def require(self, fingerprints: Mapping[str, str]) -> None:
-        """Check that the run on disk is the run that was asked for.
+        """Check that the run on disk is the run that was asked for; it goes on with that one's companions.
 
         Raises:
             StaleJournalError: names everything that differs.
         """
         require_same(self.path.parent.parent, self.fingerprints, fingerprints)
+        self.fingerprints = dict(fingerprints)
 
     def staged(self, name: str) -> Path:
         """Where a file of the build is written before it gets its name: in the work folder, claimed.
@@ -222,7 +225,7 @@ def require_same(
     Raises:
         StaleJournalError: names everything that differs.
     """
-    keys = {*found, *wanted} - {*ignored, PROCESSOR}
+    keys = {*found, *wanted} - {*ignored, PROCESSOR, COMPANIONS}
     changed = sorted(key for key in keys if found.get(key) != wanted.get(key))
     if changed:
         differences = []

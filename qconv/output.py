@@ -17,15 +17,14 @@ from typing import Any
 from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
 from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
-from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, write_atomically
+from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, write_atomically
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from qconv.manifest import JOURNAL_NAME, Journal, require_fingerprints, require_same
+from qconv.manifest import JOURNAL_NAME, Journal, require_fingerprints
 from qconv.ownership import (
     LEDGER_NAME,
     WORK_FOLDER,
     claimed,
     recover,
-    remove_claimed,
     replaced,
     require_free,
     require_own,
@@ -36,7 +35,7 @@ from qconv.plan import BuildPlan
 from qconv.printable import name_of
 from qconv.report import Report
 from qconv.rope import in_both_spellings
-from qconv.source import COMPANION_PATTERNS, Source
+from qconv.source import COMPANION_PATTERNS, Source, is_companion
 from qconv.verification.checksums import CHECKSUMS_NAME, parse_checksums
 
 _LONGEST_NAME = 255
@@ -61,12 +60,14 @@ class Outcome:
     Attributes:
         out: The build's folder.
         report: Its report's values.
-        already_complete: Whether there was nothing left to do.
+        already_complete: Whether there was no weight left to make.
+        renewed: Files of a complete build that were copied again from its source, or removed with it.
     """
 
     out: Path
     report: dict[str, Any]
     already_complete: bool
+    renewed: tuple[str, ...] = ()
 
 
 def enter(out: Path) -> FolderState:
@@ -85,20 +86,6 @@ def enter(out: Path) -> FolderState:
             hint="Choose another folder, or empty this one by hand.",
         )
     return state
-
-
-def already_complete(out: Path, fingerprints: Mapping[str, str]) -> Outcome:
-    """The outcome of asking for a build that is complete already.
-
-    Raises:
-        ArtifactError: its report cannot be read.
-        StaleJournalError: it was made from other inputs.
-    """
-    report = finished_report(out)
-    # A whole build was made with one arithmetic, whichever that was.
-    require_same(out, report["fingerprints"], fingerprints, ignored=["arithmetic"])
-    remove_claimed(out / WORK_FOLDER)
-    return Outcome(out, report, already_complete=True)
 
 
 def begin(
@@ -301,6 +288,19 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
         "README.md": report.model_card().encode(),
         REPORT_NAME: _json(report.values),
     }
+
+
+def remove_vanished(out: Path, journal: Journal, kept: Collection[str]) -> None:
+    """Remove companions that the run wrote before it was interrupted and that its source has no longer.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    with output_errors(out):
+        for name, digests in journal.files.items():
+            path = out / name
+            if is_companion(name) and name not in kept and path.is_file() and sha256_of(path) in digests:
+                path.unlink()
 
 
 def publish(out: Path, journal: Journal, files: Mapping[str, bytes]) -> None:

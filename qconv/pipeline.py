@@ -18,6 +18,7 @@ from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerReport
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.committer import UnitWriter
+from qconv.completion import already_complete
 from qconv.heap import return_freed_memory
 from qconv.inputs import fingerprints, lasting
 from qconv.manifest import WORK_FOLDER, Journal, locked
@@ -27,13 +28,13 @@ from qconv.models.base import Linear
 from qconv.output import (
     FolderState,
     Outcome,
-    already_complete,
     begin,
     companion_files,
     companion_names,
     enter,
     planned_files,
     publish,
+    remove_vanished,
     require_apart,
     require_published,
 )
@@ -140,7 +141,7 @@ class _Run:
             self.log(f"calibration: {self.tokens.ids.numel():,} tokens of {self.tokens.source}")
         belongs = self._fingerprints()
         if state is FolderState.COMPLETE and not restart:
-            return already_complete(self.out, belongs)
+            return self._already_complete(belongs)
         if self.tokens is not None and (restart or state is not FolderState.UNFINISHED):
             # Now, and not when a layer's calibration is done; an unfinished run has done it.
             self.progress("scales", 0, self.plan.weights)
@@ -155,9 +156,22 @@ class _Run:
         record.require_unchanged(self.progress)
         return Outcome(self.out, self._finish(journal), already_complete=False)
 
+    def _already_complete(self, belongs: Mapping[str, str]) -> Outcome:
+        """A build that is finished, with the companions that the source has now."""
+
+        def renew(report: dict[str, Any]) -> dict[str, bytes]:
+            return companion_files(self.source, self.plan, Report(report))
+
+        shards = [shard for unit in self.plan.units for shard, _ in unit.shards]
+        outcome = already_complete(self.out, belongs, shards, self.workers, self.progress, renew)
+        if outcome.renewed:
+            self.log(f"the source has other files beside its weights now: {', '.join(outcome.renewed)} are made again")
+        return outcome
+
     def _fingerprints(self) -> dict[str, str]:
         # The search of clipping ranges compares sums, whose order is torch's.
-        return fingerprints(self.source, self.recipe.digest(), self.tokens, adds_up=self.recipe.searches_clipping)
+        adds_up = self.recipe.searches_clipping
+        return fingerprints(self.source, self.recipe.digest(), self.tokens, adds_up=adds_up, companions="copied")
 
     def _readings(self) -> dict[str, Callable[[], str]]:
         """By unit what reads its part of the source again, and gives the checksum of it."""
@@ -305,6 +319,7 @@ class _Run:
         report = Report.make(self.plan, self.source.name, lasting(journal.fingerprints), corpus, journal.units)
         small = companion_files(self.source, self.plan, report)
         publish(self.out, journal, small)
+        remove_vanished(self.out, journal, small)
         names = sorted({*small, *(file["name"] for record in journal.units.values() for file in record["files"])})
         sums = dict(zip(names, self.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
         self._check_whole(journal, sums)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -127,6 +129,17 @@ class Source:
         """
         return folder_name(self.checkpoint.path)
 
+    def companion_digests(self) -> dict[str, str]:
+        """Of the companions the sha256 by name, hexadecimal.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        try:
+            return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in self.companions()}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}.", hint="Repair it.") from error
+
     def companions(self) -> list[Path]:
         """Tokenizer, chat template and generation config, sorted by name.
 
@@ -181,6 +194,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     stored = Checkpoint.open(path)
     require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
     return untied(stored)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that name travels unchanged from a source to its builds."""
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:

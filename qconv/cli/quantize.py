@@ -60,6 +60,7 @@ def command(model: str, out: Path, restart: bool, threads: int | None, as_json: 
     result = {
         "path": str(out),
         "already_complete": outcome.already_complete,
+        "renewed": outcome.renewed,
         "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         "seconds": round(time.monotonic() - start, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -105,7 +106,9 @@ def results(report: dict[str, Any]) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     console = stdout()
-    if result["already_complete"]:
+    if result["renewed"]:
+        say(console, f"{result['path']}: already complete; made again: {', '.join(result['renewed'])}")
+    elif result["already_complete"]:
         say(console, f"{result['path']}: already complete; nothing to do")
     else:
         say(console, f"{result['path']}: done, checked against the source")
