@@ -145,7 +145,7 @@ def _require_whole(
             if name in needed or not (renewable and _is_small(name)):
                 problems.append(f"{name} is missing")
         elif not sums.good(name, digest):
-            problems.append(f"{name} is not what it was")
+            problems.append(f"{name} does not have its sha256 of {CHECKSUMS_NAME}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise VerificationError(f"{out}: was complete, but is not now: {'; '.join(problems[:3])}{more}.", hint=_HINT)
