@@ -53,6 +53,8 @@ def command(
 ) -> int:
     """Measure BUILD, a folder, a Hub id or a GGUF file, on a suite, and judge it by gates.
 
+    The same command continues a run that was interrupted, and shows one that is finished.
+
     Exits with 0 if every gate passes, 3 on a regression, 4 if the gates cannot tell, 5 if the build is corrupt.
     """
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
@@ -60,6 +62,7 @@ def command(
         from qconv.evaluation.cache import Cache, default_folder
         from qconv.evaluation.record import read_run
         from qconv.evaluation.run import Request, evaluate, require_gatable
+        from qconv.evaluation.standing import measured_before
         from qconv.evaluation.suites import gates_of
 
         chosen = suite_of(suite, dtype, seed)
@@ -79,7 +82,10 @@ def command(
             baseline=None if baseline is None else read_run(baseline),
             command=("qconv", *sys.argv[1:]),
         )
-        run = evaluate(request, restart=restart, progress=reporter.progress, log=reporter.log)
+        known = None if restart else measured_before(request, reporter.progress)
+        if known is not None:
+            reporter.log(f"{out}: holds this very run; nothing is measured again")
+        run = known or evaluate(request, restart=restart, progress=reporter.progress, log=reporter.log)
     if as_json:
         print_json(run.model_dump(mode="json", exclude={"tasks": {"__all__": {"items", "reference_items"}}}))
     else:

@@ -9,10 +9,27 @@ from pathlib import Path
 from qconv import __version__
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.gates import load_gates
-from qconv.evaluation.record import Artifact, Gate, Run
+from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, read_run
 from qconv.evaluation.run import Request, identified, integrity_gate, subjects_of
 
 Progress = Callable[[str, int, int], None]
+
+
+def measured_before(request: Request, progress: Progress) -> Run | None:
+    """The finished run in the request's folder, where it is what the request asks for and left nothing out.
+
+    Raises:
+        ArtifactError: the folder holds a damaged run.
+        UsageError: gates or engine do not exist.
+        CheckpointError: the build or the reference cannot be read.
+    """
+    if not (request.out / RUN_NAME).is_file():
+        return None
+    run = read_run(request.out)
+    same = run.baseline == (None if request.baseline is None else request.baseline.digest)
+    if not same or run.unmeasured or Standing(progress).reason(run, request) is not None:
+        return None
+    return run
 
 
 @dataclass(slots=True)

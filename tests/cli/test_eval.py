@@ -51,7 +51,17 @@ def test_reference_then_run_then_gate_and_compare(
     judged = invoke("eval", "gate", out, "--gates", strict, "--json")
     assert judged.exit_code == 3
     assert json.loads(judged.stdout)["verdict"]["outcome"] == "regression"
-    assert invoke("eval", "run", build, "--reference", tiny, *options, "-o", out).exit_code == 1  # already finished
+    before = (out / "run.json").read_bytes()
+    again = invoke("eval", "run", build, "--reference", tiny, *options, "-o", out)
+    assert (again.exit_code, again.stdout) == (0, result.stdout), "a finished run is shown"
+    assert "nothing is measured again" in again.stderr
+    assert invoke("eval", "run", tiny, "--reference", tiny, *options, "-o", out).exit_code == 1, "another's is not"
+    assert invoke("eval", "run", build, "--reference", tiny, *options, "--no-gate", "-o", out).exit_code == 1
+    assert (out / "run.json").read_bytes() == before
+    left_out = {"name": "humaneval", "kind": "humaneval", "reason": "no sandbox", "remedy": "Install one."}
+    (out / "run.json").write_text(json.dumps(json.loads(before) | {"unmeasured": [left_out]}))
+    assert invoke("eval", "run", build, "--reference", tiny, *options, "-o", out).exit_code == 1, "it may be there now"
+    (out / "run.json").write_bytes(before)
 
     compared = json.loads(invoke("eval", "compare", tiny, out, "--reference", tiny, *options, "--json").stdout)
     assert {one["metric"]: one["verdict"] for one in compared["differences"]}["kld.mean"] == "worse"
