@@ -32,7 +32,7 @@ def find_backend() -> Backend:
         verdict = judge(backend, CHECK, _TRIAL)
         if verdict.status is not Status.INFRASTRUCTURE:
             return backend
-        reasons.append(f"{backend.name} does not start ({verdict.reason})")
+        reasons.append(f"{backend.name} does not start ({verdict.reason.rstrip('.')})")
     if not reasons:
         raise NoSandboxError(
             "no sandbox for model-written code: neither bubblewrap nor, for an ordinary user, podman is installed.",
