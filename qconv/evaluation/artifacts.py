@@ -9,19 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import JsonValue
-
-from qconv.build import REPORT_NAME
 from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.hub import folder_name, resolve_model
-from qconv.checkpoint.reader import Checkpoint, read_json
+from qconv.checkpoint.reader import Checkpoint
 from qconv.checkpoint.writer import sha256_of
 from qconv.errors import CheckpointError, UsageError
+from qconv.evaluation.build_report import read_report
 from qconv.evaluation.record import Artifact
 from qconv.formats import detect
-from qconv.gguf.recipe import FORMAT as GGUF_FORMAT
-from qconv.gguf.recipe import parse_gguf_recipe
-from qconv.recipe import parse_recipe
 from qconv.source import Source
 from qconv.verification.build import verify
 from qconv.verification.checksums import CHECKSUMS_NAME, check_sums
@@ -55,7 +50,6 @@ def identify(path: Path) -> Artifact:
     size = sum(file.stat().st_size for file in checkpoint.files)
     whole = size <= WHOLE_BYTES
     weights = _digest([*checkpoint.files, path / "config.json"]) if whole else checkpoint.fingerprint()
-    report = _report(path)
     kind: Literal["model", "build"] = "model" if detect(checkpoint.config) is None else "build"
     return Artifact(
         name=folder_name(path),
@@ -64,7 +58,7 @@ def identify(path: Path) -> Artifact:
         sha256=weights,
         tokenizer_sha256=_digest(_matching(path, (*_TOKENIZER_PATTERNS, *_TEMPLATE_PATTERNS))),
         size=size,
-        **_told(report),
+        **_told(path),
     )
 
 
@@ -105,7 +99,7 @@ def _gguf(path: Path) -> Artifact:
     folder = path if path.is_dir() else path.parent
     numel = sum(entry.numel for entry in made.entries.values())
     nbytes = sum(entry.nbytes for entry in made.entries.values())
-    told = _told(_report(folder)) | {"bits_per_weight": round(8 * nbytes / numel, 4) if numel else None}
+    told = _told(folder) | {"bits_per_weight": round(8 * nbytes / numel, 4) if numel else None}
     return Artifact(
         name=folder_name(path),
         path=str(path),
@@ -132,45 +126,16 @@ def _matching(path: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    """The build's own report; empty if there is none that can be read."""
-    if not (folder / REPORT_NAME).exists():
+def _told(folder: Path) -> dict[str, Any]:
+    """What the build's own report tells, as fields of an artifact; nothing where there is none."""
+    report = read_report(folder)
+    if report is None:
         return {}
-    return read_json(folder / REPORT_NAME)
-
-
-def _told(report: dict[str, Any]) -> dict[str, Any]:
-    """What a report tells, as fields of an artifact."""
-    if not report:
-        return {}
-    recipe = report.get("recipe")
-    method = recipe.get("method") if isinstance(recipe, dict) else None
     return {
-        "format": report.get("format"),
-        "method": "+".join(method) if isinstance(method, list) else method,
-        "recipe_sha256": _recipe_digest(recipe) if isinstance(recipe, dict) else None,
-        "bits_per_weight": report.get("bits_per_weight"),
-        "quantized_bits_per_weight": report.get("quantized_bits_per_weight"),
-        "report": _fallbacks(report),
-    }
-
-
-def _recipe_digest(recipe: dict[str, Any]) -> str:
-    return parse_gguf_recipe(recipe).digest() if recipe.get("format") == GGUF_FORMAT else parse_recipe(recipe).digest()
-
-
-def _fallbacks(report: dict[str, Any]) -> dict[str, JsonValue]:
-    """Coverage of the experts, and what was left to plain rounding."""
-    layers = report.get("layers") or []
-    searches = [search for layer in layers for search in layer.get("searches", {}).values()]
-    experts = [expert for layer in layers for expert in layer.get("experts", [])]
-    linears = [one for layer in layers for one in layer.get("compensations", {}).values()]
-    return {
-        "coverage": report.get("coverage"),
-        "degenerate": len(report.get("degenerate") or []),
-        "searches": len(searches),
-        "searches_kept_rtn": sum(bool(search["kept_rtn"]) for search in searches),
-        "mlps": len(experts),
-        "mlps_worse_than_rtn": sum(expert["loss"] > expert["rtn_loss"] for expert in experts),
-        "rows_kept_rtn": sum(one.get("rows_kept_rtn", 0) for one in linears),
+        "format": report.format,
+        "method": report.method,
+        "recipe_sha256": report.recipe_digest(),
+        "bits_per_weight": report.bits_per_weight,
+        "quantized_bits_per_weight": report.quantized_bits_per_weight,
+        "report": report.fallbacks(),
     }

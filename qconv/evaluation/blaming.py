@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from qconv.build import Build
+from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.blame import Blame, Suspect, find_blame
-from qconv.evaluation.record import Artifact, Task, read_run
+from qconv.evaluation.record import AGAIN, Artifact, Task, parse_as, read_run
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.folding import Folds
@@ -63,6 +64,10 @@ def blame_run(
     task = next((one for one in run.tasks if one.kind == "text"), None)
     if task is None:
         raise UsageError(f"{folder}: has no text task to blame by.", hint="Run a suite that has one.")
+    if run.build.kind == "endpoint":
+        raise UsageError(
+            f"{folder}: is of an endpoint, whose weights are not here.", hint="Measure the files themselves."
+        )
     before = None if baseline is None else read_run(baseline)
     if before is not None and (before.reference is None or before.reference.sha256 != run.reference.sha256):
         raise UsageError(f"{baseline}: has another reference than {folder}.", hint="Give a run beside the same model.")
@@ -113,7 +118,7 @@ def folds_of(path: Path) -> Callable[[Layer], Folds]:
     """What a build folded into its layers; nothing for GGUF, and for builds that do not tell."""
     files: ModelFiles = open_files(path)
     config = path / "config.json"
-    if not config.is_file() or detect(json.loads(config.read_text())) is None:
+    if not config.is_file() or detect(read_json(config)) is None:
         return lambda layer: Folds.none()
     build = Build.open(path)
     return lambda layer: Folds.of(files.architecture, layer, build.fold_scales(layer))
@@ -128,7 +133,9 @@ def _require_unchanged(artifact: Artifact) -> None:
 
 
 def _sequences(task: Task, build: Path, reference: Path, seed: int, tokens: int) -> list[torch.Tensor]:
-    settings = TextSettings.model_validate({**task.settings, "kind": "text"})
+    settings = parse_as(
+        TextSettings, {**task.settings, "kind": "text"}, f"{task.name}: its settings are damaged", AGAIN
+    )
     shorter = settings.model_copy(update={"tokens": min(tokens, settings.tokens)})
     text = windowed_text(shorter, reference, seed, exclude=calibrated_on(build, settings.corpus))
     found: list[torch.Tensor] = []

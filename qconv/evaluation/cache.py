@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
-from qconv.errors import OutputError
+from qconv.errors import ArtifactError, OutputError
 from qconv.ownership import claim
+from qconv.reading import parse_json
 
 KEY_NAME = "key.json"
 
@@ -78,17 +79,23 @@ class Entry:
         """A part's named arrays; made, and written durably, if absent or damaged.
 
         Raises:
+            ArtifactError: it is whole, but holds no arrays.
             OutputError: the part cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load, save
 
         data = self.bytes_of(name, lambda: save({key: np.ascontiguousarray(one) for key, one in make().items()}))
-        found: dict[str, NDArray[Any]] = load(data)
+        try:
+            found: dict[str, NDArray[Any]] = load(data)
+        except (SafetensorError, KeyError) as error:  # a dtype that NumPy does not have is a KeyError
+            raise ArtifactError(f"{self.path / name}: holds no arrays: {error}.", hint=self._remedy(name)) from error
         return found
 
     def json(self, name: str, make: Callable[[], JsonValue]) -> JsonValue:
         """The same for a JSON value."""
-        value: JsonValue = json.loads(self.bytes_of(name, lambda: json.dumps(make(), allow_nan=False).encode()))
+        data = self.bytes_of(name, lambda: json.dumps(make(), allow_nan=False).encode())
+        value: JsonValue = parse_json(data, str(self.path / name), ArtifactError, hint=self._remedy(name))
         return value
 
     def bytes_of(self, name: str, make: Callable[[], bytes]) -> bytes:
@@ -116,10 +123,15 @@ class Entry:
 
     def _read(self, name: str) -> bytes | None:
         try:
+            if not (self.path / name).is_file() or not self._sum(name).is_file():
+                return None
             data, expected = (self.path / name).read_bytes(), self._sum(name).read_text()
         except (OSError, UnicodeDecodeError):
             return None
         return data if hashlib.sha256(data).hexdigest() == expected else None
+
+    def _remedy(self, name: str) -> str:
+        return f"Remove {self.path / name}: it is made again."
 
     def _sum(self, name: str) -> Path:
         return self.path / f"{name}.sha256"

@@ -13,7 +13,7 @@ import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,9 @@ from qconv.reading import parse_json, read_json
 
 RUN_NAME = "run.json"
 FILES_FOLDER = "files"
-_AGAIN = "Run the evaluation again, into another folder."
+AGAIN = "Run the evaluation again, into another folder."
 
+Model = TypeVar("Model", bound=BaseModel)
 Sha256: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Status: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured"]
 Outcome: TypeAlias = Literal["pass", "regression", "inconclusive", "corrupt", "not gated"]
@@ -44,7 +45,7 @@ class Artifact(_Values):
     """What was evaluated, or what it was compared with."""
 
     name: str
-    path: str
+    path: Annotated[str, Field(pattern="^[^\\x00]*$")]
     kind: Literal["model", "build", "gguf", "endpoint"]
     sha256: Sha256
     """Of what decides its numbers: weights and config.json; of an endpoint of its address and model name."""
@@ -276,7 +277,7 @@ def read_run(folder: Path) -> Run:
         unfinished = (path.parent / WORK_FOLDER).exists()
         hint = "The run is not finished: run its command again." if unfinished else "Give the folder of a run."
         raise ArtifactError(f"{path}: there is none.", hint=hint)
-    return _run(read_json(path, ArtifactError, hint=_AGAIN), str(path), _AGAIN)
+    return _run(read_json(path, ArtifactError, hint=AGAIN), str(path), AGAIN)
 
 
 def parse_run(text: str, where: str, hint: str) -> Run:
@@ -288,14 +289,32 @@ def parse_run(text: str, where: str, hint: str) -> Run:
     return _run(parse_json(text, where, ArtifactError, hint=hint), where, hint)
 
 
+def parse_task(text: bytes, where: str, hint: str) -> Task:
+    """A task from its part of a record.
+
+    Raises:
+        ArtifactError: it is none that qconv wrote.
+    """
+    return parse_as(Task, parse_json(text, where, ArtifactError, hint=hint), f"{where}: is no task", hint)
+
+
 def _run(values: object, where: str, hint: str) -> Run:
+    return parse_as(Run, values, f"{where}: is no run of this version of qconv", hint)
+
+
+def parse_as(model: type[Model], values: object, what: str, hint: str) -> Model:
+    """Values that qconv wrote, checked.
+
+    Raises:
+        ArtifactError: they are others; says ``what`` and names the first wrong key.
+    """
     try:
-        return Run.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
         problem = first["msg"].removeprefix("Value error, ")
-        raise ArtifactError(f"{where}: is no run of this version of qconv: {key}: {problem}.", hint=hint) from error
+        raise ArtifactError(f"{what}: {key}: {problem}.", hint=hint) from error
 
 
 def store(folder: Path, data: bytes, suffix: str) -> FileRef:
@@ -328,9 +347,9 @@ def load(folder: Path, file: FileRef) -> bytes:
         whole = stat.S_ISREG(found.st_mode) and found.st_size == file.size
         data = path.read_bytes() if whole else b""
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}.", hint=_AGAIN) from error
+        raise ArtifactError(f"{path}: {error.strerror}.", hint=AGAIN) from error
     if not whole or hashlib.sha256(data).hexdigest() != file.sha256:
-        raise ArtifactError(f"{path}: is damaged: its sha256 is not {file.sha256}.", hint=_AGAIN)
+        raise ArtifactError(f"{path}: is damaged: its sha256 is not {file.sha256}.", hint=AGAIN)
     return data
 
 
@@ -353,7 +372,7 @@ def load_arrays(folder: Path, file: FileRef) -> dict[str, NDArray[Any]]:
     try:
         arrays: dict[str, NDArray[Any]] = parse(load(folder, file))
     except (SafetensorError, KeyError) as error:  # a dtype that NumPy does not have is a KeyError
-        raise ArtifactError(f"{folder / FILES_FOLDER / file.name}: holds no arrays: {error}.", hint=_AGAIN) from error
+        raise ArtifactError(f"{folder / FILES_FOLDER / file.name}: holds no arrays: {error}.", hint=AGAIN) from error
     return arrays
 
 
@@ -371,5 +390,5 @@ def load_json(folder: Path, file: FileRef) -> JsonValue:
         ArtifactError: absent or damaged.
     """
     path = folder / FILES_FOLDER / file.name
-    value: JsonValue = parse_json(load(folder, file), str(path), ArtifactError, hint=_AGAIN)
+    value: JsonValue = parse_json(load(folder, file), str(path), ArtifactError, hint=AGAIN)
     return value

@@ -22,13 +22,15 @@ from qconv.evaluation.engines import is_endpoint, open_engine
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.gates import BuildClass, GateFile, class_of, load_gates, rerun_merged, verdict
 from qconv.evaluation.judging import judge
-from qconv.evaluation.record import Artifact, Gate, Run, Task, Unmeasured, write_run
+from qconv.evaluation.record import Artifact, Gate, Run, Task, Unmeasured, parse_task, write_run
 from qconv.evaluation.reference import Kept
 from qconv.evaluation.run_folder import begin, device_facts, enter, kept_report, run_key, versions
 from qconv.evaluation.suites import Suite, TextSettings
 from qconv.evaluation.tasks import Bench, Kind, Log, Progress, Subject, settings_of
 from qconv.manifest import locked
 from qconv.ownership import WORK_FOLDER, own_folder, remove_claimed
+
+TASK_NAME = "task.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,8 @@ def _measured(kind: Kind, settings: object, bench: Bench) -> Task:
         return kind.measure(settings, bench).model_dump_json().encode()
 
     own_folder(bench.work)
-    return Task.model_validate_json(Entry(bench.work).bytes_of("task.json", make))
+    entry = Entry(bench.work)
+    return parse_task(entry.bytes_of(TASK_NAME, make), str(entry.path / TASK_NAME), f"Remove {entry.path / TASK_NAME}.")
 
 
 def _rerun(

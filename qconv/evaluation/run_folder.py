@@ -6,19 +6,19 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 from qconv import __version__
 from qconv.build import REPORT_NAME
-from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
 from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, read_run, store_json
 from qconv.evaluation.suites import Suite
-from qconv.manifest import require_same
+from qconv.manifest import require_fingerprints, require_same
 from qconv.ownership import (
     LEDGER_NAME,
     WORK_FOLDER,
@@ -32,6 +32,7 @@ from qconv.ownership import (
     strangers,
     within,
 )
+from qconv.reading import read_json
 
 KEY_NAME = "key.json"
 _KEYS = frozenset({"build", "reference", "suite", "engine", "qconv"})
@@ -96,7 +97,8 @@ def owned_files(out: Path) -> dict[str, frozenset[str] | None]:
             read_run(out)
             owned[RUN_NAME] = None
         with contextlib.suppress(ArtifactError):
-            if dict(read_json(out / WORK_FOLDER / KEY_NAME)).keys() >= _KEYS:
+            key = read_json(out / WORK_FOLDER / KEY_NAME, ArtifactError)
+            if isinstance(key, dict) and key.keys() >= _KEYS:
                 owned[f"{WORK_FOLDER}/{KEY_NAME}"] = None
     for file in (out / FILES_FOLDER).glob("*"):
         owned[f"{FILES_FOLDER}/{file.name}"] = frozenset({file.name.partition(".")[0]})
@@ -119,11 +121,14 @@ def require_key(work: Path, key: Mapping[str, str]) -> None:
 
     Raises:
         StaleJournalError: the folder holds the beginning of another run.
+        ArtifactError: the key that was kept is damaged.
         OutputError: it cannot be written.
     """
     file = own_folder(work) / KEY_NAME
-    if file.exists():
-        require_same(work.parent, json.loads(file.read_text()), key)
+    if os.path.lexists(file):
+        hint = f"Start over with --restart, or remove {work}."
+        kept = read_json(file, ArtifactError, hint=hint)
+        require_same(work.parent, require_fingerprints(kept, str(file), hint), key)
     else:
         claim(file)
         write_atomically(file, json.dumps(key).encode(), claim(work / f"{KEY_NAME}{TEMPORARY_SUFFIX}"))
@@ -132,7 +137,8 @@ def require_key(work: Path, key: Mapping[str, str]) -> None:
 def kept_report(build: Path, out: Path) -> FileRef | None:
     """A copy of the build's own report, which outlives the build."""
     path = (build if build.is_dir() else build.parent) / REPORT_NAME
-    return store_json(out, read_json(path)) if path.is_file() else None
+    hint = "Restore it, or make the build again."
+    return store_json(out, read_json(path, ArtifactError, hint=hint)) if path.is_file() else None
 
 
 def versions() -> dict[str, str]:

@@ -167,10 +167,12 @@ def _noise(bench: Bench, subject: Subject, settings: NoiseSettings, text: Window
         bench.log(f"noise floor: the reference in {settings.dtype}, {first.rows} and {settings.rows} rows a batch")
         return _self_divergence(first, second, part)
 
-    found = bench.cache.entry("noise", key).json("noise.json", make)
+    entry = bench.cache.entry("noise", key)
+    found = entry.json("noise.json", make)
     first.close()
     second.close()
-    assert isinstance(found, dict)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{entry.path}: holds no noise floor.", hint="Remove that folder: it is measured again.")
     note = f"{settings.dtype}, {first.rows} against {settings.rows} rows a batch, {count:,} tokens"
     values = {name: value for name, value in found.items() if isinstance(value, float)}
     return {f"noise.{name}": Metric(value=value, unit="nats", note=note) for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
+from qconv.errors import ArtifactError
 from qconv.evaluation.cache import Cache, Entry, default_folder
 
 
@@ -87,3 +89,22 @@ def test_the_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert default_folder() == tmp_path / "qconv"
     monkeypatch.setenv("QCONV_CACHE", str(tmp_path / "own"))
     assert default_folder() == tmp_path / "own"
+
+
+def test_parts_that_are_whole_but_hold_something_else_are_named(tmp_path: Path) -> None:
+    """As somebody leaves them who writes the checksum too."""
+    entry = Cache(tmp_path).entry("kind", {"a": 1})
+    entry.bytes_of("part", lambda: b"no arrays, no JSON")
+    for read in (entry.arrays, entry.json):
+        with pytest.raises(ArtifactError, match="part") as caught:
+            read("part", dict)
+        assert str(entry.path / "part") in str(caught.value.hint)
+
+
+def test_a_part_that_is_no_file_is_made_again(tmp_path: Path) -> None:
+    entry = Cache(tmp_path).entry("kind", {"a": 1})
+    entry.bytes_of("part", lambda: b"one")
+    (entry.path / "part").unlink()
+    os.mkfifo(entry.path / "part")
+    assert entry.bytes_of("part", lambda: b"other") == b"other"
+    assert entry.has("part")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from qconv.evaluation.artifacts import identify
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.compare import compare
 from qconv.evaluation.record import Run, load_arrays, read_run
-from qconv.evaluation.run import Request, evaluate
+from qconv.evaluation.run import TASK_NAME, Request, evaluate
 from qconv.evaluation.suites import Suite, load_suite, packaged_names
 from qconv.evaluation.tasks import settings_of
+from qconv.manifest import WORK_FOLDER
 from qconv.runtime.loading import load
 from tests.conftest import build, small_recipe
 
@@ -141,6 +143,30 @@ def test_an_interrupted_run_continues_and_ends_the_same(
             read_run(out)
         assert run(rtn_build, out=out).digest == whole.digest
         assert not (out / ".qconv").exists()
+
+
+def test_a_damaged_task_of_an_interrupted_run_is_named(rtn_build: Path, run: Evaluate, tmp_path: Path) -> None:
+    steps = 0
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        nonlocal steps
+        steps += what == "build" and done == 0
+        if steps == 2:  # the second task has begun
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        run(rtn_build, out=tmp_path / "out", progress=interrupt)
+    kept = tmp_path / "out" / WORK_FOLDER / "task-text" / TASK_NAME
+    values = json.loads(kept.read_text())
+    del values["items"][0]["values"]["tokens"]
+    kept.write_text(json.dumps(values))
+    # Somebody who changes it on purpose changes its checksum too; else it would be measured again.
+    kept.with_name(f"{TASK_NAME}.sha256").write_text(hashlib.sha256(kept.read_bytes()).hexdigest())
+    with pytest.raises(ArtifactError, match=r"task\.json.*tokens") as caught:
+        run(rtn_build, out=tmp_path / "out")
+    assert str(kept) in str(caught.value.hint)
+    kept.unlink()
+    assert run(rtn_build, out=tmp_path / "out").digest == run(rtn_build).digest
 
 
 def test_another_suite_in_the_same_folder_is_stale(

@@ -89,6 +89,8 @@ class Journal:
         self.samples: dict[tuple[str, int], Sample] = {}
         claim(own_folder(folder) / JOURNAL_NAME)
         with output_errors(path):
+            if path.exists() and not path.is_file():
+                raise ArtifactError(f"{path}: is no file.", hint="Remove it.")
             text = path.read_bytes() if path.exists() else b""
             whole = text[: text.rfind(b"\n") + 1]
             lines = [_fields(path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]

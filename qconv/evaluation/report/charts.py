@@ -18,6 +18,10 @@ WIDTH, HEIGHT = 420, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 10, 14, 36
 _MARK_ROWS = 4
 """Lines above a histogram's bars, for the names of its marks: neighbours never share one."""
+_MOST = 1e300
+"""Beyond it sums of values are infinite."""
+_LEAST = 1e-300
+"""Less than this, a millionth of it is no float any more."""
 SHADES = 8
 """Steps of a heat map's colours."""
 
@@ -44,7 +48,7 @@ class Scale:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             return [10.0**power for power in powers]
         span = self.high - self.low
-        if span <= 0.0:
+        if not 0.0 < span < math.inf:
             return [self.low]
         step = 10.0 ** math.floor(math.log10(span / 3.0))
         step *= next(factor for factor in (1.0, 2.0, 5.0, 10.0) if span / (step * factor) <= 5.0)
@@ -63,7 +67,7 @@ def histogram(values: NDArray[np.float32], marks: Sequence[tuple[str, float]], *
     finite = values[np.isfinite(values)].astype(np.float64)
     if not len(finite) or float(finite.max()) <= 0.0:
         return _frame([_text(WIDTH / 2, HEIGHT / 2, "all values are 0", "middle")], "histogram")
-    high = float(finite.max())
+    high = max(float(finite.max()), _LEAST)
     low = high * 1e-6
     across = Scale(low, high, _LEFT, WIDTH - _RIGHT, log=True)
     edges = np.geomspace(low, high, 41)
@@ -95,7 +99,7 @@ class TrendPoint:
 def trend(points: Sequence[TrendPoint], limit: float | None, *, unit: str) -> Markup:
     """A metric from run to run, each with its interval, and its limit."""
     known = [one for point in points for one in (point.value, point.low, point.high) if one is not None]
-    known = [one for one in [*known, *([] if limit is None else [limit])] if math.isfinite(one)]
+    known = [one for one in [*known, *([] if limit is None else [limit])] if abs(one) < _MOST]
     if not known:
         return _frame([_text(WIDTH / 2, HEIGHT / 2, "nothing measured", "middle")], "trend")
     margin = 0.08 * (max(known) - min(known)) or abs(max(known)) * 0.1 or 1.0

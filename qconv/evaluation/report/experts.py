@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_EXPERT = re.compile(r"\.experts\.(\d+)(?:\.|$)")
+from qconv.evaluation.build_report import BuildReport
+
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})(?:\.|$)")
 _WORST = 10
+_SPARSEST = 1000
+"""Cells of a map for each module that is known; a report names almost every expert of almost every layer."""
+_LOUDEST = 300.0
+"""Power of ten of a relative error, short of what a float holds."""
+_MOST = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +34,29 @@ class ExpertMaps:
     worst: tuple[tuple[str, float], ...]
 
 
-def expert_maps(report: Mapping[str, Any]) -> ExpertMaps | None:
-    """The maps of a ``qconv-report.json``; None for a build without experts, or whose report does not tell."""
-    layers: Sequence[Mapping[str, Any]] = report.get("layers") or []
+def expert_maps(report: BuildReport) -> ExpertMaps | None:
+    """The maps of a build's report; None for one without experts, or that names a few which lie far apart."""
+    layers = report.layers
     errors = {
-        (row, name): 100.0 * 10.0 ** (-snr / 10.0)
+        (row, name): 100.0 * 10.0 ** min(-snr / 10.0, _LOUDEST)
         for row, layer in enumerate(layers)
-        for name, snr in (layer.get("snr_db") or {}).items()
+        for name, snr in layer.snr_db.items()
         if snr is not None
     }
     placed = [(row, int(found[1]), error) for (row, name), error in errors.items() if (found := _EXPERT.search(name))]
     if not placed:
         return None
     width = 1 + max(expert for _, expert, _ in placed)
+    if len(layers) * width > _SPARSEST * len(placed):
+        return None
     error = np.full((len(layers), width), np.nan)
     for row, expert, one in placed:
         error[row, expert] = np.fmax(error[row, expert], one)
     tokens = np.full_like(error, np.nan)
     for row, layer in enumerate(layers):
-        for record in layer.get("experts") or []:
-            found = _EXPERT.search(record["module"])
+        for record in layer.experts:
+            found = _EXPERT.search(record.module)
             if found and int(found[1]) < width:
-                tokens[row, int(found[1])] = record["tokens"]
+                tokens[row, int(found[1])] = min(record.tokens, _MOST)
     worst = sorted(((name, one) for (_, name), one in errors.items()), key=lambda pair: -pair[1])[:_WORST]
     return ExpertMaps(error, None if np.isnan(tokens).all() else tokens, tuple(worst))

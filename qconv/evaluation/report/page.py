@@ -8,11 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qconv import __version__
 from qconv.evaluation.record import Gate
 from qconv.evaluation.report.view import RunView, number, summary
 from qconv.ownership import ledger, own_folder, require_free, write_own
+from qconv.printable import markdown_text, printable
 
 NAMES = {"html": "report.html", "markdown": "report.md", "junit": "junit.xml", "json": "report.json"}
 """What is written, by kind."""
@@ -43,6 +45,7 @@ def html(views: Sequence[RunView]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters["number"] = number
     head, rows = summary(views)
@@ -50,28 +53,34 @@ def html(views: Sequence[RunView]) -> str:
     return template.render(views=views, head=head, rows=rows, version=__version__, title=_title(views))
 
 
+def _shown(value: object) -> object:
+    """A value as the page shows it: of text, what would act on the page or on the direction of writing as an escape."""
+    return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def markdown(views: Sequence[RunView]) -> str:
     """For a pull request or a chat: verdicts, gates, numbers."""
-    lines = [f"# {_title(views)}", ""]
+    lines = [f"# {markdown_text(_title(views))}", ""]
     head, rows = summary(views)
     if len(views) > 1:
         lines += [*_table(head, rows), ""]
     for one in views:
-        lines += [f"## {one.heading}", "", f"**{one.run.verdict.sentence}**", ""]
+        lines += [f"## {markdown_text(one.heading)}", "", f"**{markdown_text(one.run.verdict.sentence)}**", ""]
         if one.gates:
             columns = ("gate", "status", "value", "limit", "baseline", "noise", "detectable")
             lines += [*_table(columns, [_gate_row(gate) for gate in one.gates]), ""]
         for task in one.tasks:
-            lines += [f"### {task.name}", "", task.summary, ""]
+            lines += [f"### {markdown_text(task.name)}", "", markdown_text(task.summary), ""]
             lines += [*_table(("metric", "value", "unit", "over", "note"), task.metrics), ""]
             if task.flips:
                 lost, gained = (
-                    sorted(flip.problem for flip in task.flips if flip.lost is way) for way in (True, False)
+                    ", ".join(sorted(markdown_text(flip.problem) for flip in task.flips if flip.lost is way)) or "none"
+                    for way in (True, False)
                 )
-                lines += [f"Lost: {', '.join(lost) or 'none'}. Gained: {', '.join(gained) or 'none'}.", ""]
+                lines += [f"Lost: {lost}. Gained: {gained}.", ""]
         for left in one.run.unmeasured:
-            lines += [f"### {left.name}", "", f"Not measured: {left.sentence}", ""]
-        lines += ["```console", f"$ {one.command}", "```", ""]
+            lines += [f"### {markdown_text(left.name)}", "", f"Not measured: {markdown_text(left.sentence)}", ""]
+        lines += ["```console", f"$ {printable(one.command)}", "```", ""]
     return "\n".join(lines)
 
 
@@ -88,22 +97,24 @@ def junit(views: Sequence[RunView]) -> str:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=f"{one.name} {one.run.suite}",
+            name=printable(f"{one.name} {one.run.suite}"),
             tests=str(len(statuses) + len(left_out)),
             failures=str(statuses.count("fail")),
             skipped=str(len(statuses) - statuses.count("fail") - statuses.count("pass") + len(left_out)),
             errors="0",
-            timestamp=one.run.started,
+            timestamp=printable(one.run.started),
             time=f"{one.run.seconds:.3f}",
         )
         for gate in one.gates:
-            case = ElementTree.SubElement(suite, "testcase", name=gate.name, classname=f"qconv.{gate.against}")
+            case = ElementTree.SubElement(
+                suite, "testcase", name=printable(gate.name), classname=f"qconv.{gate.against}"
+            )
             if gate.status != "pass":
                 kind = "failure" if gate.status == "fail" else "skipped"
-                ElementTree.SubElement(case, kind, message=f"{gate.status}: {gate.sentence}")
+                ElementTree.SubElement(case, kind, message=printable(f"{gate.status}: {gate.sentence}"))
         for task in left_out:
-            case = ElementTree.SubElement(suite, "testcase", name=task.name, classname="qconv.task")
-            ElementTree.SubElement(case, "skipped", message=f"not measured: {task.sentence}")
+            case = ElementTree.SubElement(suite, "testcase", name=printable(task.name), classname="qconv.task")
+            ElementTree.SubElement(case, "skipped", message=printable(f"not measured: {task.sentence}"))
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
@@ -126,6 +137,6 @@ def _gate_row(gate: Gate) -> tuple[str, ...]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(map(markdown_text, cells)) + " |"
 
-    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+    return [line(head), "| " + " | ".join(["---"] * len(head)) + " |", *map(line, rows)]

@@ -6,19 +6,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError
-from qconv.evaluation.blaming import BLAME_NAME
+from qconv.evaluation.build_report import parse_report
 from qconv.evaluation.gates import GATED
 from qconv.evaluation.history import History, differences
-from qconv.evaluation.record import Gate, Metric, Run, Task, load_arrays, load_json
+from qconv.evaluation.record import AGAIN, Gate, Metric, Run, Task, load_arrays, load_json
 from qconv.evaluation.report.charts import TrendPoint, heat_map, histogram, trend
 from qconv.evaluation.report.experts import expert_maps
+from qconv.evaluation.report.parts import Answer, BlameRecord, Confidence, answers_of, blame_of, confidences_of
 
 FOLLOWED = ("kld.mean", "ppl.ratio", "ppl", "top1.flips", "pass@1")
 """Metrics whose trend is shown, where they are measured."""
@@ -120,6 +119,7 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
         if before is not None:
             changes, since = tuple(differences(before.run, run)), before.run.started
     maps, worst = _maps(folder, run)
+    blame = blame_of(folder)
     return RunView(
         run=run,
         name=followed,
@@ -129,8 +129,8 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
         tasks=tuple(_task(folder, task) for task in run.tasks),
         charts=(*charts, *maps),
         worst=worst,
-        blame=_blame(folder),
-        blame_baseline=_blame_baseline(folder),
+        blame=() if blame is None else _blame(blame),
+        blame_baseline=None if blame is None else blame.baseline,
         command=shlex.join(run.command),
         changes=changes,
         since=since,
@@ -205,32 +205,28 @@ def _task(folder: Path, task: Task) -> TaskView:
         (name, _interval(one), one.unit, "" if one.units is None else f"{one.units:,}", one.note or "")
         for name, one in task.metrics.items()
     )
-    confidence = task.details.get("by_confidence")
     return TaskView(
         name=task.name,
         kind=task.kind,
         summary=f"{len(task.items):,} {task.unit}s: {task.source}; {task.seconds:.0f} s",
         metrics=rows,
-        confidence=tuple(map(_confidence_row, confidence)) if isinstance(confidence, list) else (),
+        confidence=tuple(map(_confidence_row, confidences_of(folder, task))),
         chart=_histogram(folder, task),
         flips=_flips(folder, task),
     )
 
 
-def _confidence_row(row: Any) -> tuple[str, str, str, str]:
-    return (
-        f"{row['from']:g} to {row['to']:g}",
-        f"{row['tokens']:,}",
-        number(row["kld.mean"]),
-        number(row["top1.flips"]),
-    )
+def _confidence_row(row: Confidence) -> tuple[str, str, str, str]:
+    return f"{row.low:g} to {row.high:g}", f"{row.tokens:,}", number(row.kld), number(row.flips)
 
 
 def _histogram(folder: Path, task: Task) -> Chart | None:
     file = task.files.get("tokens")
     if file is None or "kld.mean" not in task.metrics:
         return None
-    values = load_arrays(folder, file)["kl"]
+    values = load_arrays(folder, file).get("kl")
+    if values is None or values.dtype.kind != "f":
+        raise ArtifactError(f"{folder}: {file.name} holds no divergence of tokens.", hint=AGAIN)
     marks = [
         (name.removeprefix("kld."), one.value)
         for name in ("kld.median", "kld.mean", "kld.p99", "kld.p99.9")
@@ -269,8 +265,7 @@ def _trends(history: History, followed: str, run: Run) -> list[Chart]:
 def _maps(folder: Path, run: Run) -> tuple[list[Chart], tuple[tuple[str, str], ...]]:
     if run.build_report is None:
         return [], ()
-    report = load_json(folder, run.build_report)
-    maps = expert_maps(report) if isinstance(report, dict) else None
+    maps = expert_maps(parse_report(load_json(folder, run.build_report), f"{folder}: {run.build_report.name}"))
     if maps is None:
         return [], ()
     note = "Squared error over squared weights, in percent, the worst linear of each expert."
@@ -281,23 +276,13 @@ def _maps(folder: Path, run: Run) -> tuple[list[Chart], tuple[tuple[str, str], .
     return charts, tuple((name, f"{error:.3g} %") for name, error in maps.worst)
 
 
-def _blame(folder: Path) -> tuple[tuple[str, str, str], ...]:
-    """Layers, then parts: what each costs, and its layer without it; empty where nobody asked for blame."""
-    path = folder / BLAME_NAME
-    if not path.exists():
-        return ()
-    found = read_json(path)
-    rows = [found["whole"] | {"part": "the whole build"}, *found["layers"][:_BLAMED], *found["parts"][:_BLAMED]]
+def _blame(found: BlameRecord) -> tuple[tuple[str, str, str], ...]:
+    """Layers, then parts: what each costs, and its layer without it."""
+    whole = found.whole.model_copy(update={"part": "the whole build"})
     return tuple(
-        (row["part"], f"{number(row['kld'])} +- {row['error']:.1g}", number(row.get("layer_without"))) for row in rows
+        (row.part, f"{number(row.kld)} +- {row.error:.1g}", number(row.layer_without))
+        for row in (whole, *found.layers[:_BLAMED], *found.parts[:_BLAMED])
     )
-
-
-def _blame_baseline(folder: Path) -> str | None:
-    """The build that costs were compared with, if there is one."""
-    path = folder / BLAME_NAME
-    name = read_json(path).get("baseline") if path.exists() else None
-    return None if name is None else str(name)
 
 
 def _interval(metric: Metric | None) -> str:
@@ -309,36 +294,32 @@ def _interval(metric: Metric | None) -> str:
 
 def _flips(folder: Path, task: Task) -> tuple[Flip, ...]:
     file = task.files.get("answers")
-    if file is None:
-        return ()
-    answers = load_json(folder, file)
-    if not isinstance(answers, list):
-        raise ArtifactError(f"{folder}: {file.name} holds no answers.", hint="Run the evaluation again.")
-    return tuple(_flip(answer) for answer in answers if isinstance(answer, dict) and _flipped(answer))
+    answers = () if file is None else answers_of(folder, file)
+    return tuple(flip for flip in map(_flip, answers) if flip is not None)
 
 
-def _flipped(answer: dict[str, Any]) -> bool:
-    one, other = answer.get("reference"), answer.get("build")
-    return bool(one and other and (one["status"] == "pass") != (other["status"] == "pass"))
+def _flip(answer: Answer) -> Flip | None:
+    """The two answers from their first differing token on (or character, where an engine tells no tokens).
 
-
-def _flip(answer: dict[str, Any]) -> Flip:
-    """The two answers from their first differing token on (or character, where an engine tells no tokens)."""
-    one, other = answer["reference"], answer["build"]
-    common = _common(one["text"], other["text"])
-    tokens = [np.array(side.get("tokens") or [], dtype=np.int64) for side in (one, other)]
+    None where both solve the problem, or neither does, or only one was asked.
+    """
+    one, other = answer.reference, answer.build
+    if one is None or other is None or (one.status == "pass") == (other.status == "pass"):
+        return None
+    common = _common(one.text, other.text)
+    tokens = [np.array(side.tokens, dtype=np.int64) for side in (one, other)]
     shared = min(map(len, tokens))
     differing = np.flatnonzero(tokens[0][:shared] != tokens[1][:shared])
     token = int(differing[0]) if len(differing) else (shared if len(tokens[0]) != len(tokens[1]) else None)
     return Flip(
-        problem=answer["problem"],
-        lost=one["status"] == "pass",
-        reference_status=one["status"],
-        build_status=other["status"],
-        prompt=answer["prompt"],
-        common=one["text"][:common],
-        reference_rest=one["text"][common:],
-        build_rest=other["text"][common:],
+        problem=answer.problem,
+        lost=one.status == "pass",
+        reference_status=one.status,
+        build_status=other.status,
+        prompt=answer.prompt,
+        common=one.text[:common],
+        reference_rest=one.text[common:],
+        build_rest=other.text[common:],
         token=token,
     )
 

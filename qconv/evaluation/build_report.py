@@ -1,0 +1,121 @@
+"""What evaluation reads of a build's own report, ``qconv-report.json``; the rest of it is for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from qconv.build import REPORT_NAME
+from qconv.errors import ArtifactError, RecipeError
+from qconv.evaluation.record import parse_as
+from qconv.gguf.recipe import FORMAT as GGUF
+from qconv.gguf.recipe import parse_gguf_recipe
+from qconv.reading import read_json
+from qconv.recipe import parse_recipe
+
+_HINT = "Restore it, or make the build again."
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Search(_Read):
+    """A search for scales, and whether plain rounding was as good."""
+
+    kept_rtn: bool = False
+
+
+class Expert(_Read):
+    """An expert, and the tokens that it was calibrated on."""
+
+    module: str
+    tokens: Count
+    loss: float | None = None
+    rtn_loss: float | None = None
+
+
+class Compensation(_Read):
+    """A linear that GPTQ rounded."""
+
+    rows_kept_rtn: Count = 0
+
+
+class LayerReport(_Read):
+    """A layer."""
+
+    snr_db: dict[str, float | None] = {}
+    searches: dict[str, Search] = {}
+    experts: tuple[Expert, ...] = ()
+    compensations: dict[str, Compensation] = {}
+
+
+class BuildReport(_Read):
+    """A build's report; of GGUF it has no layers."""
+
+    format: str | None = None
+    recipe: dict[str, Any] = {}
+    bits_per_weight: float | None = None
+    quantized_bits_per_weight: float | None = None
+    coverage: JsonValue = None
+    degenerate: tuple[JsonValue, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+
+    @property
+    def method(self) -> str | None:
+        """By which steps the build was made, as one word."""
+        steps = self.recipe.get("method")
+        return "+".join(map(str, steps)) if isinstance(steps, list) else None if steps is None else str(steps)
+
+    def recipe_digest(self) -> str | None:
+        """sha256 of the recipe; None where there is none. What another version wrote counts as it is written."""
+        if not self.recipe:
+            return None
+        parse = parse_gguf_recipe if self.recipe.get("format") == GGUF else parse_recipe
+        try:
+            return parse(self.recipe, "recipe").digest()
+        except RecipeError:
+            return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
+
+    def fallbacks(self) -> dict[str, JsonValue]:
+        """Coverage of the experts, and what was left to plain rounding."""
+        searches = [search for layer in self.layers for search in layer.searches.values()]
+        experts = [expert for layer in self.layers for expert in layer.experts]
+        compared = [(one.loss, one.rtn_loss) for one in experts]
+        return {
+            "coverage": self.coverage,
+            "degenerate": len(self.degenerate),
+            "searches": len(searches),
+            "searches_kept_rtn": sum(search.kept_rtn for search in searches),
+            "mlps": len(experts),
+            "mlps_worse_than_rtn": sum(a > b for a, b in compared if a is not None and b is not None),
+            "rows_kept_rtn": sum(one.rows_kept_rtn for layer in self.layers for one in layer.compensations.values()),
+        }
+
+
+def read_report(folder: Path) -> BuildReport | None:
+    """The report in a build's folder; None if there is none.
+
+    Raises:
+        ArtifactError: it is not what qconv writes.
+    """
+    path = folder / REPORT_NAME
+    return parse_report(read_json(path, ArtifactError, hint=_HINT), str(path)) if path.exists() else None
+
+
+def parse_report(values: object, where: str) -> BuildReport:
+    """A report from its values.
+
+    Raises:
+        ArtifactError: they are not what qconv writes; names the file and the key.
+    """
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{where}: is no report of qconv.", hint=_HINT)
+    known = {key: value for key, value in values.items() if value is not None}  # what a build has none of is null
+    return parse_as(BuildReport, known, f"{where}: is damaged", _HINT)

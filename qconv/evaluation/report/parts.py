@@ -1,0 +1,106 @@
+"""What a report takes from a run's files beyond its record, checked: answers, blame, divergence by confidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from qconv.errors import ArtifactError
+from qconv.evaluation.blaming import BLAME_NAME
+from qconv.evaluation.record import AGAIN, FILES_FOLDER, FileRef, Task, load_json, parse_as
+from qconv.reading import read_json
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Side(_Read):
+    """One of two answers to a problem."""
+
+    status: str
+    text: str
+    tokens: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = ()
+    """Empty where an engine tells none."""
+
+
+class Answer(_Read):
+    """A problem, and what the build and its reference answered."""
+
+    problem: str
+    prompt: str
+    build: Side | None = None
+    reference: Side | None = None
+
+
+class _Answers(_Read):
+    answers: tuple[Answer, ...]
+
+
+class Cost(_Read):
+    """What a part of a build costs."""
+
+    part: str
+    kld: float
+    error: float
+    layer_without: float | None = None
+
+
+class BlameRecord(_Read):
+    """``blame.json``."""
+
+    whole: Cost
+    layers: tuple[Cost, ...]
+    parts: tuple[Cost, ...]
+    baseline: str | None = None
+
+
+class Confidence(_Read):
+    """Divergence over the tokens of which the reference is so sure."""
+
+    low: float = Field(alias="from")
+    high: float = Field(alias="to")
+    tokens: int
+    kld: float | None = Field(alias="kld.mean")
+    flips: float | None = Field(alias="top1.flips")
+
+
+class _Confidences(_Read):
+    rows: tuple[Confidence, ...]
+
+
+def answers_of(folder: Path, file: FileRef) -> tuple[Answer, ...]:
+    """The answers that a run's file holds.
+
+    Raises:
+        ArtifactError: it is absent or damaged, or holds something else.
+    """
+    values: JsonValue = load_json(folder, file)
+    where = f"{folder / FILES_FOLDER / file.name}: holds no answers"
+    return parse_as(_Answers, {"answers": values}, where, AGAIN).answers
+
+
+def blame_of(folder: Path) -> BlameRecord | None:
+    """What was found to cost most; None where nobody asked.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    path = folder / BLAME_NAME
+    hint = f"Run qconv eval blame {folder} again."
+    if not path.exists():
+        return None
+    return parse_as(BlameRecord, read_json(path, ArtifactError, hint=hint), f"{path}: is damaged", hint)
+
+
+def confidences_of(folder: Path, task: Task) -> tuple[Confidence, ...]:
+    """Divergence by the reference's confidence; empty where there is no reference.
+
+    Raises:
+        ArtifactError: the record holds something else there.
+    """
+    rows = task.details.get("by_confidence") or []
+    where = f"{folder}: task {task.name}: by_confidence is damaged"
+    return parse_as(_Confidences, {"rows": rows}, where, AGAIN).rows
