@@ -63,6 +63,11 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
+def one_line(error: BaseException) -> str:
+    """What a library said, for a message of ours: its beginning, in one line, without the last full stop."""
+    return printable(" ".join(str(error).split()))[:300].rstrip(".")
+
+
 def well_formed(text: str) -> str:
     """The text with U+FFFD for every half of a surrogate pair, which has no UTF-8 form."""
     if text.isascii():

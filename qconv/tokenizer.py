@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.errors import CheckpointError
-from qconv.printable import printable
+from qconv.printable import one_line, printable
 
 _HINT = "Copy the model's tokenizer files again."
 
@@ -52,7 +52,7 @@ def rendered_bos(tokenizer: Any, rendered: str) -> str:
 
 
 def _refused(folder: Path, error: BaseException) -> CheckpointError:
-    said = printable(" ".join(str(error).split()))[:300].rstrip(".")
     return CheckpointError(
-        f"{printable(str(folder))}: transformers cannot load the tokenizer: {type(error).__name__}: {said}.", hint=_HINT
+        f"{printable(str(folder))}: transformers cannot load the tokenizer: {type(error).__name__}: {one_line(error)}.",
+        hint=_HINT,
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
 from qconv.models.base import Layer, Norm
+from qconv.printable import one_line
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -41,14 +42,16 @@ class Decoder:
                 skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     self.config, dtype=torch.float32
                 )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self._skeleton = skeleton.eval().model
+            # Rotary frequencies are computed, not loaded, so the module is built again off the meta device.
+            self._rotary = type(self._skeleton.rotary_emb)(self.config)
+            self.act: Activation = ACT2FN[self.config.hidden_act]
+        # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
+        except Exception as error:
             raise CheckpointError(
-                f"{model_path / 'config.json'}: transformers does not accept it: {error}.", hint="Repair config.json."
+                f"{model_path / 'config.json'}: transformers does not accept it: {one_line(error)}.",
+                hint="Repair config.json.",
             ) from error
-        self._skeleton = skeleton.eval().model
-        # Rotary frequencies are computed, not loaded, so the module is built again off the meta device.
-        self._rotary = type(self._skeleton.rotary_emb)(self.config)
-        self.act: Activation = ACT2FN[self.config.hidden_act]
 
     def norm(self, layer: Layer, norm: Norm, weight: Tensor) -> nn.Module:
         """A norm of a layer with its weight, [hidden]."""

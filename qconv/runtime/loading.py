@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qconv.checkpoint.maps import SharedMaps
 from qconv.errors import CheckpointError, UsageError
 from qconv.generation_config import GENERATION_CONFIG, read_generation_config
+from qconv.printable import one_line
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import ModelFiles, open_files
 from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
@@ -73,7 +74,7 @@ def _generation_config(folder: Path, values: dict[str, Any]) -> Any:
     # Its checks raise whatever comparing and counting values of other types raises.
     except Exception as error:
         raise CheckpointError(
-            f"{folder / GENERATION_CONFIG}: transformers refuses it: {type(error).__name__}: {error}.",
+            f"{folder / GENERATION_CONFIG}: transformers refuses it: {type(error).__name__}: {one_line(error)}.",
             hint="Take the original model's file, or leave it away.",
         ) from error
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
 from qconv.models.base import Layer, Linear, Moe, Norm
+from qconv.printable import one_line
 from qconv.runtime.backends.base import Activation, Backend
 from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
@@ -38,12 +39,13 @@ def empty_model(files: ModelFiles, dtype: torch.dtype) -> Any:
         config = AutoConfig.for_model(files.config["model_type"], **values)
         with torch.device("meta"):
             model = untyped.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # Frequencies are computed, not loaded, so that module is built again off the meta device.
+        rotary = type(model.model.rotary_emb)(config)
+    # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
+    except Exception as error:
         raise CheckpointError(
-            f"{files.path}: transformers does not accept its config: {error}.", hint="Repair config.json."
+            f"{files.path}: transformers does not accept its config: {one_line(error)}.", hint="Repair config.json."
         ) from error
-    # Frequencies are computed, not loaded, so that module is built again off the meta device.
-    rotary = type(model.model.rotary_emb)(config)
     divisors = files.inverse_frequency_divisors()
     if divisors is not None:
         rotary.inv_freq /= divisors

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import qconv
+from qconv.chat.templates import ChatTemplates
 from qconv.gguf.recipe import GgufRecipe
 from qconv.gguf_pipeline import quantize_gguf
 from qconv.recipe import Recipe, load_recipe
 from qconv.runtime.dense import write_dense
-from qconv.runtime.generation import chat_prompt, complete
+from qconv.runtime.generation import complete
 from qconv.runtime.tokenizer import load_tokenizer
 from tests.conftest import BUNDLED, build, random_model, save_model
 from tests.runtime.rounding import assert_within_bf16_rounding
@@ -94,7 +95,8 @@ def assert_is_the_dequantized_model(out: Path, scratch: Path, ids: Tensor) -> No
         wanted = exact(ids).logits
         assert float((packed(ids).logits - wanted).abs().max()) < FLOAT32_BOUND * float(wanted.abs().max())
     tokenizer = load_tokenizer(out)
-    prompts = [chat_prompt(tokenizer, message) for message in MESSAGES]
+    with ChatTemplates(tokenizer, out) as chats:
+        prompts = [chats.render([{"role": "user", "content": message}], answer=True) for message in MESSAGES]
     answers = complete(packed, tokenizer, prompts, max_tokens=ANSWER, special_tokens=False)
     assert [answer.text for answer in answers] == [alone(exact, tokenizer, prompt) for prompt in prompts]
     assert_within_bf16_rounding(qconv.load(out, dtype=torch.bfloat16), dense(scratch, torch.bfloat16), exact, ids)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import qconv
+from qconv.calibration.forward import Decoder
 from qconv.checkpoint.reader import Checkpoint
 from qconv.errors import CheckpointError, UsageError
 from qconv.runtime.dense import write_dense
@@ -137,6 +138,19 @@ def test_a_misshapen_tensor_is_named(rtn_build: Path, tmp_path: Path) -> None:
     shard.write_bytes(content[:at] + new + content[at + len(old) :])
     with pytest.raises(CheckpointError, match=r"o_proj\.weight_packed"):
         qconv.load(damaged)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"initializer_range": False}, {"hidden_act": "abacus"}, {"hidden_act": 5}],
+)
+def test_a_config_that_transformers_refuses_is_named(moe: Path, tmp_path: Path, damage: dict[str, Any]) -> None:
+    copied = Path(shutil.copytree(moe, tmp_path / "copy"))
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | damage))
+    for use in (qconv.load, Decoder):
+        with pytest.raises(CheckpointError, match="transformers does not accept"):
+            use(copied)
 
 
 def test_the_generation_config_is_the_builds(rtn_build: Path, tmp_path: Path) -> None:
