@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume foreign-files scale sensitivity sanitize many-threads clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume foreign-files scale sensitivity sanitize many-threads fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame mu
 
 sanitize: $(STAMP)  ## the C++ and its callers under the sanitizers of addresses, undefined behaviour and threads
 	$(BIN)/python evals/sanitize.py
+
+fuzz: $(STAMP)  ## 150 mutants of the input of every parser: no traceback, no hang, no crash, bounded memory
+	$(BIN)/python -m evals.fuzz
 
 many-threads: $(STAMP)  ## 50 runs of every format with 8 threads: no crash, one set of bytes
 	$(BIN)/python evals/many_threads.py
