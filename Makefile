@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume foreign-files scale sensitivity sanitize many-threads fuzz clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale sensitivity sanitize many-threads fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ interop: $(STAMP)  ## other people's readers and loaders on our builds, each in 
 kill-resume: $(STAMP)  ## kill a run at KILLS random moments (default 20); resumed, it must end byte-identical
 	$(BIN)/python evals/kill_resume.py --kills $(KILLS)
 	$(BIN)/python evals/kill_resume.py --kills $(KILLS) --fmt gguf:Q4_K_M --max-shard-size 0.002
+
+kill-sweep: $(STAMP)  ## kill every writing command 300 times in all, at random times and before the n-th change to the disk
+	$(BIN)/python -m evals.kill_sweep --kills 300
 
 foreign-files: $(STAMP)  ## put somebody's files of every kind where qconv writes and removes; none may be changed
 	$(BIN)/python evals/foreign_files.py

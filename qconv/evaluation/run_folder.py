@@ -16,7 +16,7 @@ from qconv.build import REPORT_NAME
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
 from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
-from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, read_run, store_json
+from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, Run, read_run, store_json
 from qconv.evaluation.suites import Suite
 from qconv.manifest import require_fingerprints, require_same
 from qconv.ownership import (
@@ -44,7 +44,8 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "ggu
 def enter(out: Path, restart: bool) -> None:
     """Check that a folder is empty, or holds the beginning of a run, or a finished one that is to be discarded.
 
-    What a killed ``--restart`` left is put in order first.
+    What a killed ``--restart`` left is put in order first. Beside a finished run that was killed before its work folder
+    was gone, only :func:`begin` can tell whether it is the one that is asked for again.
 
     Raises:
         OutputError: it holds something else, or a finished run that is to be kept.
@@ -61,8 +62,8 @@ def enter(out: Path, restart: bool) -> None:
         raise OutputError(f"{out}: holds something else than a run: {named}.", hint="Choose another folder.")
     if restart:
         require_own(out, owned)
-    elif finished:
-        raise OutputError(f"{out}: holds a finished run.", hint="Choose another folder, or give --restart.")
+    elif finished and WORK_FOLDER not in found:
+        raise _finished(out)
 
 
 def begin(out: Path, key: Mapping[str, str], restart: bool) -> None:
@@ -83,7 +84,13 @@ def begin(out: Path, key: Mapping[str, str], restart: bool) -> None:
         with replaced(out, owned):
             require_key(out / WORK_FOLDER, key)
     else:
+        if (out / RUN_NAME).exists() and _key_of(read_run(out)) != key:
+            raise _finished(out)
         require_key(out / WORK_FOLDER, key)
+
+
+def _finished(out: Path) -> OutputError:
+    return OutputError(f"{out}: holds a finished run.", hint="Choose another folder, or give --restart.")
 
 
 def owned_files(out: Path) -> dict[str, frozenset[str] | None]:
@@ -107,12 +114,23 @@ def owned_files(out: Path) -> dict[str, frozenset[str] | None]:
 
 def run_key(suite: Suite, build: Artifact, reference: Artifact | None, engine: Engine) -> dict[str, str]:
     """What an interrupted run must share with the one that continues it."""
+    return _key(build, reference, suite.digest(), engine.identity, __version__)
+
+
+def _key_of(run: Run) -> dict[str, str]:
+    """The key of a finished run."""
+    return _key(run.build, run.reference, run.suite_sha256, run.engine, run.qconv)
+
+
+def _key(
+    build: Artifact, reference: Artifact | None, suite: str, engine: Mapping[str, str], version: str
+) -> dict[str, str]:
     return {
         "build": build.sha256,
         "reference": "none" if reference is None else reference.sha256,
-        "suite": suite.digest(),
-        "engine": hashlib.sha256(json.dumps(dict(engine.identity), sort_keys=True).encode()).hexdigest(),
-        "qconv": __version__,
+        "suite": suite,
+        "engine": hashlib.sha256(json.dumps(dict(engine), sort_keys=True).encode()).hexdigest(),
+        "qconv": version,
     }
 
 

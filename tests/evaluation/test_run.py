@@ -193,6 +193,29 @@ def test_a_foreign_folder_and_a_finished_run_are_left_alone(rtn_build: Path, run
         run(rtn_build, out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("left", ["everything", "the ledger alone"])
+def test_killed_after_its_record_a_run_goes_on(
+    left: str, rtn_build: Path, corpus: Path, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pull(work: Path) -> None:
+        for name in ("key.json", "key.json.partial") if left == "the ledger alone" else ():
+            (work / name).unlink(missing_ok=True)
+        raise Interrupted(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qconv.evaluation.run.remove_claimed", pull)
+        with pytest.raises(Interrupted):
+            run(rtn_build, out=tmp_path / "out")
+    whole = read_run(tmp_path / "out")
+    with pytest.raises((OutputError, StaleJournalError)):
+        run(rtn_build, out=tmp_path / "out", suite=suite_on(corpus, seed=1))
+    assert read_run(tmp_path / "out") == whole
+    assert run(rtn_build, out=tmp_path / "out").digest == whole.digest
+    assert not (tmp_path / "out/.qconv").exists()
+    with pytest.raises(OutputError, match="finished"):
+        run(rtn_build, out=tmp_path / "out")
+
+
 def test_a_corrupt_build_is_not_even_measured(rtn_build: Path, run: Evaluate, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(rtn_build, tmp_path / "copy"))
     shard = sorted(copy.glob("*.safetensors"))[1]
