@@ -141,9 +141,9 @@ def skip_patterns(architecture: Architecture, misfits: Iterable[str]) -> str | N
     wanted = set(misfits)
     for layer in architecture.layers:
         for _, linears in fused(layer):
-            names = {linear.name for linear in linears}
-            if names & wanted:
-                wanted |= names
+            whole = {linear.name for linear in linears}
+            if whole & wanted:
+                wanted |= whole
     everything = [linear.name for layer in architecture.layers for linear in layer.linears()]
     if wanted.issuperset(everything):
         return None

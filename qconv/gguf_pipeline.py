@@ -57,7 +57,7 @@ from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.readings import READ, SourceRecord, combined
 from qconv.recipe import TextSettings
-from qconv.source import Source
+from qconv.source import Source, listed_files, require_single_experts
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 from qconv.verification.gguf import decoded, floor_db
 from qconv.verification.outcome import Progress
@@ -119,11 +119,12 @@ def tensor_infos(model: Path, recipe: GgufRecipe) -> list[TensorInfo]:
 
     Raises:
         CheckpointError: config.json is missing, damaged or of unknown architecture.
-        UsageError: a model that llama.cpp cannot express.
+        UsageError: a model that llama.cpp cannot express; fused experts.
         RecipeError: a rule that fits no tensor.
     """
     config = read_json(model / "config.json")
     described = architecture(config)
+    require_single_experts(model, listed_files(model))
     require_expressible(config, described)
     tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
     require_matches(recipe, tensors)

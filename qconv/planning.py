@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme
-from qconv.checkpoint.header import DTYPE_NAMES, read_header
-from qconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME, read_json, read_weight_map
+from qconv.checkpoint.header import DTYPE_NAMES
+from qconv.checkpoint.reader import INDEX_NAME, read_json, read_weight_map
 from qconv.content import misplaced_files
 from qconv.formats.base import skip_list
 from qconv.inspection import SKIP_KEYS, name_class
@@ -23,7 +23,7 @@ from qconv.printable import name_of
 from qconv.qtensor import CHANNEL, Grid
 from qconv.recipe import Recipe
 from qconv.rope import in_both_spellings
-from qconv.source import fp8_scheme, require_single_experts, weight_dtype
+from qconv.source import fp8_scheme, listed_files, require_single_experts, weight_dtype
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     in_both_spellings(config)
     dtype = weight_dtype(path, config)
     listed = read_weight_map(path)
-    require_single_experts(path, _placed(path) if listed is None else listed)
+    require_single_experts(path, listed_files(path))
     stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
     plan = make_plan(model, recipe, lambda name: dtype)
     classes = _classes(plan, stored)
@@ -194,17 +194,6 @@ def _add(row: PlannedClass, item: Item, stored: _Stored) -> None:
         row.weights += math.prod(dimensions)
         row.source_bytes += stored.nbytes(name, dimensions)
     row.output_bytes += sum(spec.nbytes for spec in item.specs)
-
-
-def _placed(path: Path) -> dict[str, str]:
-    """The file of each tensor where one file holds the model; empty where there is none that can be read.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    if not (path / SINGLE_NAME).is_file() or SINGLE_NAME in {Path(name).name for name in misplaced_files(path)}:
-        return {}
-    return dict.fromkeys(read_header(path / SINGLE_NAME), SINGLE_NAME)
 
 
 def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, str] | None) -> Iterator[str]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qconv.chat.files import additional_files
 from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
-from qconv.checkpoint.header import DTYPE_NAMES
+from qconv.checkpoint.header import DTYPE_NAMES, read_header
 from qconv.checkpoint.hub import folder_name, require_inside
-from qconv.checkpoint.reader import Checkpoint, require_finite
+from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, read_weight_map, require_finite
+from qconv.content import misplaced_files
 from qconv.errors import CheckpointError, UsageError
 from qconv.models import Architecture, architecture
 from qconv.models.base import EMBEDDING, HEAD, TIED
@@ -218,6 +219,20 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
         if all(torch.equal(ours, theirs) for ours, theirs in pairs):
             return checkpoint
     return replace(checkpoint, config=checkpoint.config | {TIED: False})
+
+
+def listed_files(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the index or the one file that holds the model; empty where neither can tell.
+
+    Raises:
+        CheckpointError: the index or the file is damaged.
+    """
+    listed = read_weight_map(path)
+    if listed is not None:
+        return dict(listed)
+    if not (path / SINGLE_NAME).is_file() or SINGLE_NAME in {Path(name).name for name in misplaced_files(path)}:
+        return {}
+    return dict.fromkeys(read_header(path / SINGLE_NAME), SINGLE_NAME)
 
 
 _FUSED = re.compile(r"\.experts\.(?!\d)")

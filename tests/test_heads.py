@@ -19,6 +19,7 @@ from qconv.errors import CheckpointError
 from qconv.formats import formats
 from qconv.planning import estimate
 from qconv.recipe import Recipe
+from qconv.runtime.dense import write_dense
 from qconv.source import Source
 from qconv.verification.build import verify
 from qconv.verification.checksums import CHECKSUMS_NAME
@@ -156,3 +157,18 @@ def test_plan_speaks_of_a_head_that_config_json_ties(own_head: Path) -> None:
     (own_head / INDEX_NAME).write_text(json.dumps(index))
     notices = estimate(own_head, recipe("w4a16")).notices
     assert [notice for notice in notices if "lm_head.weight" in notice]
+
+
+def test_transformers_reads_blocks_beside_a_tied_head(tied: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    untyped: Any = AutoModelForCausalLM
+    made = build(tied, tmp_path / "build", recipe("fp8")).out
+    write_dense(made, tmp_path / "dense", torch.bfloat16)  # to what transformers dequantizes where there is no GPU
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        theirs = untyped.from_pretrained(made, dtype=torch.bfloat16).float()(ids).logits
+        ours = qconv.load(tmp_path / "dense", dtype="float32")(ids).logits
+    # The same weights and operations in float32.
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert theirs.std() > 0.1
