@@ -15,9 +15,9 @@ MAX_NAME = 200
 
 _ACTING = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 """Unicode's categories of control and format characters, halves of surrogate pairs, private use and line ends."""
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>#!|~&$@]|^[-+=]|(?<=\bwww)\.|:(?=//)")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#!|~&$]|@(?=[\w-]+\.)|^[-+=]|(?<=\bwww)\.|:(?=//)")
 """What acts anywhere in a line, at its start, or in an address."""
-_NUMBERED = re.compile(r"^(\d+)([.)])")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
 def printable(text: str, *, keep: str = "") -> str:

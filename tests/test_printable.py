@@ -70,7 +70,12 @@ def test_what_sites_turn_into_links_by_themselves_is_escaped(address: str) -> No
 
 
 def test_an_ordinary_name_stays_as_it_is() -> None:
-    for name in ("tiny-coder-moe", "Qwen3-Coder-480B-A35B", "python-stdlib, seed 0: 8 x 32 tokens of 3 documents (a)"):
+    for name in (
+        "tiny-coder-moe",
+        "Qwen3-Coder-480B-A35B",
+        "python-stdlib, seed 0: 8 x 32 tokens of 3 documents (a)",
+        *("pass@1", "0.001 (0.0009 to 0.0011)", "1.5"),
+    ):
         assert markdown_text(name) == name
 
 

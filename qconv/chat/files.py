@@ -42,8 +42,8 @@ def templates_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def additional_files(folder: Path) -> list[Path]:
-    """The files of the templates beside the default one, sorted."""
-    return sorted(path for path in (folder / ADDITIONAL_FOLDER).glob("*.jinja") if path.is_file())
+    """The files of the templates beside the default one, sorted; links that lead nowhere too."""
+    return sorted(path for path in (folder / ADDITIONAL_FOLDER).glob("*.jinja") if not path.is_dir())
 
 
 def _text(path: Path) -> str:

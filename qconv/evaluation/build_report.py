@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from qconv.build import REPORT_NAME
+from qconv.checkpoint.hub import require_inside
 from qconv.errors import ArtifactError, RecipeError
 from qconv.evaluation.record import parse_as
 from qconv.gguf.recipe import FORMAT as GGUF
@@ -103,10 +104,13 @@ def read_report(folder: Path) -> BuildReport | None:
     """The report in a build's folder; None if there is none.
 
     Raises:
-        ArtifactError: it is not what qconv writes.
+        ArtifactError: it is not what qconv writes, or a link out of the folder: a copy is kept with a run.
     """
     path = folder / REPORT_NAME
-    return parse_report(read_json(path, ArtifactError, hint=_HINT), str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    require_inside(folder, path)
+    return parse_report(read_json(path, ArtifactError, hint=_HINT), str(path))
 
 
 def parse_report(values: object, where: str) -> BuildReport:

@@ -14,7 +14,7 @@ from qconv import __version__
 from qconv.evaluation.record import Gate
 from qconv.evaluation.report.view import RunView, number, summary
 from qconv.ownership import ledger, own_folder, require_free, write_own
-from qconv.printable import markdown_text, printable
+from qconv.printable import markdown_block, markdown_text, printable
 
 NAMES = {"html": "report.html", "markdown": "report.md", "junit": "junit.xml", "json": "report.json"}
 """What is written, by kind."""
@@ -80,7 +80,7 @@ def markdown(views: Sequence[RunView]) -> str:
                 lines += [f"Lost: {lost}. Gained: {gained}.", ""]
         for left in one.run.unmeasured:
             lines += [f"### {markdown_text(left.name)}", "", f"Not measured: {markdown_text(left.sentence)}", ""]
-        lines += ["```console", f"$ {printable(one.command)}", "```", ""]
+        lines += [markdown_block(f"$ {printable(one.command)}\n", "console"), ""]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from qconv.errors import ArtifactError
 from qconv.evaluation.build_report import parse_report
@@ -19,6 +20,7 @@ from qconv.evaluation.report.charts import Scale, TrendPoint, heat_map, histogra
 from qconv.evaluation.report.experts import ExpertMaps, expert_maps
 from qconv.evaluation.report.page import html, junit, markdown, write_report
 from qconv.evaluation.report.view import view
+from qconv.printable import printable
 from tests.evaluation.report.conftest import HOSTILE, Write
 
 VOID = {"meta", "br", "rect", "line", "circle", "path", "polyline"}
@@ -88,6 +90,20 @@ def test_a_report_of_several_runs_compares_them(tmp_path: Path, write: Write) ->
     assert "0.002 (0.0018 to 0.0022)" in text
     assert "Lost: HumanEval/1. Gained: HumanEval/2." in text
     assert "2 builds" in Page(html(views)).text
+
+
+def test_names_are_no_markup_in_markdown_and_xml(tmp_path: Path, write: Write) -> None:
+    name = "x](http://a.example) <b>\n# head ``` \x1b[2J |"
+    kinds, run = [], write()
+    for one in ("plain", name):
+        build = run.build.model_copy(update={"name": one, "path": one})
+        views = [view(tmp_path / "run", run.model_copy(update={"build": build, "command": (one,)}))]
+        (suite,) = ElementTree.fromstring(junit(views))  # no control character, which XML has no form for
+        assert (suite.get("name") or "").startswith(printable(one))
+        tokens = MarkdownIt("commonmark").enable("table").parse(markdown(views))
+        inner = [child.type for token in tokens for child in token.children or []]
+        kinds.append(([token.type for token in tokens], [kind for kind in inner if not kind.startswith("text")]))
+    assert kinds[0] == kinds[1]
 
 
 def test_junit_fails_what_failed_and_skips_what_cannot_tell(tmp_path: Path, write: Write) -> None:
