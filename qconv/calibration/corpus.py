@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qconv.calibration.documents import Document, documents, with_parsed_arguments
+from qconv.calibration.documents import Document, documents, in_plain_form
 from qconv.chat.templates import ChatTemplates, RefusedChatError
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
@@ -154,8 +154,8 @@ def _ids(tokenizer: Any, text: str, *, control_tokens: bool) -> list[int]:
 def render_chat(chats: ChatTemplates, document: Document) -> str:
     """A chat through the tokenizer's template.
 
-    Templates are written for arguments of tool calls that are objects, and OpenAI's form has them as a JSON text: what
-    a template refuses as it stands is given to it once more with objects.
+    What a template refuses as it stands is given to it once more in the form that most are written for: OpenAI's has
+    arguments of tool calls as a JSON text, and content in parts.
 
     Raises:
         UsageError: no template, or one that refuses this chat.
@@ -166,10 +166,10 @@ def render_chat(chats: ChatTemplates, document: Document) -> str:
         try:
             return chats.render(document.content)
         except RefusedChatError:
-            parsed = with_parsed_arguments(document.content)
-            if parsed == document.content:
+            plain = in_plain_form(document.content)
+            if plain == document.content:
                 raise
-            return chats.render(parsed)
+            return chats.render(plain)
     except (RefusedChatError, UsageError) as error:
         raise UsageError(
             f"document {document.name}: the tokenizer cannot render this chat: {error.message}",

@@ -201,14 +201,23 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and not _SAYING.isdisjoint(value)
 
 
-def with_parsed_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chat with the arguments of tool calls as objects where they are the JSON text of one, as in OpenAI's form."""
-    return [
-        {**turn, "tool_calls": [_with_parsed_arguments(call) for call in turn["tool_calls"]]}
-        if isinstance(turn.get("tool_calls"), list)
-        else turn
-        for turn in chat
-    ]
+def in_plain_form(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A chat of OpenAI's form in the one that most templates are written for.
+
+    Arguments of tool calls are objects and not their JSON text, and content is a text and not a list of parts of it.
+    """
+    return [_in_plain_form(turn) for turn in chat]
+
+
+def _in_plain_form(turn: dict[str, Any]) -> dict[str, Any]:
+    calls, content, plain = turn.get("tool_calls"), turn.get("content"), dict(turn)
+    if isinstance(calls, list):
+        plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if all(isinstance(text, str) for text in texts):
+            plain["content"] = "".join(map(str, texts))
+    return plain
 
 
 def _with_parsed_arguments(call: Any) -> Any:

@@ -298,6 +298,17 @@ def test_a_turn_that_only_calls_tools_is_rendered(
     assert tokenizer.decode(ids).startswith("<assistant>weather(city=Rome)<user>return self")
 
 
+def test_content_in_parts_is_read_where_the_template_wants_a_text(model: Path, tmp_path: Path, tokenizer: Any) -> None:
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "return self\n"}, {"type": "text", "text": "value = 1\n" * 30}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": [{"role": "user", "content": parts}]}))
+    ids = build(f"jsonl:{path}", 64, 64, model=model).ids.flatten().tolist()
+    assert tokenizer.decode(ids).startswith("<user>return self\nvalue = 1\n")
+
+
 def test_what_is_no_object_in_a_call_is_refused_with_the_line(model: Path, tmp_path: Path) -> None:
     (model / "chat_template.jinja").write_text(TOOLS)
     calls = [{"function": {"name": "f", "arguments": "not json"}}]
