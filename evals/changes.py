@@ -6,6 +6,7 @@ caught where it is called. A fork shares the modules that are loaded already, so
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -65,6 +66,8 @@ def run(
         os.close(reading)
         _child(work, folder, log, before, writing)
     os.close(writing)
+    with contextlib.suppress(OSError):  # whoever is first, the child or this
+        os.setpgid(process, process)
     status = None
     while status is None:
         found, code = os.waitpid(process, os.WNOHANG)

@@ -18,7 +18,7 @@ from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
 from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, write_atomically
-from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError
+from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError, VerificationError
 from qconv.manifest import JOURNAL_NAME, Journal, require_fingerprints
 from qconv.ownership import (
     LEDGER_NAME,
@@ -193,10 +193,10 @@ def require_published(path: Path, size: int) -> None:
     """Check that a committed file is still there, as large as it was.
 
     Raises:
-        OutputError: it is not.
+        VerificationError: it is not.
     """
     if not path.is_file() or path.stat().st_size != size:
-        raise OutputError(
+        raise VerificationError(
             f"{path}: was committed but is now missing or of another size.",
             hint="Put it back, or start over with --restart.",
         )

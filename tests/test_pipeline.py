@@ -272,7 +272,7 @@ def test_a_committed_shard_that_vanished_is_named(moe: Path, tmp_path: Path) -> 
     shard = out / "model-00001-of-00004.safetensors"
     content = shard.read_bytes()
     shard.unlink()
-    refused(moe, out, RTN, OutputError, 1, shard.name, "was committed but is now missing")
+    refused(moe, out, RTN, VerificationError, 5, shard.name, "was committed but is now missing")
     damaged = bytearray(content)
     damaged[-1] ^= 1
     shard.write_bytes(damaged)

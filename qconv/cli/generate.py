@@ -51,11 +51,13 @@ def command(
         from qconv.chat.templates import ChatTemplates
         from qconv.checkpoint.hub import resolve_model
         from qconv.decoding import decoding_settings
+        from qconv.inspection import require_finished
         from qconv.runtime.generation import complete, recommended
         from qconv.runtime.loading import load
         from qconv.runtime.tokenizer import load_tokenizer
 
         path = Path(build) if build.endswith(".gguf") else resolve_model(build)
+        require_finished(path if path.is_dir() else path.parent)
         tokenizer = load_tokenizer(path)
         texts = given
         if messages:

@@ -17,6 +17,7 @@ from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation.build_report import read_report
 from qconv.evaluation.record import Artifact
 from qconv.formats import detect
+from qconv.inspection import require_finished
 from qconv.source import Source
 from qconv.verification.build import verify
 from qconv.verification.checksums import CHECKSUMS_NAME, check_sums
@@ -42,8 +43,9 @@ def identify(path: Path) -> Artifact:
     """What lies at a path. Reads every byte of the weights, up to :data:`WHOLE_BYTES`.
 
     Raises:
-        CheckpointError: neither a checkpoint nor GGUF, or unreadable.
+        CheckpointError: neither a checkpoint nor GGUF, unreadable, or an unfinished build.
     """
+    require_finished(path if path.is_dir() else path.parent)
     if is_gguf(path):
         return _gguf(path)
     checkpoint = Checkpoint.open(path)

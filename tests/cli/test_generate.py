@@ -68,3 +68,16 @@ def test_what_cannot_be_generated(invoke: Invoke, build: Path, tmp_path: Path) -
     assert invoke("generate", build, "--prompt", "a", "--backend", "abacus").exit_code == 2
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert invoke("generate", tmp_path / "model.gguf", "--prompt", "a").exit_code == 5
+
+
+def test_an_unfinished_build_is_called_that(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "build/.qconv").mkdir(parents=True)
+    (tmp_path / "build/.qconv/journal.jsonl").write_text('{"kind":"start","fingerprints":{}}\n')
+    (tmp_path / "build/model-00001-of-00009.safetensors").touch()
+    for arguments in (
+        ["generate", str(tmp_path / "build"), "--prompt", "x"],
+        ["eval", "run", str(tmp_path / "build"), "--suite", "smoke", "--no-gate", "-o", str(tmp_path / "run")],
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 5
+        assert "an unfinished build" in result.stderr
