@@ -77,7 +77,7 @@ def test_an_end_ends_it(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "stated",
     [
-        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 50.0},
         {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
         {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
         {"suppress_tokens": list(range(5, 2000)), "forced_bos_token_id": 4},
