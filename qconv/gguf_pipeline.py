@@ -25,24 +25,20 @@ from qconv import __version__, native
 from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings, scratch_bytes
-from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.completion import already_complete
 from qconv.errors import UsageError, VerificationError
 from qconv.ggml import compiled, encode
-from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo
+from qconv.gguf.container import FileLayout, GgufWriter
 from qconv.gguf.imatrix import Imatrix, merge, read_imatrix
-from qconv.gguf.metadata import require_expressible
-from qconv.gguf.mixture import needs_importance, tensor_types
-from qconv.gguf.names import GgufTensor, gguf_tensors
+from qconv.gguf.mixture import fallbacks, needs_importance
+from qconv.gguf.names import GgufTensor
 from qconv.gguf.plan import GgufPlan, plan_gguf
 from qconv.gguf.recipe import GgufRecipe, require_matches
-from qconv.gguf.rope import rope_of
 from qconv.gguf.tensors import Importance, encoder, importance_of, uniform, weighted_blocks
 from qconv.gguf_report import Coverage, model_card
 from qconv.inputs import fingerprints, lasting
 from qconv.manifest import WORK_FOLDER, Journal, locked
-from qconv.models import architecture
 from qconv.output import (
     FolderState,
     Outcome,
@@ -57,7 +53,7 @@ from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.readings import READ, SourceRecord, combined
 from qconv.recipe import TextSettings
-from qconv.source import Source, listed_files, require_single_experts
+from qconv.source import Source
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 from qconv.verification.gguf import decoded, floor_db
 from qconv.verification.outcome import Progress
@@ -107,32 +103,14 @@ def quantize_gguf(
         _require_coverage(plan, recipe, merge(given), complete=text is None)
     if text is not None and recipe.calibration is None:
         log(f"gguf:{recipe.type} needs an imatrix: one is collected")
+    replaced = fallbacks(plan.wanted, plan.types)
+    if replaced is not None:
+        log(f"types: {replaced}")
     native.load(compiled.LIBRARY)  # its warning, if there is one, comes before the progress bar
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out), Workers(threads) as workers:
         return _Run(source, plan, recipe, text, given, out, workers, progress, log).run(restart)
-
-
-def tensor_infos(model: Path, recipe: GgufRecipe) -> list[TensorInfo]:
-    """What a build would hold, from config.json alone.
-
-    Raises:
-        CheckpointError: config.json is missing, damaged or of unknown architecture.
-        UsageError: a model that llama.cpp cannot express; fused experts.
-        RecipeError: a rule that fits no tensor.
-    """
-    config = read_json(model / "config.json")
-    described = architecture(config)
-    require_single_experts(model, listed_files(model))
-    require_expressible(config, described)
-    tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
-    require_matches(recipe, tensors)
-    importance = bool(recipe.imatrix.files) or recipe.calibration is not None
-    types = tensor_types(recipe.type, described, tensors, importance=importance, overrides=recipe.overrides)
-    if not importance and any(needs_importance(recipe.type, one, types[one.name]) for one in tensors):
-        types = tensor_types(recipe.type, described, tensors, importance=True, overrides=recipe.overrides)
-    return [TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors]
 
 
 def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, TextSettings | None]:
@@ -338,7 +316,7 @@ class _Run:
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "files": [file.name for file in plan.files],
             "tensors": {
-                name: {"type": plan.types[name].name, "snr_db": snr}
+                name: {"type": plan.types[name].name, **self._replaced(name), "snr_db": snr}
                 for file in plan.files
                 for name, snr in journal.units[file.name]["snr_db"].items()
             },
@@ -355,6 +333,11 @@ class _Run:
         publish(self.out, journal, {CHECKSUMS_NAME: render_checksums(sums).encode()})
         remove_claimed(self.work)
         return report
+
+    def _replaced(self, name: str) -> dict[str, str]:
+        """The type that a tensor was to have, where it has another."""
+        wanted = self.plan.wanted[name]
+        return {} if wanted == self.plan.types[name] else {"wanted": wanted.name}
 
     def _imatrix_values(self) -> dict[str, Any] | None:
         """What the report says of the importance matrix."""

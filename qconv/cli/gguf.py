@@ -103,14 +103,16 @@ def print_coverage(coverage: Mapping[str, Any]) -> None:
 
 
 def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
-    """``qconv plan`` of a GGUF recipe: sizes by type, from config.json alone."""
+    """``qconv plan`` of a GGUF recipe: sizes by type, from config.json and the tokenizer alone."""
     from qconv.checkpoint.hub import resolve_model
-    from qconv.gguf_pipeline import tensor_infos
+    from qconv.gguf.outline import outline
 
-    infos = tensor_infos(resolve_model(model, weights=False), recipe)
+    planned = outline(resolve_model(model, weights=False), recipe)
+    infos = planned.tensors
     numel, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     if as_json:
-        values = {"parameters": numel, "output_bytes": nbytes, "bits_per_weight": 8.0 * nbytes / numel}
+        values: dict[str, Any] = {"parameters": numel, "output_bytes": nbytes, "bits_per_weight": 8.0 * nbytes / numel}
+        values["notices"] = planned.notices
         tensors = [
             {"name": info.name, "type": info.type.name, "shape": list(info.shape), "bytes": info.nbytes}
             for info in infos
@@ -125,6 +127,8 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
         f"output       {size(nbytes)} ({nbytes / 2**30:.1f} GiB) as gguf:{recipe.type}, "
         f"{8 * nbytes / numel:.2f} bits per weight",
     )
+    for notice in planned.notices:
+        say(console, f"notice       {notice}")
 
 
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:

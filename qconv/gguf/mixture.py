@@ -7,7 +7,8 @@ promises. Rows that a type's block does not divide get a type of smaller blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -257,7 +258,7 @@ def tensor_types(
     importance: bool,
     overrides: Sequence[tuple[Pattern, T]] = (),
 ) -> dict[str, T]:
-    """The type of every tensor by name.
+    """The type that every tensor is to have, by name; :func:`fitted` says which it can.
 
     Args:
         file_type: A key of :data:`MIXTURES`.
@@ -287,7 +288,24 @@ def tensor_types(
             return _outside_layers(mixture, tensor, tied=model.lm_head is None)
         return _in_layer(mixture, tensor, _place(model, tensor.layer, nth_down.get(tensor.name, 0), importance), model)
 
-    return {tensor.name: fitting(chosen(tensor), tensor.columns) for tensor in tensors}
+    return {tensor.name: chosen(tensor) for tensor in tensors}
+
+
+def fitted(wanted: Mapping[str, T], tensors: Iterable[GgufTensor]) -> dict[str, T]:
+    """The types of :func:`tensor_types` where they fit the rows, else what llama.cpp's program takes instead."""
+    return {tensor.name: fitting(wanted[tensor.name], tensor.columns) for tensor in tensors}
+
+
+def fallbacks(wanted: Mapping[str, T], types: Mapping[str, T]) -> str | None:
+    """A sentence about the tensors whose rows the wanted type's blocks do not divide; None if there are none."""
+    counts = Counter((wanted[name], type) for name, type in types.items() if wanted[name] != type)
+    if not counts:
+        return None
+    changes = ", ".join(f"{count} x {old.name} -> {new.name}" for (old, new), count in counts.items())
+    return (
+        f"{counts.total()} of {len(types)} tensors hold another type than the asked one, whose blocks do not divide "
+        f"their rows: {changes}"
+    )
 
 
 def fitting(type: T, columns: int) -> T:

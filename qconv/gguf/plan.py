@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 from qconv.checkpoint.writer import ShardRecord
 from qconv.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
 from qconv.gguf.metadata import model_metadata
-from qconv.gguf.mixture import file_type_id, tensor_types
+from qconv.gguf.mixture import file_type_id, fitted, tensor_types
 from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.gguf.rope import rope_of
 from qconv.gguf.tensors import Importance, encoded, encoder, uniform
@@ -34,12 +34,14 @@ class GgufPlan:
     Attributes:
         file_type: ``Q4_K_M`` ...
         tensors: By name, in file order.
-        types: Each tensor's.
+        wanted: The type that each tensor was to have.
+        types: The type that each has, another where the wanted one does not fit its rows.
         files: The layouts, in order; one unless the model is split.
     """
 
     file_type: str
     tensors: dict[str, GgufTensor]
+    wanted: dict[str, GGMLQuantizationType]
     types: dict[str, GGMLQuantizationType]
     files: tuple[FileLayout, ...]
 
@@ -82,12 +84,13 @@ def plan_gguf(
     metadata = model_metadata(config, model, name, file_type_id(file_type))
     metadata |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
-    types = tensor_types(file_type, model, tensors, importance=importance, overrides=overrides)
+    wanted = tensor_types(file_type, model, tensors, importance=importance, overrides=overrides)
+    types = fitted(wanted, tensors)
     for type in set(types.values()):
         encoder(type)
     infos = [TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors]
     files = lay_out(name, metadata, infos, max_split_size)
-    return GgufPlan(file_type, {tensor.name: tensor for tensor in tensors}, types, tuple(files))
+    return GgufPlan(file_type, {tensor.name: tensor for tensor in tensors}, wanted, types, tuple(files))
 
 
 def write_file(

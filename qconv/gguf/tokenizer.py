@@ -17,18 +17,14 @@ from gguf import GGUFWriter, TokenType
 from qconv.chat.files import templates_of
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
-from qconv.generation_config import read_generation_config
+from qconv.generation_config import GENERATION_CONFIG, read_generation_config
 from qconv.gguf.metadata import Metadata
+from qconv.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, QWEN2
+from qconv.gguf.sampling import sampling_metadata
+from qconv.gguf.special import END_OF_MESSAGE, END_TEXTS
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {
-    rf"{_WORDS}\p{{N}}{_REST}": "qwen2",
-    rf"{_WORDS}\p{{N}}{{1,3}}{_REST}": "llama-bpe",
-}
+PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe"}
 """llama.cpp's name of a splitting pattern. Both are checked against it, token by token, in the interop tests."""
-_IGNORES_MERGES = ("llama-bpe",)
-"""Where llama.cpp takes a word that is itself a token whole, whatever the merges say."""
 
 _UNSUPPORTED_BPE = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 
@@ -48,7 +44,7 @@ class Vocabulary:
 
 
 def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metadata:
-    """The ``tokenizer.*`` keys.
+    """The ``tokenizer.*`` keys, and those about sampling.
 
     Args:
         folder: Where tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json lie.
@@ -90,13 +86,14 @@ def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metad
     writer.add_bos_token_id(ids["eos"] if ids["bos"] is None else ids["bos"])
     if ids["pad"] is not None:
         writer.add_pad_token_id(ids["pad"])
+    _add_ends(writer, path, vocabulary, _ends(folder, config, generation), ids["eos"])
     adds_bos, adds_eos = _adds(path, described, ids)
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(adds_eos)
     template = chat_template(folder, settings)
     if template:
         writer.add_chat_template(template)
-    return writer.kv_data[0]
+    return writer.kv_data[0] | sampling_metadata(folder / GENERATION_CONFIG, generation)
 
 
 def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabulary:
@@ -116,7 +113,7 @@ def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabul
     if (described.get("normalizer") or {"type": "NFC"}) != {"type": "NFC"}:
         raise _unsupported(path, f"a normalizer of type {described['normalizer'].get('type')}")
     pre = detect_pre_tokenizer(path, described.get("pre_tokenizer"))
-    if bool(model.get("ignore_merges")) != (pre in _IGNORES_MERGES):
+    if bool(model.get("ignore_merges")) != PRE_TOKENIZERS[pre].ignores_merges:
         raise _unsupported(path, f"ignore_merges {model.get('ignore_merges')!r} with pre-tokenizer {pre}")
     merges = _merges(path, model.get("merges"))
     tokens, types = _tokens(path, described, rows)
@@ -138,9 +135,9 @@ def detect_pre_tokenizer(path: Path, described: Any) -> str:
                 {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        } if pattern in PRE_TOKENIZERS:
-            return PRE_TOKENIZERS[pattern]
-    raise _unsupported(path, "a pre-tokenizer that is none of gpt-2, " + ", ".join(PRE_TOKENIZERS.values()))
+        } if pattern in PATTERNS:
+            return PATTERNS[pattern]
+    raise _unsupported(path, "a pre-tokenizer that is none of gpt-2, " + ", ".join(PATTERNS.values()))
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | list[Mapping[str, str]] | None:
@@ -237,6 +234,52 @@ def _special_id(
                 )
             return value
     return None
+
+
+def _ends(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer in transformers: generation_config.json's, else config.json's.
+
+    Raises:
+        CheckpointError: they are no numbers.
+    """
+    for name, values in ((GENERATION_CONFIG, generation), ("config.json", config)):
+        stated = values.get("eos_token_id")
+        if stated is None:
+            continue
+        ends = stated if isinstance(stated, list) else [stated]
+        if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+            raise CheckpointError(
+                f"{folder / name}: eos_token_id is {stated!r}, neither an id nor a list of them.",
+                hint=f"Repair {name}.",
+            )
+        return ends
+    return []
+
+
+def _add_ends(writer: GGUFWriter, path: Path, vocabulary: Vocabulary, ends: Sequence[int], eos: int) -> None:
+    """Name the ends besides the end of sequence: llama.cpp has a key for that of a turn and one for that of a message.
+
+    It knows common ones by their text too, so they go last. Ids beyond the vocabulary are no token and never come.
+
+    Raises:
+        UsageError: there are more than it has keys for.
+    """
+    texts = {end: vocabulary.tokens[end] for end in dict.fromkeys(ends) if 0 <= end < len(vocabulary.tokens)}
+    message = next((end for end, text in texts.items() if text == END_OF_MESSAGE), None)
+    others = [end for end in texts if end not in (eos, message)]
+    others.sort(key=lambda end: texts[end] in END_TEXTS)
+    if others:
+        writer.add_eot_token_id(others[0])
+    if message is None and len(others) > 1 and texts[others[1]] not in END_TEXTS:
+        message = others.pop(1)
+    if message is not None:
+        writer.add_eom_token_id(message)
+    unknown = [texts[end] for end in others[1:] if texts[end] not in END_TEXTS]
+    if unknown:
+        raise UsageError(
+            f"{path.parent / GENERATION_CONFIG}: tokens {unknown} end an answer, and llama.cpp has no key left to say so.",
+            hint="Remove those that the model never writes from eos_token_id.",
+        )
 
 
 def _adds(path: Path, described: dict[str, Any], ids: Mapping[str, int | None]) -> tuple[bool, bool]:

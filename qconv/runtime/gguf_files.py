@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, Keys
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
@@ -20,7 +21,7 @@ from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.gguf.reader import GgufModel
 from qconv.models import Architecture, architecture
 from qconv.models.base import Linear
-from qconv.runtime.packed import BlockWeight, DenseWeight, PackedWeight, dequantized_rows, row_bytes
+from qconv.runtime.packed import BlockWeight, DenseWeight, PackedWeight, dequantized_rows, is_decoded, row_bytes
 
 _DENSE = {
     GGMLQuantizationType.F32: torch.float32,
@@ -28,6 +29,8 @@ _DENSE = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+ROTATES_BY_FACTORS = "llama"
+"""The architecture for which llama.cpp reads :data:`_ROPE_FACTORS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +56,15 @@ class GgufFiles:
         """Open a model.
 
         Raises:
-            CheckpointError: damaged, incomplete, or of an architecture that qconv does not know.
+            CheckpointError: damaged, incomplete, of an architecture that qconv does not know, or with a tensor or key
+                that qconv does not compute with.
         """
         model = GgufModel.open(path)
         config = config_of(model)
         resolved = architecture(config)
-        places = {
-            source: (tensor, part) for tensor in gguf_tensors(resolved) for part, source in enumerate(tensor.sources)
-        }
+        tensors = gguf_tensors(resolved)
+        _check_tensors(model, tensors, rotated=model.metadata[Keys.General.ARCHITECTURE] == ROTATES_BY_FACTORS)
+        places = {source: (tensor, part) for tensor in tensors for part, source in enumerate(tensor.sources)}
         return cls(model, config, resolved, mapped, places)
 
     @property
@@ -83,8 +87,11 @@ class GgufFiles:
         return values.view(shape)
 
     def bias(self, linear: Linear) -> Tensor | None:
-        """The bias, where the architecture has one."""
-        return self.tensor(f"{linear.name}.bias", (linear.out_features,)) if linear.bias else None
+        """The bias, where the file has one: llama.cpp adds those that there are, of q alone too."""
+        name = f"{linear.name}.bias"
+        if name not in self.places or self.places[name][0].name not in self.model.entries:
+            return None
+        return self.tensor(name, (linear.out_features,))
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
         """Rows of the embedding or the head, which are never permuted."""
@@ -126,11 +133,35 @@ class GgufFiles:
     def _entry(self, name: str, shape: tuple[int, int]) -> GgufEntry:
         """The tensor of the file that holds one of the checkpoint's."""
         tensor, _ = self.places[name]
-        entry = self.model.entry(tensor.name)
-        rows, columns = shape
-        if entry.shape[-1] != columns or entry.numel != rows * columns * len(tensor.sources):
+        return self.model.entry(tensor.name)
+
+
+def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], *, rotated: bool) -> None:
+    """Check that the file holds the tensors of the architecture, of its shapes, and none that would be left out.
+
+    Raises:
+        CheckpointError: a weight or norm is missing, a tensor is misshapen, or one is there that is not used.
+    """
+    for tensor in expected:
+        if tensor.name not in model.entries and tensor.name.endswith(".bias"):
+            continue
+        entry = model.entry(tensor.name)
+        if entry.shape[-1] != tensor.columns or entry.numel != tensor.numel:
             raise _misshapen(entry, tensor.shape)
-        return entry
+        if entry.type not in _DENSE and not is_decoded(entry.type):
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name!r} is {entry.type.name}, which qconv does not read.",
+                hint="Quantize the original model again, or run it with llama.cpp.",
+            )
+    unused = sorted(
+        model.entries.keys() - {tensor.name for tensor in expected} - ({_ROPE_FACTORS} if rotated else set())
+    )
+    if unused:
+        others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+        raise CheckpointError(
+            f"{model.entries[unused[0]].file}: tensor {unused[0]!r}{others}: qconv computes nothing with it.",
+            hint="llama.cpp may. qconv runs no model in part: its logits would be others.",
+        )
 
 
 def original_heads(rows: Tensor, heads: int) -> Tensor:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from qconv.checkpoint.maps import SharedMaps
 from qconv.errors import CheckpointError, UsageError
 from qconv.generation_config import GENERATION_CONFIG, read_generation_config
+from qconv.gguf.sampling import generation_of
 from qconv.printable import one_line
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import ModelFiles, open_files
+from qconv.runtime.gguf_files import GgufFiles
 from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.skeleton import Installer, empty_model
 from qconv.source import WEIGHT_DTYPES, weight_dtype
@@ -56,6 +58,9 @@ def load(
     stated = read_generation_config(files.path)
     if stated:
         model.generation_config = _generation_config(files.path, stated)
+    elif isinstance(files, GgufFiles):
+        for name, value in generation_of(files.model.metadata).items():
+            setattr(model.generation_config, name, value)
     model.config.name_or_path = str(path)
     return model
 

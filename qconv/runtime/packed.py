@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
@@ -164,6 +165,15 @@ def row_bytes(type: GGMLQuantizationType, columns: int) -> int:
     """Bytes of a row of ggml's blocks."""
     elements, size = GGML_QUANT_SIZES[type]
     return columns // elements * size
+
+
+def is_decoded(type: GGMLQuantizationType) -> bool:
+    """Whether the ``gguf`` package decodes blocks of a type: of those without a decoder it says so itself."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[type][1]), dtype=np.uint8), type)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def dequantized_rows(rows: Tensor, type: GGMLQuantizationType) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gguf import Keys
-
 from qconv.errors import CheckpointError
 from qconv.gguf.reader import GgufModel
 from qconv.runtime.files import is_gguf
+from qconv.runtime.gguf_tokenizer import gguf_tokenizer
 from qconv.source import TOKENIZER_FILES
 from qconv.tokenizer import load_tokenizer as load_folder
 
@@ -26,20 +25,4 @@ def load_tokenizer(path: str | Path) -> Any:
         return load_folder(folder)
     if not is_gguf(path):
         raise CheckpointError(f"{path}: no tokenizer.", hint="Copy the original model's tokenizer files there.")
-    model = GgufModel.open(path)
-    tokenizer = load_folder(folder, gguf_file=model.files[0].name)
-    named = _named_templates(model)
-    if named:
-        default = {} if tokenizer.chat_template is None else {"default": tokenizer.chat_template}
-        tokenizer.chat_template = {**default, **named}
-    return tokenizer
-
-
-def _named_templates(model: GgufModel) -> dict[str, str]:
-    """Chat templates beside the default one, which is all that transformers takes from the metadata."""
-    prefix = f"{Keys.Tokenizer.CHAT_TEMPLATE}."
-    return {
-        key.removeprefix(prefix): value
-        for key, value in model.metadata.items()
-        if key.startswith(prefix) and isinstance(value, str)
-    }
+    return gguf_tokenizer(GgufModel.open(path))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qconv.bench import SliceShape
 from qconv.errors import UsageError
 from qconv.gguf.container import TensorInfo
-from qconv.gguf.mixture import MIXTURES, file_type_id, fitting, needs_importance, tensor_types
+from qconv.gguf.mixture import MIXTURES, file_type_id, fitted, fitting, needs_importance, tensor_types
 from qconv.gguf.names import gguf_tensors
 from qconv.models import Architecture, architecture
 from tests.conftest import FAMILIES, SIZES
@@ -79,7 +79,7 @@ EMBEDDING = {"IQ2_M": T.IQ3_S}  # all others the base type
 
 
 def types_480b(file_type: str, importance: bool = False) -> dict[str, T]:
-    return tensor_types(file_type, MODEL_480B, TENSORS_480B, importance=importance)
+    return fitted(tensor_types(file_type, MODEL_480B, TENSORS_480B, importance=importance), TENSORS_480B)
 
 
 def size(types: dict[str, T]) -> int:
@@ -141,7 +141,8 @@ def small(family: str, **changes: Any) -> Architecture:
 
 
 def types_of(model: Architecture, file_type: str, **options: Any) -> dict[str, T]:
-    return tensor_types(file_type, model, gguf_tensors(model), **{"importance": False, **options})
+    tensors = gguf_tensors(model)
+    return fitted(tensor_types(file_type, model, tensors, **{"importance": False, **options}), tensors)
 
 
 def test_eight_experts_get_better_attention() -> None:

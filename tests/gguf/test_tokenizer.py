@@ -12,11 +12,11 @@ import pytest
 from gguf import GGUFValueType, TokenType
 
 from qconv.errors import CheckpointError, QconvError, UsageError
-from qconv.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_metadata
+from qconv.gguf.pre_tokenizers import LLAMA3
+from qconv.gguf.tokenizer import tokenizer_metadata
 from tests.conftest import BUNDLED
 
 CONFIG = {"eos_token_id": 0}
-LLAMA3 = next(pattern for pattern, name in PRE_TOKENIZERS.items() if name == "llama-bpe")
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qconv.gguf.mixture import MIXTURES
 from qconv.gguf.plan import plan_gguf, write_file
-from qconv.gguf.tokenizer import PRE_TOKENIZERS
+from qconv.gguf.pre_tokenizers import LLAMA3
 from qconv.source import Source
 from tests.conftest import random_model, save_model
 from tests.interop.conftest import MODEL, Client
@@ -53,7 +53,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
 }
-LLAMA3_PATTERN = next(pattern for pattern, name in PRE_TOKENIZERS.items() if name == "llama-bpe")
+LLAMA3_PATTERN = LLAMA3
 
 
 @dataclass(frozen=True)
