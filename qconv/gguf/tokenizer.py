@@ -277,7 +277,7 @@ def _add_ends(writer: GGUFWriter, path: Path, vocabulary: Vocabulary, ends: Sequ
     unknown = [texts[end] for end in others[1:] if texts[end] not in END_TEXTS]
     if unknown:
         raise UsageError(
-            f"{path.parent / GENERATION_CONFIG}: tokens {unknown} end an answer, and llama.cpp has no key left to say so.",
+            f"{path.parent / GENERATION_CONFIG}: {unknown} end an answer, and llama.cpp has no key left to say so.",
             hint="Remove those that the model never writes from eos_token_id.",
         )
 
