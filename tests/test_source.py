@@ -15,8 +15,8 @@ from torch import Tensor
 from qconv.checkpoint import reader
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import CheckpointError, UsageError
+from qconv.gguf.outline import outline
 from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import tensor_infos
 from qconv.planning import estimate
 from qconv.runtime.files import open_files
 from qconv.source import Source
@@ -184,7 +184,7 @@ def test_fused_experts_are_refused_as_such(tmp_path: Path, model_type: str) -> N
         file.unlink()
     model.save_pretrained(folder, save_original_format=False)
     (fused, *_) = sorted(name for name in load_file(folder / "model.safetensors") if "experts" in name)
-    plans = (lambda path: estimate(path, small_recipe()), lambda path: tensor_infos(path, GgufRecipe(type="Q8_0")))
+    plans = (lambda path: estimate(path, small_recipe()), lambda path: outline(path, GgufRecipe(type="Q8_0")))
     for refuse in (Source.open, open_files, *plans):
         with pytest.raises(UsageError, match=rf"model\.safetensors: tensor '{fused}' holds all experts") as caught:
             refuse(folder)
@@ -210,4 +210,4 @@ def test_plan_sees_fused_experts_in_an_index_without_shards(moe_copy: Path) -> N
     with pytest.raises(UsageError, match="fused experts"):
         estimate(moe_copy, small_recipe())
     with pytest.raises(UsageError, match="fused experts"):
-        tensor_infos(moe_copy, GgufRecipe(type="Q8_0"))
+        outline(moe_copy, GgufRecipe(type="Q8_0"))
