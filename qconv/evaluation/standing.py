@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qconv import __version__
+from qconv.errors import UnmeasurableError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.gates import load_gates
-from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, read_run
+from qconv.evaluation.humaneval.dataset import load_problems
+from qconv.evaluation.humaneval.settings import HumanEvalSettings
+from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, Unmeasured, read_run
 from qconv.evaluation.run import Request, identified, integrity_gate, subjects_of
+from qconv.evaluation.sandbox.backends import find_backend
 
 Progress = Callable[[str, int, int], None]
 
 
 def measured_before(request: Request, progress: Progress) -> Run | None:
-    """The finished run in the request's folder, where it is what the request asks for and left nothing out.
+    """The finished run in the request's folder, where it is what the request asks for.
 
     Raises:
         ArtifactError: the folder holds a damaged run.
@@ -27,7 +31,7 @@ def measured_before(request: Request, progress: Progress) -> Run | None:
         return None
     run = read_run(request.out)
     same = run.baseline == (None if request.baseline is None else request.baseline.digest)
-    if not same or run.unmeasured or Standing(progress).reason(run, request) is not None:
+    if not same or Standing(progress).reason(run, request) is not None:
         return None
     return run
 
@@ -69,7 +73,8 @@ class Standing:
         before = next((gate for gate in run.gates if gate.against == "integrity"), None)
         if integrity is not None and (before is None or before.status != integrity.status):
             return f"the build is not what it was: {integrity.sentence}"
-        return None
+        left_out = [one.name for one in run.unmeasured if _measurable(one, run)]
+        return f"{', '.join(left_out)} can be measured now" if left_out else None
 
     def _reference(self, path: Path) -> Artifact:
         if path not in self._references:
@@ -83,6 +88,18 @@ class Standing:
             checked = request.gates is not None and build.kind != "endpoint"
             self._builds[key] = build, integrity_gate(build, reference, self.progress) if checked else None
         return self._builds[key]
+
+
+def _measurable(left_out: Unmeasured, run: Run) -> bool:
+    """Whether a task is there now that was left out for want of something on the machine, not in the engine."""
+    if left_out.kind != HumanEvalSettings().kind or run.engine.get("engine") == "stream":
+        return False
+    try:
+        find_backend()
+        load_problems()
+    except UnmeasurableError:
+        return False
+    return True
 
 
 def _content(artifact: Artifact | None) -> tuple[str | None, ...]:

