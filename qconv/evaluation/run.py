@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,8 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
         enter(request.out, restart)
         work = request.out / WORK_FOLDER
         subjects = subjects_of(request, build, reference)
+        if restart:
+            _require_texts(kinds, _bench(request, *subjects, progress, log, work))
         begin(request.out, run_key(request.suite, build, reference, subjects[0].engine), restart)
         checked = judges is not None and build.kind != "endpoint"
         gates = [integrity_gate(build, reference, progress)] if checked else []
@@ -128,6 +131,18 @@ def evaluate(request: Request, *, restart: bool = False, progress: Progress, log
         write_run(request.out, run)
         remove_claimed(work)
     return run
+
+
+def _require_texts(kinds: Sequence[tuple[Kind, object]], bench: Bench) -> None:
+    """Check that the suite's texts can be read, before a run that is there is discarded.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    for _, settings in kinds:
+        if isinstance(settings, TextSettings):
+            with contextlib.suppress(UnmeasurableError):  # then that task is not measured, which is no failure
+                text_task.require_text(settings, bench)
 
 
 def keep_reference(

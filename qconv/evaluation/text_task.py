@@ -28,6 +28,17 @@ from qconv.models.base import Config
 SETTINGS = TextSettings
 
 
+def require_text(settings: TextSettings, bench: Bench) -> None:
+    """Check that the text can be made, before anything else is done.
+
+    Raises:
+        UsageError: the corpus cannot be read or is too short.
+        IncapableEngineError: there is no tokenizer here.
+    """
+    overlap = calibrated_on(bench.build.path, settings.corpus)
+    windowed_text(settings, bench.tokenizer_folder(), bench.seed, exclude=overlap)
+
+
 def measure(settings: TextSettings, bench: Bench) -> Task:
     """Score the text with the build; what was scored before an interruption is read from ``bench.work``.
 

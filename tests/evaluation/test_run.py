@@ -23,7 +23,7 @@ from qconv.evaluation.suites import Suite, load_suite, packaged_names
 from qconv.evaluation.tasks import settings_of
 from qconv.manifest import WORK_FOLDER
 from qconv.runtime.loading import load
-from tests.conftest import build, small_recipe
+from tests.conftest import build, folder_bytes, small_recipe
 
 Evaluate = Callable[..., Run]
 
@@ -180,6 +180,21 @@ def test_another_suite_in_the_same_folder_is_stale(
     with pytest.raises(StaleJournalError, match="suite"):
         run(rtn_build, out=tmp_path / "out", suite=suite_on(corpus, seed=1))
     run(rtn_build, out=tmp_path / "out", suite=suite_on(corpus, seed=1), restart=True)
+
+
+def test_a_restart_that_cannot_begin_leaves_the_run(rtn_build: Path, run: Evaluate, tmp_path: Path) -> None:
+    run(rtn_build, out=tmp_path / "out")
+    before = folder_bytes(tmp_path / "out")
+    with pytest.raises(UsageError, match="absent"):
+        run(rtn_build, out=tmp_path / "out", suite=suite_on(tmp_path / "absent"), restart=True)
+    assert folder_bytes(tmp_path / "out") == before
+    with pytest.raises(UsageError):
+        run(rtn_build, out=tmp_path / "out", gates="absent.yaml", restart=True)
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(OutputError, match=r"notes\.txt.*nothing was removed"):
+        run(rtn_build, out=tmp_path / "out", restart=True)
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert folder_bytes(tmp_path / "out") == before
 
 
 def test_a_foreign_folder_and_a_finished_run_are_left_alone(rtn_build: Path, run: Evaluate, tmp_path: Path) -> None:
