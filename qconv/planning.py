@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme
+from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme, is_cache_scale
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import INDEX_NAME, read_json, read_weight_map
 from qconv.content import misplaced_files
@@ -143,10 +143,11 @@ class _Stored:
             return math.prod(shape) * self.dtype.itemsize
         return math.prod(shape) + math.prod(self.scheme.scale_shape(shape)) * torch.float32.itemsize
 
-    def extras(self) -> set[str]:
-        """Names of the tensors that may stand beside FP8 weights: their scales, and those of activations."""
+    def extras(self, listed: Iterable[str]) -> set[str]:
+        """Names of the tensors that may stand beside FP8 weights: their scales, those of activations, of a cache."""
         modules = [name.removesuffix("weight") for name in self.fp8]
-        return {f"{module}{leaf}" for module in modules for leaf in (*SCALE_LEAVES, *ACTIVATION_LEAVES)}
+        caches = {name for name in listed if is_cache_scale(name)} if self.fp8 else set()
+        return caches | {f"{module}{leaf}" for module in modules for leaf in (*SCALE_LEAVES, *ACTIVATION_LEAVES)}
 
 
 def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[str, Any] | None) -> Iterator[str]:
@@ -216,7 +217,7 @@ def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[s
     for names, fault in (
         (sorted(expected - listed.keys()), "tensors of the model are not in the index"),
         (
-            sorted(listed.keys() - expected - model.ignorable() - stored.extras()),
+            sorted(listed.keys() - expected - model.ignorable() - stored.extras(listed)),
             "tensors of the index are not part of the model",
         ),
     ):

@@ -117,7 +117,8 @@ class Source:
         )
         if source.ignored:
             sentences.append(
-                f"{len(source.ignored):,} scales of static activations are ignored, the first {source.ignored[0]!r}"
+                f"{len(source.ignored):,} scales of static activations or of a cache are ignored, the first "
+                f"{source.ignored[0]!r}"
             )
         return sentences
 

@@ -214,7 +214,30 @@ def test_notices(moe: Path, twins: tuple[Path, Path], tmp_path: Path) -> None:
     assert notice.startswith("44 weights are FP8 (blocks of 40 x 28), read as BF16")
     assert Source.open(twins[1]).notices() == []
     _, ignored = Source.open(write_fp8(moe, KINDS["static"], tmp_path)[0]).notices()
-    assert ignored.startswith("44 scales of static activations are ignored, the first 'model.layers.0.")
+    assert ignored.startswith("44 scales of static activations or of a cache are ignored, the first 'model.layers.0.")
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        ("self_attn.k_scale", "self_attn.v_scale"),  # compressed-tensors
+        ("self_attn.q_scale", "self_attn.k_scale", "self_attn.v_scale", "self_attn.prob_scale"),  # Quark
+        ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),  # ModelOpt
+        ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),  # AutoFP8
+        ("self_attn.kv_scale",),
+    ],
+    ids=lambda leaves: leaves[0],
+)
+def test_scales_of_a_cache_are_no_damage(fp8_copy: Path, twins: tuple[Path, Path], leaves: tuple[str, ...]) -> None:
+    extra = {f"model.layers.{layer}.{leaf}": torch.ones(()) for layer in (0, 1) for leaf in leaves}
+    save_file(load_file(fp8_copy / SHARDS[1]) | extra, fp8_copy / SHARDS[1])
+    index = json.loads((fp8_copy / INDEX_NAME).read_text())
+    index["weight_map"] |= dict.fromkeys(extra, SHARDS[1])
+    (fp8_copy / INDEX_NAME).write_text(json.dumps(index))
+    source = Source.open(fp8_copy)
+    assert any(notice.startswith(f"{2 * len(leaves)} scales of static") for notice in source.notices())
+    assert estimate(fp8_copy, small_recipe()).notices == ()
+    assert same_bits(source.read(WEIGHT), Source.open(twins[1]).read(WEIGHT))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

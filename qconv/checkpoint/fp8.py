@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,18 @@ SCALE_LEAVES = ("weight_scale_inv", "weight_scale")
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATION_LEAVES = ("input_scale", "activation_scale")
 """Scales of a static build's activations, beside a weight's own; they say nothing about the weight."""
+_CACHE_SCALE = re.compile(r"\.(self_attn\.(attn\.)?([qkv]|kv|prob)_scale|[kv]_proj\.([kv]|kv|output)_scale)$")
+"""Scales of a cache of keys and values in FP8, as compressed-tensors, ModelOpt and their forerunners name them."""
 WHOLE = 2**62
 """Side of a block that spans the weight, however large that is."""
 
 _CHUNK_ELEMENTS = 1 << 17
 _E4M3_MAX = 448.0
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor is a scale of a cache of keys and values: it concerns engines, and no weight."""
+    return _CACHE_SCALE.search(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,7 @@ class Dequantized(Checkpoint):
         stored: The checkpoint as its files have it.
         scheme: Which elements share a scale.
         scales: The scale of each FP8 weight, by the weight's name.
-        ignored: Tensors that say nothing about weights: the scales of static activations, sorted.
+        ignored: Tensors that say nothing about weights: scales of static activations and of a cache, sorted.
     """
 
     stored: Checkpoint
@@ -136,6 +144,7 @@ class Dequantized(Checkpoint):
         scales = {entry.name: _scale_of(entry, scheme, stored) for entry in weights}
         modules = [name.removesuffix("weight") for name in scales]
         ignored = {f"{module}{leaf}" for module in modules for leaf in ACTIVATION_LEAVES} & stored.entries.keys()
+        ignored |= {name for name in stored.entries if is_cache_scale(name)}
         apart = {entry.name for entry in scales.values()} | ignored
         for entry in stored.entries.values():
             if entry.name.rpartition(".")[2] in SCALE_LEAVES and entry.name not in apart:
