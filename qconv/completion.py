@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from qconv.build import REPORT_NAME
 from qconv.checkpoint.writer import output_errors, sha256_of, sync_folder, write_atomically
 from qconv.errors import VerificationError
 from qconv.inputs import ARITHMETIC
 from qconv.manifest import COMPANIONS, require_same
-from qconv.output import Outcome, finished_report
+from qconv.output import Outcome
 from qconv.ownership import WORK_FOLDER, claim, own_folder, remove_claimed, require_free
 from qconv.parallel import Workers
+from qconv.reported import REPORT_NAME, read_report
 from qconv.source import is_companion
 from qconv.verification.checksums import CHECKSUMS_NAME, parse_checksums, render_checksums
 
@@ -62,7 +62,7 @@ def already_complete(
     sums = _Sums.read(out)
     if not sums.good(REPORT_NAME, _digest(out / REPORT_NAME)):
         raise VerificationError(f"{out / REPORT_NAME}: its sha256 is not the one in {CHECKSUMS_NAME}.", hint=_HINT)
-    report = finished_report(out)
+    report = read_report(out)
     # A whole build was made with one arithmetic, whichever that was.
     require_same(out, report["fingerprints"], fingerprints, ignored=[ARITHMETIC])
     found = _require_whole(out, sums, needed, workers, progress, renewable=renew is not None)

@@ -41,6 +41,12 @@ class CheckpointError(ArtifactError):
     """A source checkpoint is not what its index, header or config.json says it is."""
 
 
+class UnreadLayoutError(CheckpointError):
+    """Weights are stored in a way that qconv does not read, sound or not; the message says in which."""
+
+    exit_code = 2
+
+
 class VerificationError(ArtifactError):
     """A finished build differs from its checksums or from its source."""
 

@@ -84,6 +84,13 @@ def producers(layer: Layer) -> dict[str, str]:
     return table
 
 
+def output_channels(layer: Layer) -> dict[str, int]:
+    """By name, how many channels each module of a layer puts out that another's input is."""
+    channels = {norm.name: norm.size for norm in (layer.input_norm, layer.post_attention_norm)}
+    channels[layer.attention.v.name] = layer.attention.v.out_features
+    return channels | {mlp.up.name: mlp.up.out_features for mlp in layer.mlps()}
+
+
 def spread_heads(scale: Tensor, repeats: int, head_dim: int) -> Tensor:
     """A scale of v's output channels, [kv_heads * head_dim], as seen by o's input, [heads * head_dim].
 

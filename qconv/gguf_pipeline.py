@@ -22,7 +22,6 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv import __version__, native
-from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings, scratch_bytes
 from qconv.checkpoint.writer import output_errors, sha256_of
@@ -53,9 +52,10 @@ from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
 from qconv.readings import READ, SourceRecord, combined
 from qconv.recipe import TextSettings
+from qconv.reported import REPORT_NAME
 from qconv.source import Source
+from qconv.verification.blocks import decoded, floor_db
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
-from qconv.verification.gguf import decoded, floor_db
 from qconv.verification.outcome import Progress
 
 Log = Callable[[str], None]

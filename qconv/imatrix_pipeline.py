@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qconv import __version__
-from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, layer_readings, scratch_bytes
 from qconv.checkpoint.writer import output_errors, sha256_of
@@ -25,6 +24,7 @@ from qconv.ownership import remove_claimed
 from qconv.parallel import Workers
 from qconv.readings import SourceRecord
 from qconv.recipe import TextSettings
+from qconv.reported import REPORT_NAME
 from qconv.source import Source
 from qconv.verification.checksums import CHECKSUMS_NAME, render_checksums
 

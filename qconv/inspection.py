@@ -11,28 +11,31 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry, read_header
+from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.checkpoint.reader import Checkpoint
-from qconv.errors import CheckpointError
-from qconv.formats import detect
+from qconv.content import misplaced_files
+from qconv.errors import CheckpointError, UnreadLayoutError
+from qconv.layout import layout_of, quantization_section
 from qconv.models import families
 from qconv.output import FolderState, folder_state
+from qconv.printable import name_of
 
 SKIP_KEYS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "llm_int8_skip_modules")
 """Where a quantization_config lists what is not quantized: AWQ, compressed-tensors, FP8, ModelOpt, bitsandbytes."""
 
 _PACKED = ("qweight", "weight_packed")
-"""Leaf names of tensors that hold several weights in a word; bytes named ``weight`` or ``*_blocks`` do so too."""
+"""Leaf names of tensors that hold several weights in a word; unsigned words named ``weight`` or ``*_blocks`` do too."""
 OUTSIDE = "-"
 """Name of the summary of what belongs to no layer."""
 _PARAMETERS = re.compile(
-    r"((.*_)?scales|qzeros|g_idx|weight_scale|weight_scale_2|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx"
+    r"((.*_)?scales|biases|qzeros|g_idx|weight_scale|weight_scale_2|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx"
     r"|weight_global_scale|input_scale|input_global_scale|k_scale|v_scale|SCB|weight_format"
     r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
 )
@@ -83,12 +86,13 @@ class Inspection:
         architecture: The class or model type that config.json names, or None.
         known: Whether qconv knows the architecture.
         quantization: The plain values of config.json's quantization_config; None for an unquantized checkpoint.
-        format: qconv's name of its format, None where it has none.
+        format: qconv's name of its layout, None for dense weights and where it reads no such layout.
         skipped: The skip list of its quantization_config.
         entries: Every tensor by name, in file order.
         shards: How many files hold them.
         classes: The module classes, in the files' order.
         layers: What lies outside of layers, then each layer.
+        notices: What a reader should know, as sentences: files that a failed download left.
     """
 
     path: Path
@@ -101,6 +105,7 @@ class Inspection:
     shards: int
     classes: tuple[ModuleClass, ...]
     layers: tuple[LayerSummary, ...]
+    notices: tuple[str, ...] = ()
 
     @property
     def layer_count(self) -> int:
@@ -133,7 +138,10 @@ def inspect(path: Path) -> Inspection:
         return _inspection(path, {}, read_header(path))
     require_finished(path)
     checkpoint = Checkpoint.open(path)
-    return _inspection(path, checkpoint.config, checkpoint.entries)
+    notices = tuple(
+        f"{name_of(name)} is {instead.what}. {instead.remedy}" for name, instead in misplaced_files(path).items()
+    )
+    return replace(_inspection(path, checkpoint.config, checkpoint.entries), notices=notices)
 
 
 def require_finished(path: Path) -> None:
@@ -174,22 +182,24 @@ def logical_weights(leaf: str, dtype: torch.dtype, shape: Iterable[int], bits: i
     if _PARAMETERS.fullmatch(leaf):
         return 0
     elements = math.prod(shape)
-    packed = leaf in _PACKED or (dtype == torch.uint8 and (leaf == "weight" or leaf.endswith("_blocks")))
+    in_words = dtype in (torch.uint8, torch.uint32) and (leaf == "weight" or leaf.endswith("_blocks"))
+    packed = leaf in _PACKED or in_words
     return elements * dtype.itemsize * 8 // bits if packed else elements
 
 
 def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, TensorEntry]) -> Inspection:
-    section = config.get("quantization_config")
-    if section is not None and not isinstance(section, dict):
-        raise CheckpointError(f"{path}: config.json: quantization_config is not an object.", hint="Repair config.json.")
+    section, layout = quantization_section(path, config), None
+    with suppress(UnreadLayoutError):
+        layout = layout_of(path, config)
     bits = _bits(section or {})
     classes: dict[str, ModuleClass] = {}
     layers: dict[str, LayerSummary] = {}
     modules = set()
     for entry in entries.values():
         module, leaf = split_name(entry.name)
-        weights = logical_weights(leaf, entry.dtype, entry.shape, bits)
-        dtype = DTYPE_NAMES[entry.dtype]
+        # A dtype whose elements share bytes counts elements in its shapes.
+        weights = entry.numel if entry.packed else logical_weights(leaf, entry.dtype, entry.shape, bits)
+        dtype = entry.dtype_name
         one = classes.setdefault(name_class(module), ModuleClass(name_class(module)))
         one.modules += module not in modules
         one.weights += weights
@@ -201,13 +211,12 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
         layer.weights += weights
         layer.nbytes += entry.nbytes
         layer.dtypes[dtype] += entry.nbytes
-    found = detect(config)
     return Inspection(
         path=path,
         architecture=_architecture(config),
         known=config.get("model_type") in families(),
         quantization=None if section is None else dict(_plain_values(section)),
-        format=None if found is None else found.name,
+        format=None if layout is None else layout.name,
         skipped=tuple(_skip_list(section or {})),
         entries=entries,
         shards=len({entry.file for entry in entries.values()}),

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.build import REPORT_NAME, SCALES_FOLDER, scales_path
+from qconv.build import SCALES_FOLDER, scales_path, with_both_spellings
 from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, write_atomically
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError, VerificationError
-from qconv.manifest import JOURNAL_NAME, Journal, require_fingerprints
+from qconv.manifest import JOURNAL_NAME, Journal
 from qconv.ownership import (
     LEDGER_NAME,
     WORK_FOLDER,
@@ -34,7 +34,7 @@ from qconv.ownership import (
 from qconv.plan import BuildPlan
 from qconv.printable import name_of
 from qconv.report import Report
-from qconv.rope import in_both_spellings
+from qconv.reported import REPORT_NAME
 from qconv.source import COMPANION_PATTERNS, Source, is_companion
 from qconv.verification.checksums import CHECKSUMS_NAME, parse_checksums
 
@@ -223,18 +223,6 @@ def folder_state(out: Path) -> FolderState:
         return FolderState.EMPTY if bare else FolderState.FOREIGN
 
 
-def finished_report(out: Path) -> dict[str, Any]:
-    """The report of a finished build.
-
-    Raises:
-        ArtifactError: it cannot be read or names no fingerprints.
-    """
-    path = out / REPORT_NAME
-    report = read_json(path)
-    require_fingerprints(report.get("fingerprints"), str(path), "Start over with --restart.")
-    return report
-
-
 def require_apart(model: Path, out: Path) -> None:
     """Check that neither folder is or contains the other.
 
@@ -314,21 +302,6 @@ def publish(out: Path, journal: Journal, files: Mapping[str, bytes]) -> None:
         with output_errors(out / name):
             (out / name).parent.mkdir(exist_ok=True)
         write_atomically(out / name, data, journal.staged(name))
-
-
-def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json that readers before and after transformers 5 understand.
-
-    transformers 5 renamed ``num_experts`` to ``num_local_experts`` (except for Mixtral, which always said so) and moved
-    what rotary embeddings need (:mod:`qconv.rope`); AutoAWQ and other archived readers know the old names alone.
-
-    Raises:
-        CheckpointError, UsageError: rope parameters that are malformed or contradict each other.
-    """
-    both = dict(config)
-    if "num_local_experts" in both and both.get("model_type") != "mixtral":
-        both.setdefault("num_experts", both["num_local_experts"])
-    return both | in_both_spellings(both)
 
 
 def _json(values: object) -> bytes:

@@ -12,7 +12,7 @@ import torch
 
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme, is_cache_scale
 from qconv.checkpoint.header import DTYPE_NAMES
-from qconv.checkpoint.reader import INDEX_NAME, read_json, read_weight_map
+from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weight_map
 from qconv.content import misplaced_files
 from qconv.formats.base import skip_list
 from qconv.inspection import SKIP_KEYS, name_class
@@ -103,10 +103,11 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         UsageError: experts are fused; config.json says two things of rotary embeddings.
     """
     config = read_json(path / "config.json")
-    scheme = fp8_scheme(path, config)
-    model = architecture(config)
-    in_both_spellings(config)
-    dtype = weight_dtype(path, config)
+    with in_config(path):
+        scheme = fp8_scheme(path, config)
+        model = architecture(config)
+        in_both_spellings(config)
+        dtype = weight_dtype(path, config)
     listed = read_weight_map(path)
     require_single_experts(path, listed_files(path))
     stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qconv.chat.files import additional_files
 from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES, read_header
 from qconv.checkpoint.hub import folder_name, require_inside
-from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, read_weight_map, require_finite
+from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
 from qconv.content import misplaced_files
 from qconv.errors import CheckpointError, UsageError
 from qconv.models import Architecture, architecture
@@ -65,13 +66,15 @@ class Source:
         stored = Checkpoint.open(path)
         require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
         checkpoint = untied(stored)
-        scheme = fp8_scheme(path, checkpoint.config)
-        model, is_untied = architecture(checkpoint.config), checkpoint is not stored
-        if scheme is not None:
-            checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
-        _check_tensors(checkpoint, model)
-        in_both_spellings(checkpoint.config)  # contradictions are told now, and not when the work is done
+        with in_config(path):
+            scheme = fp8_scheme(path, checkpoint.config)
+            model, is_untied = architecture(checkpoint.config), checkpoint is not stored
+            if scheme is not None:
+                checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
+            check_tensors(checkpoint, model)
+            in_both_spellings(checkpoint.config)  # contradictions are told now, and not when the work is done
         require_tokenizer(path)
+        _require_fetched(path)
         return cls(checkpoint, model, is_untied)
 
     @property
@@ -307,7 +310,19 @@ def require_tokenizer(path: Path) -> None:
         )
 
 
-def _check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
+def _require_fetched(path: Path) -> None:
+    """Check that what travels to a build is no pointer to a file and no page that says why there is none."""
+    for name, instead in misplaced_files(path).items():
+        if any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS):
+            raise CheckpointError(f"{path / name}: is {instead.what}.", hint=instead.remedy)
+
+
+def check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
+    """Check that a dense checkpoint holds every tensor of its architecture once, of its shape, and no unknown one.
+
+    Raises:
+        CheckpointError: the first thing that is wrong, by file and tensor.
+    """
     expected = dict(model.tensors())
     missing = [name for name in expected if name not in checkpoint.entries]
     if missing:

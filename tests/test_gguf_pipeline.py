@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from qconv import gguf_pipeline
-from qconv.build import REPORT_NAME
 from qconv.errors import CheckpointError, OutputError, RecipeError, StaleJournalError, UsageError
 from qconv.ggml import GgmlType, encode
 from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
@@ -22,8 +21,10 @@ from qconv.gguf_pipeline import quantize_gguf
 from qconv.output import Outcome
 from qconv.qtensor import SquaredError
 from qconv.recipe import OutputSettings, TextSettings
+from qconv.reported import REPORT_NAME
+from qconv.verification.blocks import decoded, floor_db
 from qconv.verification.checksums import CHECKSUMS_NAME
-from qconv.verification.gguf import decoded, floor_db, verify_gguf
+from qconv.verification.gguf import verify_gguf
 from tests.conftest import BUNDLED, folder_bytes, random_model, save_model
 
 SPLIT = 60_000  # bytes: a handful of files for the random checkpoints

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from qconv.checkpoint.writer import ShardRecord
-from qconv.errors import ArtifactError, OutputError, UsageError
+from qconv.errors import OutputError, UsageError
 from qconv.output import (
     FolderState,
     begin,
     enter,
-    finished_report,
     folder_state,
     publish,
     require_apart,
@@ -229,10 +228,3 @@ def test_too_little_disk_is_said_before_the_work(small_disk: Callable[[int], Pat
     require_disk(disk, 1 << 19)
     with pytest.raises(OutputError, match="the disk would run full"):
         require_disk(disk, 1 << 21)
-
-
-def test_a_report_without_fingerprints_is_refused(tmp_path: Path) -> None:
-    for text in ("{}", '{"fingerprints": 3}', '{"fingerprints": {"weights": 3}}', "{"):
-        (tmp_path / "qconv-report.json").write_text(text)
-        with pytest.raises(ArtifactError, match=r"qconv-report\.json"):
-            finished_report(tmp_path)

@@ -11,9 +11,9 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from qconv.build import REPORT_NAME
 from qconv.gguf_report import model_card
 from qconv.report import Report
+from qconv.reported import REPORT_NAME
 
 HOSTILE = "x](http://a.example) <b>y</b>\n# head\n![i](http://b.example) `code` ``` | www.c.example &lt;"
 

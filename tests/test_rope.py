@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from qconv.build import with_both_spellings
 from qconv.errors import CheckpointError, UsageError
-from qconv.output import with_both_spellings
 from qconv.planning import estimate
 from qconv.rope import in_both_spellings, stated_rope
 from qconv.source import Source

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from qconv.content import head_of, instead_of_file, is_gguf_file
 from qconv.errors import CheckpointError, UsageError
 from qconv.printable import printable
 
@@ -39,23 +40,48 @@ def require_inside(folder: Path, file: Path) -> None:
     Raises:
         CheckpointError: it leads elsewhere, or nowhere.
     """
-    root = folder.resolve()
-    snapshot = root.parent.name == "snapshots"
     try:
-        target = file.resolve(strict=True)
+        outside = outside_of(folder, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself, before Python 3.13
         raise CheckpointError(f"{file}: is a link that leads nowhere.", hint="Copy the file, or remove it.") from error
-    if target.is_relative_to(root) or (snapshot and target.is_relative_to(root.parent.parent / "blobs")):
+    if outside is None:
         return
     raise CheckpointError(
-        f"{file}: is a link out of the model's folder, to {target}, and its content would be published with the build.",
+        f"{file}: is a link out of the model's folder, to {outside}, and its content would be published with the "
+        "build.",
         hint="Copy the file into the folder, or remove it.",
     )
+
+
+def outside_of(folder: Path, file: Path) -> Path | None:
+    """Where a file lies, links followed, if that is neither in a folder nor where the Hub's cache keeps what it shows.
+
+    Raises:
+        OSError, RuntimeError: it leads nowhere.
+    """
+    root, target = folder.resolve(), file.resolve(strict=True)
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    return None if target.is_relative_to(root) or target.is_relative_to(blobs) else target
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a Hub id: ``owner/name[@revision]``."""
     return _HUB_ID.fullmatch(name) is not None
+
+
+def resolve_build(build: str) -> Path:
+    """What may also be a GGUF file: that file, or the folder as of :func:`resolve_model`.
+
+    Raises:
+        UsageError: no such file, folder or Hub id.
+        CheckpointError: the download failed.
+    """
+    path = Path(build)
+    if is_gguf_file(path):
+        if not os.path.exists(build):
+            raise UsageError(f"{build}: no such file.", hint="Give a folder, a GGUF file or a Hub id.")
+        return path
+    return resolve_model(build)
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:
@@ -72,6 +98,9 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
     if os.path.isdir(model):  # which says no, and raises nothing, where a name is none that a file system takes
         return Path(model)
     if os.path.exists(model):
+        instead = instead_of_file(head_of(Path(model)))
+        if instead is not None:
+            raise UsageError(f"{model} is {instead.what}.", hint=instead.remedy)
         raise UsageError(f"{model} is a file.", hint="Give the folder that holds config.json.")
     if not is_hub_id(model):
         raise UsageError(f"{model}: no such folder.", hint="Give a folder or a Hub id such as Qwen/Qwen3-Coder-480B.")

@@ -12,6 +12,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from qconv import reading
 from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.content import gguf_files
-from qconv.errors import CheckpointError
+from qconv.errors import CheckpointError, UsageError
 from qconv.printable import name_of
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -173,6 +174,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object.", hint="Download it again.")
     return values
+
+
+@contextmanager
+def in_config(folder: Path) -> Iterator[None]:
+    """Errors about a config.json say in which folder it lies, which those who read it do not know.
+
+    Raises:
+        CheckpointError: what the body raises.
+    """
+    try:
+        yield
+    except (CheckpointError, UsageError) as error:
+        if not error.message.startswith("config.json"):
+            raise
+        raise type(error)(f"{folder / error.message}", hint=error.hint) from error
 
 
 def row_ranges(entry: TensorEntry, multiple: int = 1) -> Iterator[tuple[int, int]]:

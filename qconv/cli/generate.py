@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -49,14 +48,14 @@ def command(
     given = list(prompts or messages) or [_standard_input()]
     with reporting(quiet=True):
         from qconv.chat.templates import ChatTemplates
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import resolve_build
         from qconv.decoding import decoding_settings
         from qconv.inspection import require_finished
         from qconv.runtime.generation import complete, recommended
         from qconv.runtime.loading import load
         from qconv.runtime.tokenizer import load_tokenizer
 
-        path = Path(build) if build.endswith(".gguf") else resolve_model(build)
+        path = resolve_build(build)
         require_finished(path if path.is_dir() else path.parent)
         tokenizer = load_tokenizer(path)
         texts = given

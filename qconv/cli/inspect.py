@@ -11,6 +11,7 @@ import click
 from qconv.cli import gguf
 from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
 from qconv.cli.options import json_option
+from qconv.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ _TELLING = (
 
 
 @click.command(short_help="Show what a checkpoint or build consists of.")
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", "view", flag_value="layers", help="A row for each layer.")
 @click.option("--tensors", "view", flag_value="tensors", help="A row for each tensor.")
 @json_option
@@ -35,9 +36,11 @@ def command(path: Path, view: str | None, as_json: bool) -> None:
 
     PATH is the folder of any checkpoint or build in safetensors or GGUF, or one such file. Only headers are read.
     """
+    from qconv.content import is_gguf
     from qconv.inspection import inspect, require_finished
-    from qconv.verification.gguf import is_gguf
 
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder.", hint="inspect reads what is on this machine.")
     if is_gguf(path):
         require_finished(path if path.is_dir() else path.parent)
         gguf.inspect(path, view == "tensors", as_json)
@@ -72,6 +75,7 @@ def _values(inspection: Inspection, view: str | None) -> dict[str, Any]:
         "weights": inspection.weights,
         "bytes": inspection.nbytes,
         "bits_per_weight": inspection.bits_per_weight,
+        "notices": inspection.notices,
         "classes": [_class_values(one) for one in inspection.classes],
     }
     from qconv.inspection import OUTSIDE
@@ -129,6 +133,8 @@ def _print_summary(console: Console, inspection: Inspection) -> None:
     say(console, f"files         {len(inspection.entries):,} tensors in {inspection.shards} shards")
     if inspection.skipped:
         say(console, f"skip list     {_skip_summary(inspection.skipped)}")
+    for notice in inspection.notices:
+        say(console, f"note          {notice}")
 
 
 def _quantization(inspection: Inspection) -> str:
@@ -136,7 +142,7 @@ def _quantization(inspection: Inspection) -> str:
     if values is None:
         return "none"
     method = str(values.get("quant_method", "not named"))
-    ours = f"format {inspection.format}" if inspection.format else "a format that qconv does not read"
+    ours = f"format {inspection.format}" if inspection.format else "a layout that qconv does not read"
     details = {key.rpartition(".")[2]: value for key, value in values.items() if "activations" not in key}
     shown = [f"{key} {details[key]}" for key in _TELLING if key in details]
     return ", ".join([f"{method} ({ours})", *shown])
@@ -202,8 +208,7 @@ def _print_tensors(console: Console, inspection: Inspection) -> None:
 
 
 def _entries(inspection: Inspection) -> list[tuple[Any, str]]:
-    from qconv.checkpoint.header import DTYPE_NAMES
     from qconv.inspection import natural_order
 
     ordered = sorted(inspection.entries.values(), key=lambda entry: natural_order(entry.name))
-    return [(entry, DTYPE_NAMES[entry.dtype]) for entry in ordered]
+    return [(entry, entry.dtype_name) for entry in ordered]

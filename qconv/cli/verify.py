@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,7 @@ import click
 from qconv.cli.console import print_json, print_table, say, short_names, stdout
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
-from qconv.errors import VerificationError
+from qconv.errors import UnreadLayoutError, VerificationError
 
 if TYPE_CHECKING:
     from qconv.verification.outcome import Verification
@@ -29,16 +28,17 @@ def command(build: str, against: str | None, as_json: bool) -> int:
 
     BUILD is a folder, a Hub id, or a GGUF file.
 
-    Exits with 5 if anything is wrong.
+    Exits with 5 if anything is wrong, and with 2 if it is of a kind that qconv does not read and cannot check.
     """
     with reporting(quiet=as_json) as reporter:
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import resolve_build, resolve_model
+        from qconv.content import is_gguf
         from qconv.inspection import require_finished
         from qconv.verification.build import verify
-        from qconv.verification.gguf import is_gguf, verify_gguf
+        from qconv.verification.gguf import verify_gguf
 
-        path = Path(build) if build.endswith(".gguf") else resolve_model(build)
-        require_finished(path.parent if path.suffix == ".gguf" else path)
+        path = resolve_build(build)
+        require_finished(path if path.is_dir() else path.parent)
         source = None if against is None else resolve_model(against)
         check = verify_gguf if is_gguf(path) else verify
         result = check(path, source, reporter.progress)
@@ -47,8 +47,9 @@ def command(build: str, against: str | None, as_json: bool) -> int:
         print_json(
             {
                 "path": str(path),
-                "good": not result.problems,
+                "good": not result.problems and not result.not_checked,
                 "checked": result.checked,
+                "not_checked": result.not_checked,
                 "problems": result.problems,
                 "notices": result.notices,
                 "kinds": kinds,
@@ -57,7 +58,9 @@ def command(build: str, against: str | None, as_json: bool) -> int:
         )
     else:
         _print(str(path), result, kinds)
-    return VerificationError.exit_code if result.problems else 0
+    if result.problems:
+        return VerificationError.exit_code
+    return UnreadLayoutError.exit_code if result.not_checked else 0
 
 
 def by_kind(snr_db: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -80,9 +83,10 @@ def _print(path: str, result: Verification, kinds: list[dict[str, Any]]) -> None
     console = stdout()
     findings = [("ok", text) for text in result.checked]
     findings += [("note", text) for text in result.notices]
+    findings += [("not checked", text) for text in result.not_checked]
     findings += [("BAD", text) for text in result.problems]
     for state, text in findings:
-        say(console, f"{state:<5}{text}", style="bold red" if state == "BAD" else "")
+        say(console, f"{state:<4} {text}", style="bold red" if state == "BAD" else "")
     if kinds:
         say(console, "")
         rows = [
@@ -91,7 +95,8 @@ def _print(path: str, result: Verification, kinds: list[dict[str, Any]]) -> None
         ]
         print_table(console, ("linears", "count", "least SNR (dB)", "mean", "least at"), rows)
         say(console, "")
-    say(console, f"{path}: bad: {len(result.problems)} problems" if result.problems else f"{path}: good")
+    verdict = f"bad: {len(result.problems)} problems" if result.problems else "good"
+    say(console, f"{path}: {'not checked' if result.not_checked and not result.problems else verdict}")
 
 
 def _place(module: str) -> str:

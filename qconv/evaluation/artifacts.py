@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from qconv.chat.files import ADDITIONAL_FOLDER
-from qconv.checkpoint.hub import folder_name, resolve_model
+from qconv.checkpoint.hub import folder_name, resolve_build
 from qconv.checkpoint.reader import Checkpoint
 from qconv.checkpoint.writer import sha256_of
+from qconv.content import is_gguf
 from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation.build_report import read_report
 from qconv.evaluation.record import Artifact
-from qconv.formats import detect
 from qconv.inspection import require_finished
+from qconv.layout import layout_of
 from qconv.source import Source
 from qconv.verification.build import verify
 from qconv.verification.checksums import CHECKSUMS_NAME, check_sums
-from qconv.verification.gguf import is_gguf, verify_gguf
+from qconv.verification.gguf import verify_gguf
 from qconv.verification.outcome import Progress, Verification
 
 WHOLE_BYTES = 10**11
@@ -36,7 +36,7 @@ def locate(name: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    return Path(name) if name.endswith(".gguf") and os.path.isfile(name) else resolve_model(name)
+    return resolve_build(name)
 
 
 def identify(path: Path) -> Artifact:
@@ -52,7 +52,7 @@ def identify(path: Path) -> Artifact:
     size = sum(file.stat().st_size for file in checkpoint.files)
     whole = size <= WHOLE_BYTES
     weights = _digest([*checkpoint.files, path / "config.json"]) if whole else checkpoint.fingerprint()
-    kind: Literal["model", "build"] = "model" if detect(checkpoint.config) is None else "build"
+    kind: Literal["model", "build"] = "model" if layout_of(path, checkpoint.config).section is None else "build"
     return Artifact(
         name=folder_name(path),
         path=str(path),

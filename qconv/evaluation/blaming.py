@@ -11,6 +11,7 @@ import torch
 
 from qconv.build import Build
 from qconv.checkpoint.reader import read_json
+from qconv.content import is_gguf
 from qconv.errors import ArtifactError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.blame import Blame, Suspect, find_blame
@@ -18,7 +19,7 @@ from qconv.evaluation.record import AGAIN, Artifact, Task, parse_as, read_run
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.folding import Folds
-from qconv.formats import detect
+from qconv.layout import layout_of
 from qconv.manifest import locked
 from qconv.models.base import Layer
 from qconv.ownership import ledger, own_folder, remove_claimed, require_free, write_own
@@ -117,8 +118,7 @@ def suspect(path: Path) -> Suspect:
 def folds_of(path: Path) -> Callable[[Layer], Folds]:
     """What a build folded into its layers; nothing for GGUF, and for builds that do not tell."""
     files: ModelFiles = open_files(path)
-    config = path / "config.json"
-    if not config.is_file() or detect(read_json(config)) is None:
+    if is_gguf(path) or layout_of(path, read_json(path / "config.json")).format is None:
         return lambda layer: Folds.none()
     build = Build.open(path)
     return lambda layer: Folds.of(files.architecture, layer, build.fold_scales(layer))

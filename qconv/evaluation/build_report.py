@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from qconv.build import REPORT_NAME
 from qconv.checkpoint.hub import require_inside
 from qconv.errors import ArtifactError, RecipeError
 from qconv.evaluation.record import parse_as
@@ -17,6 +16,7 @@ from qconv.gguf.recipe import FORMAT as GGUF
 from qconv.gguf.recipe import parse_gguf_recipe
 from qconv.reading import read_json
 from qconv.recipe import parse_recipe
+from qconv.reported import REPORT_NAME
 
 _HINT = "Restore it, or make the build again."
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qconv import __version__
-from qconv.build import REPORT_NAME
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
 from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
@@ -33,6 +32,7 @@ from qconv.ownership import (
     within,
 )
 from qconv.reading import read_json
+from qconv.reported import REPORT_NAME
 
 KEY_NAME = "key.json"
 _KEYS = frozenset({"build", "reference", "suite", "engine", "qconv"})

@@ -14,16 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qconv.build import REPORT_NAME
 from qconv.calibration.corpus import build_tokens, render_chat
 from qconv.calibration.documents import STDLIB, Document, documents
 from qconv.chat.templates import ChatTemplates
-from qconv.checkpoint.reader import read_json
 from qconv.errors import QconvError, UsageError
 from qconv.evaluation.encoding import Encoded, encode, encode_pieces
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.windows import WindowedText, cut, most_tokens
 from qconv.recipe import CalibrationSettings
+from qconv.reported import read_report
 from qconv.runtime.tokenizer import load_tokenizer
 from qconv.tokenizer import leading_bos
 
@@ -76,7 +75,7 @@ def windowed_text(settings: TextSettings, model_dir: Path, seed: int, exclude: C
 def calibrated_on(build: Path, corpus: str) -> frozenset[str]:
     """Names of the documents of ``corpus`` that a build was calibrated on; empty if it tells of none."""
     try:
-        recipe = read_json(build / REPORT_NAME)["recipe"]
+        recipe = read_report(build)["recipe"]
         settings = CalibrationSettings.model_validate(recipe["calibration"])
         calibrated = recipe["method"] != "rtn" and settings.corpus == corpus
     except (QconvError, KeyError, TypeError, ValueError):

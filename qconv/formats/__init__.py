@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
 from qconv.errors import RecipeError
@@ -30,12 +31,21 @@ def get_format(name: str) -> Format:
     return found
 
 
+def known_formats() -> Iterator[Format]:
+    """All formats that are read: those that are written, and of each module what is read alone."""
+    for name in formats():
+        module = importlib.import_module(f"{__name__}.{name}")
+        yield module.FORMAT
+        if hasattr(module, "READ_ALONE"):
+            yield module.READ_ALONE
+
+
 def detect(config: dict[str, Any]) -> Format | None:
-    """The format that a config.json's ``quantization_config`` belongs to, or None if none of ours."""
+    """The format whose words a config.json's ``quantization_config`` uses, or None if none of those that are read."""
     section = config.get("quantization_config")
     if not isinstance(section, dict):
         return None
-    return next((found for found in map(get_format, formats()) if found.recognizes(section)), None)
+    return next((found for found in known_formats() if found.recognizes(section)), None)
 
 
 __all__ = ["Format", "detect", "formats", "get_format"]

@@ -17,7 +17,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
 from qconv.models.base import HEAD
-from qconv.qtensor import Grid, QTensor
+from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -77,7 +77,7 @@ class AwqFormat:
 
     def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
         """Whole words need 8 | out_features; whole groups need group_size | in_features."""
-        if in_features % grid.group_size:
+        if grid.group_size != CHANNEL and in_features % grid.group_size:
             return f"group size {grid.group_size} does not divide its {in_features} input features"
         if out_features % 8:
             return f"its {out_features} output features are not a multiple of 8"
@@ -148,9 +148,10 @@ class AwqFormat:
                 hint="AWQ is read in version gemm with 4 bits: save it so, or quantize the original model.",
             )
         group_size = section.get("group_size", section.get("q_group_size"))
-        if not isinstance(group_size, int) or group_size < 1:
+        if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
             raise CheckpointError(
-                f"config.json: quantization_config.group_size is {group_size!r}, not a positive integer.",
+                f"config.json: quantization_config.group_size is {group_size!r}, neither a positive integer nor "
+                f"{CHANNEL} for a whole row.",
                 hint="Repair config.json.",
             )
         return Grid(4, group_size, False, torch.float16), skip_list(section, "modules_to_not_convert")

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from qconv.errors import CheckpointError
+from qconv.formats.base import skip_list
 from qconv.patterns import Pattern, PatternError
+from qconv.printable import name_of
 
+_TARGET = "target:"
+"""Before a config group's target in a list of exceptions, where no module's name has a colon."""
 VERSION = "0.20.0"
 """The release whose layouts these are; written to config.json as readers expect."""
 
@@ -51,15 +55,16 @@ def is_of_kind(section: dict[str, Any], kind: str) -> bool:
 
 
 def is_skipped(module: str, skipped: Sequence[str]) -> bool:
-    """Whether a list of exceptions holds a module: exact match, or a regular expression after ``re:``.
+    """Whether a list of exceptions, or what a config group does not target, holds a module."""
+    targets = [entry.removeprefix(_TARGET) for entry in skipped if entry.startswith(_TARGET)]
+    if targets and not any(_matches(module, target) for target in targets):
+        return True
+    return any(_matches(module, entry) for entry in skipped)
 
-    Raises:
-        CheckpointError: an expression of a kind that is not read.
-    """
-    return any(
-        _pattern(entry.removeprefix("re:")).match(module) if entry.startswith("re:") else entry == module
-        for entry in skipped
-    )
+
+def _matches(module: str, entry: str) -> bool:
+    """An exact match, or a regular expression after ``re:``."""
+    return _pattern(entry.removeprefix("re:")).match(module) if entry.startswith("re:") else entry == module
 
 
 @functools.lru_cache(maxsize=1024)
@@ -68,6 +73,25 @@ def _pattern(text: str) -> Pattern:
         return Pattern.parse(text)
     except PatternError as error:
         raise CheckpointError(
-            f"config.json: quantization_config.ignore: {text!r} is no regular expression that is read: {error}.",
+            f"config.json: quantization_config: {name_of(text)!r} is no regular expression that is read: {error}.",
             hint="Write it with groups, sets, repeats and look-ahead alone.",
         ) from error
+
+
+def exceptions(section: dict[str, Any]) -> list[str]:
+    """The list of exceptions of a ``quantization_config`` with one config group, and which modules that group targets.
+
+    Targets are names of classes, of which the linears' is the only one that counts, names of modules, or regular
+    expressions after ``re:``. They stand in the list as :func:`is_skipped` wants them.
+
+    Raises:
+        CheckpointError: not a list of names, or an expression that is none.
+    """
+    listed = skip_list(section, "ignore")
+    targets = next(iter(section["config_groups"].values())).get("targets")
+    if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets) or "Linear" in targets:
+        targets = []
+    for entry in (*listed, *targets):
+        if entry.startswith("re:"):
+            _pattern(entry.removeprefix("re:"))
+    return [*listed, *(f"{_TARGET}{target}" for target in targets)]

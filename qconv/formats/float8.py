@@ -16,7 +16,7 @@ from torch import Tensor
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import compressed_tensors
-from qconv.formats.base import TensorReader, read_tensors, skip_list
+from qconv.formats.base import TensorReader, read_tensors
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
@@ -103,7 +103,7 @@ class CompressedFloat8(Float8Layout):
             grid = replace(grid, activations="static" if activations.get("dynamic") is False else "dynamic")
             expected = _arguments(grid.activations == "dynamic", **_activation_strategy(grid))
             if all(activations.get(key) == value for key, value in expected.items()):
-                return grid, skip_list(section, "ignore")
+                return grid, compressed_tensors.exceptions(section)
         raise CheckpointError(
             "config.json: quantization_config is of an FP8 scheme that is not known: "
             f"weights {_shown(weights)}, input_activations {_shown(activations)}.",

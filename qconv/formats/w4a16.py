@@ -19,11 +19,12 @@ from torch import Tensor
 from qconv.checkpoint.header import TensorSpec
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import compressed_tensors
-from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
+from qconv.formats.base import TensorReader, by_rows, read_tensors
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.recipe import GridSettings
 
-PACK_QUANTIZED = "pack-quantized"
+PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+_SIGN = 0x80
 ACT_ORDER = ("group", "dynamic", True)
 """How ``actorder`` says that groups are of inputs in an order of their own; other values leave groups as they are."""
 
@@ -169,7 +170,7 @@ class PackQuantizedFormat:
             raise _not_read("weights.group_size", repr(group_size))
         symmetric, act_order = bool(weights.get("symmetric", True)), weights.get("actorder") in ACT_ORDER
         grid = Grid(bits, group_size, symmetric, weight_dtype, act_order=act_order and group_size != CHANNEL)
-        return grid, skip_list(section, "ignore")
+        return grid, compressed_tensors.exceptions(section)
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """compressed-tensors' own matching."""
@@ -183,4 +184,58 @@ def _not_read(key: str, value: str) -> CheckpointError:
     )
 
 
+class IntQuantizedFormat(PackQuantizedFormat):
+    """compressed-tensors ``int-quantized``, W8A8's weights: int8 [out, in], where ``pack-quantized`` has words of four.
+
+    Read alone: qconv writes ``pack-quantized``, which holds the same numbers.
+    """
+
+    name = "int_quantized"
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """weight, weight_scale."""
+        return [
+            TensorSpec(f"{module}.weight", torch.int8, (out_features, in_features)),
+            TensorSpec(f"{module}.weight_scale", grid.scale_dtype, (out_features, grid.groups(in_features))),
+        ]
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of :meth:`specs`."""
+        yield f"{module}.weight", weight.codes.bitwise_xor(_SIGN).view(torch.int8)
+        yield f"{module}.weight_scale", weight.scales
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """Codes, each 128 more than the number in the file, and scales.
+
+        Raises:
+            CheckpointError: a tensor is absent or misshapen.
+        """
+        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
+        return QTensor(grid, tensors["weight"].view(torch.uint8).bitwise_xor(_SIGN), tensors["weight_scale"], None)
+
+    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """As compressed-tensors says it, of weights alone."""
+        return super().config(grid, skipped, quantized) | {"format": INT_QUANTIZED}
+
+    def recognizes(self, section: dict[str, Any]) -> bool:
+        """compressed-tensors in its int-quantized format."""
+        return compressed_tensors.is_of_kind(section, INT_QUANTIZED)
+
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+        """Grid and skipped modules.
+
+        Raises:
+            CheckpointError: not exactly one group of weights of 8 bits without zero points.
+        """
+        grid, skipped = super().read_config(section, weight_dtype)
+        if not grid.symmetric or grid.bits != 8:
+            raise CheckpointError(
+                f"config.json: int-quantized weights of {grid.bits} bits, symmetric {grid.symmetric}; they are read "
+                "with 8 bits and without zero points.",
+                hint="Quantize the original model in a way that is read.",
+            )
+        return grid, skipped
+
+
 FORMAT = PackQuantizedFormat()
+READ_ALONE = IntQuantizedFormat()

@@ -18,6 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, Keys
 from numpy.typing import NDArray
 
+from qconv.content import head_of, instead_of_file
 from qconv.errors import CheckpointError
 from qconv.gguf.container import MAX_NAME_BYTES
 
@@ -107,6 +108,9 @@ class _Parser:
 
     def header(self) -> GgufHeader:
         # 1. What kind of file, and how much of it.
+        instead = instead_of_file(head_of(self.path))
+        if instead is not None:
+            raise CheckpointError(f"{self.path}: not a GGUF file: it is {instead.what}.", hint=instead.remedy)
         if self._bytes(4, "magic") != MAGIC:
             raise self._error("not a GGUF file")
         version = self._number("<I", "version")

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import map_rows, row_ranges
+from qconv.content import gguf_files
 from qconv.errors import CheckpointError
 from qconv.gguf.header import GgufEntry, GgufHeader, Value, read_header
+from qconv.printable import name_of
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 
 IMATRIX_TYPE = "imatrix"
 """``general.type`` of a file that holds an importance matrix."""
@@ -111,21 +113,32 @@ def split_paths(path: Path) -> list[Path]:
     number, count = int(match["number"]), int(match["count"])
     if not 1 <= number <= count:
         raise CheckpointError(f"{path}: there is no split {number} of {count}.", hint="The file was renamed.")
-    return [path.with_name(f"{match['stem']}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)]
+    return [
+        path.with_name(f"{match['stem']}-{index:05d}-of-{count:05d}{match['suffix']}") for index in range(1, count + 1)
+    ]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Of every model in a folder one file, by which it is opened. An importance matrix beside a model is none.
+
+    Raises:
+        CheckpointError: there is no model, or a header that cannot be read.
+    """
+    files = gguf_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder}: holds no GGUF file.", hint="Give the folder or the file of a GGUF model.")
+    if len({split_paths(file)[0] for file in files}) > 1:
+        files = [file for file in files if read_header(file).metadata.get(Keys.General.TYPE) != IMATRIX_TYPE]
+    if not files:
+        raise CheckpointError(f"{folder}: holds importance matrices and no model.", hint="Name one file.")
+    return list({split_paths(file)[0]: file for file in files}.values())
 
 
 def _only_model(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise CheckpointError(f"{folder}: holds no GGUF file.", hint="Give the folder or the file of a GGUF model.")
-    sets = {split_paths(file)[0].name for file in files}
-    if len(sets) > 1:  # an importance matrix may lie beside a model, and is none
-        files = [file for file in files if read_header(file).metadata.get(Keys.General.TYPE) != IMATRIX_TYPE]
-        sets = {split_paths(file)[0].name for file in files}
-    if not files:
-        raise CheckpointError(f"{folder}: holds importance matrices and no model.", hint="Name one file.")
-    if len(sets) > 1:
-        raise CheckpointError(f"{folder}: holds several models: {', '.join(sorted(sets)[:5])}.", hint="Name one file.")
+    files = model_files(folder)
+    if len(files) > 1:
+        names = ", ".join(name_of(file.name) for file in files[:5])
+        raise CheckpointError(f"{folder}: holds several models: {names}.", hint="Name one file.")
     return files[0]
 
 

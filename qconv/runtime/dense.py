@@ -10,9 +10,10 @@ import torch
 from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
+from qconv.content import is_gguf
 from qconv.errors import OutputError
 from qconv.models.base import Linear, Norm
-from qconv.runtime.files import is_gguf, open_files, require_no_bias
+from qconv.runtime.files import open_files, require_no_bias
 from qconv.runtime.tokenizer import load_tokenizer
 from qconv.source import companions
 

@@ -5,7 +5,6 @@ Names are always those of the checkpoint that transformers reads, whatever the f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,29 +13,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qconv.build import Build, in_config, strip_quantization
+from qconv.build import Build
 from qconv.checkpoint.fp8 import WHOLE, Fp8Scheme
 from qconv.checkpoint.fp8 import Dequantized as Fp8Checkpoint
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.maps import MapTensor
-from qconv.checkpoint.reader import Checkpoint, map_rows, map_tensor, read_json
+from qconv.checkpoint.reader import Checkpoint, in_config, map_rows, map_tensor
+from qconv.content import is_gguf
 from qconv.errors import CheckpointError
-from qconv.formats import detect, formats
 from qconv.formats.base import read_tensors
-from qconv.formats.w4a16 import PACK_QUANTIZED
+from qconv.formats.w4a16 import IntQuantizedFormat
+from qconv.layout import layout_of, strip_quantization
 from qconv.models import Architecture, architecture
 from qconv.models.base import Linear
 from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
 from qconv.source import WEIGHT_DTYPES, open_checkpoint, weight_dtype
 
-GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
-"""Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
-
-INT_QUANTIZED = "int-quantized"
-"""compressed-tensors' format of whole int8 numbers, one after the other, where ``pack-quantized`` has words."""
-
-_SCALES = {"awq": "scales", "gptq": "scales", "w4a16": "weight_scale"}
+_PACKED = "w4a16"
+"""The format in whose words whole numbers lie in memory."""
 _BY_ROW = ("weight_packed", "weight_scale")
 
 
@@ -163,12 +158,9 @@ class IntegerFiles(DenseFiles):
         """The packed weight, or the dense one of a linear that the build leaves alone."""
         if not self.build.is_quantized(linear):
             return DenseFiles.weight(self, linear)
-        shape, grid = (linear.out_features, linear.in_features), self.build.grid
-        scales = self.checkpoint.entries.get(f"{linear.name}.{_SCALES[self.build.format.name]}")
-        if scales is not None and scales.dtype in WEIGHT_DTYPES:
-            grid = replace(grid, scale_dtype=scales.dtype)  # other tools store them in the model's dtype
+        shape, grid = (linear.out_features, linear.in_features), self.build.grid_of(linear)
         specs = self.build.format.specs(linear.name, *shape, grid)
-        read = partial(self._part, linear, grid)
+        read = partial(self.build.part, linear, mapped=self.mapped)
         return IntegerWeight(linear.name, shape, self.build.format.name, grid, read_tensors(specs, linear.name, read))
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
@@ -181,7 +173,7 @@ class IntegerFiles(DenseFiles):
             return DenseFiles.rows(self, linear, start, stop)
         weight = self.weight(linear)
         assert isinstance(weight, IntegerWeight)
-        if weight.format != "w4a16":
+        if weight.format != _PACKED:
             raise CheckpointError(
                 f"{self.path}: {linear.name} is quantized in a format that is not read row by row.",
                 hint="Load the model as a whole.",
@@ -194,17 +186,6 @@ class IntegerFiles(DenseFiles):
         whole = {name: part for name, part in weight.parts.items() if name not in parts}
         parts |= whole | {"weight_shape": torch.tensor(shape)}
         return IntegerWeight(linear.name, shape, weight.format, weight.grid, parts)
-
-    def _part(self, linear: Linear, grid: Grid, name: str) -> Tensor:
-        """One of a weight's tensors. ``g_idx`` may be absent where inputs are grouped in their order."""
-        if name in self.checkpoint.entries:
-            return self.mapped(self.checkpoint.entries[name])
-        if name.endswith(".g_idx") and not grid.act_order:
-            return torch.arange(linear.in_features, dtype=torch.int32) // grid.width(linear.in_features)
-        raise CheckpointError(
-            f"{self.path}: tensor {name!r} is missing.",
-            hint="The build is incomplete, or config.json belongs to another one.",
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +212,7 @@ class WholeNumberFiles(IntegerFiles):
             "weight_shape": torch.tensor(shape),
         }
         grid = replace(self.build.grid, scale_dtype=scale.dtype)
-        return IntegerWeight(linear.name, shape, self.build.format.name, grid, parts)
+        return IntegerWeight(linear.name, shape, _PACKED, grid, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,33 +307,17 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder.", hint="Give the folder of a model, or a GGUF file.")
     checkpoint = open_checkpoint(path)
-    section = _quantization(path, checkpoint.config)
-    config = strip_quantization(checkpoint.config)
+    layout, config = layout_of(path, checkpoint.config), strip_quantization(checkpoint.config)
     with in_config(path):
         model = architecture(config)
-        if section is None:
-            return DenseFiles(checkpoint, config, model, mapped)
-        scheme = Fp8Scheme.parse(section)
-    if section.get("format") == INT_QUANTIZED:
-        as_packed = {"quantization_config": section | {"format": PACK_QUANTIZED}}
-        build = Build.of(replace(checkpoint, config=config | as_packed))
-        if not build.grid.symmetric or build.grid.bits != 8:
-            raise CheckpointError(
-                f"{path / 'config.json'}: int-quantized weights of {build.grid.bits} bits, symmetric "
-                f"{build.grid.symmetric}; they are read with 8 bits and without zero points.",
-                hint="Quantize the original model in a way that is read.",
-            )
-        return WholeNumberFiles(checkpoint, config, model, mapped, build)
-    checkpoint = replace(checkpoint, config=config | {"quantization_config": section})
-    if scheme is not None:
-        codes = Fp8Checkpoint.of(checkpoint, scheme, weight_dtype(path, config))
+    if layout.section is None:
+        return DenseFiles(checkpoint, config, model, mapped)
+    if layout.scheme is not None:
+        codes = Fp8Checkpoint.of(checkpoint, layout.scheme, weight_dtype(path, config))
         return FloatFiles(checkpoint, config, model, mapped, codes)
-    if detect(checkpoint.config) is None:
-        raise CheckpointError(
-            f"{path / 'config.json'}: quantization_config is of a kind that qconv does not run: {_described(section)}.",
-            hint=f"It runs {', '.join(formats())} and GGUF.",
-        )
-    return IntegerFiles(checkpoint, config, model, mapped, Build.of(checkpoint))
+    build = Build.of(checkpoint)
+    kind = WholeNumberFiles if isinstance(build.format, IntQuantizedFormat) else IntegerFiles
+    return kind(checkpoint, config, model, mapped, build)
 
 
 def require_no_bias(files: ModelFiles, linear: Linear) -> None:
@@ -367,33 +332,6 @@ def require_no_bias(files: ModelFiles, linear: Linear) -> None:
             f"{files.path}: {linear.name} has a bias that is not zero; config.json implies none.",
             hint="config.json belongs to another model.",
         )
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder that holds such a model and no other."""
-    if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return path.suffix == ".gguf"
-
-
-def _quantization(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``quantization_config``, or what older tools wrote beside config.json in its words; None if there is none.
-
-    Raises:
-        CheckpointError: it is not an object.
-    """
-    section = config.get("quantization_config", config.get("compression_config"))
-    if section is None and (path / GPTQ_CONFIG).is_file():
-        section = {"quant_method": "gptq"} | read_json(path / GPTQ_CONFIG)
-    if section is None and (path / AWQ_CONFIG).is_file():
-        section = {"quant_method": "awq"} | read_json(path / AWQ_CONFIG)
-    if section is not None and not isinstance(section, dict):
-        raise CheckpointError(f"{path / 'config.json'}: quantization_config is no object.", hint="Repair config.json.")
-    return section
-
-
-def _described(section: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {section[key]!r}" for key in ("quant_method", "format", "version") if key in section)
 
 
 def _float_grid(scheme: Fp8Scheme, scale: TensorEntry) -> Grid:

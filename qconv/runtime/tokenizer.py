@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qconv.content import is_gguf
 from qconv.errors import CheckpointError
 from qconv.gguf.reader import GgufModel
-from qconv.runtime.files import is_gguf
 from qconv.runtime.gguf_tokenizer import gguf_tokenizer
 from qconv.source import TOKENIZER_FILES
 from qconv.tokenizer import load_tokenizer as load_folder

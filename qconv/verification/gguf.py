@@ -3,93 +3,124 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
-from torch import Tensor
 
-from qconv.build import REPORT_NAME
-from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError
 from qconv.gguf.names import GgufTensor, gguf_tensors
-from qconv.gguf.reader import GgufModel
+from qconv.gguf.reader import GgufModel, model_files, split_paths
 from qconv.gguf.rope import rope_of
 from qconv.gguf.tensors import parts
 from qconv.parallel import Workers
 from qconv.qtensor import SquaredError
+from qconv.reported import has_report, read_report
 from qconv.source import Source
-from qconv.verification.checksums import check_sums
-from qconv.verification.floors import snr_floor_db
+from qconv.verification.blocks import finite_blocks, floor_db, is_known
+from qconv.verification.checksums import check_sums, check_sums_of
+from qconv.verification.keys import check_keys
 from qconv.verification.outcome import Progress, Verification
+from qconv.verification.rows import SMALLEST, RowReader, WrongRows
 
-_FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
-"""Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""
-
-_LATTICE_FLOORS = {"IQ3_S": 8.0, "IQ3_XXS": 7.0, "IQ2_S": 3.5, "IQ2_XS": 3.5, "IQ2_XXS": 2.0}
-"""Without importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9 and 9.6 dB. The worst that a search came to, on
-weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so what
-is small beside its neighbours gets an error of its own size."""
-
-_WEIGHTED_LATTICE_FLOOR = -1.0
-"""With importance, trained weights lose up to four dB. But a few outliers can hold most of the signal, and if they
-matter to no output they may become the lowest level, even with the wrong sign. A wrong tensor has -3 dB."""
-
-
-def floor_db(type: GGMLQuantizationType, weighted: bool) -> float:
-    """The least credible signal to noise ratio of a tensor of a type, in decibels.
-
-    Args:
-        type: Its type.
-        weighted: Whether an importance may have moved errors between columns.
-    """
-    if type.name in _FLOAT_FLOORS:
-        return _FLOAT_FLOORS[type.name]
-    if type.name in _LATTICE_FLOORS:
-        return _WEIGHTED_LATTICE_FLOOR if weighted else _LATTICE_FLOORS[type.name]
-    bits = int(next(character for character in type.name if character.isdigit()))
-    return snr_floor_db(bits, compensated=weighted)
-
-
-def decoded(data: Tensor, type: GGMLQuantizationType) -> Tensor:
-    """The values of encoded rows, uint8 [rows, bytes]: float32 [rows, columns]."""
-    return torch.from_numpy(dequantize(data.numpy(), type).astype("float32", copy=True))
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder that holds one and no config.json."""
-    if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return path.suffix == ".gguf"
+_PARTS_NAMED = 3
 
 
 def verify_gguf(path: Path, against: Path | None = None, progress: Progress | None = None) -> Verification:
-    """Check a GGUF file or the set in a folder; with ``against`` also weight by weight against its source.
+    """Check a GGUF file, or all models in a folder; with ``against`` also weight by weight against their source.
 
     Raises:
         CheckpointError: the source (not the build) is damaged.
         UsageError: the source is of a family without a GGUF form.
     """
     result = Verification()
-    if path.is_dir():
-        check_sums(path, result, progress)
-    source = None if against is None else Source.open(against)
     try:
-        made = GgufModel.open(path)
+        if path.is_dir():
+            check_sums(path, result, progress)
+            first = model_files(path)
+        else:
+            first = [path]
+            check_sums_of([file for file in split_paths(path) if file.is_file()], result, progress)
     except CheckpointError as error:
         result.problems.append(error.message)
+    source = None if against is None else Source.open(against)
     if result.problems:
         return result
-    result.checked.append(f"{len(made.entries)} tensors in {len(made.files)} files, each inside its file")
-    if source is not None:
-        with Workers() as workers:
-            _check_weights(path, made, source, result, progress, workers)
+    with Workers() as workers:
+        for file in first:
+            _check(file, source, result, progress, workers)
     return result
 
 
+def _check(
+    file: Path, source: Source | None, result: Verification, progress: Progress | None, workers: Workers
+) -> None:
+    """One model, given by any of its files."""
+    try:
+        made = GgufModel.open(file)
+        types = _reported_types(file.parent, made)
+    except CheckpointError as error:
+        result.problems.append(error.message)
+        return
+    for name, type in types.items():
+        if made.entries[name].type.name != type:
+            result.problems.append(f"{name} is {made.entries[name].type.name}; the build's report says {type}")
+    result.checked.append(f"{len(made.entries)} tensors in {len(made.files)} files, each inside its file")
+    _check_values(made, result, progress, workers)
+    if source is not None and not result.problems:
+        check_keys(made, bool(types), source, result)
+        _check_weights(made, file.parent, source, result, progress, workers)
+
+
+def _reported_types(folder: Path, made: GgufModel) -> dict[str, str]:
+    """What the report of a build that qconv made says of its tensors; empty if it made none of these files."""
+    if not has_report(folder):
+        return {}
+    report = read_report(folder)
+    if not {file.name for file in made.files} <= set(report.get("files", ())):
+        return {}
+    missing = sorted(made.entries.keys() ^ report["tensors"].keys())
+    if missing:
+        raise CheckpointError(f"{made.files[0]}: tensor {missing[0]!r} is in the file or in its report, not in both.")
+    return {name: one["type"] for name, one in report["tensors"].items()}
+
+
+def _check_values(made: GgufModel, result: Verification, progress: Progress | None, workers: Workers) -> None:
+    """Every block's scales, and what is not quantized, finite."""
+
+    known = {name for name, entry in made.entries.items() if is_known(entry.type)}
+    others = sorted({entry.type.name for entry in made.entries.values() if not is_known(entry.type)})
+    if others:
+        result.not_checked.append(f"values of {', '.join(others)}: where their scales are is not known to qconv")
+    names = [name for name in made.entries if name in known]
+    for done, problem in enumerate(workers.map(partial(_not_finite, made), names)):
+        if progress is not None:
+            progress("scales", done, len(names))
+        result.problems += [] if problem is None else [problem]
+    result.checked.append("every block's scales finite")
+
+
+def _not_finite(made: GgufModel, name: str) -> str | None:
+    """What is wrong with the scales of a tensor's blocks, or None."""
+    entry, bad, rows = made.entry(name), 0, 0
+    first: int | None = None
+    for block in made.blocks(name):
+        finite = finite_blocks(block, entry.type)
+        if not bool(finite.all()):
+            bad += int((~finite).sum())
+            row = rows + int(torch.nonzero(~finite)[0]) * len(block) // len(finite)
+            first = row if first is None else first
+        rows += len(block)
+    return f"{name}: {bad} blocks of {entry.type.name} are not finite, the first in row {first}" if bad else None
+
+
 def _check_weights(
-    path: Path, made: GgufModel, source: Source, result: Verification, progress: Progress | None, workers: Workers
+    made: GgufModel,
+    folder: Path,
+    source: Source,
+    result: Verification,
+    progress: Progress | None,
+    workers: Workers,
 ) -> None:
     model = source.architecture
     tensors = gguf_tensors(model, rope_of(source.checkpoint.config).factors(model.head_dim))
@@ -103,41 +134,53 @@ def _check_weights(
             result.problems.append(f"{name} is {list(made.entries[name].shape)}, not {list(expected[name].shape)}")
     if result.problems:
         return
-    weighted = _may_be_weighted(path)
+    weighted = _may_be_weighted(folder)
 
-    def compare(tensor: GgufTensor) -> SquaredError:
-        return _error(made, source, tensor)
+    def compare(tensor: GgufTensor) -> tuple[float, list[str]]:
+        return _compare(made, source, tensor, floor_db(made.entries[tensor.name].type, weighted))
 
-    for done, (tensor, error) in enumerate(zip(tensors, workers.map(compare, tensors), strict=True)):
+    for done, (tensor, (snr, problems)) in enumerate(zip(tensors, workers.map(compare, tensors), strict=True)):
         if progress is not None:
             progress("weights", done, len(tensors))
-        snr, floor = error.snr_db, floor_db(made.entries[tensor.name].type, weighted)
         if tensor.quantizable:
             result.snr_db[tensor.name] = snr
-        if not snr >= floor:
-            result.problems.append(f"{tensor.name}: signal to noise {snr:.1f} dB, below {floor:.1f}")
+        result.problems += problems
     finite = [value for value in result.snr_db.values() if math.isfinite(value)]
     least = f", signal to noise at least {min(finite):.1f} dB" if finite else ""
-    result.checked.append(f"{len(tensors)} tensors against the source{least}")
+    result.checked.append(f"{len(tensors)} tensors against the source, every expert and row{least}")
 
 
-def _error(made: GgufModel, source: Source, tensor: GgufTensor) -> SquaredError:
-    """All values of a tensor against the source's, whatever the blocks in which either side comes."""
-    theirs = (block.reshape(-1) for part in parts(source, tensor) for block in part)
-    total, reference = SquaredError(), torch.empty(0)
-    for block in made.dequantized(tensor.name):
-        ours = block.reshape(-1)
-        while len(ours):
-            if not len(reference):
-                reference = next(theirs)
-            count = min(len(ours), len(reference))
-            total += SquaredError.between_(reference[:count].float().contiguous(), ours[:count])
-            ours, reference = ours[count:], reference[count:]
-    return total
+def _compare(made: GgufModel, source: Source, tensor: GgufTensor, floor: float) -> tuple[float, list[str]]:
+    """A tensor's signal to noise ratio, and what is wrong with it: as a whole, with an expert, with rows."""
+    ours, total, problems = RowReader(made.dequantized(tensor.name)), SquaredError(), []
+    for number, part in enumerate(parts(source, tensor)):
+        error, found = SquaredError(), WrongRows()
+        for block in part:
+            wanted, start = block.reshape(-1, tensor.columns).float().contiguous(), 0
+            for got in ours.take(len(wanted)):
+                reference = wanted[start : start + len(got)]
+                found.add(reference, got)
+                error += SquaredError.between_(reference, got)
+                start += len(got)
+        total += error
+        where = f"{tensor.name}, expert {number}" if len(tensor.sources) > 1 else tensor.name
+        if _counts(error, found.of * tensor.columns) and not error.snr_db >= floor:
+            problems.append(f"{where}: signal to noise {error.snr_db:.1f} dB, below {floor:.1f}")
+        elif found.rows:
+            problems.append(f"{where}: {found}")
+    whole = f"{tensor.name}: signal to noise {total.snr_db:.1f} dB, below {floor:.1f}"
+    if not total.snr_db >= floor and (not problems or 2 * len(problems) > len(tensor.sources)):
+        return total.snr_db, [whole]
+    if len(problems) > _PARTS_NAMED:
+        problems = [*problems[:_PARTS_NAMED], f"{tensor.name}: {len(problems) - _PARTS_NAMED} more experts are wrong"]
+    return total.snr_db, problems
 
 
-def _may_be_weighted(path: Path) -> bool:
+def _counts(error: SquaredError, elements: int) -> bool:
+    """Whether a part is not so small that half-precision scales have no room for it."""
+    return error.signal >= SMALLEST**2 * elements
+
+
+def _may_be_weighted(folder: Path) -> bool:
     """Whether a build's report names an imatrix, or nothing says how it was made."""
-    if not (path / REPORT_NAME).is_file():
-        return True
-    return read_json(path / REPORT_NAME).get("imatrix") is not None
+    return not has_report(folder) or read_report(folder).get("imatrix") is not None

@@ -21,12 +21,14 @@ class Verification:
         problems: What is wrong, as sentences; empty for a good build.
         snr_db: Signal to noise ratio of every quantized linear against the source, in decibels, by module name.
         notices: What a reader should know though it is no fault.
+        not_checked: What could not be looked at, and so is neither good nor bad, as sentences.
     """
 
     checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     snr_db: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
 
     def raise_if_bad(self, path: Path) -> None:
         """Turn problems into an error.

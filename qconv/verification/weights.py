@@ -1,4 +1,4 @@
-"""The weights of a build: possible values by themselves, and each one's distance from the source."""
+"""The weights of a build: each one's distance from the source."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from qconv import integer_grid
 from qconv.build import Build
 from qconv.checkpoint.reader import Tensors
+from qconv.errors import CheckpointError
 from qconv.folding import Folds, folded_weight
 from qconv.methods.base import row_blocks
 from qconv.models.base import Layer, Linear
@@ -21,6 +22,8 @@ from qconv.qtensor import QTensor, SquaredError
 from qconv.source import Source
 from qconv.verification.floors import FLOAT_SNR_FLOOR_DB, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
+from qconv.verification.rows import WrongRows
+from qconv.verification.values import bad_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Comparison:
     def weight(self, linear: Linear, weight: QTensor) -> tuple[float, str | None]:
         """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
         snr = self._error(linear, weight).snr_db
-        problem = _bad_parameters(weight)
+        problem = bad_parameters(weight)
         floor = FLOAT_SNR_FLOOR_DB if weight.grid.is_float else snr_floor_db(weight.grid.bits, self.compensated)
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
@@ -56,6 +59,19 @@ class Comparison:
             error += weight_error(block, weight.rows(start, stop), in_scale, out)
             start = stop
         return error
+
+    def rows(self, linear: Linear, weight: QTensor) -> str | None:
+        """Which rows of a quantized weight are not the source's, however near the whole is; None if all are."""
+        in_scale, out_scale = self.folds.input_scale(linear), self.folds.output_scale(linear)
+        found, start = WrongRows(), 0
+        for block in self.source.blocks(linear.weight, weight.grid.row_multiple):
+            for first, last in row_blocks(block.shape[0], block.shape[1], weight.grid.row_multiple):
+                rows = slice(start + first, start + last)
+                out = None if out_scale is None else out_scale[rows]
+                reference = folded_weight(block[first:last], in_scale, out)
+                found.add(reference, weight.rows(rows.start, rows.stop).dequantize())
+            start += len(block)
+        return f"{linear.name}: {found}" if found.rows else None
 
     def is_copy(self, module: Module) -> bool:
         """Whether the module's plain tensors must be the source's, bit for bit."""
@@ -81,44 +97,6 @@ def weight_error(source: Tensor, weight: QTensor, in_scale: Tensor | None, out_s
     return total
 
 
-_E4M3_NAN = 0x7F
-"""With either sign."""
-
-
-def _bad_parameters(weight: QTensor) -> str | None:
-    scales = weight.scales.float()
-    if not bool(torch.isfinite(scales).all()):
-        return "a scale is not finite"
-    if not bool((scales > 0).all()):
-        return "a scale is not positive"
-    if weight.grid.is_float:
-        if bool(((weight.codes.view(torch.uint8) & _E4M3_NAN) == _E4M3_NAN).any()):
-            return "a code is not a number"
-    elif int(weight.codes.max()) >= weight.grid.levels:
-        return "a code is out of range"
-    if weight.grid.activations == "static":
-        if weight.input_scale is None:
-            return "there is no scale for its inputs"
-        if not 0.0 < float(weight.input_scale) < math.inf:
-            return "the scale of its inputs is not finite and positive"
-    return None
-
-
-def check_scales(build: Build, result: Verification, progress: Progress | None, workers: Workers) -> None:
-    def check(linear: Linear) -> str | None:
-        return _bad_parameters(build.qtensor(linear))
-
-    layers = build.architecture.layers
-    for layer in layers:
-        if progress is not None:
-            progress("scales", layer.index, len(layers))
-        linears = [linear for linear in layer.linears() if build.is_quantized(linear)]
-        for linear, problem in zip(linears, workers.map(check, linears), strict=True):
-            if problem is not None:
-                result.problems.append(f"{linear.name}: {problem}")
-    result.checked.append("every scale finite and positive")
-
-
 def check_weights(
     build: Build, source: Source, result: Verification, progress: Progress | None, workers: Workers
 ) -> None:
@@ -136,7 +114,11 @@ def check_weights(
     for done, (layer, modules) in enumerate(groups):
         if progress is not None:
             progress("weights", done, len(groups))
-        folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
+        try:
+            folds = Folds.none() if layer is None else Folds.of(model, layer, build.fold_scales(layer))
+        except CheckpointError as error:
+            result.problems.append(error.message)
+            continue
         compare = partial(_compare, build, Comparison(source.checkpoint, folds, compensated))
         for module, (snr, problem) in zip(modules, workers.map(compare, modules), strict=True):
             if snr is not None:
@@ -154,7 +136,12 @@ def _compare(build: Build, comparison: Comparison, module: Module) -> tuple[floa
     for name, _ in module.tensors():
         found = None
         if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
-            snr, found = comparison.weight(module, build.qtensor(module))
+            weight = build.qtensor(module)
+            snr, found = comparison.weight(module, weight)
+            found = found or comparison.rows(module, weight)
+        elif build.checkpoint.entry(name).dtype != comparison.source.entry(name).dtype:
+            ours, theirs = build.checkpoint.entry(name).dtype_name, comparison.source.entry(name).dtype_name
+            found = f"{name} is {ours}, {theirs} in the source"
         elif not comparison.is_copy(module):
             found = comparison.folded(module, name, build.checkpoint.read(name))
         else:

@@ -60,8 +60,12 @@ def test_a_damaged_source_is_not_blamed_on_the_build(invoke: Invoke, build: Path
 
 
 def test_a_folder_that_is_no_build(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
-    for folder in (tiny, tmp_path):
-        assert invoke("verify", folder).exit_code == 5
+    sound = invoke("verify", tiny)
+    assert sound.exit_code == 2
+    assert "an unquantized checkpoint, no build" in sound.stdout
+    assert sound.stdout.splitlines()[-1] == f"{tiny}: not checked"
+    assert json.loads(invoke("verify", tiny, "--json").stdout)["good"] is False
+    assert invoke("verify", tmp_path).exit_code == 5
 
 
 def test_kinds_have_the_least_and_the_mean() -> None:

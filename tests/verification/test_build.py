@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qconv.build import REPORT_NAME, Build
+from qconv.build import Build
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import CheckpointError, VerificationError
 from qconv.formats.awq import unpack_words
 from qconv.formats.w4a16 import pack_rows
+from qconv.reported import REPORT_NAME
 from qconv.source import Source
 from qconv.verification.build import verify
 from qconv.verification.checksums import CHECKSUMS_NAME, build_files, parse_checksums, render_checksums
@@ -292,16 +293,23 @@ def test_the_floor_is_below_any_sound_quantization_and_above_noise() -> None:
     assert snr_floor_db(4, compensated=False) > snr_floor_db(4, compensated=True) > 3
 
 
-def test_a_floor_is_chosen_by_how_the_build_was_made(rtn_build: Path, tmp_path: Path) -> None:
+def test_a_floor_is_chosen_by_how_the_build_was_made(moe: Path, rtn_build: Path, tmp_path: Path) -> None:
     made = Build.open(rtn_build)
     assert made.method() == ("rtn",)
     shutil.copytree(rtn_build, tmp_path / "build")
     report = tmp_path / "build" / REPORT_NAME
-    report.write_text(json.dumps({"recipe": {"method": ["awq", "gptq"]}}))
+    values = json.loads(report.read_text())
+    values["recipe"]["method"] = ["awq", "gptq"]
+    report.write_text(json.dumps(values))
     assert Build.open(tmp_path / "build").method() == ("awq", "gptq")
     for damage in ("{", "{}", "[]"):
         report.write_text(damage)
-        assert Build.open(tmp_path / "build").method() is None
+        with pytest.raises(CheckpointError, match=r"qconv-report\.json"):
+            Build.open(tmp_path / "build").method()
+        reseal(tmp_path / "build")
+        assert "qconv-report.json" in problems(tmp_path / "build", moe)
+    report.unlink()
+    assert Build.open(tmp_path / "build").method() is None
 
 
 def test_problems_are_counted() -> None:

@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 import qconv
+from qconv.content import gguf_files
 from qconv.errors import EngineError, UsageError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
 from qconv.printable import well_formed
@@ -36,7 +37,7 @@ class LlamaCppEngine:
         Raises:
             UsageError: no GGUF file.
         """
-        files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+        files = [path] if path.is_file() else gguf_files(path)
         if not files or files[0].suffix != ".gguf":
             raise UsageError(f"{path}: holds no GGUF file.", hint="--engine llamacpp is for GGUF; use local.")
         self.path = files[0]

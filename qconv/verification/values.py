@@ -1,0 +1,175 @@
+"""What the numbers of a build can be, whatever source they stand for: finite, positive, in range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from qconv.build import Build
+from qconv.checkpoint.reader import require_finite
+from qconv.errors import CheckpointError
+from qconv.methods.fp8 import MAX
+from qconv.models.base import Layer, Linear, Norm
+from qconv.parallel import Workers
+from qconv.qtensor import QTensor
+from qconv.verification.outcome import Progress, Verification
+
+_E4M3_NAN = 0x7F
+"""With either sign."""
+
+_ROOM = 1.5
+"""By what an input may exceed its bound: weights are rounded, and activations to 16 bits at every step."""
+_LEAST_PEAK = 0.02
+"""Of a normalized input over its norm's median weight. The mean square of what a norm gives is 1, so each token's
+largest element is above the smallest weight; text without one token near that has not been seen."""
+
+
+def bad_parameters(weight: QTensor) -> str | None:
+    """What is wrong with a quantized weight by itself, or None."""
+    return not_finite(weight) or not_positive(weight)
+
+
+def not_finite(weight: QTensor) -> str | None:
+    """What no reader can compute with, or None."""
+    if not bool(torch.isfinite(weight.scales.float()).all()):
+        return "a scale is not finite"
+    if weight.grid.is_float:
+        if bool(((weight.codes.view(torch.uint8) & _E4M3_NAN) == _E4M3_NAN).any()):
+            return "a code is not a number"
+    elif weight.codes.numel() and int(weight.codes.max()) >= weight.grid.levels:
+        return "a code is out of range"
+    if weight.grid.activations == "static":
+        if weight.input_scale is None:
+            return "there is no scale for its inputs"
+        if not 0.0 < float(weight.input_scale) < math.inf:
+            return "the scale of its inputs is not finite and positive"
+    return None
+
+
+def not_positive(weight: QTensor) -> str | None:
+    """What qconv never writes, though others' files compute with it, or None."""
+    return None if bool((weight.scales.float() > 0).all()) else "a scale is not positive"
+
+
+def check_values(build: Build, result: Verification, progress: Progress | None, workers: Workers) -> None:
+    """Every scale and code, every element that is not quantized, and the scales of static activations."""
+
+    def check(linear: Linear) -> tuple[str | None, str | None]:
+        try:
+            weight = build.qtensor(linear)
+        except CheckpointError as error:
+            return error.message, None
+        problem, oddity = not_finite(weight), not_positive(weight)
+        return (problem or oddity, None) if build.is_ours else (problem, oddity)
+
+    model = build.architecture
+    odd: list[str] = []
+    for layer in model.layers:
+        if progress is not None:
+            progress("scales", layer.index, len(model.layers))
+        linears = [linear for linear in layer.linears() if build.is_quantized(linear)]
+        for linear, (problem, oddity) in zip(linears, workers.map(check, linears), strict=True):
+            if problem is not None:
+                result.problems.append(f"{linear.name}: {problem}")
+            odd += [] if oddity is None else [f"{linear.name}: {oddity}"]
+    if odd:
+        result.notices.append(f"{odd[0]} ({len(odd)} such linears), which qconv never writes")
+    result.problems += plain_problems(build, workers)
+    if result.problems:
+        return
+    result.problems += [problem for layer in model.layers for problem in input_scale_problems(build, layer)]
+    result.checked.append("every scale finite and positive, everything that is not quantized finite")
+
+
+def plain_problems(build: Build, workers: Workers) -> Iterator[str]:
+    """Of what is not quantized, the tensors that hold a NaN or an infinity."""
+    model = build.architecture
+    modules: list[Linear | Norm] = [model.embedding, model.final_norm]
+    for layer in model.layers:
+        modules += [*layer.norms(), *layer.routers(), *layer.linears()]
+    modules += [] if model.lm_head is None else [model.lm_head]
+    names = [
+        name
+        for module in modules
+        for name, _ in module.tensors()
+        if not (isinstance(module, Linear) and name == module.weight and build.is_quantized(module))
+    ]
+
+    def check(name: str) -> str | None:
+        entry, row = build.checkpoint.entry(name), 0
+        if not entry.dtype.is_floating_point:
+            return f"{name} is {entry.dtype_name}, no floats"
+        try:
+            for block in build.checkpoint.blocks(name):
+                require_finite(block.float() if block.element_size() == 1 else block, entry, row)
+                row += len(block) if block.dim() else 1
+        except CheckpointError as error:
+            return error.message
+        return None
+
+    yield from (problem for problem in workers.map(check, names) if problem is not None)
+
+
+def input_scale_problems(build: Build, layer: Layer) -> Iterator[str]:
+    """Scales of static activations that no text can have given.
+
+    What a norm passes on is at most the root of its size times its largest weight; what an attention or an MLP passes
+    to its last linear is bounded by that and by the lengths of its rows.
+    """
+    if build.grid.activations != "static":
+        return
+    hidden = build.architecture.hidden_size
+    norms = {norm.name: _plain(build, norm) for norm in (layer.input_norm, layer.post_attention_norm)}
+    attention, inputs = layer.attention, norms[layer.input_norm.name]
+    length = math.sqrt(hidden) * float(inputs.abs().max())
+    heads = (attention.q, attention.k, attention.v)
+    yield from _normalized(build, heads, inputs, length)
+    yield from _bounded(build, attention.o, _largest(build, attention.v, length))
+    inputs = norms[layer.post_attention_norm.name]
+    length = math.sqrt(hidden) * float(inputs.abs().max())
+    yield from _normalized(build, [one for mlp in layer.mlps() for one in (mlp.gate, mlp.up)], inputs, length)
+    for mlp in layer.mlps():
+        if build.is_quantized(mlp.down):
+            yield from _bounded(build, mlp.down, _largest(build, mlp.gate, length) * _largest(build, mlp.up, length))
+
+
+def _normalized(build: Build, linears: Sequence[Linear], norm: Tensor, length: float) -> Iterator[str]:
+    """Linears that share the output of a norm: engines want one scale for all of them."""
+    found = {linear.name: build.input_scale(linear) for linear in linears if build.is_quantized(linear)}
+    if not found:
+        return
+    name, scale = next(iter(found.items()))
+    least = _LEAST_PEAK * float(norm.abs().median())
+    if not least <= scale * MAX <= _ROOM * length:
+        yield (
+            f"{name}: the scale of its inputs says that they reach {scale * MAX:.3g}; after its norm they lie "
+            f"between {least:.3g} and {_ROOM * length:.3g}"
+        )
+    other = next((one for one, value in found.items() if value != scale), None)
+    if other is not None and build.is_ours:
+        yield f"{other}: the scale of its inputs is not that of {name}, which has the same inputs"
+
+
+def _bounded(build: Build, linear: Linear, most: float) -> Iterator[str]:
+    if build.is_quantized(linear) and build.input_scale(linear) * MAX > _ROOM * most:
+        yield (
+            f"{linear.name}: the scale of its inputs says that they reach "
+            f"{build.input_scale(linear) * MAX:.3g}; no text makes them larger than {_ROOM * most:.3g}"
+        )
+
+
+def _largest(build: Build, linear: Linear, length: float) -> float:
+    """What no output of a linear exceeds for an input of that length."""
+    if build.is_quantized(linear):
+        weight = build.qtensor(linear).dequantize()
+    else:
+        weight = build.checkpoint.read(linear.weight).float()
+    bias = float(build.checkpoint.read(f"{linear.name}.bias").float().abs().max()) if linear.bias else 0.0
+    return float(torch.linalg.vector_norm(weight, dim=1).max()) * length + bias
+
+
+def _plain(build: Build, norm: Norm) -> Tensor:
+    return build.checkpoint.read(norm.weight).float()
