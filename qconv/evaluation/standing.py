@@ -15,6 +15,8 @@ from qconv.evaluation.humaneval.settings import HumanEvalSettings
 from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, Unmeasured, read_run
 from qconv.evaluation.run import Request, identified, integrity_gate, subjects_of
 from qconv.evaluation.sandbox.backends import find_backend
+from qconv.manifest import locked
+from qconv.ownership import WORK_FOLDER, remove_claimed
 
 Progress = Callable[[str, int, int], None]
 
@@ -22,10 +24,13 @@ Progress = Callable[[str, int, int], None]
 def measured_before(request: Request, progress: Progress) -> Run | None:
     """The finished run in the request's folder, where it is what the request asks for.
 
+    What is left of its work folder is removed.
+
     Raises:
         ArtifactError: the folder holds a damaged run.
         UsageError: gates or engine do not exist.
         CheckpointError: the build or the reference cannot be read.
+        OutputError: the work folder is in use or cannot be removed.
     """
     if not (request.out / RUN_NAME).is_file():
         return None
@@ -33,6 +38,9 @@ def measured_before(request: Request, progress: Progress) -> Run | None:
     same = run.baseline == (None if request.baseline is None else request.baseline.digest)
     if not same or Standing(progress).reason(run, request) is not None:
         return None
+    if (request.out / WORK_FOLDER).is_dir():
+        with locked(request.out):
+            remove_claimed(request.out / WORK_FOLDER)  # a kill right after the record left it
     return run
 
 

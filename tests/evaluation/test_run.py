@@ -19,6 +19,7 @@ from qconv.evaluation.cache import Cache
 from qconv.evaluation.compare import compare
 from qconv.evaluation.record import Run, load_arrays, read_run
 from qconv.evaluation.run import TASK_NAME, Request, evaluate
+from qconv.evaluation.standing import measured_before
 from qconv.evaluation.suites import Suite, load_suite, packaged_names
 from qconv.evaluation.tasks import settings_of
 from qconv.manifest import WORK_FOLDER
@@ -210,7 +211,13 @@ def test_a_foreign_folder_and_a_finished_run_are_left_alone(rtn_build: Path, run
 
 @pytest.mark.parametrize("left", ["everything", "the ledger alone"])
 def test_killed_after_its_record_a_run_goes_on(
-    left: str, rtn_build: Path, corpus: Path, run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: str,
+    rtn_build: Path,
+    moe: Path,
+    corpus: Path,
+    run: Evaluate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def pull(work: Path) -> None:
         for name in ("key.json", "key.json.partial") if left == "the ledger alone" else ():
@@ -225,8 +232,12 @@ def test_killed_after_its_record_a_run_goes_on(
     with pytest.raises((OutputError, StaleJournalError)):
         run(rtn_build, out=tmp_path / "out", suite=suite_on(corpus, seed=1))
     assert read_run(tmp_path / "out") == whole
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
     assert run(rtn_build, out=tmp_path / "out").digest == whole.digest
-    assert not (tmp_path / "out/.qconv").exists()
+    asked = Request(rtn_build, moe, suite_on(corpus), "small", tmp_path / "copy", Cache(tmp_path / "cache"))
+    assert measured_before(asked, lambda *_: None) == whole
+    for out in (tmp_path / "out", tmp_path / "copy"):
+        assert not (out / ".qconv").exists()
     with pytest.raises(OutputError, match="finished"):
         run(rtn_build, out=tmp_path / "out")
 
