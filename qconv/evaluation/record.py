@@ -105,6 +105,10 @@ class FileRef(_Values):
         return self
 
 
+COLUMNS: Mapping[str, str] = {"ppl.ratio": "reference_nll", "kld.mean": "kl", "top1.flips": "flips"}
+"""Of metrics that gates are set on, what items must hold of each token besides the build's own likelihood."""
+
+
 class Task(_Values):
     """One task of the suite, measured."""
 
@@ -131,6 +135,9 @@ class Task(_Values):
         for items in (self.items, self.reference_items):
             for item in items:
                 self._require(item, items[0])
+        columns = {COLUMNS[metric] for metric in self.metrics.keys() & COLUMNS.keys()}
+        if self.items and not columns <= self.items[0].values.keys():
+            raise ValueError(f"its {self.unit}s lack {', '.join(sorted(columns - self.items[0].values.keys()))}")
         return self
 
     def _require(self, item: Item, first: Item) -> None:

@@ -158,6 +158,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "items of unlike columns": lambda run: run["tasks"][0]["items"].append({"name": "b", "values": {"tokens": 1.0}}),
     "items as a number": lambda run: run["tasks"][0].update(items=5),
     "one task twice": lambda run: run["tasks"].append(run["tasks"][0]),
+    "a metric of nothing": lambda run: run["tasks"][0]["metrics"].update({"kld.mean": {"value": 1.0}}),
     "another unit": lambda run: run["tasks"][0].update(unit="problem"),
     "a file elsewhere": lambda run: run["tasks"][0].update(files={"tokens": file("../../../../dev/zero")}),
     "a file of another name": lambda run: run["tasks"][0].update(files={"tokens": file(f"{SHA}/../x")}),
