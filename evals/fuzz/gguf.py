@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 30.0
-GROWTH = 2 * 2**30
-"""Bytes of memory that a mutant may take beyond what the process before it held."""
+MEMORY = 2 * 2**30
+"""Bytes that the process may hold, Python, torch and transformers included."""
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 64,
@@ -241,7 +241,7 @@ class Outcome:
     end: str
     fault: str | None
     seconds: float
-    growth: int
+    memory: int
 
 
 def judged(path: Path) -> Outcome:
@@ -260,29 +260,29 @@ def judged(path: Path) -> Outcome:
         os.write(writer, said.encode(errors="replace")[:2000])
         os._exit(0)
     os.close(writer)
-    status, growth = _waited(child, start)
+    status, memory = _waited(child, start)
     said = os.read(reader, 2000).decode(errors="replace")
     os.close(reader)
     seconds = time.monotonic() - start
     fault = said if said.startswith("traceback") else None
     if seconds > SECONDS:
         fault = f"{seconds:.0f} s"
-    elif growth > GROWTH:
-        fault = f"{growth / 2**30:.1f} GiB"
+    elif memory > MEMORY:
+        fault = f"{memory / 2**30:.1f} GiB"
     elif os.WIFSIGNALED(status):
         fault = f"signal {os.WTERMSIG(status)}"
-    return Outcome(said or "nothing", fault, seconds, growth)
+    return Outcome(said or "nothing", fault, seconds, memory)
 
 
 def _waited(child: int, start: float) -> tuple[int, int]:
-    """The status of a process and the most memory it took beyond ours; it is ended at a limit."""
-    ours, most = _resident(os.getpid()), 0
+    """The status of a process and the most memory it took; it is ended at a limit."""
+    most = 0
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status, most
-        most = max(most, _resident(child) - ours)
-        if time.monotonic() - start > SECONDS or most > GROWTH:
+        most = max(most, _resident(child))
+        if time.monotonic() - start > SECONDS or most > MEMORY:
             os.kill(child, 9)
         time.sleep(0.005)
 
@@ -316,7 +316,7 @@ def main() -> None:
         for name, mutant in mutants(options.seed, data, options.mutants):
             path.write_bytes(mutant)
             outcome = judged(path)
-            slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.growth)
+            slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.memory)
             ends[outcome.end if outcome.fault is None else "fault"] += 1
             if outcome.fault is not None:
                 faults += 1

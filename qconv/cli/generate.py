@@ -53,11 +53,11 @@ def command(
         from qconv.inspection import require_finished
         from qconv.runtime.generation import complete, recommended
         from qconv.runtime.loading import load
-        from qconv.runtime.tokenizer import load_tokenizer
+        from qconv.runtime.tokenizer import load_tokenizer, own_tokenizer
 
         path = resolve_build(build)
         require_finished(path if path.is_dir() else path.parent)
-        tokenizer = load_tokenizer(path)
+        tokenizer, own = load_tokenizer(path), own_tokenizer(path)
         texts = given
         if messages:
             with ChatTemplates(tokenizer, path, date=None) as chats:
@@ -94,6 +94,8 @@ def command(
     say(
         stderr(), f"{speed}; {'greedy' if temperature == 0 else f'sampled at temperature {temperature:g}'}", style="dim"
     )
+    if own is not None:
+        say(stderr(), f"tokenizer: the file's own, {own}", style="dim")
     if unused:
         listed = ", ".join(f"{key} {value}" for key, value in unused.items())
         say(stderr(), f"not applied of generation_config.json: {listed}", style="dim")

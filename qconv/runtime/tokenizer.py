@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gguf import Keys
+
 from qconv.content import is_gguf
 from qconv.errors import CheckpointError
 from qconv.gguf.reader import GgufModel
@@ -20,9 +22,29 @@ def load_tokenizer(path: str | Path) -> Any:
         CheckpointError: there is none, or transformers cannot read it.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return load_folder(folder)
+    if _has_files(path):
+        return load_folder(_folder(path))
     if not is_gguf(path):
         raise CheckpointError(f"{path}: no tokenizer.", hint="Copy the original model's tokenizer files there.")
     return gguf_tokenizer(GgufModel.open(path))
+
+
+def own_tokenizer(path: Path) -> str | None:
+    """What a GGUF file whose own tokenizer is taken says of how text is cut; None of every other model.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if _has_files(path) or not is_gguf(path):
+        return None
+    metadata = GgufModel.open(path).metadata
+    keys = (Keys.Tokenizer.MODEL, Keys.Tokenizer.PRE)
+    return ", ".join(f"{key} {metadata[key]}" for key in keys if key in metadata)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _has_files(path: Path) -> bool:
+    return any((_folder(path) / name).is_file() for name in TOKENIZER_FILES)

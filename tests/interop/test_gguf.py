@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFValueType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from qconv.gguf.mixture import MIXTURES
 from qconv.gguf.plan import plan_gguf, write_file
-from qconv.gguf.pre_tokenizers import LLAMA3
+from qconv.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
+from qconv.runtime.tokenizer import load_tokenizer
 from qconv.source import Source
 from tests.conftest import random_model, save_model
+from tests.gguf_copies import copied
 from tests.interop.conftest import MODEL, Client
 from tests.interop.environments import CHECKOUT
 
@@ -54,6 +57,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
 }
 LLAMA3_PATTERN = LLAMA3
+FIRST_NAMES = list({kind: name for name, kind in reversed(PRE_TOKENIZERS.items())}.values())
+"""A name of each way of cutting text."""
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,15 @@ def test_other_pre_tokenizers_tokenize_as_transformers(
     assert answer.tokens == [tokenizer(text)["input_ids"] for text in given]
     assert answer.special[:2] == [0, 3]
     assert answer.special[3:] == [True, False]
+
+
+@pytest.mark.parametrize("pre", FIRST_NAMES)
+def test_tokenizers_of_files_read_as_llama_cpp_reads_them(pre: str, llama: Llama, tmp_path: Path) -> None:
+    (file,) = write(MODEL, tmp_path / "q8", "Q8_0")
+    copy = copied(file, tmp_path / "copy.gguf", {"tokenizer.ggml.pre": (pre, GGUFValueType.STRING)}, [ADD_BOS])
+    tokenizer = load_tokenizer(copy)
+    given = texts()[::4]
+    assert llama(copy, texts=given).tokens == [tokenizer(text)["input_ids"] for text in given]
 
 
 @pytest.mark.parametrize("settings", [{"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])

@@ -21,7 +21,7 @@ from qconv.recipe import OutputSettings
 from qconv.runtime.dense import write_dense
 from qconv.runtime.gguf_files import GgufFiles, original_heads
 from qconv.runtime.loading import memory
-from qconv.runtime.tokenizer import load_tokenizer
+from qconv.runtime.tokenizer import load_tokenizer, own_tokenizer
 from tests.conftest import BUNDLED, random_model, save_model
 
 IDS = torch.arange(40).view(2, 20)
@@ -129,6 +129,8 @@ def test_the_tokenizer_is_the_files_own(tmp_path: Path) -> None:
     out = convert(BUNDLED, tmp_path / "out", "Q8_0")
     ours, original = load_tokenizer(next(out.glob("*.gguf"))), load_tokenizer(BUNDLED)
     assert ours(TEXT).input_ids == original(TEXT).input_ids
+    assert own_tokenizer(out) == "tokenizer.ggml.model gpt2, tokenizer.ggml.pre qwen2"
+    assert own_tokenizer(BUNDLED) is None
     chat = [{"role": "user", "content": "hi"}]
     options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
     assert ours.apply_chat_template(chat, **options) == original.apply_chat_template(chat, **options)
