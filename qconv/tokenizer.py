@@ -8,7 +8,7 @@ from typing import Any
 from qconv.errors import CheckpointError
 from qconv.printable import one_line, printable
 
-_HINT = "Copy the model's tokenizer files again."
+_HINT = "Copy the model's tokenizer files and config.json again."
 
 
 def load_tokenizer(folder: Path, *, gguf_file: str | None = None) -> Any:

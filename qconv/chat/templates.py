@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 from qconv.errors import CheckpointError, ResourceError, UsageError
 from qconv.printable import printable, well_formed
 
-SECONDS = 20
+SECONDS = 10
 """In which one chat must be rendered; templates take milliseconds."""
 START_SECONDS = 300
 """In which the process must have started: on a busy machine importing transformers takes its time."""
