@@ -104,6 +104,14 @@ LIMITS = (
         "fails on blocks in this format",
         "--fmt fp8 has the same blocks",
     ),
+    Limit(
+        TRANSFORMERS,
+        "run",
+        "fp8_static",
+        lambda grid, experts: experts,
+        "computes experts without the stored scales of their inputs",
+        "vLLM and SGLang use them",
+    ),
 )
 
 

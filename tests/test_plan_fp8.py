@@ -161,3 +161,9 @@ def test_rows_of_a_linear_that_stands_alone_are_pointed_out(kind: str) -> None:
     said = [notice for notice in planned.notices() if "not whole blocks" in notice]
     assert bool(said) == (KINDS[kind][1] == 128)
     assert all(notice.startswith("4 linears are not whole blocks of 128 x 128") for notice in said)
+
+
+def test_static_experts_in_transformers_are_told_of() -> None:
+    (notice,) = plan(model(), "static").notices()
+    assert "computes experts without the stored scales" in notice
+    assert plan(model("llama"), "static").notices() == []

@@ -123,11 +123,16 @@ def test_its_own_loader_computes_what_qconv_computes(
     client(case.environment, case.client, made, *asked, request, tmp_path / "answer.safetensors")
 
     theirs, problems = _read(tmp_path / "answer.safetensors")
-    assert not {kind: names for kind, names in problems.items() if set(names) - {"lm_head.weight"}}, problems
+    assert not {kind: names for kind, names in problems.items() if any(map(_counts, names))}, problems
     write_dense(made, tmp_path / "dense", case.dtype)
     errors = (theirs - _ours(tmp_path / "dense", ids)).abs()
     assert theirs.std() > 0.5, "neither NaN nor a uniform distribution"
     assert float(errors.max()) < case.bound
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor that a loader lacks matters: a tied head has none, and transformers' experts round no input."""
+    return name != "lm_head.weight" and not (".experts." in name and name.endswith(".input_scale"))
 
 
 def _ours(dense: Path, ids: Tensor) -> Tensor:
