@@ -204,7 +204,7 @@ class _Run:
         record.require_unchanged(self.progress)
         self._get_importance(tokens, journal, record)
         for file in self.plan.files:
-            self._file(file, journal)
+            self._file(file, journal, record)
         record.require_unchanged(self.progress)
         return Outcome(self.out, self._finish(journal), already_complete=False)
 
@@ -252,7 +252,7 @@ class _Run:
         self.coverage = _require_coverage(self.plan, self.recipe, self.importance, complete=True)
         self.log(f"imatrix: {self.coverage.sentence()}")
 
-    def _file(self, file: FileLayout, journal: Journal) -> None:
+    def _file(self, file: FileLayout, journal: Journal, record: SourceRecord) -> None:
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
         self.progress(file.name, self.done, self.weights)
         if file.name in journal.units:
@@ -261,10 +261,10 @@ class _Run:
             return
         with GgufWriter(self.out, file, journal.staged(file.name)) as writer:
             snr_db, read = self._write(file, writer)
-            record = writer.finish()
-            journal.announce([record])
+            written = writer.finish()
+            journal.announce([written])
             writer.publish()
-        journal.commit(file.name, {"size": record.size, "sha256": record.sha256, "snr_db": snr_db, READ: read})
+        record.commit(file.name, {"size": written.size, "sha256": written.sha256, "snr_db": snr_db, READ: read})
 
     def _write(self, file: FileLayout, writer: GgufWriter) -> tuple[dict[str, float | None], str]:
         """Encode and write a file's tensors.

@@ -65,9 +65,9 @@ class SourceRecord:
             OutputError: the journal cannot be written.
         """
         now = self._stamp()
-        if self.journal.source == now:
-            return
         committed = [key for key in self._readings if key in self.journal.units]
+        if not committed or self.journal.source == now:
+            return
         for done, key in enumerate(committed):
             progress(f"{key}: reading its source again", done, len(committed))
             if self.journal.units[key].get(READ) != self._readings[key]():
@@ -93,6 +93,8 @@ class SourceRecord:
                 f"{self._checkpoint.path}: a shard was written, replaced or given other attributes while it was read.",
                 hint="The same command compares what was read with what is there now, and goes on if that is the same.",
             )
+        if self.journal.source != self._began:
+            self.journal.see_source(self._began)
         self.journal.commit(key, values)
 
     def _stamp(self) -> str:
