@@ -364,9 +364,8 @@ def _run_child(arguments: list[str], log: Path, kill: int, writing: int) -> NoRe
         sys.argv = ["qconv", *arguments]
         try:
             qconv.main(prog_name="qconv")
-            code = 0
         except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         os.write(writing, str(count()).encode())
         sys.stdout.flush()
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qconv.gguf.plan import plan_gguf, write_file
 from qconv.gguf.reader import GgufModel
 from qconv.gguf.tensors import encoded, importance_of
 from qconv.models import architecture
+from qconv.patterns import Pattern
 from qconv.source import Source
 from tests.gguf.conftest import Write
 
@@ -58,13 +58,13 @@ def test_blocks_of_rows_change_no_byte(write_gguf: Write, monkeypatch: pytest.Mo
 
 
 def test_overrides_reach_the_file(write_gguf: Write) -> None:
-    _, (path,) = write_gguf("Q8_0", overrides=[(re.compile("ffn_down"), T.F16)])
+    _, (path,) = write_gguf("Q8_0", overrides=[(Pattern.parse("ffn_down"), T.F16)])
     assert GgufModel.open(path).entry("blk.0.ffn_down_exps.weight").type == T.F16
 
 
 def test_a_type_without_encoder_is_refused_before_any_work(expressible: Path) -> None:
     with pytest.raises(UsageError, match="I8 has no encoder in qconv"):
-        plan_gguf(Source.open(expressible), "Q8_0", "model", overrides=[(re.compile("attn_q"), T.I8)])
+        plan_gguf(Source.open(expressible), "Q8_0", "model", overrides=[(Pattern.parse("attn_q"), T.I8)])
 
 
 def test_weights_that_are_not_finite_leave_no_file(
