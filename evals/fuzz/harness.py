@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -116,7 +117,7 @@ def score(target: Target, mutants: int, seed: int, kept: Path) -> Score:
 def damaged(target: Target, data: bytes, seed: int) -> bytes:
     """A file's bytes after one or two mutations; the same seed does the same damage."""
     source = random.Random(f"{target.name} {seed}")
-    with contextlib.suppress(ValueError):  # damage to damage
+    with contextlib.suppress(ValueError, struct.error, RecursionError):  # damage to damage
         for _ in range(source.choice((1, 1, 1, 2))):
             data = source.choice(target.mutations)(source, data)
     return data
