@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -109,9 +110,10 @@ class Count:
 def main(kills: int, only: Sequence[str], work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "QCONV_CACHE": str(work / "cache")}
     for module in COMMANDS:  # once, and not in every process
         importlib.import_module(module)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "QCONV_CACHE": str(work / "cache")}
+    torch.set_num_threads(1)  # a process that is forked beside others' threads would wait for them for ever
     results = {
         case.name: sweep(case, work / case.name.replace(" ", "-"), kills)
         for case in cases(work / "made")

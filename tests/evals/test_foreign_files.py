@@ -89,6 +89,7 @@ class Greedy:
         for file in out.glob("*.json"):
             file.unlink()
         (out / "made").touch()
+        sys.exit(0)
 
 foreign_files.qconv = Greedy()
 case = foreign_files.Case("greedy", lambda out: (out,), restarts=False)
