@@ -24,7 +24,7 @@ from qconv.verification.floors import FLOAT_SNR_FLOOR_DB
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
 from qconv.verification.structure import check_structure
-from qconv.verification.values import check_values, plain_problems
+from qconv.verification.values import check_inputs, check_values
 from qconv.verification.weights import check_weights
 
 
@@ -66,7 +66,7 @@ def _check(
             if not result.problems and source is None:
                 check_values(build, result, progress, workers)
             elif not result.problems and source is not None:
-                result.problems += plain_problems(build, workers)
+                check_inputs(build, result, workers)
                 check_weights(build, source, result, progress, workers)
                 check_companions(checkpoint.path, build.is_ours, source, result)
         elif layout.scheme is not None:

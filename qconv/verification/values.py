@@ -77,11 +77,16 @@ def check_values(build: Build, result: Verification, progress: Progress | None, 
             odd += [] if oddity is None else [f"{linear.name}: {oddity}"]
     if odd:
         result.notices.append(f"{odd[0]} ({len(odd)} such linears), which qconv never writes")
-    result.problems += plain_problems(build, workers)
-    if result.problems:
-        return
-    result.problems += [problem for layer in model.layers for problem in input_scale_problems(build, layer)]
+    check_inputs(build, result, workers)
     result.checked.append("every scale finite and positive, everything that is not quantized finite")
+
+
+def check_inputs(build: Build, result: Verification, workers: Workers) -> None:
+    """Everything that is not quantized finite, and every scale of static activations one that a text can have given."""
+    result.problems += plain_problems(build, workers)
+    if not result.problems:
+        layers = build.architecture.layers
+        result.problems += [problem for layer in layers for problem in input_scale_problems(build, layer)]
 
 
 def plain_problems(build: Build, workers: Workers) -> Iterator[str]:
