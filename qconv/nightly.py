@@ -24,6 +24,7 @@ from qconv.evaluation.engines import is_endpoint
 from qconv.evaluation.history import History, differences
 from qconv.evaluation.record import EXIT_CODES, RUN_NAME, Outcome, Run, Verdict, read_run
 from qconv.evaluation.run import Request, evaluate
+from qconv.evaluation.run_folder import remove_left
 from qconv.evaluation.standing import Standing
 from qconv.gguf.recipe import GgufRecipe
 from qconv.gguf_pipeline import quantize_gguf
@@ -242,7 +243,9 @@ class _AtWork:
         reason = self.standing.reason(run, request)
         if reason is not None:
             self.log(f"{build.name}: {request.suite_name} was measured already, but {reason}")
-        return run if reason is None else None
+            return None
+        remove_left(request.out)
+        return run
 
     def _evaluated(self, build: NightBuild, request: Request) -> Run:
         """The build, measured now; what a run of other inputs left in its folder is discarded."""

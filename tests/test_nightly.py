@@ -20,6 +20,7 @@ from qconv.evaluation.run import evaluate
 from qconv.manifest import WORK_FOLDER, locked
 from qconv.nightly import BuildNight, Night, require_any_run, run_night
 from qconv.nightly_settings import load_nightly
+from qconv.ownership import claim, own_folder
 from tests.evaluation.test_blame import change
 from tests.evaluation.test_run import corpus, suite_on  # noqa: F401 - a fixture
 
@@ -70,8 +71,11 @@ def test_a_night_is_made_measured_judged_and_remembered(config: Path, tmp_path: 
         [str(tmp_path / f"{one}.yaml") for one in ("cheap", "dear")]
     ] * 2
     again: list[str] = []
+    folder, _ = next(iter(first.builds[0].runs.values()))
+    claim(own_folder(folder / ".qconv") / "left").touch()  # as a kill right behind the record leaves it
     assert night(config, log=again).verdict == first.verdict
     assert not any("measuring" in line for line in again), "what is finished is not done again"
+    assert not (folder / ".qconv").exists()
     second = night(config, "2026-01-02")
     with History.open(tmp_path / "history") as history:
         runs = history.runs(name="eight")

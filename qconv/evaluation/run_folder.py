@@ -17,7 +17,7 @@ from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, Run, read_run, store_json
 from qconv.evaluation.suites import Suite
-from qconv.manifest import require_fingerprints, require_same
+from qconv.manifest import locked, require_fingerprints, require_same
 from qconv.ownership import (
     LEDGER_NAME,
     WORK_FOLDER,
@@ -26,6 +26,7 @@ from qconv.ownership import (
     ledger,
     own_folder,
     recover,
+    remove_claimed,
     replaced,
     require_own,
     strangers,
@@ -87,6 +88,17 @@ def begin(out: Path, key: Mapping[str, str], restart: bool) -> None:
         if (out / RUN_NAME).exists() and _key_of(read_run(out)) != key:
             raise _finished(out)
         require_key(out / WORK_FOLDER, key)
+
+
+def remove_left(out: Path) -> None:
+    """Remove what is left of the work folder beside a finished run, after a kill right behind its record.
+
+    Raises:
+        OutputError: another process works there, or something cannot be removed.
+    """
+    if (out / WORK_FOLDER).is_dir():
+        with locked(out):
+            remove_claimed(out / WORK_FOLDER)
 
 
 def _finished(out: Path) -> OutputError:

@@ -14,9 +14,8 @@ from qconv.evaluation.humaneval.dataset import load_problems
 from qconv.evaluation.humaneval.settings import HumanEvalSettings
 from qconv.evaluation.record import RUN_NAME, Artifact, Gate, Run, Unmeasured, read_run
 from qconv.evaluation.run import Request, identified, integrity_gate, subjects_of
+from qconv.evaluation.run_folder import remove_left
 from qconv.evaluation.sandbox.backends import find_backend
-from qconv.manifest import locked
-from qconv.ownership import WORK_FOLDER, remove_claimed
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,9 +37,7 @@ def measured_before(request: Request, progress: Progress) -> Run | None:
     same = run.baseline == (None if request.baseline is None else request.baseline.digest)
     if not same or Standing(progress).reason(run, request) is not None:
         return None
-    if (request.out / WORK_FOLDER).is_dir():
-        with locked(request.out):
-            remove_claimed(request.out / WORK_FOLDER)  # a kill right after the record left it
+    remove_left(request.out)
     return run
 
 
