@@ -31,7 +31,7 @@ from qconv.calibration.documents import Document, documents, in_plain_form
 from qconv.chat.templates import ChatTemplates, RefusedChatError
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
-from qconv.models.base import Config
+from qconv.models.config import Config
 from qconv.recipe import TextSettings
 from qconv.source import require_tokenizer
 from qconv.tokenizer import leading_bos

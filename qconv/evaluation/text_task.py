@@ -23,7 +23,7 @@ from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import Window, WindowedText
-from qconv.models.base import Config
+from qconv.models.config import Config
 
 SETTINGS = TextSettings
 

@@ -15,7 +15,8 @@ from qconv.errors import CheckpointError, UsageError
 from qconv.gguf.names import architecture_name
 from qconv.gguf.rope import Rope, rope_of
 from qconv.models import Architecture
-from qconv.models.base import Config, Moe
+from qconv.models.base import Moe
+from qconv.models.config import Config
 
 Metadata: TypeAlias = dict[str, GGUFValue]
 """Keys with their values and the types in which the file holds them, in file order."""

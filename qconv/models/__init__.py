@@ -10,10 +10,13 @@ from qconv.errors import CheckpointError
 from qconv.models.base import Architecture, Family, build
 from qconv.printable import name_of
 
+_SHARED = ("base", "config")
+"""Modules here that are no family."""
+
 
 def families() -> list[str]:
     """The ``model_type`` of every family that qconv knows, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
 def family(model_type: str) -> Family:
