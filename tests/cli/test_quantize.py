@@ -57,10 +57,10 @@ def test_the_result_tells_path_size_bits_error_memory_and_time(invoke: Invoke, s
         "time",
     ):
         assert text in result.stdout
-    # The plan and one line for each of embeddings, eight layers, head and the end, on stderr with the time.
+    # The plan and one line for each of scales, embeddings, eight layers, head and the end, on stderr with the time.
     lines = result.stderr.splitlines()
     assert all(re.match(r"\[\d+:\d\d:\d\d\] ", line) for line in lines)
-    assert sum("% done" in line for line in lines) == 11
+    assert sum("% done" in line for line in lines) == 12
     assert sum(line.partition("] ")[2].startswith("plan: awq to awq, 4 bits") for line in lines) == 1
     assert "\x1b" not in result.output
     assert "\r" not in result.output

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from qconv.errors import IncapableEngineError, MissingPackageError, NoSandboxError, SandboxError
+from qconv.errors import EngineError, IncapableEngineError, MissingPackageError, NoSandboxError, SandboxError
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.compare import compare, not_compared
 from qconv.evaluation.gates import load_gates
@@ -240,8 +240,9 @@ def test_a_night_goes_on_without_a_sandbox(config: Path, tmp_path: Path) -> None
     rewrite(config, suites=[str(tmp_path / "both.yaml")])
     assert night(config, "2026-01-02").verdict.exit_code == 0, "these gates do not ask for pass@1"
     rewrite(config, suites=[str(tmp_path / "programs.yaml")])
-    with pytest.raises(NoSandboxError):
+    with pytest.raises(EngineError, match="no sandbox") as raised:
         require_any_run(night(config, "2026-01-03"))
+    assert raised.value.exit_code == NoSandboxError.exit_code
 
 
 def test_a_canary_did_not_move_because_less_was_measured(
