@@ -26,6 +26,11 @@ def reciprocal(values: Tensor) -> Tensor:
     return values.reciprocal().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def square_root(values: Tensor) -> Tensor:
+    """The square roots, correctly rounded as C's sqrtf is: torch's may be the next float on some processors."""
+    return values.double().sqrt_().float()
+
+
 def inverse_determinant(product: Tensor, subtrahend: Tensor) -> Tensor:
     """1 / (product - subtrahend), and 0 where the difference is rounding noise of the product."""
     share = functional.threshold(1.0 - subtrahend * reciprocal(product), _SINGULAR, torch.inf)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qconv.ggml.block_types import GgmlType
 from qconv.ggml.lattice import Lattice, Target, lattice, magnitudes
-from qconv.ggml.numeric import HALF_TINY, as_half, reciprocal, sum_of_halves
+from qconv.ggml.numeric import HALF_TINY, as_half, reciprocal, square_root, sum_of_halves
 from qconv.ggml.scaled import Moments
 from qconv.ggml.trials import best_trial, pick
 
@@ -186,7 +186,7 @@ def best_of_starts(source: Source, weighted: bool) -> tuple[Tensor, Tensor]:
     """Of each sub-block the best real scale that the trials find, and the curvature of its loss there: [columns]."""
     peak = source.magnitudes.amax(0)
     mean_square = sum_of_halves(source.x * source.magnitudes) / sum_of_halves(source.importance)
-    mean = mean_square.sqrt_()
+    mean = square_root(mean_square)
     (flips,) = source.flips(mean * (1.0 / source.grid.middle))
     target = source.target(flips)
     found, lowest = (
