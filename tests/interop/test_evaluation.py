@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qconv.calibration.documents import documents
-from qconv.errors import EngineError, UsageError
+from qconv.errors import EngineError, UnscorableError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.engines.base import Prompt, Sampling
@@ -154,7 +154,7 @@ def test_a_server_that_does_not_score_prompts_is_told_apart(
 ) -> None:
     """llama.cpp's server gives log-probabilities of what it generates alone: perplexity is refused, not made up."""
     task = {"kind": "text", "name": "text", "rule": "llama.cpp", "corpus": f"text:{text}", "tokens": 1000}
-    with pytest.raises(UsageError, match="does not echo prompts with log-probabilities") as caught:
+    with pytest.raises(UnscorableError, match="does not echo prompts with log-probabilities") as caught:
         run(gguf, tmp_path / "run", {"noise": None, "tasks": [task]}, reference=None, engine=f"openai:{server}")
     assert "only generates" in str(caught.value.hint)
 
