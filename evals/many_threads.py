@@ -15,18 +15,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from evals.small_model import save_small_model
 from qconv.cli.main import qconv
 from qconv.gguf.mixture import MIXTURES
 from qconv.gguf.recipe import FORMAT as GGUF
 from qconv.recipe import packaged_recipes
 
-TINY = Path(__file__).resolve().parent / "models/tiny-coder-moe"
 TEXT = ("--tokens", "1024", "--sequence-length", "64")
 """Calibration of a size that keeps a run short; every thread still gets experts of its own."""
 
@@ -35,8 +34,7 @@ TEXT = ("--tokens", "1024", "--sequence-length", "64")
 @click.option("--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Of each format.")
 @click.option("--threads", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--fmt", "formats", multiple=True, help="Only these; repeatable.")
-@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True), default=TINY)
-def main(runs: int, threads: int, formats: Sequence[str], model: Path) -> None:
+def main(runs: int, threads: int, formats: Sequence[str]) -> None:
     """Run, print a table, and exit."""
     chosen = list(formats) or [*packaged_recipes(), *(f"{GGUF}:{name}" for name in MIXTURES)]
     table = Table("format", "runs", "failed", "sets of bytes", "seconds a run")
@@ -47,7 +45,7 @@ def main(runs: int, threads: int, formats: Sequence[str], model: Path) -> None:
         importlib.import_module("qconv.calibration.run")
         importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
         model = scratch / "model"
-        if forked_call(lambda: make_model(model)):
+        if forked_call(lambda: save_small_model(model, width=256, experts=8, head_dim=64)):
             raise click.ClickException("the model could not be made")
         imatrix = scratch / "imatrix"
         if any(fmt.startswith(GGUF) for fmt in chosen) and forked(["imatrix", str(model), "-o", str(imatrix), *TEXT]):
@@ -70,31 +68,6 @@ def main(runs: int, threads: int, formats: Sequence[str], model: Path) -> None:
             click.echo(f"{fmt}: {runs} runs, {failed} failed, {len(seen)} set(s) of bytes, {seconds:.2f} s a run")
     Console().print(table)
     sys.exit(1 if failures else 0)
-
-
-def make_model(folder: Path) -> None:
-    """A random model that is small, and whose rows every block type fits."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        moe_intermediate_size=256,
-        num_hidden_layers=2,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-    )
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def forked(arguments: list[str]) -> int:

@@ -9,14 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from evals.fuzz.harness import Target, command
 from evals.fuzz.mutations import BYTES, JSON, JSON_LINES, SAFETENSORS, TEXT
+from evals.small_model import save_small_model
 from qconv.cli.console import print_error
 from qconv.cli.main import as_qconv_error, qconv
 
-TINY = Path(__file__).resolve().parents[1] / "models/tiny-coder-moe"
 QUICK_SUITE = """
 engine: {dtype: float32, rows: 2}
 noise: null
@@ -78,29 +77,7 @@ def model(folder: Path) -> None:
 
 
 def _make_model(folder: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-    )
-    made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    made.save_pretrained(folder / "model", max_shard_size="600KB")
-    for file in TINY.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "generation_config")):
-            shutil.copy(file, folder / "model")
+    save_small_model(folder / "model", width=64, experts=4, head_dim=32, max_shard_size="600KB")
 
 
 def build(folder: Path) -> None:
