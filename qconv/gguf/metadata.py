@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_VERSION, GGUFValue, GGUFWriter, LlamaFileType, RopeS
 
 from qconv.errors import CheckpointError, UsageError
 from qconv.gguf.names import architecture_name
-from qconv.gguf.rope import Rope, rope_of
+from qconv.gguf.rope import ROTATES_BY_FACTORS, Rope, rope_of
 from qconv.models import Architecture
 from qconv.models.base import Moe
 from qconv.models.config import Config
@@ -85,6 +85,9 @@ def require_expressible(config: dict[str, Any], model: Architecture) -> None:
             reason = f"layer {dense} is dense (mlp_only_layers, decoder_sparse_step): every layer has experts"
     if reason is None:
         reason = _attention_difference(model)
+    if reason is None and architecture_name(model.family) != ROTATES_BY_FACTORS:
+        factors = rope_of(config).factors(model.head_dim)
+        reason = "rope_type 'llama3': the tensor of its factors is not read" if factors else None
     if reason is not None:
         raise UsageError(
             f"config.json: {reason} in llama.cpp's {architecture_name(model.family)}.",

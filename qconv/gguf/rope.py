@@ -12,6 +12,9 @@ from qconv.rope import stated_rope
 _DEFAULT_THETA = {"llama": 10000.0}
 """Where a config may leave the base out. Llama's first models did; everywhere else a guess would be silently wrong."""
 
+ROTATES_BY_FACTORS = "llama"
+"""The architecture, of those that qconv writes, for which llama.cpp reads a tensor of :meth:`Rope.factors`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:

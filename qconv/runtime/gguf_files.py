@@ -19,6 +19,7 @@ from qconv.gguf.config import config_of
 from qconv.gguf.header import GgufEntry
 from qconv.gguf.names import GgufTensor, gguf_tensors
 from qconv.gguf.reader import GgufModel
+from qconv.gguf.rope import ROTATES_BY_FACTORS
 from qconv.models import Architecture, architecture
 from qconv.models.base import Linear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedWeight, dequantized_rows, is_decoded, row_bytes
@@ -29,8 +30,6 @@ _DENSE = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-ROTATES_BY_FACTORS = "llama"
-"""The architecture for which llama.cpp reads :data:`_ROPE_FACTORS`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,16 @@ def test_the_shared_expert_has_its_own_width() -> None:
     assert keys["qwen2moe.expert_shared_feed_forward_length"] == 64
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2_moe"])
+def test_llama3s_factors_are_refused_where_llama_cpp_reads_no_tensor_of_them(family: str) -> None:
+    """Its loader counts tensors, and refuses a file with one that its graph does not use."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with pytest.raises(UsageError, match="rope_type 'llama3'"):
+        keys_of(config_of(family, rope_scaling=llama3 | {"original_max_position_embeddings": 64}))
+    linear = {"rope_type": "linear", "factor": 4.0}
+    assert any(key.endswith("rope.scaling.factor") for key in keys_of(config_of(family, rope_scaling=linear)))
+
+
 def test_yarn_and_linear_are_scalings_and_llama3_is_a_tensor() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
     keys = keys_of(config_of("qwen3", rope_parameters=yarn))
