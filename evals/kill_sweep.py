@@ -93,7 +93,10 @@ def main(kills: int, only: Sequence[str], seed: int, work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     model = work / "model"
-    write_slice(model, layers=2, experts=4, shard_size=200_000, shape=SHAPE)
+    log = work / "log.txt"
+    # In a process of its own as well: a fork of one whose OpenMP has started threads can hang.
+    if changes.run(lambda: write_slice(model, layers=2, experts=4, shard_size=200_000, shape=SHAPE), work, log).code:
+        raise click.ClickException(f"the model could not be made, see {log}")
     _import_all()
     listed = [one for one in commands(model, work) if not only or one.name in only]
     rows, console = [], Console()
