@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale sensitivity sanitize many-threads fuzz clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale sensitivity sanitize many-threads digests fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,10 @@ fuzz: $(STAMP)  ## 150 mutants of the input of every parser: no traceback, no ha
 
 many-threads: $(STAMP)  ## 50 runs of every format with 8 threads: no crash, one set of bytes
 	$(BIN)/python evals/many_threads.py
+
+digests: $(STAMP)  ## hash every kind of build into build/digests.json; COMPARE=FILE of before names every file with other bytes
+	mkdir -p build
+	$(BIN)/python -m evals.build_digests -o build/digests.json $(if $(COMPARE),--compare $(COMPARE))
 
 clean:  ## remove build/, dist/ and caches; environments stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
