@@ -24,9 +24,9 @@ import yaml
 
 from evals.many_threads import forked
 from evals.options import model_option
-from qconv.arithmetic import digest, processor
-from qconv.gguf.mixture import MIXTURES
-from qconv.recipe import packaged_recipes
+from qconv.building.arithmetic import digest, processor
+from qconv.formats.gguf.mixture import MIXTURES
+from qconv.planning.recipe import packaged_recipes
 
 TEXT = ("--tokens", "1024", "--sequence-length", "128")
 """Calibration that keeps a build short; most experts of the bundled model still see hundreds of tokens."""

@@ -55,7 +55,13 @@ PLANTS = (
 )
 """A file, a link to a file or folder elsewhere, or an empty folder."""
 COMMANDS = (
-    *("qconv.pipeline", "qconv.gguf_pipeline", "qconv.imatrix_pipeline", "qconv.nightly", "qconv.calibration.run"),
+    *(
+        "qconv.building.pipeline",
+        "qconv.building.gguf_pipeline",
+        "qconv.building.imatrix_pipeline",
+        "qconv.nightly.run",
+        "qconv.calibration.run",
+    ),
     *(
         "qconv.evaluation.run",
         "qconv.evaluation.blaming",
@@ -195,7 +201,7 @@ def cases(made: Path) -> list[Case]:
 
 def prepare(model: Path, corpus: Path, suite: Path) -> None:
     """A random model, a corpus of a few documents and a suite of one small task."""
-    from qconv import bench
+    from qconv.building import bench
 
     shape = bench.SliceShape(hidden_size=64, expert_width=32, heads=2, kv_heads=2, head_dim=32, vocab_size=300)
     bench.write_slice(model, layers=1, experts=2, shape=shape, shard_size=80_000)

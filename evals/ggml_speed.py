@@ -33,8 +33,8 @@ from torch import Tensor
 
 from qconv import native
 from qconv.errors import QconvError, UsageError
-from qconv.ggml import GgmlType, compiled, encode
-from qconv.parallel import Workers
+from qconv.executors.threads import Workers
+from qconv.grids.ggml import GgmlType, compiled, encode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "evals/results"
@@ -167,7 +167,7 @@ class Ggml:
         return bool(self._requires(type.id))
 
     def encode(self, weight: Tensor, type: GgmlType, importance: Tensor | None) -> Tensor:
-        """The counterpart of :func:`qconv.ggml.encode`; float32 only."""
+        """The counterpart of :func:`qconv.grids.ggml.encode`; float32 only."""
         rows, columns = weight.shape
         encoded = torch.empty(rows, type.row_bytes(columns), dtype=torch.uint8)
         imatrix = None if importance is None else importance.data_ptr()

@@ -44,17 +44,17 @@ from evals.quality import (
     measure,
     perplexity,
 )
+from qconv.artifacts.gguf_tensors import Importance, encoded, importance_of, parts, uniform
+from qconv.artifacts.source import Source
+from qconv.core.settings import CalibrationSettings
 from qconv.errors import QconvError, UsageError
-from qconv.ggml import GgmlType
-from qconv.gguf.container import GgufWriter
-from qconv.gguf.imatrix import Imatrix, read_imatrix
-from qconv.gguf.mixture import MIXTURES
-from qconv.gguf.names import GgufTensor
-from qconv.gguf.plan import plan_gguf
-from qconv.gguf.recipe import ImatrixSettings
-from qconv.gguf.tensors import Importance, encoded, importance_of, parts, uniform
-from qconv.recipe import CalibrationSettings
-from qconv.source import Source
+from qconv.formats.gguf.container import GgufWriter
+from qconv.formats.gguf.imatrix import Imatrix, read_imatrix
+from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.names import GgufTensor
+from qconv.grids.ggml import GgmlType
+from qconv.planning.gguf_plan import plan_gguf
+from qconv.planning.gguf_recipe import ImatrixSettings
 
 PLAIN, WITH = "qconv", "qconv, imatrix"
 GGML_PLAIN, GGML_WITH, GGML_SAME = "ggml", "ggml, imatrix", "ggml, qconv's importance"

@@ -24,7 +24,7 @@ from rich.table import Table
 from evals import changes
 from evals.kill_resume import differences, digests
 from evals.options import work_option
-from qconv.bench import SliceShape, write_slice
+from qconv.building.bench import SliceShape, write_slice
 
 SHAPE = SliceShape(hidden_size=128, expert_width=128, heads=4, kv_heads=4, head_dim=32, vocab_size=512, top_k=2)
 TEXT = ("--tokens", "1024", "--sequence-length", "64")
@@ -48,10 +48,10 @@ IMPORTED = (
     "qconv.cli.main",
     "qconv.evaluation.engines.local",
     "qconv.evaluation.run",
-    "qconv.gguf_pipeline",
-    "qconv.imatrix_pipeline",
-    "qconv.nightly",
-    "qconv.pipeline",
+    "qconv.building.gguf_pipeline",
+    "qconv.building.imatrix_pipeline",
+    "qconv.nightly.run",
+    "qconv.building.pipeline",
 )
 MOST_RESUMES = 3
 """Runs that a folder may take after its last kill; one is enough where nothing is wrong."""

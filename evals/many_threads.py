@@ -22,9 +22,9 @@ from rich.table import Table
 
 from evals.small_model import save_small_model
 from qconv.cli.main import qconv
-from qconv.gguf.mixture import MIXTURES
-from qconv.gguf.recipe import FORMAT as GGUF
-from qconv.recipe import packaged_recipes
+from qconv.formats.gguf.mixture import MIXTURES
+from qconv.planning.gguf_recipe import FORMAT as GGUF
+from qconv.planning.recipe import packaged_recipes
 
 TEXT = ("--tokens", "1024", "--sequence-length", "64")
 """Calibration of a size that keeps a run short; every thread still gets experts of its own."""

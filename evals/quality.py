@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from evals.options import REPOSITORY, json_option, model_option, work_option
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.calibration.corpus import build_tokens, load_tokenizer
 from qconv.calibration.documents import STDLIB, documents
+from qconv.core.settings import CalibrationSettings
 from qconv.errors import QconvError, UsageError
-from qconv.recipe import CalibrationSettings
 from qconv.runtime.dense import write_dense
 
 CASES = {

@@ -253,7 +253,7 @@ def _prefill(model: Any, ids: Tensor) -> Turn:
 
 def wide(folder: Path) -> Path:
     """A random model of Qwen3-Coder-30B-A3B's shapes but for the vocabulary and the number of layers and experts."""
-    from qconv.bench import SliceShape, write_slice
+    from qconv.building.bench import SliceShape, write_slice
 
     shape = SliceShape(hidden_size=2048, expert_width=768, heads=32, kv_heads=4, head_dim=128, vocab_size=8192, top_k=8)
     if not folder.exists():
@@ -263,10 +263,10 @@ def wide(folder: Path) -> Path:
 
 def built(source: Path, work: Path, name: str, format: str) -> Path:
     """A build by plain rounding, kept for the next time."""
-    from qconv.gguf.recipe import GgufRecipe
-    from qconv.gguf_pipeline import quantize_gguf
-    from qconv.pipeline import quantize
-    from qconv.recipe import load_recipe
+    from qconv.building.gguf_pipeline import quantize_gguf
+    from qconv.building.pipeline import quantize
+    from qconv.planning.gguf_recipe import GgufRecipe
+    from qconv.planning.recipe import load_recipe
 
     out = work / f"{name}-{format.replace(':', '-')}"
     if out.exists():

@@ -26,8 +26,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 FIRST_USE = "tests/test_first_use.py"
 TESTS = (
     FIRST_USE,
-    "tests/test_integer_grid.py",
-    "tests/ggml/test_compiled.py",
+    "tests/core/test_integer_grid.py",
+    "tests/grids/ggml/test_compiled.py",
     "tests/runtime/backends/test_cpu.py",
     "tests/runtime/backends/test_cpu_tiles.py",
 )
@@ -99,7 +99,7 @@ PLANTED = (
         "heap-use-after-free",
         "encoding and IQ2_XS",
         patch="""
-from qconv.ggml import compiled
+from qconv.grids.ggml import compiled
 made = compiled._lattice._function
 def forgetful(grid):
     described, tables = made(grid)

@@ -25,9 +25,11 @@ from rich.table import Table
 from torch import Tensor
 
 from evals.options import REPOSITORY, json_option, model_option, work_option
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, sha256_of
+from qconv.core.architecture import Layer, Linear, Moe
+from qconv.core.qtensor import QTensor
 from qconv.errors import QconvError, UsageError
 from qconv.evaluation.blame import Blame, Cost
 from qconv.evaluation.blaming import blame_run
@@ -35,9 +37,8 @@ from qconv.evaluation.cache import Cache
 from qconv.evaluation.record import Run
 from qconv.evaluation.run import Request, evaluate
 from qconv.evaluation.suites import Suite
-from qconv.models.base import Layer, Linear, Moe
-from qconv.qtensor import QTensor
-from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.folders.state import CHECKSUMS_NAME
+from qconv.verification.checksums import build_files, render_checksums
 
 SUITE = Suite.model_validate(
     {

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconv.output import Outcome
-from qconv.pipeline import quantize
-from qconv.qtensor import Grid, QTensor
-from qconv.recipe import Recipe, parse_recipe
+from qconv.building.output import Outcome
+from qconv.building.pipeline import quantize
+from qconv.core.qtensor import Grid, QTensor
+from qconv.planning.recipe import Recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLED = REPOSITORY / "evals/models/tiny-coder-moe"

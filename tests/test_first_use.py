@@ -15,16 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconv import integer_grid, native
+from qconv import native
+from qconv.core import integer_grid
+from qconv.core.once import MadeOnce
+from qconv.core.qtensor import Grid
+from qconv.executors.threads import single_threaded_operations
 from qconv.formats import get_format
-from qconv.ggml import GgmlType, codebook, compiled, encode, lattice
-from qconv.parallel import MadeOnce, single_threaded_operations
-from qconv.qtensor import Grid
+from qconv.grids.ggml import GgmlType, codebook, compiled, encode, lattice
 from qconv.runtime.backends import get_backend
 from qconv.runtime.packed import IntegerWeight, PackedMlp
 from tests.compiled import require
 from tests.conftest import random_qtensor
-from tests.ggml.conftest import bell_weights, column_importance
+from tests.grids.ggml.conftest import bell_weights, column_importance
 
 THREADS = 8
 ROUNDS = 3

@@ -184,7 +184,7 @@ def mutants(seed: int, data: bytes, count: int) -> Iterator[tuple[str, bytes]]:
 
 def _header_bytes(data: bytes) -> int:
     """Bytes before the tensors' own."""
-    from qconv.gguf.header import read_header
+    from qconv.formats.gguf.header import read_header
 
     with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
         file.write(data)
@@ -197,8 +197,8 @@ def original(folder: Path) -> bytes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qconv.gguf.recipe import GgufRecipe
-    from qconv.gguf_pipeline import quantize_gguf
+    from qconv.building.gguf_pipeline import quantize_gguf
+    from qconv.planning.gguf_recipe import GgufRecipe
 
     torch.manual_seed(0)
     untyped: Any = AutoModelForCausalLM

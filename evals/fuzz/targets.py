@@ -97,8 +97,8 @@ def unfinished(folder: Path) -> None:
 
 
 def _make_unfinished(folder: Path) -> None:
-    from qconv.pipeline import quantize
-    from qconv.recipe import load_recipe
+    from qconv.building.pipeline import quantize
+    from qconv.planning.recipe import load_recipe
 
     class Stop(Exception):
         pass
@@ -172,14 +172,14 @@ def _packaged(kind: str, name: str) -> str:
 
 def _tokens(corpus: str, folder: Path) -> object:
     from qconv.calibration.corpus import build_tokens
-    from qconv.recipe import CalibrationSettings
+    from qconv.core.settings import CalibrationSettings
 
     settings = CalibrationSettings(corpus=corpus.replace("{}", str(folder)), tokens=128, sequence_length=64)
     return build_tokens(settings, folder / "model")
 
 
 def _night(folder: Path) -> object:
-    from qconv.nightly_settings import load_nightly
+    from qconv.nightly.settings import load_nightly
 
     return load_nightly(folder / "nightly.yaml")
 

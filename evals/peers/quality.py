@@ -29,10 +29,10 @@ from safetensors.torch import save_file
 from evals.options import TINY
 from evals.peers import client
 from evals.quality import CALIBRATION
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.calibration.corpus import build_tokens
+from qconv.core.qtensor import Grid
 from qconv.errors import QconvError
-from qconv.qtensor import Grid
 
 BITS, GROUP_SIZE = 4, 128
 

@@ -1,4 +1,4 @@
-// Encoders of ggml's block types. The bytes are those of the torch operations in qconv/ggml, which explain the formulas.
+// Encoders of ggml's block types. The bytes are those of the torch operations in qconv/grids/ggml, which explain the formulas.
 
 #include "exported.h"
 #include "ggml/direct.h"

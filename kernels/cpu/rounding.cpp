@@ -1,5 +1,5 @@
 // Rounding to integer grids, and the error of what was rounded. The numbers are those of the torch operations in
-// qconv/methods/base.py and qconv/verification/weights.py, which explain the formulas.
+// qconv/core/rounding.py and qconv/verification/weights.py, which explain the formulas.
 //
 // Weights are a matrix without gaps. Each run of `width` of them along a row is a group, with a scale of its own.
 

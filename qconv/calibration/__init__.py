@@ -1,1 +1,8 @@
-"""Calibration data, one layer's forward pass at a time, and the statistics that methods need."""
+"""Calibration data, one layer's forward pass at a time, and the statistics that methods need.
+
+``documents`` and ``corpus`` make tokens of text; ``activations`` and ``stream`` keep what flows between layers on disk;
+``forward``, ``mlp`` and ``routing`` compute one layer on real weights with transformers' own modules, every expert with
+the tokens that the router sends it; ``statistics`` and ``squares`` keep what methods and importance matrices need of
+inputs; ``attention``, ``experts`` and ``rounding`` are the two halves of a layer, searched, rounded and passed on;
+``layer``, ``run`` and ``imatrix`` are the loops.
+"""

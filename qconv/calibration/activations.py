@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.writer import output_errors, sha256_of
-from qconv.ownership import claim
+from qconv.folders.ownership import claim
 
 WINDOW_TOKENS = 4096
 """Rows that a pass over a file holds at once."""

@@ -11,12 +11,12 @@ from qconv.calibration.forward import AttentionBlock
 from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
 from qconv.calibration.statistics import InputStatistics
-from qconv.folding import folded_weight, norm_scale, spread_heads
+from qconv.core.architecture import Linear, Norm
+from qconv.core.qtensor import QTensor
+from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.methods import awq
-from qconv.methods.base import fake_quantize, round_to_nearest, rounded_linear
 from qconv.methods.gptq import GptqResult
-from qconv.models.base import Linear, Norm
-from qconv.qtensor import QTensor
+from qconv.models.folding import folded_weight, norm_scale, spread_heads
 
 WINDOW_TOKENS = 2048
 PROBE_SEQUENCES = 4

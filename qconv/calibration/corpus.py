@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qconv.artifacts.source import require_tokenizer
 from qconv.calibration.documents import Document, documents, in_plain_form
 from qconv.chat.templates import ChatTemplates, RefusedChatError
+from qconv.checkpoint.config import Config
 from qconv.checkpoint.reader import read_json
+from qconv.checkpoint.tokenizer import leading_bos
+from qconv.checkpoint.tokenizer import load_tokenizer as load_folder
+from qconv.core.settings import TextSettings
 from qconv.errors import CheckpointError, UsageError
-from qconv.models.config import Config
-from qconv.recipe import TextSettings
-from qconv.source import require_tokenizer
-from qconv.tokenizer import leading_bos
-from qconv.tokenizer import load_tokenizer as load_folder
 
 DOCUMENT_SEQUENCES = 1
 """Sequences' worth of tokens that a document may give in one round."""

@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qconv.boundary.reading import parse_json
 from qconv.errors import QconvError, UsageError
-from qconv.reading import parse_json
 
 STDLIB = "python-stdlib"
 DEFAULT_FIELD = "text"

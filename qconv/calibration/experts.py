@@ -21,12 +21,12 @@ from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
 from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputStatistics
-from qconv.folding import norm_scale
+from qconv.core.architecture import Mlp, Moe
+from qconv.core.qtensor import QTensor
+from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.methods import awq
-from qconv.methods.base import fake_quantize, round_to_nearest, rounded_linear
 from qconv.methods.gptq import GptqResult
-from qconv.models.base import Mlp, Moe
-from qconv.qtensor import QTensor
+from qconv.models.folding import norm_scale
 
 WINDOW_TOKENS = 2048
 POOL_TOKENS = 256

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconv.boundary.printable import one_line
+from qconv.core.architecture import Layer, Norm
 from qconv.errors import CheckpointError
-from qconv.models.base import Layer, Norm
-from qconv.printable import one_line
 
 Activation = Callable[[Tensor], Tensor]
 

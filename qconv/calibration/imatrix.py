@@ -15,21 +15,20 @@ from typing import cast
 
 import torch
 
+from qconv.artifacts.source import Source
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.forward import Decoder
 from qconv.calibration.squares import InputSquares, LayerPass, collect_squares
 from qconv.calibration.stream import LayerStream
 from qconv.checkpoint.writer import is_same
+from qconv.core.architecture import Architecture, Layer
 from qconv.errors import VerificationError
-from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
-from qconv.gguf.names import GgufTensor, gguf_tensors
-from qconv.manifest import Journal
-from qconv.models import Architecture
-from qconv.models.base import Layer
-from qconv.ownership import claim, remove_claimed
-from qconv.parallel import Workers
-from qconv.readings import READ, SourceRecord, checksum
-from qconv.source import Source
+from qconv.executors.threads import Workers
+from qconv.folders.journal import Journal
+from qconv.folders.ownership import claim, remove_claimed
+from qconv.folders.readings import READ, SourceRecord, checksum
+from qconv.formats.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 
 IMATRIX_NAME = "imatrix.gguf"
 """The collected matrix's file and its key in the journal."""

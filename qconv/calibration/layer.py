@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import Decoder
-from qconv.folding import Folds
+from qconv.core.architecture import Architecture, Layer, Linear, Norm
+from qconv.core.qtensor import Grid, QTensor
+from qconv.executors.threads import Workers
 from qconv.methods.awq import Choice
-from qconv.models import Architecture
-from qconv.models.base import Layer, Linear, Norm
-from qconv.parallel import Workers
-from qconv.qtensor import Grid, QTensor
-from qconv.recipe import Recipe
-from qconv.source import Source
+from qconv.models.folding import Folds
+from qconv.planning.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qconv.artifacts.source import Source
 from qconv.calibration.forward import Activation
-from qconv.methods.base import rounded_linear
-from qconv.models.base import Linear, Mlp
-from qconv.qtensor import Grid, QTensor
-from qconv.source import Source
+from qconv.core.architecture import Linear, Mlp
+from qconv.core.qtensor import Grid, QTensor
+from qconv.core.rounding import rounded_linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qconv.calibration.layer import LayerContext
 from qconv.calibration.statistics import InputStatistics, block_width
-from qconv.methods import fp8, gptq
+from qconv.core.qtensor import QTensor
+from qconv.grids import e4m3
+from qconv.methods import gptq
 from qconv.methods.gptq import GptqResult
-from qconv.qtensor import QTensor
 
 
 def statistics_width(context: LayerContext, in_features: int) -> int:
@@ -72,8 +73,8 @@ def scale_activations(context: LayerContext, peak: float, weights: Mapping[str, 
     if not weights:
         return {}
     clip = context.recipe.clip if context.recipe.searches_clipping else None
-    fused = fp8.quantize(
-        torch.cat(list(weights.values())), context.grid, clip, fp8.activation_scale(torch.tensor(peak))
+    fused = e4m3.quantize(
+        torch.cat(list(weights.values())), context.grid, clip, e4m3.activation_scale(torch.tensor(peak))
     )
     found, start = {}, 0
     for name, weight in weights.items():

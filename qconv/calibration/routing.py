@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qconv.artifacts.source import Source
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Workspace
-from qconv.models.base import Layer, Moe
-from qconv.source import Source
+from qconv.core.architecture import Layer, Moe
 
 
 @dataclass(frozen=True, slots=True)

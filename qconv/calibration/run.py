@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
+from qconv.artifacts.source import Source
 from qconv.calibration.attention import calibrate_attention
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.experts import calibrate_mlps
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.stream import LayerStream
-from qconv.manifest import Journal
-from qconv.models.base import Layer
-from qconv.parallel import Workers
-from qconv.plan import BuildPlan, Unit
-from qconv.source import Source
+from qconv.core.architecture import Layer
+from qconv.executors.threads import Workers
+from qconv.folders.journal import Journal
+from qconv.planning.plan import BuildPlan, Unit
 
 
 class Calibration:

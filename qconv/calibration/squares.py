@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qconv.artifacts.source import Source
 from qconv.calibration.experts import WINDOW_TOKENS
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Workspace
 from qconv.calibration.mlp import GatedWeights
 from qconv.calibration.routing import Assignment, Routing
-from qconv.models.base import Layer, Linear, Mlp, Norm
-from qconv.parallel import Workers
-from qconv.source import Source
+from qconv.core.architecture import Layer, Linear, Mlp, Norm
+from qconv.executors.threads import Workers
 
 WHOLE_TOKENS = 8192
 """An MLP that sees more tokens is worked on by all threads together, a window each, since it holds more outputs."""

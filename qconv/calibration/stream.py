@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.layer import Workspace, inputs_file
 from qconv.checkpoint.writer import is_same
-from qconv.manifest import Journal
-from qconv.source import Source
+from qconv.folders.journal import Journal
 
 
 class LayerStream:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from qconv.boundary.printable import printable, well_formed
 from qconv.errors import CheckpointError, ResourceError, UsageError
-from qconv.printable import printable, well_formed
 
 SECONDS = 10
 """In which one chat must be rendered; templates take milliseconds."""

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from qconv.content import HEAD_BYTES, instead_of_tensors
+from qconv.boundary.content import HEAD_BYTES, instead_of_tensors
+from qconv.boundary.printable import name_of, printable
 from qconv.errors import CheckpointError
-from qconv.printable import name_of, printable
 
 MAX_HEADER_BYTES = 100_000_000
 """The specification's own bound on the JSON's length."""

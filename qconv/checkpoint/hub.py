@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from qconv.content import head_of, instead_of_file, is_gguf_file
+from qconv.boundary.content import head_of, instead_of_file, is_gguf_file
+from qconv.boundary.printable import printable
 from qconv.errors import CheckpointError, UsageError
-from qconv.printable import printable
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "merges.txt", "LICENSE*"]

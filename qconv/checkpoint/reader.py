@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv import reading
+from qconv.boundary import reading
+from qconv.boundary.content import gguf_files
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header
-from qconv.content import gguf_files
 from qconv.errors import CheckpointError, UsageError
-from qconv.printable import name_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -26,7 +26,7 @@ def command() -> None:
 def write(layers: int, experts: int, out: Path, seed: int, as_json: bool) -> None:
     """Write a random bf16 checkpoint with the true shapes of Qwen3-Coder-480B-A35B and fewer layers or experts."""
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
-        from qconv.bench import write_slice
+        from qconv.building.bench import write_slice
 
         write_slice(out, layers=layers, experts=experts, seed=seed, progress=reporter.progress)
     nbytes = sum(file.stat().st_size for file in out.iterdir())

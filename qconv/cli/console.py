@@ -15,8 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from qconv.boundary.printable import printable
 from qconv.errors import QconvError
-from qconv.printable import printable
 
 LOG_WIDTH = 120
 """Columns where there is no terminal to ask and COLUMNS is not set."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import click
 
+from qconv.boundary.printable import printable
 from qconv.cli.console import ReaderGone, print_json, say, stderr, stdout
 from qconv.cli.numbers import COUNT, SEED, Temperature
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 from qconv.errors import UsageError
-from qconv.printable import printable
 
 
 @click.command(short_help="Let a build write text.")
@@ -49,8 +49,8 @@ def command(
     with reporting(quiet=True):
         from qconv.chat.templates import ChatTemplates
         from qconv.checkpoint.hub import resolve_build
-        from qconv.decoding import decoding_settings
-        from qconv.inspection import require_finished
+        from qconv.folders.state import require_finished
+        from qconv.runtime.decoding import decoding_settings
         from qconv.runtime.generation import complete, recommended
         from qconv.runtime.loading import load
         from qconv.runtime.tokenizer import load_tokenizer, own_tokenizer

@@ -16,8 +16,8 @@ from qconv.cli.progress import reporting
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qconv.gguf.reader import GgufModel
-    from qconv.gguf.recipe import GgufRecipe
+    from qconv.formats.gguf.reader import GgufModel
+    from qconv.planning.gguf_recipe import GgufRecipe
 
 _SHOWN_VALUES = 64
 
@@ -35,8 +35,8 @@ def quantize(
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
+        from qconv.building.gguf_pipeline import quantize_gguf
         from qconv.checkpoint.hub import resolve_model
-        from qconv.gguf_pipeline import quantize_gguf
 
         outcome = quantize_gguf(
             resolve_model(model),
@@ -105,7 +105,7 @@ def print_coverage(coverage: Mapping[str, Any]) -> None:
 def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
     """``qconv plan`` of a GGUF recipe: sizes by type, from config.json and the tokenizer alone."""
     from qconv.checkpoint.hub import resolve_model
-    from qconv.gguf.outline import outline
+    from qconv.planning.gguf_outline import outline
 
     planned = outline(resolve_model(model, weights=False), recipe)
     infos = planned.tensors
@@ -133,7 +133,7 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
 
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     """``qconv inspect`` of a GGUF file or set."""
-    from qconv.gguf.reader import IMATRIX_TYPE, GgufModel
+    from qconv.formats.gguf.reader import IMATRIX_TYPE, GgufModel
 
     made = GgufModel.open(path)
     if made.metadata.get("general.type") == IMATRIX_TYPE:
@@ -159,7 +159,7 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
 
 def _inspect_imatrix(path: Path, as_json: bool) -> None:
     """What an importance matrix was collected on, and how many tokens its entries saw."""
-    from qconv.gguf.imatrix import read_imatrix
+    from qconv.formats.gguf.imatrix import read_imatrix
 
     matrix = read_imatrix(path / "imatrix.gguf" if path.is_dir() else path)
     rows = []

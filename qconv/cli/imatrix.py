@@ -15,7 +15,8 @@ from qconv.cli.gguf import print_coverage
 from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import json_option, model_argument, out_option
 from qconv.cli.progress import reporting
-from qconv.recipe import TextSettings, parse_as
+from qconv.core.settings import TextSettings
+from qconv.planning.recipe import parse_as
 
 
 @click.command(short_help="Collect an importance matrix for GGUF.")
@@ -49,8 +50,8 @@ def command(
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
+        from qconv.building.imatrix_pipeline import write_model_imatrix
         from qconv.checkpoint.hub import resolve_model
-        from qconv.imatrix_pipeline import write_model_imatrix
 
         outcome = write_model_imatrix(
             resolve_model(model),

@@ -16,7 +16,7 @@ from qconv.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qconv.inspection import Inspection, ModuleClass
+    from qconv.artifacts.inspection import Inspection, ModuleClass
 
 _SKIPPED_SHOWN = 8
 _TELLING = (
@@ -36,8 +36,9 @@ def command(path: Path, view: str | None, as_json: bool) -> None:
 
     PATH is the folder of any checkpoint or build in safetensors or GGUF, or one such file. Only headers are read.
     """
-    from qconv.content import is_gguf
-    from qconv.inspection import inspect, require_finished
+    from qconv.artifacts.inspection import inspect
+    from qconv.boundary.content import is_gguf
+    from qconv.folders.state import require_finished
 
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder.", hint="inspect reads what is on this machine.")
@@ -78,7 +79,7 @@ def _values(inspection: Inspection, view: str | None) -> dict[str, Any]:
         "notices": inspection.notices,
         "classes": [_class_values(one) for one in inspection.classes],
     }
-    from qconv.inspection import OUTSIDE
+    from qconv.artifacts.inspection import OUTSIDE
 
     if view == "layers":
         values["by_layer"] = [
@@ -149,7 +150,7 @@ def _quantization(inspection: Inspection) -> str:
 
 
 def _skip_summary(skipped: tuple[str, ...]) -> str:
-    from qconv.inspection import name_class
+    from qconv.artifacts.inspection import name_class
 
     kinds = Counter(map(name_class, skipped))
     shown = [kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()]
@@ -183,7 +184,7 @@ def _tensors(one: ModuleClass) -> str:
 
 
 def _print_layers(console: Console, inspection: Inspection) -> None:
-    from qconv.inspection import OUTSIDE
+    from qconv.artifacts.inspection import OUTSIDE
 
     rows = [
         (
@@ -208,7 +209,7 @@ def _print_tensors(console: Console, inspection: Inspection) -> None:
 
 
 def _entries(inspection: Inspection) -> list[tuple[Any, str]]:
-    from qconv.inspection import natural_order
+    from qconv.artifacts.inspection import natural_order
 
     ordered = sorted(inspection.entries.values(), key=lambda entry: natural_order(entry.name))
     return [(entry, entry.dtype_name) for entry in ordered]

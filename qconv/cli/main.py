@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 import click
 
 from qconv import __version__
+from qconv.boundary.printable import printable
 from qconv.cli.console import ReaderGone, print_error
 from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 from qconv.heap import settle_allocation
-from qconv.printable import printable
 
 COMMANDS = ("plan", "quantize", "imatrix", "inspect", "verify", "generate", "eval", "nightly", "bench")
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""

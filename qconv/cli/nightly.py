@@ -14,7 +14,7 @@ from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
-    from qconv.nightly import BuildNight
+    from qconv.nightly.run import BuildNight
 
 
 @click.command(short_help="Make, measure and judge builds, night after night.")
@@ -28,8 +28,8 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
         from qconv.evaluation.history import History
         from qconv.evaluation.report.page import write_report
         from qconv.evaluation.report.view import summary, view
-        from qconv.nightly import not_measured, require_any_run, run_night
-        from qconv.nightly_settings import load_nightly
+        from qconv.nightly.run import not_measured, require_any_run, run_night
+        from qconv.nightly.settings import load_nightly
 
         plan = load_nightly(config)
         night = run_night(plan, night_date, progress=reporter.progress, log=reporter.log)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
+from qconv.core.settings import GIGABYTE
 from qconv.errors import UsageError
-from qconv.recipe import GIGABYTE, METHODS, Recipe, load_recipe, packaged_recipes, read_values, replaced
+from qconv.planning.recipe import METHODS, Recipe, load_recipe, packaged_recipes, read_values, replaced
 
 if TYPE_CHECKING:
-    from qconv.gguf.recipe import GgufRecipe
+    from qconv.planning.gguf_recipe import GgufRecipe
 
 GGUF = "gguf"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -99,7 +100,7 @@ class RecipeOptions:
             said, where = f"--fmt {fmt}", "--fmt"
             if self.recipe is not None:
                 self._source()
-            from qconv.gguf.mixture import MIXTURES
+            from qconv.formats.gguf.mixture import MIXTURES
 
             if values["type"] not in MIXTURES:
                 known = ", ".join(MIXTURES)
@@ -114,7 +115,7 @@ class RecipeOptions:
         for name in ("method", "group_size", "routing", "no_propagate", "skip"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
-        from qconv.gguf.recipe import parse_gguf_recipe
+        from qconv.planning.gguf_recipe import parse_gguf_recipe
 
         overrides: dict[str, Any] = {key: value for key, value in self._shared_overrides().items() if value is not None}
         if self.imatrix:

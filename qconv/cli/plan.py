@@ -16,7 +16,7 @@ from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
-    from qconv.planning import Estimate
+    from qconv.planning.estimate import Estimate
 
 _TOPOLOGY_FAILS = 1
 
@@ -42,8 +42,8 @@ def command(model: str, tp: int | None, units: bool, as_json: bool, **options: A
         return 0
     recipe = given.load()
     from qconv.checkpoint.hub import resolve_model
-    from qconv.plan import topology_group_sizes, topology_problems
-    from qconv.planning import estimate
+    from qconv.planning.estimate import estimate
+    from qconv.planning.plan import topology_group_sizes, topology_problems
 
     result = estimate(resolve_model(model, weights=False), recipe)
     problems = [] if tp is None else topology_problems(result.plan, tp)
@@ -134,7 +134,7 @@ def _print(result: Estimate, units: bool) -> None:
 
 
 def _print_topology(ranks: int, problems: Sequence[str], sizes: Sequence[int]) -> None:
-    from qconv.fitting import shown_sizes
+    from qconv.planning.fitting import shown_sizes
 
     console = stdout()
     if not problems:

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from qconv.boundary.printable import printable
 from qconv.cli.console import duration, say, stderr
 from qconv.cli.signals import Interrupts
-from qconv.printable import printable
 
 _LINE_SECONDS = 10.0
 """Least time between two lines about the same thing."""

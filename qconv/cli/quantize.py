@@ -17,7 +17,7 @@ from qconv.cli.options import RecipeOptions, json_option, model_argument, out_op
 from qconv.cli.progress import reporting
 
 if TYPE_CHECKING:
-    from qconv.plan import BuildPlan
+    from qconv.planning.plan import BuildPlan
 
 
 @click.command(short_help="Make a quantized build, or continue one.")
@@ -45,10 +45,10 @@ def command(model: str, out: Path, restart: bool, threads: int | None, as_json: 
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
+        from qconv.artifacts.source import Source
+        from qconv.building.pipeline import quantize
         from qconv.checkpoint.hub import resolve_model
-        from qconv.pipeline import quantize
-        from qconv.plan import make_plan
-        from qconv.source import Source
+        from qconv.planning.plan import make_plan
 
         folder = resolve_model(model)
         source = Source.open(folder)

@@ -31,9 +31,9 @@ def command(build: str, against: str | None, as_json: bool) -> int:
     Exits with 5 if anything is wrong, and with 2 if it is of a kind that qconv does not read and cannot check.
     """
     with reporting(quiet=as_json) as reporter:
+        from qconv.boundary.content import is_gguf
         from qconv.checkpoint.hub import resolve_build, resolve_model
-        from qconv.content import is_gguf
-        from qconv.inspection import require_finished
+        from qconv.folders.state import require_finished
         from qconv.verification.build import verify
         from qconv.verification.gguf import verify_gguf
 
@@ -65,7 +65,7 @@ def command(build: str, against: str | None, as_json: bool) -> int:
 
 def by_kind(snr_db: Mapping[str, float]) -> list[dict[str, Any]]:
     """Signal to noise ratios of linears by kind: modules whose names differ in numbers alone."""
-    from qconv.inspection import name_class
+    from qconv.artifacts.inspection import name_class
 
     kinds: dict[str, dict[str, float]] = {}
     for module, value in snr_db.items():

@@ -8,19 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qconv.artifacts.layout import layout_of
+from qconv.artifacts.source import Source
+from qconv.boundary.content import is_gguf
 from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.hub import folder_name, resolve_build
 from qconv.checkpoint.reader import Checkpoint
 from qconv.checkpoint.writer import sha256_of
-from qconv.content import is_gguf
 from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation.build_report import read_report
 from qconv.evaluation.record import Artifact
-from qconv.inspection import require_finished
-from qconv.layout import layout_of
-from qconv.source import Source
+from qconv.folders.state import CHECKSUMS_NAME, require_finished
 from qconv.verification.build import verify
-from qconv.verification.checksums import CHECKSUMS_NAME, check_sums
+from qconv.verification.checksums import check_sums
 from qconv.verification.gguf import verify_gguf
 from qconv.verification.outcome import Progress, Verification
 
@@ -95,7 +95,7 @@ def check_integrity(artifact: Artifact, progress: Progress) -> Verification:
 
 
 def _gguf(path: Path) -> Artifact:
-    from qconv.gguf.reader import GgufModel
+    from qconv.formats.gguf.reader import GgufModel
 
     made = GgufModel.open(path)
     folder = path if path.is_dir() else path.parent

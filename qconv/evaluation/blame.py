@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from qconv.core.architecture import Layer
 from qconv.evaluation.mixing import Part, outside_layers, parts_of, whole_layers
 from qconv.evaluation.statistics import ratio_standard_error
 from qconv.evaluation.variants import Sums, Variants
-from qconv.folding import Folds
-from qconv.models.base import Layer
-from qconv.ownership import own_folder
+from qconv.folders.ownership import own_folder
+from qconv.models.folding import Folds
 from qconv.runtime.files import ModelFiles
 
 CONFIRMED = 5

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.artifacts.layout import layout_of
+from qconv.boundary.content import is_gguf
 from qconv.checkpoint.reader import read_json
-from qconv.content import is_gguf
+from qconv.core.architecture import Layer
 from qconv.errors import ArtifactError, UsageError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.blame import Blame, Suspect, find_blame
 from qconv.evaluation.record import AGAIN, Artifact, Task, parse_as, read_run
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.text import calibrated_on, windowed_text
-from qconv.folding import Folds
-from qconv.layout import layout_of
-from qconv.manifest import locked
-from qconv.models.base import Layer
-from qconv.ownership import ledger, own_folder, remove_claimed, require_free, write_own
+from qconv.folders.journal import locked
+from qconv.folders.ownership import ledger, own_folder, remove_claimed, require_free, write_own
+from qconv.models.folding import Folds
 from qconv.runtime.files import ModelFiles, open_files
 
 BLAME_NAME = "blame.json"

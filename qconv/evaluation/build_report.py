@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from qconv.boundary.reading import read_json
 from qconv.checkpoint.hub import require_inside
 from qconv.errors import ArtifactError, RecipeError
 from qconv.evaluation.record import parse_as
-from qconv.gguf.recipe import FORMAT as GGUF
-from qconv.gguf.recipe import parse_gguf_recipe
-from qconv.reading import read_json
-from qconv.recipe import parse_recipe
-from qconv.reported import REPORT_NAME
+from qconv.folders.state import REPORT_NAME
+from qconv.planning.gguf_recipe import FORMAT as GGUF
+from qconv.planning.gguf_recipe import parse_gguf_recipe
+from qconv.planning.recipe import parse_recipe
 
 _HINT = "Restore it, or make the build again."
 

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from qconv.boundary.reading import parse_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
 from qconv.errors import ArtifactError, OutputError
-from qconv.ownership import claim
-from qconv.reading import parse_json
+from qconv.folders.ownership import claim
 
 KEY_NAME = "key.json"
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.folding import Folds
-from qconv.models import Architecture
-from qconv.models.base import Layer, Linear, Norm
+from qconv.core.architecture import Architecture, Layer, Linear, Norm
+from qconv.models.folding import Folds
 from qconv.runtime.files import ModelFiles
 from qconv.runtime.packed import DenseWeight, PackedWeight
 

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from qconv.boundary.reading import parse_json, read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, write_atomically
 from qconv.errors import ArtifactError, OutputError
-from qconv.ownership import WORK_FOLDER, claim, write_own
-from qconv.reading import parse_json, read_json
+from qconv.folders.ownership import WORK_FOLDER, claim, write_own
 
 RUN_NAME = "run.json"
 FILES_FOLDER = "files"

@@ -28,8 +28,8 @@ from qconv.evaluation.reference import Kept
 from qconv.evaluation.run_folder import begin, device_facts, enter, kept_report, run_key, versions
 from qconv.evaluation.suites import Suite, TextSettings
 from qconv.evaluation.tasks import Bench, Kind, Log, Progress, Subject, settings_of
-from qconv.manifest import locked
-from qconv.ownership import WORK_FOLDER, own_folder, remove_claimed
+from qconv.folders.journal import locked
+from qconv.folders.ownership import WORK_FOLDER, own_folder, remove_claimed
 
 TASK_NAME = "task.json"
 

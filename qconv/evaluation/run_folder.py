@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qconv import __version__
+from qconv.boundary.reading import read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
 from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
 from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, Run, read_run, store_json
 from qconv.evaluation.suites import Suite
-from qconv.manifest import locked, require_fingerprints, require_same
-from qconv.ownership import (
+from qconv.folders.journal import locked, require_fingerprints, require_same
+from qconv.folders.ownership import (
     LEDGER_NAME,
     WORK_FOLDER,
     claim,
@@ -32,8 +33,7 @@ from qconv.ownership import (
     strangers,
     within,
 )
-from qconv.reading import read_json
-from qconv.reported import REPORT_NAME
+from qconv.folders.state import REPORT_NAME
 
 KEY_NAME = "key.json"
 _KEYS = frozenset({"build", "reference", "suite", "engine", "qconv"})

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from qconv.boundary.reading import read_yaml
 from qconv.errors import UsageError
 from qconv.evaluation.windows import Rule
-from qconv.reading import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -14,17 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qconv.artifacts.reported import read_report
 from qconv.calibration.corpus import build_tokens, render_chat
 from qconv.calibration.documents import STDLIB, Document, documents
 from qconv.chat.templates import ChatTemplates
+from qconv.checkpoint.tokenizer import leading_bos
+from qconv.core.settings import CalibrationSettings
 from qconv.errors import QconvError, UsageError
 from qconv.evaluation.encoding import Encoded, encode, encode_pieces
 from qconv.evaluation.suites import TextSettings
 from qconv.evaluation.windows import WindowedText, cut, most_tokens
-from qconv.recipe import CalibrationSettings
-from qconv.reported import read_report
 from qconv.runtime.tokenizer import load_tokenizer
-from qconv.tokenizer import leading_bos
 
 HELD_BACK = 192
 """Documents of the standard library that are calibration's; the packaged recipes use 64."""

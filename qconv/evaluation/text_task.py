@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from qconv.checkpoint.config import Config
 from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.cache import Entry
@@ -23,7 +24,6 @@ from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import Window, WindowedText
-from qconv.models.config import Config
 
 SETTINGS = TextSettings
 

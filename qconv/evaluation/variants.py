@@ -27,9 +27,9 @@ from torch.nn import functional
 
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import AttentionBlock, attention_window
+from qconv.core.architecture import Layer, Moe
 from qconv.evaluation.mixing import DTYPE, Mixed, modules_of
-from qconv.folding import Folds
-from qconv.models.base import Layer, Moe
+from qconv.models.folding import Folds
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import Dequantized, ModelFiles
 from qconv.runtime.modules import PackedExperts

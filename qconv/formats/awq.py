@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
+from qconv.core.architecture import HEAD
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
-from qconv.models.base import HEAD
-from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.recipe import GridSettings
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each nibble holds, lowest nibble first."""

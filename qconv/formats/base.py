@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
+from qconv.core.qtensor import Grid, QTensor
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError
-from qconv.qtensor import Grid, QTensor
-from qconv.recipe import GridSettings
 
 TensorReader = Callable[[str], Tensor]
 """Gives a tensor by its full name."""

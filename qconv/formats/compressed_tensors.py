@@ -6,10 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from qconv.boundary.patterns import Pattern, PatternError
+from qconv.boundary.printable import name_of
 from qconv.errors import CheckpointError
 from qconv.formats.base import skip_list
-from qconv.patterns import Pattern, PatternError
-from qconv.printable import name_of
 
 _TARGET = "target:"
 """Before a config group's target in a list of exceptions, where no module's name has a colon."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import compressed_tensors
 from qconv.formats.base import TensorReader, read_tensors
-from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.recipe import GridSettings
 
 BLOCK = 128
 """Side of a block: what the kernels of engines are made for."""

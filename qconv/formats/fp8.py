@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from qconv.core.architecture import HEAD
+from qconv.core.qtensor import Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import skip_list
 from qconv.formats.float8 import BLOCK, Float8Layout, block_sides, require_eight_bits
-from qconv.models.base import HEAD
-from qconv.qtensor import Grid
-from qconv.recipe import GridSettings
 
 SKIP_KEY = "modules_to_not_convert"
 NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
 from qconv.formats.float8 import CompressedFloat8, is_float_quantized, is_static, require_eight_bits
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import GridSettings
 
 
 class Fp8StaticFormat(CompressedFloat8):

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from qconv import __version__
+from qconv.boundary.patterns import Pattern, PatternError
 from qconv.checkpoint.header import TensorSpec
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, by_rows, read_tensors
-from qconv.patterns import Pattern, PatternError
-from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.recipe import GridSettings
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import compressed_tensors
 from qconv.formats.base import TensorReader, by_rows, read_tensors
-from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.recipe import GridSettings
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 _SIGN = 0x80

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.methods.base import (
-    clip_ratios,
-    decode_,
-    encode_,
-    group_range,
-    range_parameters,
-    row_blocks,
-)
-from qconv.qtensor import Grid
-from qconv.recipe import ClipSettings
+from qconv.core.qtensor import Grid
+from qconv.core.rounding import clip_ratios, decode_, encode_, group_range, range_parameters, row_blocks
+from qconv.core.settings import ClipSettings
 
 MAX_SCALE = 1e4
 """Bound on a scale and its reciprocal, so that folding never over- or underflows a 16-bit norm."""

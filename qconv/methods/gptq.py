@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.errors import QconvError, UsageError
-from qconv.methods.base import (
+from qconv.core.qtensor import Grid, QTensor
+from qconv.core.rounding import (
     assemble,
     clip_ratios,
     decode_,
@@ -40,8 +40,8 @@ from qconv.methods.base import (
     row_blocks,
     to_codes,
 )
-from qconv.qtensor import Grid, QTensor
-from qconv.recipe import ClipSettings, GptqSettings
+from qconv.core.settings import ClipSettings, GptqSettings
+from qconv.errors import QconvError, UsageError
 
 DAMPING_STEP = 10.0
 """Factor on the damping after each failed factorization."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.methods.base import (
+from qconv.core.qtensor import Grid, QTensor
+from qconv.core.rounding import (
     clip_ratios,
     decode_,
     encode_,
@@ -14,8 +15,7 @@ from qconv.methods.base import (
     round_to_nearest,
     row_blocks,
 )
-from qconv.qtensor import Grid, QTensor
-from qconv.recipe import ClipSettings
+from qconv.core.settings import ClipSettings
 
 
 def quantize(weight: Tensor, grid: Grid, clip: ClipSettings | None = None) -> QTensor:

@@ -1,4 +1,10 @@
-"""Model architectures as data: one short declarative file a family; the file's name is the config's ``model_type``."""
+"""Model architectures as data: one short declarative file a family; the file's name is the config's ``model_type``.
+
+A family says what its modules are called and which keys of config.json decide about biases, norms and experts
+(``base``); :func:`architecture` makes of that and a config.json the linears, norms and experts of every layer
+(:mod:`qconv.core.architecture`), which is all that the rest of qconv sees of a model. ``folding`` is what scales folded
+into the operation before a linear do to the tensors around it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,12 @@ import importlib
 import pkgutil
 from typing import Any
 
+from qconv.boundary.printable import name_of
+from qconv.core.architecture import Architecture
 from qconv.errors import CheckpointError
-from qconv.models.base import Architecture, Family, build
-from qconv.printable import name_of
+from qconv.models.base import Family, build
 
-_SHARED = ("base", "config")
+_SHARED = ("base", "folding")
 """Modules here that are no family."""
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
+from qconv.artifacts.source import companions
+from qconv.boundary.content import is_gguf
 from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
-from qconv.content import is_gguf
+from qconv.core.architecture import Linear, Norm
 from qconv.errors import OutputError
-from qconv.models.base import Linear, Norm
 from qconv.runtime.files import open_files, require_no_bias
 from qconv.runtime.tokenizer import load_tokenizer
-from qconv.source import companions
 
 
 def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:

@@ -13,22 +13,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.artifacts.layout import layout_of, strip_quantization
+from qconv.artifacts.source import WEIGHT_DTYPES, open_checkpoint, weight_dtype
+from qconv.boundary.content import is_gguf
 from qconv.checkpoint.fp8 import WHOLE, Fp8Scheme
 from qconv.checkpoint.fp8 import Dequantized as Fp8Checkpoint
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Checkpoint, in_config, map_rows, map_tensor
-from qconv.content import is_gguf
+from qconv.core.architecture import Architecture, Linear
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.errors import CheckpointError
 from qconv.formats.base import read_tensors
 from qconv.formats.w4a16 import IntQuantizedFormat
-from qconv.layout import layout_of, strip_quantization
-from qconv.models import Architecture, architecture
-from qconv.models.base import Linear
-from qconv.qtensor import CHANNEL, Grid, QTensor
+from qconv.models import architecture
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
-from qconv.source import WEIGHT_DTYPES, open_checkpoint, weight_dtype
 
 _PACKED = "w4a16"
 """The format in whose words whole numbers lie in memory."""

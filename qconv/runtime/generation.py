@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qconv.boundary.printable import well_formed
 from qconv.errors import UsageError
-from qconv.printable import well_formed
 
 _CHOOSING = frozenset(
     {"do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}

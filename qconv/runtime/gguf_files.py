@@ -14,14 +14,14 @@ from torch import Tensor
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Tensors, map_tensor
+from qconv.core.architecture import Architecture, Linear
 from qconv.errors import CheckpointError
-from qconv.gguf.config import config_of
-from qconv.gguf.header import GgufEntry
-from qconv.gguf.names import GgufTensor, gguf_tensors
-from qconv.gguf.reader import GgufModel
-from qconv.gguf.rope import ROTATES_BY_FACTORS
-from qconv.models import Architecture, architecture
-from qconv.models.base import Linear
+from qconv.formats.gguf.config import config_of
+from qconv.formats.gguf.header import GgufEntry
+from qconv.formats.gguf.names import GgufTensor, gguf_tensors
+from qconv.formats.gguf.reader import GgufModel
+from qconv.formats.gguf.rope import ROTATES_BY_FACTORS
+from qconv.models import architecture
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedWeight, dequantized_rows, is_decoded, row_bytes
 
 _DENSE = {
@@ -164,7 +164,7 @@ def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], *, rotated:
 
 
 def original_heads(rows: Tensor, heads: int) -> Tensor:
-    """Undo :func:`qconv.gguf.names.permute_heads`: rows of q or k in transformers' rotary layout, a copy."""
+    """Undo :func:`qconv.formats.gguf.names.permute_heads`: rows of q or k in transformers' rotary layout, a copy."""
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 

@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from qconv.errors import CheckpointError
-from qconv.gguf.pre_tokenizers import PRE_TOKENIZERS
-from qconv.gguf.reader import GgufModel
-from qconv.gguf.special import END_TEXTS, end_ids, token_id
+from qconv.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
+from qconv.formats.gguf.reader import GgufModel
+from qconv.formats.gguf.special import END_TEXTS, end_ids, token_id
 
 _SPACE = "▁"
 _TEMPLATES = Keys.Tokenizer.CHAT_TEMPLATE + "."

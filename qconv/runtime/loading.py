@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconv.artifacts.source import WEIGHT_DTYPES, weight_dtype
+from qconv.boundary.printable import one_line
+from qconv.checkpoint.generation_config import GENERATION_CONFIG, read_generation_config
 from qconv.checkpoint.maps import SharedMaps
 from qconv.errors import CheckpointError, UsageError
-from qconv.generation_config import GENERATION_CONFIG, read_generation_config
-from qconv.gguf.sampling import generation_of
-from qconv.printable import one_line
+from qconv.formats.gguf.sampling import generation_of
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import ModelFiles, open_files
 from qconv.runtime.gguf_files import GgufFiles
 from qconv.runtime.modules import PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.skeleton import Installer, empty_model
-from qconv.source import WEIGHT_DTYPES, weight_dtype
 
 
 def load(

@@ -17,8 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from qconv.core.qtensor import Grid, QTensor
 from qconv.formats import get_format
-from qconv.qtensor import Grid, QTensor
 
 
 @dataclass(frozen=True, slots=True)

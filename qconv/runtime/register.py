@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qconv.checkpoint.maps import SharedMaps
+from qconv.core.architecture import Moe
 from qconv.errors import UsageError
-from qconv.models.base import Moe
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import open_files
 from qconv.runtime.packed import DenseWeight

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qconv.core.qtensor import QTensor
 from qconv.errors import UsageError
 from qconv.formats.awq import ORDER
-from qconv.qtensor import QTensor
 from qconv.runtime.kernel_interface import ALIGNMENT, KernelWeight
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconv.boundary.printable import one_line
+from qconv.core.architecture import Layer, Linear, Moe, Norm
 from qconv.errors import CheckpointError
-from qconv.models.base import Layer, Linear, Moe, Norm
-from qconv.printable import one_line
 from qconv.runtime.backends.base import Activation, Backend
 from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear

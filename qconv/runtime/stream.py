@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import AttentionBlock, attention_window
+from qconv.core.architecture import Layer, Moe
 from qconv.errors import UsageError
-from qconv.models.base import Layer, Moe
 from qconv.runtime.backends import Backend, get_backend
 from qconv.runtime.backends.base import Activation
 from qconv.runtime.backends.routing import routed

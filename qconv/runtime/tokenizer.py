@@ -7,12 +7,12 @@ from typing import Any
 
 from gguf import Keys
 
-from qconv.content import is_gguf
+from qconv.artifacts.source import TOKENIZER_FILES
+from qconv.boundary.content import is_gguf
+from qconv.checkpoint.tokenizer import load_tokenizer as load_folder
 from qconv.errors import CheckpointError
-from qconv.gguf.reader import GgufModel
+from qconv.formats.gguf.reader import GgufModel
 from qconv.runtime.gguf_tokenizer import gguf_tokenizer
-from qconv.source import TOKENIZER_FILES
-from qconv.tokenizer import load_tokenizer as load_folder
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.artifacts.layout import Layout, layout_of
+from qconv.artifacts.source import Source, check_tensors, open_checkpoint, weight_dtype
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import Dequantized
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import Checkpoint, in_config, require_finite
+from qconv.core.qtensor import SquaredError
 from qconv.errors import CheckpointError, UnreadLayoutError, UsageError
-from qconv.layout import Layout, layout_of
+from qconv.executors.threads import Workers
 from qconv.models import architecture, families
-from qconv.parallel import Workers
-from qconv.printable import name_of
-from qconv.qtensor import SquaredError
-from qconv.source import Source, check_tensors, open_checkpoint, weight_dtype
 from qconv.verification.checksums import check_sums
 from qconv.verification.companions import check_companions
 from qconv.verification.floors import FLOAT_SNR_FLOOR_DB

@@ -7,15 +7,14 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qconv.boundary.content import misplaced_files
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.hub import outside_of
 from qconv.checkpoint.writer import sha256_of
-from qconv.content import misplaced_files
 from qconv.errors import CheckpointError
-from qconv.manifest import WORK_FOLDER
-from qconv.printable import name_of
+from qconv.folders.journal import WORK_FOLDER
+from qconv.folders.state import CHECKSUMS_NAME
 from qconv.verification.outcome import Progress, Verification
-
-CHECKSUMS_NAME = "SHA256SUMS"
 
 MAX_CHECKSUM_BYTES = 16 * 2**20
 """A line takes some 110 bytes; the largest builds have a few hundred files."""

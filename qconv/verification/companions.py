@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from qconv.build import with_both_spellings
+from qconv.artifacts.build import with_both_spellings
+from qconv.artifacts.source import Source
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import sha256_of
 from qconv.errors import CheckpointError, QconvError
-from qconv.printable import name_of
-from qconv.source import Source
 from qconv.verification.outcome import Verification
 
 _NOT_COMPARED = ("quantization_config", "compression_config", "quantization", "transformers_version", "_name_or_path")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from qconv.artifacts.gguf_tensors import parts
+from qconv.artifacts.reported import has_report, read_report
+from qconv.artifacts.source import Source
+from qconv.core.qtensor import SquaredError
 from qconv.errors import CheckpointError
-from qconv.gguf.names import GgufTensor, gguf_tensors
-from qconv.gguf.reader import GgufModel, model_files, split_paths
-from qconv.gguf.rope import rope_of
-from qconv.gguf.tensors import parts
-from qconv.parallel import Workers
-from qconv.qtensor import SquaredError
-from qconv.reported import has_report, read_report
-from qconv.source import Source
+from qconv.executors.threads import Workers
+from qconv.formats.gguf.names import GgufTensor, gguf_tensors
+from qconv.formats.gguf.reader import GgufModel, model_files, split_paths
+from qconv.formats.gguf.rope import rope_of
 from qconv.verification.blocks import finite_blocks, floor_db, is_known
 from qconv.verification.checksums import check_sums, check_sums_of
 from qconv.verification.keys import check_keys

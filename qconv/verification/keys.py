@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValue, GGUFValueType, Keys
 
+from qconv.artifacts.source import Source
+from qconv.boundary.printable import name_of
 from qconv.errors import UsageError
-from qconv.gguf.header import Value
-from qconv.gguf.metadata import Metadata, model_metadata
-from qconv.gguf.mixture import file_type_id
-from qconv.gguf.names import architecture_name
-from qconv.gguf.reader import GgufModel
-from qconv.gguf.tokenizer import tokenizer_metadata
-from qconv.printable import name_of
-from qconv.source import Source
+from qconv.formats.gguf.header import Value
+from qconv.formats.gguf.metadata import Metadata, model_metadata
+from qconv.formats.gguf.mixture import file_type_id
+from qconv.formats.gguf.names import architecture_name
+from qconv.formats.gguf.reader import GgufModel
+from qconv.formats.gguf.tokenizer import tokenizer_metadata
 from qconv.verification.outcome import Verification
 
 _OF_THE_FILE = (Keys.General.NAME, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, is_cache_scale
-from qconv.models.base import HEAD, Linear
-from qconv.printable import name_of
+from qconv.core.architecture import HEAD, Linear
 from qconv.verification.outcome import Verification
 
 _ACTIVATIONS = (*ACTIVATION_LEAVES, "input_zero_point", "output_scale", "output_zero_point")

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.checkpoint.reader import require_finite
+from qconv.core.architecture import Layer, Linear, Norm
+from qconv.core.qtensor import QTensor
 from qconv.errors import CheckpointError
-from qconv.methods.fp8 import MAX
-from qconv.models.base import Layer, Linear, Norm
-from qconv.parallel import Workers
-from qconv.qtensor import QTensor
+from qconv.executors.threads import Workers
+from qconv.grids.e4m3 import MAX
 from qconv.verification.outcome import Progress, Verification
 
 _E4M3_NAN = 0x7F

@@ -9,17 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qconv import integer_grid
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Tensors
+from qconv.core import integer_grid
+from qconv.core.architecture import Layer, Linear
+from qconv.core.qtensor import QTensor, SquaredError
+from qconv.core.rounding import row_blocks
 from qconv.errors import CheckpointError
-from qconv.folding import Folds, folded_weight
-from qconv.methods.base import row_blocks
-from qconv.models.base import Layer, Linear
-from qconv.parallel import Workers
-from qconv.plan import Module
-from qconv.qtensor import QTensor, SquaredError
-from qconv.source import Source
+from qconv.executors.threads import Workers
+from qconv.models.folding import Folds, folded_weight
+from qconv.planning.plan import Module
 from qconv.verification.floors import FLOAT_SNR_FLOOR_DB, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from qconv.artifacts.source import Source
 from qconv.calibration.forward import Decoder
-from qconv.parallel import Workers
-from qconv.source import Source
+from qconv.executors.threads import Workers
 
 MODEL = Path(__file__).parents[2] / "evals/models/tiny-coder-moe"
 

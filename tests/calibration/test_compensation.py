@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.calibration import experts, rounding
 from qconv.calibration.statistics import InputStatistics
 from qconv.errors import RecipeError
+from qconv.folders.state import REPORT_NAME
 from qconv.methods.gptq import GptqResult
-from qconv.recipe import Recipe
-from qconv.reported import REPORT_NAME
+from qconv.planning.recipe import Recipe
 from qconv.verification.build import verify
 from tests.conftest import FAMILIES, build, folder_bytes, random_model, save_model, small_recipe
 

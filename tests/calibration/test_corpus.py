@@ -20,8 +20,8 @@ from qconv.calibration import corpus as corpus_module
 from qconv.calibration import documents as documents_module
 from qconv.calibration.corpus import TokenSet, build_tokens, load_tokenizer
 from qconv.calibration.documents import Document, documents
+from qconv.core.settings import CalibrationSettings
 from qconv.errors import CheckpointError, UsageError
-from qconv.recipe import CalibrationSettings
 
 MODEL = Path(__file__).parents[2] / "evals/models/tiny-coder-moe"
 EOS, IM_START, IM_END = 0, 1, 2  # the model card

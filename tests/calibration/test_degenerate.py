@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from qconv.build import Build
-from qconv.reported import REPORT_NAME
+from qconv.artifacts.build import Build
+from qconv.folders.state import REPORT_NAME
 from qconv.verification.build import verify
 from tests.conftest import build, random_model, save_model, small_recipe
 

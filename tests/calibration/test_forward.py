@@ -14,7 +14,7 @@ from qconv.calibration import experts, layer
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.corpus import build_tokens
 from qconv.errors import CheckpointError
-from qconv.recipe import Recipe
+from qconv.planning.recipe import Recipe
 from qconv.runtime.dense import write_dense
 from tests.conftest import build, random_model, save_model, small_recipe
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qconv.artifacts.source import Source
 from qconv.calibration import layer as layer_module
 from qconv.calibration import squares
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings
 from qconv.calibration.stream import LayerStream
+from qconv.core.architecture import Mlp, Moe
+from qconv.core.settings import TextSettings
 from qconv.errors import VerificationError
-from qconv.gguf.imatrix import Entry, Imatrix, read_imatrix
-from qconv.manifest import Journal
-from qconv.models.base import Mlp, Moe
-from qconv.parallel import Workers
-from qconv.readings import SourceRecord
-from qconv.recipe import TextSettings
-from qconv.source import Source
+from qconv.executors.threads import Workers
+from qconv.folders.journal import Journal
+from qconv.folders.readings import SourceRecord
+from qconv.formats.gguf.imatrix import Entry, Imatrix, read_imatrix
 from tests.calibration.test_forward import Float32File
 from tests.conftest import BUNDLED, random_model, save_model
 

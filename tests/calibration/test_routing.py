@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconv.artifacts.source import Source
 from qconv.calibration import layer as layer_module
 from qconv.calibration.attention import calibrate_attention
 from qconv.calibration.corpus import build_tokens
 from qconv.calibration.routing import Routing
 from qconv.calibration.run import Calibration
-from qconv.manifest import Journal
-from qconv.parallel import Workers
-from qconv.plan import make_plan
-from qconv.source import Source
+from qconv.executors.threads import Workers
+from qconv.folders.journal import Journal
+from qconv.planning.plan import make_plan
 from tests.calibration.test_forward import Float32File
 from tests.conftest import random_model, save_model, small_recipe
 

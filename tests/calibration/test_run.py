@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qconv.recipe import Recipe
+from qconv.planning.recipe import Recipe
 from qconv.verification.build import verify
 from tests.conftest import build, folder_bytes, random_model, save_model, small_recipe
 

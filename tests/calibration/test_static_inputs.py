@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.calibration.corpus import build_tokens
 from qconv.checkpoint.reader import Checkpoint
-from qconv.methods import fp8
-from qconv.qtensor import QTensor
+from qconv.core.qtensor import QTensor
+from qconv.grids import e4m3
 from qconv.verification.build import verify
 from tests.conftest import build, random_model, save_model, small_recipe
 
@@ -66,7 +66,7 @@ def test_scales_are_the_peaks_over_448(model_type: str, tmp_path: Path) -> None:
         pairs = [(mlp.gate, mlp.up) for mlp in layer.mlps()]
         for fused in (attention.linears()[:3], (attention.o,), *pairs, *((mlp.down,) for mlp in layer.mlps())):
             weights = [source.read(linear.weight).float() for linear in fused]
-            together = fp8.quantize(torch.cat(weights), made.grid)
+            together = e4m3.quantize(torch.cat(weights), made.grid)
             ours = [found[linear.name] for linear in fused]
             assert torch.equal(
                 torch.cat([one.codes for one in ours]).view(torch.uint8), together.codes.view(torch.uint8)

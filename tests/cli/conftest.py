@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pytest
 from click.testing import CliRunner, Result
 
-from qconv.bench import SliceShape, write_slice
+from qconv.building.bench import SliceShape, write_slice
 from qconv.cli.main import qconv
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qconv.bench import write_slice
+from qconv.building.bench import write_slice
+from qconv.core.settings import GridSettings
 from qconv.formats import get_format
-from qconv.recipe import GridSettings
 from tests.cli.conftest import SMALL, Invoke
 
 
@@ -64,7 +64,7 @@ def test_a_damaged_shard_exits_with_5(invoke: Invoke, build: Path, tmp_path: Pat
 
 def test_bench_slice_writes_a_checkpoint(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The command has no option for other shapes, and the true ones are 4 GB of embeddings alone.
-    monkeypatch.setattr("qconv.bench.write_slice", functools.partial(write_slice, shape=SMALL))
+    monkeypatch.setattr("qconv.building.bench.write_slice", functools.partial(write_slice, shape=SMALL))
     out = tmp_path / "slice"
     arguments = ("bench", "slice", "--layers", 2, "--experts", 3, "-o", out)
     result = invoke(*arguments)

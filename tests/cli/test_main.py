@@ -126,7 +126,7 @@ def test_a_bug_gives_a_traceback_and_1(invoke: Invoke, monkeypatch: pytest.Monke
     def fail(path: Path) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("qconv.inspection.inspect", fail)
+    monkeypatch.setattr("qconv.artifacts.inspection.inspect", fail)
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qconv.bench import SliceShape, write_slice
+from qconv.building.bench import SliceShape, write_slice
 from tests.cli.conftest import Invoke
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.cli.signals import Interrupts
 from qconv.errors import Interrupted
-from qconv.manifest import JOURNAL_NAME, WORK_FOLDER, locked
+from qconv.folders.journal import JOURNAL_NAME, WORK_FOLDER, locked
 from tests.cli.conftest import Invoke, Start
 
 CALIBRATED = ("--fmt", "awq", "--group-size", 32, "--tokens", 256, "--sequence-length", 64)

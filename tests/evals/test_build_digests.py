@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from evals.build_digests import OF_THE_RUN, Table, Variant, build, differences, hashed, variants
-from qconv.gguf.mixture import MIXTURES
-from qconv.recipe import packaged_recipes
+from qconv.formats.gguf.mixture import MIXTURES
+from qconv.planning.recipe import packaged_recipes
 
 
 def table(arithmetic: str = "a", **hashes: dict[str, str]) -> Table:

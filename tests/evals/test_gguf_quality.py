@@ -8,8 +8,8 @@ from gguf import MODEL_TENSOR
 
 from evals.gguf_quality import GGML_WITH, PLAIN, WITH, as_llama_cpp, mean, shortfalls
 from evals.quality import Difference, Measured
-from qconv.gguf.imatrix import Entry, Imatrix
-from qconv.gguf.names import GgufTensor
+from qconv.formats.gguf.imatrix import Entry, Imatrix
+from qconv.formats.gguf.names import GgufTensor
 
 
 def test_files_of_several_matrices_are_averaged_document_by_document() -> None:

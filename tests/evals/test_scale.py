@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evals.scale import GIB, Result, quantized_weights, read_through, store
-from qconv.bench import SliceShape
+from qconv.building.bench import SliceShape
 from qconv.models import architecture
 
 RESULT = Result(

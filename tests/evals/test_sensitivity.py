@@ -9,7 +9,7 @@ import torch
 
 from evals.sensitivity import DAMAGES, Bench, Blamed, Named, Result, a_a, damage, quantized, trial
 from evals.sensitivity import SUITE as ORDINARY
-from qconv.build import Build
+from qconv.artifacts.build import Build
 from qconv.evaluation.suites import Suite
 from qconv.verification.build import verify
 from tests.conftest import BUNDLED
@@ -102,7 +102,7 @@ def test_every_damage_is_a_regression_on_a_suite_of_ordinary_size(
 
 
 def _weight(build: Build, linear: object) -> torch.Tensor:
-    from qconv.models.base import Linear
+    from qconv.core.architecture import Linear
 
     assert isinstance(linear, Linear)
     return build.qtensor(linear).dequantize() if build.is_quantized(linear) else build.checkpoint.read(linear.weight)

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.core.architecture import Layer
 from qconv.evaluation import variants
 from qconv.evaluation.blame import Blame, Suspect, find_blame
 from qconv.evaluation.blaming import suspect
-from qconv.folding import Folds
-from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import quantize_gguf
-from qconv.models.base import Layer
+from qconv.models.folding import Folds
+from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.runtime.files import open_files
 from tests.conftest import build, random_model, save_model, small_recipe
 

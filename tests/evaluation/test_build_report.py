@@ -13,7 +13,7 @@ import pytest
 from qconv.errors import ArtifactError
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.run_folder import KEY_NAME, kept_report, require_key
-from qconv.reported import REPORT_NAME
+from qconv.folders.state import REPORT_NAME
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "layers as a number": lambda report: report.update(layers=5),

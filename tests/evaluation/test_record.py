@@ -32,7 +32,7 @@ from qconv.evaluation.record import (
     store_json,
     write_run,
 )
-from qconv.manifest import WORK_FOLDER
+from qconv.folders.journal import WORK_FOLDER
 
 SHA = "0" * 64
 

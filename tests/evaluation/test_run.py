@@ -22,7 +22,7 @@ from qconv.evaluation.run import TASK_NAME, Request, evaluate
 from qconv.evaluation.standing import measured_before
 from qconv.evaluation.suites import Suite, load_suite, packaged_names
 from qconv.evaluation.tasks import settings_of
-from qconv.manifest import WORK_FOLDER
+from qconv.folders.journal import WORK_FOLDER
 from qconv.runtime.loading import load
 from tests.conftest import build, folder_bytes, small_recipe
 

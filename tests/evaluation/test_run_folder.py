@@ -9,8 +9,8 @@ import pytest
 from qconv.errors import OutputError, StaleJournalError
 from qconv.evaluation.cache import Cache, Entry
 from qconv.evaluation.run_folder import begin, enter
-from qconv.manifest import JOURNAL_NAME, Journal
-from qconv.ownership import WORK_FOLDER, own_folder, remove_claimed, write_own
+from qconv.folders.journal import JOURNAL_NAME, Journal
+from qconv.folders.ownership import WORK_FOLDER, own_folder, remove_claimed, write_own
 from tests.conftest import folder_bytes
 
 KEY = {name: name for name in ("build", "reference", "suite", "engine", "qconv")}

@@ -24,12 +24,12 @@ from qconv.evaluation.sandbox import backends
 from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.standing import Standing, measured_before
 from qconv.evaluation.suites import load_suite, packaged_folder
-from qconv.nightly import not_measured, require_any_run
+from qconv.nightly.run import not_measured, require_any_run
 from tests.evaluation.report.conftest import Write, write  # noqa: F401 - a fixture
 from tests.evaluation.test_judging import GATES, problems, text_task
 from tests.evaluation.test_record import example
 from tests.evaluation.test_run import Evaluate, corpus, run, suite_on  # noqa: F401 - fixtures
-from tests.test_nightly import config, night, rewrite  # noqa: F401 - a fixture
+from tests.nightly.test_run import config, night, rewrite  # noqa: F401 - a fixture
 
 HUMANEVAL = {"kind": "humaneval", "name": "humaneval", "problems": 1}
 LEFT_OUT = Unmeasured(name="humaneval", kind="humaneval", reason="no sandbox.", remedy="Install one.")
@@ -259,5 +259,5 @@ def test_a_canary_did_not_move_because_less_was_measured(
         made = evaluate(*args, **options)  # type: ignore[arg-type]  # passed on as they come
         return made.model_copy(update={"tasks": made.tasks[:1], "unmeasured": (LEFT_OUT,)})
 
-    monkeypatch.setattr("qconv.nightly.evaluate", fewer)
+    monkeypatch.setattr("qconv.nightly.run.evaluate", fewer)
     assert "the canary did not move" in night(config, "2026-01-02").verdict.sentence

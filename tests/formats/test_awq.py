@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qconv.core.qtensor import Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, get_format
 from qconv.formats.awq import FORMAT, pack_words, unpack_words
-from qconv.qtensor import Grid
-from qconv.recipe import GridSettings
 from tests.conftest import random_qtensor
 
 # Nibble i of a word holds column ORDER[i] of its eight: AutoAWQ's own AWQ_ORDER.

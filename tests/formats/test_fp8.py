@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, formats, get_format
 from qconv.formats.fp8 import FORMAT
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import GridSettings
 from tests.conftest import random_float_qtensor
 
 GRID = Grid(8, 128, True, torch.float32, number="e4m3", block_rows=128, activations="dynamic")

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect
 from qconv.formats.fp8_static import FORMAT
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import GridSettings
 from tests.conftest import random_float_qtensor
 
 GRID = Grid(8, CHANNEL, True, torch.bfloat16, number="e4m3", block_rows=CHANNEL, activations="static")

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qconv import __version__
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, get_format
 from qconv.formats.gptq import BITS, FORMAT, pack_words, unpack_words, values_per_pack
-from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.recipe import GridSettings, load_recipe
+from qconv.planning.recipe import load_recipe
 
 GRID = Grid(4, 32, symmetric=True, scale_dtype=torch.float16)
 ASYMMETRIC = Grid(4, 32, symmetric=False, scale_dtype=torch.float16)

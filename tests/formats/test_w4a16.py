@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect
 from qconv.formats.w4a16 import FORMAT, pack_rows, unpack_rows
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import GridSettings
 from tests.conftest import random_qtensor
 
 GRID = Grid(4, 32, symmetric=True, scale_dtype=torch.bfloat16)

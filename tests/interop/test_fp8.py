@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.core.qtensor import QTensor
+from qconv.core.settings import GridSettings
 from qconv.formats import get_format
-from qconv.methods import fp8
-from qconv.qtensor import QTensor
-from qconv.recipe import GridSettings
+from qconv.grids import e4m3
 from tests.interop.conftest import Client
 
 pytestmark = pytest.mark.interop
@@ -53,7 +53,7 @@ def test_compressed_tensors_decompresses_every_strategy_and_ragged_blocks(
     format_ = get_format(output_format)
     grid = format_.grid(GridSettings(bits=8, group_size=group_size), torch.bfloat16)
     source = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3  # over many powers of two
-    weight = fp8.quantize(source, grid, None, torch.tensor(0.5))
+    weight = e4m3.quantize(source, grid, None, torch.tensor(0.5))
     save_file(dict(format_.pack("linear", weight)), tmp_path / "model.safetensors")
     config = {"quantization_config": format_.config(grid, [], ["linear"])}
     (tmp_path / "config.json").write_text(json.dumps(config))

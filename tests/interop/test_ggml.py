@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qconv.ggml import GgmlType, encode
-from tests.ggml.conftest import column_importance, decode, squared_error
+from qconv.grids.ggml import GgmlType, encode
+from tests.grids.ggml.conftest import column_importance, decode, squared_error
 from tests.interop.conftest import MODEL, Client
 
 pytestmark = pytest.mark.interop

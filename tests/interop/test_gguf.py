@@ -20,11 +20,11 @@ from gguf import GGUFValueType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from qconv.gguf.mixture import MIXTURES
-from qconv.gguf.plan import plan_gguf, write_file
-from qconv.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
+from qconv.artifacts.source import Source
+from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
+from qconv.planning.gguf_plan import plan_gguf, write_file
 from qconv.runtime.tokenizer import load_tokenizer
-from qconv.source import Source
 from tests.conftest import random_model, save_model
 from tests.gguf_copies import copied
 from tests.interop.conftest import MODEL, Client

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.formats.gptq import FORMAT
-from qconv.qtensor import CHANNEL, Grid, QTensor
 from tests.interop.conftest import Client
 
 pytestmark = pytest.mark.interop

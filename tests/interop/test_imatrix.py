@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qconv.gguf.imatrix import read_imatrix
-from qconv.gguf.plan import plan_gguf, write_file
-from qconv.gguf.tensors import importance_of, uniform
-from qconv.source import Source
+from qconv.artifacts.gguf_tensors import importance_of, uniform
+from qconv.artifacts.source import Source
+from qconv.formats.gguf.imatrix import read_imatrix
+from qconv.planning.gguf_plan import plan_gguf, write_file
 from tests.interop.conftest import MODEL, Client
 from tests.interop.environments import CHECKOUT
 from tests.interop.test_gguf import Llama, bundled_logits, divergence, sequences
@@ -57,7 +57,7 @@ def code(tokens: int) -> list[list[int]]:
     """Token ids of code that the model was not calibrated on."""
     from transformers import AutoTokenizer
 
-    text = (CHECKOUT / "qconv/pipeline.py").read_text()
+    text = (CHECKOUT / "qconv/building/pipeline.py").read_text()
     ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
     return [ids[:tokens], ids[tokens : 2 * tokens]]
 

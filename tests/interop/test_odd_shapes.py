@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import qconv
-from qconv.recipe import Recipe
+from qconv.planning.recipe import Recipe
 from qconv.runtime.dense import write_dense
 from tests.conftest import build, random_model, save_model, small_recipe
 from tests.interop.conftest import Client

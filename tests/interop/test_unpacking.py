@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qconv.build import Build
-from qconv.qtensor import QTensor
+from qconv.artifacts.build import Build
+from qconv.core.qtensor import QTensor
 from tests.interop.conftest import Client
 
 pytestmark = pytest.mark.interop

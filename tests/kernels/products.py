@@ -10,8 +10,8 @@ import gguf
 import torch
 from torch import Tensor
 
+from qconv.core.qtensor import Grid, QTensor
 from qconv.formats.awq import pack_words
-from qconv.qtensor import Grid, QTensor
 from qconv.runtime import repack
 from qconv.runtime.kernel_interface import KernelWeight, entry_name, gemm_args, grid
 from tests.kernels.emulator import SCHEDULES, Report, Schedule, emulator

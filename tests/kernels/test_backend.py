@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import qconv
-from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import quantize_gguf
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.runtime import loading
 from qconv.runtime.backends import Backend, get_backend
 from qconv.runtime.backends.cuda.backend import CudaBackend

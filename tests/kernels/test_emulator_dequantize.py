@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.formats.awq import FORMAT as AWQ
 from qconv.formats.base import Format
 from qconv.formats.gptq import FORMAT as GPTQ
 from qconv.formats.w4a16 import FORMAT as W4A16
-from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.runtime import repack
 from qconv.runtime.kernel_interface import KernelWeight
 from tests.kernels.products import BLOCK_BYTES, FACTORS, REPACKS, Case, ggml_weights, random_codes, run_dense, stack

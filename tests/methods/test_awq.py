@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconv.methods import base
+from qconv.core import rounding
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.rounding import clip_ratios, round_to_nearest
+from qconv.core.settings import ClipSettings
 from qconv.methods.awq import (
     MAX_SCALE,
     candidate_scales,
@@ -18,9 +21,6 @@ from qconv.methods.awq import (
     nearest_power_of_two,
     output_clip_ratios,
 )
-from qconv.methods.base import clip_ratios, round_to_nearest
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import ClipSettings
 
 CLIP = ClipSettings(steps=6, max_shrink=0.6)
 
@@ -174,5 +174,5 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
     grid = Grid(2, 16, symmetric=False, scale_dtype=torch.float16)
     ratios = output_clip_ratios(weight, grid, gram, CLIP)
     assert len(set(ratios.flatten().tolist())) > 1, "otherwise rows could be exchanged unnoticed"
-    monkeypatch.setattr(base, "_BLOCK_ELEMENTS", 4 * 32)
+    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", 4 * 32)
     assert torch.equal(output_clip_ratios(weight, grid, gram, CLIP), ratios)

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.rounding import clip_ratios, round_to_nearest
+from qconv.core.settings import ClipSettings, GptqSettings
 from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.methods import rtn
-from qconv.methods.base import clip_ratios, round_to_nearest
 from qconv.methods.gptq import GptqResult, factorize, quantize, row_errors
-from qconv.qtensor import CHANNEL, Grid, QTensor
-from qconv.recipe import ClipSettings, GptqSettings, parse_recipe
+from qconv.planning.recipe import parse_recipe
 
 ORDERINGS = ("none", "static")
 HESSIANS = ("full", "few tokens", "one token", "constant input", "dead columns", "no tokens")

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconv.methods import base
-from qconv.methods.base import clip_ratios, round_to_nearest
+from qconv.core import rounding
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.rounding import clip_ratios, round_to_nearest
+from qconv.core.settings import ClipSettings
 from qconv.methods.rtn import mse_ratios, quantize
-from qconv.qtensor import CHANNEL, Grid
-from qconv.recipe import ClipSettings
 
 CLIP = ClipSettings(steps=8, max_shrink=0.6)
 GRIDS = st.builds(
@@ -82,7 +82,7 @@ def test_the_weight_may_be_of_any_float_dtype_is_not_changed_and_rows_do_not_mix
     whole = quantize(weight, grid, clip)
     assert torch.equal(weight, before)
     assert torch.equal(whole.codes, quantize(weight.float(), grid, clip).codes)
-    monkeypatch.setattr(base, "_BLOCK_ELEMENTS", 4 * 64)
+    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", 4 * 64)
     parts = quantize(weight, grid, clip)
     assert torch.equal(parts.codes, whole.codes)
     assert torch.equal(parts.scales, whole.scales)

@@ -10,9 +10,9 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qconv.core.architecture import Moe
 from qconv.errors import CheckpointError
 from qconv.models import architecture, families
-from qconv.models.base import Moe
 
 # Four heads of 10 (or 16) in a hidden size of 32: a head size taken for hidden / heads shows.
 BASE = {

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.artifacts.source import Source
 from qconv.errors import CheckpointError, OutputError
 from qconv.runtime.dense import write_dense
-from qconv.source import Source
 from tests.conftest import build, random_model, save_model, small_recipe
 
 IDS = torch.arange(40).view(2, 20)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import qconv
+from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.chat.templates import ChatTemplates
-from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import quantize_gguf
-from qconv.recipe import Recipe, load_recipe
+from qconv.planning.gguf_recipe import GgufRecipe
+from qconv.planning.recipe import Recipe, load_recipe
 from qconv.runtime.dense import write_dense
 from qconv.runtime.generation import complete
 from qconv.runtime.tokenizer import load_tokenizer

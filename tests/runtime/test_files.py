@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qconv
+from qconv.core.qtensor import Grid
 from qconv.errors import CheckpointError
 from qconv.formats import get_format, gptq
 from qconv.formats.w4a16 import unpack_rows
-from qconv.qtensor import Grid
 from qconv.runtime.dense import write_dense
 from qconv.runtime.files import open_files
 from qconv.runtime.packed import IntegerWeight

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import qconv
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.core.settings import OutputSettings
 from qconv.errors import CheckpointError
-from qconv.gguf.names import permute_heads
-from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import quantize_gguf
-from qconv.recipe import OutputSettings
+from qconv.formats.gguf.names import permute_heads
+from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.runtime.dense import write_dense
 from qconv.runtime.gguf_files import GgufFiles, original_heads
 from qconv.runtime.loading import memory

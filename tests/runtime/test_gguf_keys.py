@@ -13,9 +13,9 @@ from gguf import GGUFValueType
 from torch import Tensor
 
 import qconv
+from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.errors import CheckpointError
-from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import quantize_gguf
+from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.runtime.gguf_files import GgufFiles
 from tests.conftest import random_model, save_model
 from tests.gguf_copies import Key, copied

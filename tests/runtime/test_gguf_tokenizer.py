@@ -13,9 +13,9 @@ import pytest
 from gguf import TokenType
 
 from qconv.errors import CheckpointError
-from qconv.gguf.header import Value
-from qconv.gguf.pre_tokenizers import PRE_TOKENIZERS
-from qconv.gguf.reader import GgufModel
+from qconv.formats.gguf.header import Value
+from qconv.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
+from qconv.formats.gguf.reader import GgufModel
 from qconv.runtime.gguf_tokenizer import gguf_tokenizer
 
 TOKENS = ["<s>", "</s>", "a", "b", "c", "1", "2", "ab", "abc", "12", "<tool>", "Ġ", "Ġa"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.errors import UsageError
 from qconv.formats.awq import pack_words
-from qconv.qtensor import CHANNEL, Grid, QTensor
 from qconv.runtime import repack
 
 INT4 = Grid(4, 32, False, torch.float16)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import qconv
+from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.errors import UsageError
-from qconv.gguf.recipe import GgufRecipe
-from qconv.gguf_pipeline import quantize_gguf
+from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.runtime import stream
 from qconv.runtime.stream import stream_logits, stream_windows
 from tests.conftest import FAMILIES, build, random_model, save_model, small_recipe

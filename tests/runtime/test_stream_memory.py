@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qconv.bench import write_slice
-from qconv.recipe import load_recipe
+from qconv.building.bench import write_slice
+from qconv.planning.recipe import load_recipe
 from tests.conftest import build
 
 SCORE = """

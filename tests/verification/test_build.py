@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qconv.build import Build
+from qconv.artifacts.build import Build
+from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import CheckpointError, VerificationError
+from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.awq import unpack_words
 from qconv.formats.w4a16 import pack_rows
-from qconv.reported import REPORT_NAME
-from qconv.source import Source
 from qconv.verification.build import verify
-from qconv.verification.checksums import CHECKSUMS_NAME, build_files, parse_checksums, render_checksums
+from qconv.verification.checksums import build_files, parse_checksums, render_checksums
 from qconv.verification.floors import snr_floor_db
 from qconv.verification.outcome import Verification
 from tests.conftest import BUNDLED, build, random_model, save_model, small_recipe

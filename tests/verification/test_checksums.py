@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qconv.folders.state import CHECKSUMS_NAME
 from qconv.verification.checksums import (
-    CHECKSUMS_NAME,
     MAX_CHECKSUM_BYTES,
     check_sums,
     check_sums_of,

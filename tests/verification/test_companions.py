@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qconv.source import Source
+from qconv.artifacts.source import Source
 from qconv.verification.companions import check_companions, config_problems
 from qconv.verification.outcome import Verification
 

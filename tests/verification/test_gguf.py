@@ -11,13 +11,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as T
 
-from qconv.ggml import GgmlType, encode
-from qconv.gguf.reader import GgufModel
-from qconv.gguf.recipe import parse_gguf_recipe
-from qconv.gguf_pipeline import quantize_gguf
-from qconv.reported import REPORT_NAME
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
+from qconv.formats.gguf.reader import GgufModel
+from qconv.grids.ggml import GgmlType, encode
+from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.verification.blocks import HALVES, finite_blocks, is_known
-from qconv.verification.checksums import CHECKSUMS_NAME, build_files, render_checksums
+from qconv.verification.checksums import build_files, render_checksums
 from qconv.verification.gguf import verify_gguf
 from tests.conftest import random_model, save_model
 

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from qconv.ggml import GgmlType, encode
+from qconv.grids.ggml import GgmlType, encode
 from qconv.verification.blocks import decoded
 from qconv.verification.rows import LEAST_RATIO, RowReader, WrongRows, wrong_rows
 

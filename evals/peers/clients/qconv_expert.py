@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 from evals.peers.clients import expert
 from evals.peers.clients.expert import Expert, Record
 from qconv.calibration.statistics import InputStatistics
+from qconv.core.qtensor import Grid
+from qconv.core.settings import ClipSettings, GptqSettings
+from qconv.executors.threads import Workers
 from qconv.methods import gptq
-from qconv.parallel import Workers
-from qconv.qtensor import Grid
-from qconv.recipe import ClipSettings, GptqSettings
 
 GRID = Grid(expert.BITS, expert.GROUP_SIZE, symmetric=True, scale_dtype=torch.float16)
 SETTINGS = GptqSettings(block_size=expert.BLOCK_SIZE, damp_percent=expert.DAMP_PERCENT)

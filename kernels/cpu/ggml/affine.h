@@ -1,4 +1,4 @@
-// The search of qconv/ggml/affine.py, which explains it, over lanes: weights = scale * code + base.
+// The search of qconv/grids/ggml/affine.py, which explains it, over lanes: weights = scale * code + base.
 #pragma once
 
 #include "lanes.h"

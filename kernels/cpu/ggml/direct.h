@@ -1,4 +1,4 @@
-// The types whose formula leaves nothing to search: qconv/ggml/direct.py, one block after the other.
+// The types whose formula leaves nothing to search: qconv/grids/ggml/direct.py, one block after the other.
 //
 // A type has kElements and kBytes of a block and a function that encodes finite weights.
 #pragma once

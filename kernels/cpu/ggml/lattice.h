@@ -1,4 +1,4 @@
-// The lattices of IQ2 and IQ3, whose points stand for the magnitudes of four or eight weights (qconv/ggml/lattice.py).
+// The lattices of IQ2 and IQ3, whose points stand for the magnitudes of four or eight weights (qconv/grids/ggml/lattice.py).
 #pragma once
 
 #include "lanes.h"

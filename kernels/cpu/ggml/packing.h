@@ -1,4 +1,4 @@
-// From codes to the bytes of ggml's blocks: qconv/ggml/packing.py over lanes. Every function appends to the block.
+// From codes to the bytes of ggml's blocks: qconv/grids/ggml/packing.py over lanes. Every function appends to the block.
 #pragma once
 
 #include "lanes.h"

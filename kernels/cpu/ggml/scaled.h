@@ -1,4 +1,4 @@
-// The search of qconv/ggml/scaled.py, which explains it, over lanes: weights = scale * value(code).
+// The search of qconv/grids/ggml/scaled.py, which explains it, over lanes: weights = scale * value(code).
 #pragma once
 
 #include "lanes.h"

@@ -1,4 +1,4 @@
-// The types whose encoder searches: what each can hold, and where its parts stand in a block (qconv/ggml/searched.py).
+// The types whose encoder searches: what each can hold, and where its parts stand in a block (qconv/grids/ggml/searched.py).
 //
 // A type has kElements and kBytes of a block and a function that encodes one block of each lane.
 #pragma once

@@ -1,4 +1,4 @@
-// The search of qconv/ggml/signed.py, which explains it, over lanes: weights = sign * scale * magnitude.
+// The search of qconv/grids/ggml/signed.py, which explains it, over lanes: weights = sign * scale * magnitude.
 #pragma once
 
 #include <cmath>

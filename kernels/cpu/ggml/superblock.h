@@ -1,5 +1,5 @@
 // What both searches share: where they begin, and the one float16 scale that the integer scales of a super-block's
-// sub-blocks have in common (qconv/ggml/superblock.py).
+// sub-blocks have in common (qconv/grids/ggml/superblock.py).
 #pragma once
 
 #include "lanes.h"

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding import Setting, decoding_settings
+from qconv.runtime.decoding import Setting, decoding_settings
 
 Step: TypeAlias = Callable[[float], None]
 """Told the share of a batch that is done."""

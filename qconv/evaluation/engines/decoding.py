@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.boundary.printable import well_formed
 from qconv.evaluation.engines.base import Completion, Prompt, Sampling, Step, stop_at
-from qconv.printable import well_formed
 
 
 @dataclass(slots=True)

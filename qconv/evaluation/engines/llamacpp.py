@@ -14,10 +14,10 @@ from typing import IO, Any
 import numpy as np
 
 import qconv
-from qconv.content import gguf_files
+from qconv.boundary.content import gguf_files
+from qconv.boundary.printable import well_formed
 from qconv.errors import EngineError, UsageError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
-from qconv.printable import well_formed
 
 INTERPRETER_VARIABLE = "QCONV_LLAMACPP_PYTHON"
 """Names the interpreter that has xllamacpp, if qconv's own has not."""

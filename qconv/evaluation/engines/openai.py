@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.boundary.printable import well_formed
 from qconv.errors import EngineError, IncapableEngineError, UnscorableError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent, stop_at
 from qconv.evaluation.engines.endpoint import ATTEMPTS, TIMEOUT, Endpoint, RefusedError
-from qconv.printable import well_formed
 
 PINNED: Mapping[str, float] = {
     "top_k": -1,  # the whole vocabulary to vLLM, SGLang and llama-server; older vLLM and SGLang refuse 0

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter
 from qconv.checkpoint.writer import output_errors
 from qconv.errors import ArtifactError
 from qconv.evaluation.sandbox.verdict import Status
-from qconv.manifest import require_same
-from qconv.ownership import claim, own_folder
+from qconv.folders.journal import require_same
+from qconv.folders.ownership import claim, own_folder
 
 JOURNAL_NAME = "humaneval.jsonl"
 
@@ -134,7 +134,7 @@ class Journal:
 
 
 def _fields(path: Path, number: int, line: bytes) -> dict[str, object]:
-    """A line's fields; strings may hold halves of surrogate pairs, which ``qconv.reading`` refuses."""
+    """A line's fields; strings may hold halves of surrogate pairs, which ``qconv.boundary.reading`` refuses."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from qconv.chat.templates import ChatTemplates
+from qconv.checkpoint.tokenizer import rendered_bos
 from qconv.evaluation.engines.base import Prompt, RefusingEngine
 from qconv.evaluation.humaneval.dataset import SHA256, Problem, load_problems
 from qconv.evaluation.humaneval.flips import flips
@@ -25,7 +26,6 @@ from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.statistics import ratio_interval, wilson
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.runtime.tokenizer import load_tokenizer
-from qconv.tokenizer import rendered_bos
 
 SETTINGS = HumanEvalSettings
 JUDGING = 2

@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qconv import __version__
+from qconv.boundary.printable import markdown_block, markdown_text, printable
 from qconv.evaluation.record import Gate
 from qconv.evaluation.report.view import RunView, number, summary
-from qconv.ownership import ledger, own_folder, require_free, write_own
-from qconv.printable import markdown_block, markdown_text, printable
+from qconv.folders.ownership import ledger, own_folder, require_free, write_own
 
 NAMES = {"html": "report.html", "markdown": "report.md", "junit": "junit.xml", "json": "report.json"}
 """What is written, by kind."""

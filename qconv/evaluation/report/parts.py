@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from qconv.boundary.reading import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.blaming import BLAME_NAME
 from qconv.evaluation.record import AGAIN, FILES_FOLDER, FileRef, Task, load_json, parse_as
-from qconv.reading import read_json
 
 
 class _Read(BaseModel):

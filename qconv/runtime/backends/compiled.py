@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv import native
+from qconv.core.qtensor import CHANNEL
 from qconv.formats import gptq
-from qconv.qtensor import CHANNEL
 from qconv.runtime.packed import BlockWeight, DenseWeight, FloatWeight, IntegerWeight, PackedWeight
 
 LIBRARY = "runtime"

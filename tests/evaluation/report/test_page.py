@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
+from qconv.boundary.printable import printable
 from qconv.errors import ArtifactError
 from qconv.evaluation.build_report import parse_report
 from qconv.evaluation.history import History
@@ -20,7 +21,6 @@ from qconv.evaluation.report.charts import Scale, TrendPoint, heat_map, histogra
 from qconv.evaluation.report.experts import ExpertMaps, expert_maps
 from qconv.evaluation.report.page import html, junit, markdown, write_report
 from qconv.evaluation.report.view import view
-from qconv.printable import printable
 from tests.evaluation.report.conftest import HOSTILE, Write
 
 VOID = {"meta", "br", "rect", "line", "circle", "path", "polyline"}

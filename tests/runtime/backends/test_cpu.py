@@ -11,11 +11,11 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv import native
+from qconv.core.qtensor import CHANNEL, Grid
 from qconv.errors import CheckpointError
 from qconv.formats import get_format
 from qconv.formats.gptq import ForeignGrid
-from qconv.ggml import GgmlType, encode
-from qconv.qtensor import CHANNEL, Grid
+from qconv.grids.ggml import GgmlType, encode
 from qconv.runtime.backends import get_backend
 from qconv.runtime.backends.compiled import Compiled, CompiledWeight, describe
 from qconv.runtime.backends.cpu import CpuBackend, CpuExperts, CpuLinear, by_tiles

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qconv.qtensor import Grid, QTensor
+from qconv.core.qtensor import Grid, QTensor
 from qconv.runtime.backends.compiled import Compiled, Units
 from qconv.runtime.backends.cpu import FEW_TOKENS, CpuBackend, CpuExperts, by_tiles
 from qconv.runtime.packed import BlockWeight, DenseWeight, FloatWeight, IntegerWeight, PackedMlp, PackedWeight

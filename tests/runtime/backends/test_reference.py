@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconv.core.qtensor import CHANNEL, Grid
 from qconv.errors import UsageError
 from qconv.formats import get_format
-from qconv.qtensor import CHANNEL, Grid
 from qconv.runtime.backends import get_backend
 from qconv.runtime.backends.reference import ReferenceBackend
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedMlp, PackedWeight

@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 from torch.nn import functional
 
+from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import BackendError
 from qconv.formats import get_format
-from qconv.qtensor import Grid, QTensor
 from qconv.runtime.backends.cuda.backend import CudaBackend
 from qconv.runtime.backends.cuda.compiler import Source
 from qconv.runtime.backends.cuda.launch import Launch

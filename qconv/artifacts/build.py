@@ -1,0 +1,235 @@
+"""A build opened for reading: a quantized checkpoint with its format, grid and folded scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.artifacts.layout import layout_of
+from qconv.artifacts.reported import has_report, read_report
+from qconv.artifacts.source import WEIGHT_DTYPES, untied
+from qconv.boundary.printable import name_of
+from qconv.checkpoint.header import TensorEntry, read_header
+from qconv.checkpoint.maps import MapTensor
+from qconv.checkpoint.reader import Checkpoint, in_config, map_tensor
+from qconv.checkpoint.rope import in_both_spellings
+from qconv.core.architecture import Architecture, Layer, Linear
+from qconv.core.qtensor import Grid, QTensor
+from qconv.errors import CheckpointError
+from qconv.formats import Format
+from qconv.models import architecture
+from qconv.models.folding import SCALE_SUFFIX, output_channels
+
+_CODES = (torch.float8_e4m3fn, torch.int8)
+_SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
+SCALES_FOLDER = "qconv-scales"
+"""Beside the shards, where engines do not look: what was folded into each layer, for verification."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A quantized checkpoint.
+
+    Attributes:
+        checkpoint: Its tensors.
+        architecture: The model that it is a build of.
+        format: Its format.
+        grid: The grid of its quantized linears.
+        skipped: The skip list of its config.json.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    format: Format
+    grid: Grid
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Build:
+        """Open a build.
+
+        Raises:
+            CheckpointError: damaged, of unknown architecture, or not of a format that qconv reads.
+        """
+        return cls.of(Checkpoint.open(path))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Build:
+        """The build that a checkpoint is.
+
+        Raises:
+            CheckpointError: as :meth:`open`.
+        """
+        checkpoint = untied(checkpoint)
+        path, layout = checkpoint.path, layout_of(checkpoint.path, checkpoint.config)
+        if layout.format is None or layout.section is None:
+            raise CheckpointError(
+                f"{path}: config.json has no quantization_config of a format of qconv's.",
+                hint="Is this an unquantized checkpoint?",
+            )
+        with in_config(path):
+            model = architecture(checkpoint.config)
+            embedding = checkpoint.entry(model.embedding.weight).dtype
+            grid, skipped = layout.format.read_config(layout.section, embedding)
+        build = cls(checkpoint, model, layout.format, grid, tuple(skipped))
+        for linear in (linear for layer in model.layers for linear in layer.linears()):
+            problem = layout.format.check(linear.out_features, linear.in_features, grid)
+            if problem is not None and build.is_quantized(linear):
+                raise CheckpointError(
+                    f"{path / 'config.json'}: {linear.name} cannot be quantized as it says: {problem}.",
+                    hint="config.json belongs to another build, or is damaged.",
+                )
+        return build
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.checkpoint.path
+
+    def is_quantized(self, linear: Linear) -> bool:
+        """Whether the file holds no plain weight for a linear: none at all, or one of whole numbers or E4M3 floats."""
+        entry = self.checkpoint.entries.get(linear.weight)
+        return entry is None or entry.dtype in _CODES
+
+    def qtensor(self, linear: Linear) -> QTensor:
+        """A quantized linear's weight.
+
+        Raises:
+            CheckpointError: tensors absent or misshapen.
+        """
+        shape = (linear.out_features, linear.in_features)
+        return self.format.unpack(linear.name, shape, partial(self.part, linear), self.grid_of(linear))
+
+    def grid_of(self, linear: Linear) -> Grid:
+        """The grid of a linear's weight: other tools store scales in a dtype of their own."""
+        entries = self.checkpoint.entries
+        for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid):
+            scales = entries.get(spec.name) if spec.name.endswith(_SCALES) else None
+            if scales is not None and scales.dtype in WEIGHT_DTYPES:
+                return replace(self.grid, scale_dtype=scales.dtype)
+        return self.grid
+
+    def part(self, linear: Linear, name: str, mapped: MapTensor = map_tensor) -> Tensor:
+        """One of a weight's tensors. ``g_idx`` may be absent where inputs are grouped in their order.
+
+        Raises:
+            CheckpointError: it is absent.
+        """
+        entry = self.checkpoint.entries.get(name)
+        if entry is not None:
+            return mapped(entry)
+        if self._may_lack(name):
+            return torch.arange(linear.in_features, dtype=torch.int32) // self.grid.width(linear.in_features)
+        raise CheckpointError(
+            f"{self.path}: tensor {name!r} is missing.",
+            hint="The build is incomplete, or config.json belongs to another one.",
+        )
+
+    def input_scale(self, linear: Linear) -> float:
+        """What a linear's inputs are divided by, on a grid with static activations.
+
+        Raises:
+            CheckpointError: it is absent, or more than one number.
+        """
+        scale = self.part(linear, f"{linear.name}.input_scale")
+        if scale.numel() != 1:
+            raise CheckpointError(f"{linear.name}.input_scale: {list(scale.shape)}, not one number.")
+        return float(scale)
+
+    def _may_lack(self, name: str) -> bool:
+        return name.endswith(".g_idx") and not self.grid.act_order
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether qconv made it, by the report that lies in it."""
+        return has_report(self.path)
+
+    def method(self) -> tuple[str, ...] | None:
+        """By which steps the build was made, if a report tells.
+
+        Raises:
+            CheckpointError: the report is damaged.
+        """
+        if not self.is_ours:
+            return None
+        steps = read_report(self.path)["recipe"]["method"]
+        return (steps,) if isinstance(steps, str) else tuple(steps)
+
+    def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors that the build must hold, given which plain weights it lacks."""
+        linears = {linear.weight: linear for layer in self.architecture.layers for linear in layer.linears()}
+        if self.architecture.lm_head is not None:
+            linears[self.architecture.lm_head.weight] = self.architecture.lm_head
+        for name, shape in self.architecture.tensors():
+            linear = linears.get(name)
+            if linear is None or not self.is_quantized(linear):
+                yield name, shape
+                continue
+            for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid):
+                if spec.name in self.checkpoint.entries or not self._may_lack(spec.name):
+                    yield spec.name, spec.shape
+
+    def fold_scales(self, layer: Layer) -> dict[str, Tensor]:
+        """What was folded into a layer, float32 by producer; empty if nothing was.
+
+        Raises:
+            CheckpointError: the scales file is damaged, or is of another layer.
+        """
+        path = scales_path(self.path, layer.index)
+        scales, channels = read_scales(path), output_channels(layer)
+        for name, scale in scales.items():
+            if tuple(scale.shape) != (channels.get(name),):
+                raise CheckpointError(
+                    f"{path}: {name_of(name)!r} is {list(scale.shape)}; a scale is of the output channels of a norm or "
+                    f"linear of layer {layer.index}.",
+                    hint="The file is damaged, or of another build.",
+                )
+        return scales
+
+
+def scales_path(folder: Path, layer: int) -> Path:
+    """Where a layer's folded scales lie."""
+    return folder / SCALES_FOLDER / f"layer-{layer:05d}.safetensors"
+
+
+def read_scales(path: Path) -> dict[str, Tensor]:
+    """Folded scales from a file; empty if there is none.
+
+    Raises:
+        CheckpointError: the file is damaged or holds values that are no scales.
+    """
+    if not path.exists():
+        return {}
+    folds = {}
+    for name, entry in read_header(path).items():
+        folds[name.removesuffix(SCALE_SUFFIX)] = _scale(entry)
+    return folds
+
+
+def _scale(entry: TensorEntry) -> Tensor:
+    scale = map_tensor(entry)
+    if scale.dtype != torch.float32 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(f"{entry.file}: {entry.name!r} is not a positive float32 scale.")
+    return scale
+
+
+def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that readers before and after transformers 5 understand.
+
+    transformers 5 renamed ``num_experts`` to ``num_local_experts`` (except for Mixtral, which always said so) and moved
+    what rotary embeddings need (:mod:`qconv.checkpoint.rope`); AutoAWQ and other archived readers know the old names
+    alone.
+
+    Raises:
+        CheckpointError, UsageError: rope parameters that are malformed or contradict each other.
+    """
+    both = dict(config)
+    if "num_local_experts" in both and both.get("model_type") != "mixtral":
+        both.setdefault("num_experts", both["num_local_experts"])
+    return both | in_both_spellings(both)

@@ -1,0 +1,124 @@
+"""How the weights of a checkpoint are stored, by its config.json, and whether qconv reads them so.
+
+The one place that decides: what ``inspect`` calls readable is what ``generate`` runs and ``verify`` checks. A layout
+that is not read is no damage, and is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qconv.boundary.printable import name_of
+from qconv.checkpoint.fp8 import Fp8Scheme
+from qconv.checkpoint.reader import in_config, read_json
+from qconv.errors import CheckpointError, UnreadLayoutError
+from qconv.formats import Format, detect, formats
+
+GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
+"""Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
+
+_TELLING = ("quant_method", "quant_algo", "format", "packing_format", "version", "load_in_4bit", "load_in_8bit")
+"""The keys by which a ``quantization_config`` is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How weights are stored, in a way that qconv reads.
+
+    Attributes:
+        section: What config.json, or an older tool's file beside it, says of quantization; None for dense weights.
+        format: The format whose words the section uses, if it is one that builds are verified in.
+        scheme: Which elements of an FP8 weight share a scale; None for what is not FP8.
+    """
+
+    section: dict[str, Any] | None
+    format: Format | None = None
+    scheme: Fp8Scheme | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What it is called; None for dense weights."""
+        if self.format is not None:
+            return self.format.name
+        return None if self.scheme is None else f"FP8 in {self.scheme}"
+
+
+def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout:
+    """The layout of a checkpoint.
+
+    Args:
+        folder: Where it lies.
+        config: Its config.json.
+
+    Raises:
+        UnreadLayoutError: one that qconv does not read; says which.
+        CheckpointError: what should describe it is malformed.
+    """
+    section = quantization_section(folder, config)
+    if section is None:
+        return Layout(None)
+    found = detect({"quantization_config": section})
+    try:
+        with in_config(folder):
+            scheme = Fp8Scheme.parse(section)
+            if scheme is None and found is not None:
+                found.read_config(section, torch.bfloat16)
+    except CheckpointError as error:
+        raise UnreadLayoutError(error.message, hint=error.hint) from error
+    if scheme is not None:
+        with suppress(CheckpointError):  # FP8 that is read, though in the words of no format of qconv's own
+            if found is not None:
+                found.read_config(section, torch.bfloat16)
+                return Layout(section, found, scheme)
+        return Layout(section, None, scheme)
+    if found is None:
+        raise _unread(folder, f"quantization_config is of a kind that qconv does not run: {_described(section)}")
+    return Layout(section, found, scheme)
+
+
+def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ``quantization_config``, or what other tools call it or write beside config.json; None if there is none.
+
+    Raises:
+        CheckpointError: it is not an object.
+    """
+    section = config.get("quantization_config")
+    mlx = config.get("quantization")  # MLX may repeat it as quantization_config, where it names no method
+    if isinstance(mlx, dict) and (section is None or section == mlx):
+        return {"quant_method": "mlx"} | mlx
+    if section is None:
+        section = config.get("compression_config")
+    for method, name in (("gptq", GPTQ_CONFIG), ("awq", AWQ_CONFIG)):
+        if section is None and (folder / name).is_file():
+            section = {"quant_method": method} | read_json(folder / name)
+    if section is not None and not isinstance(section, dict):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config is no object.", hint="Repair config.json."
+        )
+    return section
+
+
+def strip_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without its quantization section."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+
+
+def _described(section: Mapping[str, Any]) -> str:
+    """What a section calls itself, in a few words."""
+    told = {key: section[key] for key in _TELLING if section.get(key) not in (None, False, {}, [])}
+    groups = section.get("config_groups")
+    for group in list(groups.values())[:1] if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        told |= {key: weights[key] for key in ("num_bits", "type") if isinstance(weights, dict) and key in weights}
+    told |= {key: section[key] for key in ("bits", "group_size") if key in section}
+    return ", ".join(f"{key} {name_of(repr(value), 60)}" for key, value in told.items()) or "it does not say which"
+
+
+def _unread(folder: Path, what: str) -> UnreadLayoutError:
+    return UnreadLayoutError(f"{folder / 'config.json'}: {what}.", hint=f"It reads {', '.join(formats())} and GGUF.")

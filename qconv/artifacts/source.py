@@ -1,0 +1,355 @@
+"""A source model: a checkpoint that is known to be the architecture that its config.json names."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.boundary.content import misplaced_files
+from qconv.boundary.printable import printable
+from qconv.chat.files import additional_files
+from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
+from qconv.checkpoint.header import DTYPE_NAMES, read_header
+from qconv.checkpoint.hub import folder_name, require_inside
+from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
+from qconv.checkpoint.rope import in_both_spellings
+from qconv.core.architecture import EMBEDDING, HEAD, TIED, Architecture
+from qconv.errors import CheckpointError, UsageError
+from qconv.models import architecture
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these must be there; the rest of a tokenizer's files are optional."""
+COMPANION_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "LICENSE*",
+)
+"""What travels unchanged from the source to a build."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checked checkpoint and its architecture; an FP8 checkpoint reads as the dense one that it stands for.
+
+    ``untied`` tells that its head is one of its own though config.json calls it the embedding: see :func:`untied`.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    untied: bool
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Open and check a checkpoint: every tensor of the architecture once, of its shape, none unknown.
+
+        Of an FP8 checkpoint also every weight's scale, and that there is no other.
+
+        Raises:
+            CheckpointError: the first thing that is wrong, by file and tensor.
+            UsageError: experts are fused; config.json says two things of rotary embeddings.
+        """
+        stored = Checkpoint.open(path)
+        require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
+        checkpoint = untied(stored)
+        with in_config(path):
+            scheme = fp8_scheme(path, checkpoint.config)
+            model, is_untied = architecture(checkpoint.config), checkpoint is not stored
+            if scheme is not None:
+                checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
+            check_tensors(checkpoint, model)
+            in_both_spellings(checkpoint.config)  # contradictions are told now, and not when the work is done
+        require_tokenizer(path)
+        _require_fetched(path)
+        return cls(checkpoint, model, is_untied)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first layer's weights."""
+        return self.checkpoint.entry(self.architecture.layers[0].attention.q.weight).dtype
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, known to be finite.
+
+        Raises:
+            CheckpointError: not readable, or NaN or infinite values in it.
+        """
+        return require_finite(self.checkpoint.read(name), self.checkpoint.entry(name))
+
+    def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
+        """The tensor as consecutive blocks of rows, each known to be finite; memory holds one of them.
+
+        Each begins at a multiple of ``multiple`` rows.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        row, entry = 0, self.checkpoint.entry(name)
+        for block in self.checkpoint.blocks(name, multiple):
+            yield require_finite(block, entry, row)
+            row += len(block) if block.dim() else 1
+
+    def notices(self) -> list[str]:
+        """What a build from this source should be known for, as sentences; empty for an ordinary one."""
+        source, sentences = self.checkpoint, []
+        if self.untied:
+            sentences.append(
+                f"config.json ties the head to the embedding, but {HEAD}.weight is another matrix: it is kept, and the "
+                f"build's config.json says {TIED} false"
+            )
+        if not isinstance(source, Dequantized):
+            return sentences
+        dtype = DTYPE_NAMES[source.entry(next(iter(source.scales))).dtype]
+        sentences.append(
+            f"{len(source.scales):,} weights are FP8 ({source.scheme}), read as {dtype}: errors are measured against "
+            "that, and quantizing it to FP8 again need not give the same bits"
+        )
+        if source.ignored:
+            sentences.append(
+                f"{len(source.ignored):,} scales of static activations or of a cache are ignored, the first "
+                f"{source.ignored[0]!r}"
+            )
+        return sentences
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its folder's name.
+
+        Raises:
+            UsageError: no report could hold it.
+        """
+        return folder_name(self.checkpoint.path)
+
+    def companion_digests(self) -> dict[str, str]:
+        """Of the companions the sha256 by name, hexadecimal.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        try:
+            return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in self.companions()}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}.", hint="Repair it.") from error
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, chat template and generation config, sorted by name.
+
+        Raises:
+            CheckpointError: as :func:`companions`.
+        """
+        return companions(self.checkpoint.path)
+
+    def named_companions(self) -> dict[str, Path]:
+        """:meth:`companions` by their names relative to the model's folder, which are those in a build."""
+        return {file.relative_to(self.checkpoint.path).as_posix(): file for file in self.companions()}
+
+    def require_publishable(self) -> None:
+        """Check the model's name and the files that a build takes from it, before any work.
+
+        Raises:
+            UsageError: no report could hold the name.
+            CheckpointError: as :func:`companions`.
+        """
+        _ = self.name
+        self.companions()
+
+
+def companions(path: Path) -> list[Path]:
+    """The files of a model's folder that a build takes over, sorted by name; those of a folder within it come last.
+
+    Raises:
+        CheckpointError: one is a link out of the folder, no plain file, or has a name that no list of checksums can
+            hold.
+    """
+    found = sorted({file for pattern in COMPANION_PATTERNS for file in path.glob(pattern) if not file.is_dir()})
+    found += additional_files(path)
+    for file in found:
+        if printable(file.name) != file.name:
+            raise CheckpointError(
+                f"{printable(str(file))}: its name holds characters that no list of checksums can.",
+                hint="Rename the file, or remove it.",
+            )
+        require_inside(path, file)
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is no plain file.", hint="Remove it.")
+    return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint or build whose experts have tensors of their own, with the head that its files hold.
+
+    Raises:
+        CheckpointError: as :meth:`Checkpoint.open`.
+        UsageError: experts are fused.
+    """
+    stored = Checkpoint.open(path)
+    require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
+    return untied(stored)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that name travels unchanged from a source to its builds."""
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
+
+
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose config.json calls the head tied though the files hold another matrix: with that head.
+
+    transformers keeps such a head apart; vLLM and SGLang leave it out, as config.json says. So the config that comes
+    with the result says that it is not tied. A copy of the embedding, which many checkpoints carry, changes nothing.
+
+    Raises:
+        CheckpointError: the two cannot be read.
+    """
+    head, embedding = (checkpoint.entries.get(f"{name}.weight") for name in (HEAD, EMBEDDING))
+    if checkpoint.config.get(TIED) is not True or head is None or embedding is None:
+        return checkpoint
+    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
+        pairs = zip(checkpoint.blocks(head.name), checkpoint.blocks(embedding.name), strict=True)
+        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            return checkpoint
+    return replace(checkpoint, config=checkpoint.config | {TIED: False})
+
+
+def listed_files(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the index or the one file that holds the model; empty where neither can tell.
+
+    Raises:
+        CheckpointError: the index or the file is damaged.
+    """
+    listed = read_weight_map(path)
+    if listed is not None:
+        return dict(listed)
+    if not (path / SINGLE_NAME).is_file() or SINGLE_NAME in {Path(name).name for name in misplaced_files(path)}:
+        return {}
+    return dict.fromkeys(read_header(path / SINGLE_NAME), SINGLE_NAME)
+
+
+_FUSED = re.compile(r"\.experts\.(?!\d)")
+
+
+def require_single_experts(path: Path, listed: Mapping[str, str]) -> None:
+    """Check that every expert has tensors of its own.
+
+    Args:
+        path: The checkpoint's folder.
+        listed: The file of each tensor, by the tensor's name.
+
+    Raises:
+        UsageError: a tensor holds all experts of a layer, as transformers 5 has them in memory.
+    """
+    fused = sorted(name for name in listed if _FUSED.search(name))
+    if fused:
+        raise UsageError(
+            f"{path / listed[fused[0]]}: tensor {fused[0]!r} holds all experts of a layer, and so do {len(fused) - 1} "
+            "others: fused experts, which qconv does not read.",
+            hint="Give the checkpoint with tensors for each expert. In transformers 5: old = "
+            "AutoModelForCausalLM.from_pretrained(MODEL); new = AutoModelForCausalLM.from_config(old.config); "
+            "new.load_state_dict(old.state_dict()); new.save_pretrained(FOLDER) writes it.",
+        )
+
+
+def fp8_scheme(path: Path, config: dict[str, Any]) -> Fp8Scheme | None:
+    """How a config.json says that weights are stored in FP8; None for an unquantized model.
+
+    Raises:
+        CheckpointError: quantized in any other way.
+    """
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    scheme = Fp8Scheme.parse(section) if isinstance(section, dict) else None
+    if scheme is None:
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        raise CheckpointError(
+            f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized or the FP8 checkpoint."
+        )
+    return scheme
+
+
+def weight_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
+    """The dtype of a model's weights by config.json; bf16 where it names none.
+
+    Raises:
+        CheckpointError: it names one that is no weight's.
+    """
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+    name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
+    if not isinstance(name, str) or name not in names:
+        raise CheckpointError(
+            f"{path / 'config.json'}: dtype {name!r} is none of {', '.join(names)}.",
+            hint="Give the original, unquantized checkpoint.",
+        )
+    return names[name]
+
+
+def require_tokenizer(path: Path) -> None:
+    """Check that a tokenizer lies in the folder.
+
+    Raises:
+        CheckpointError: none of its main files is there.
+    """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{path}: no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there.",
+            hint="Copy the tokenizer files of the original model into the folder.",
+        )
+
+
+def _require_fetched(path: Path) -> None:
+    """Check that what travels to a build is no pointer to a file and no page that says why there is none."""
+    for name, instead in misplaced_files(path).items():
+        if any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS):
+            raise CheckpointError(f"{path / name}: is {instead.what}.", hint=instead.remedy)
+
+
+def check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
+    """Check that a dense checkpoint holds every tensor of its architecture once, of its shape, and no unknown one.
+
+    Raises:
+        CheckpointError: the first thing that is wrong, by file and tensor.
+    """
+    expected = dict(model.tensors())
+    missing = [name for name in expected if name not in checkpoint.entries]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors of a {model.family} model are missing, the first "
+            f"{missing[0]!r}.",
+            hint="The checkpoint is incomplete, or config.json belongs to another model.",
+        )
+    ignorable = model.ignorable()
+    unknown = sorted(name for name in checkpoint.entries if name not in expected and name not in ignorable)
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.entry(unknown[0]).file}: {len(unknown)} tensors are not part of a {model.family} model, the "
+            f"first {unknown[0]!r}.",
+            hint="Remove them, or check config.json: qconv drops nothing silently.",
+        )
+    for name, shape in expected.items():
+        entry = checkpoint.entry(name)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} is {list(entry.shape)}, config.json implies {list(shape)}.",
+                hint="config.json belongs to another model, or the shard is wrong.",
+            )
+        if entry.dtype not in WEIGHT_DTYPES:
+            allowed = ", ".join(DTYPE_NAMES[dtype] for dtype in WEIGHT_DTYPES)
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has dtype {DTYPE_NAMES[entry.dtype]}, a weight must be one of "
+                f"{allowed}.",
+                hint="Give the original, unquantized checkpoint.",
+            )

@@ -1,0 +1,75 @@
+"""What a run belongs to: fingerprints of everything that its bytes depend on.
+
+A run is continued only with the same ones, and a finished build is taken for the one that was asked for only if they
+are its own.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Literal
+from urllib.parse import quote
+
+import torch
+
+from qconv import __version__
+from qconv.artifacts.source import Source
+from qconv.building import arithmetic
+from qconv.calibration.corpus import TokenSet
+from qconv.folders.journal import COMPANIONS, PROCESSOR
+
+ARITHMETIC = "arithmetic"
+Companions = Literal["copied", "embedded", "left out"]
+
+
+def fingerprints(
+    source: Source,
+    recipe: str,
+    tokens: TokenSet | None,
+    files: Sequence[str] = (),
+    *,
+    adds_up: bool,
+    companions: Companions,
+) -> dict[str, str]:
+    """What a run belongs to.
+
+    Args:
+        source: The model.
+        recipe: The digest of what was asked for.
+        tokens: What it is calibrated on; None for no calibration.
+        files: Digests of other files that the bytes depend on.
+        adds_up: Whether anything besides calibration depends on the order in which torch adds up.
+        companions: What becomes of the source's tokenizer, chat template and generation config.
+    """
+    versions = {"qconv": __version__, "torch": torch.__version__, "machine": platform.machine()}
+    data = list(files)
+    if tokens is not None:
+        versions["transformers"] = version("transformers")
+        data.append(tokens.digest)
+    found = {
+        "weights": source.checkpoint.fingerprint(),
+        "recipe": recipe,
+        "calibration data": "+".join(data) or "none",
+        "versions": " ".join(f"{name}={number}" for name, number in sorted(versions.items())),
+    }
+    if tokens is not None or adds_up:
+        found |= {ARITHMETIC: f"cpu={arithmetic.digest()}", PROCESSOR: arithmetic.processor()}
+    if companions == "copied":
+        found[COMPANIONS] = _pairs(source.companion_digests())
+    elif companions == "embedded":
+        digests = source.companion_digests()
+        kept = {name: digest for name, digest in digests.items() if not name.startswith("LICENSE")}
+        found["embedded files"] = _pairs({"name": source.name} | kept)
+    return found
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    """``name=value`` pairs, the values cut to 16 characters; no character in them divides pairs."""
+    return " ".join(f"{quote(name, safe='')}={quote(value[:16], safe='')}" for name, value in values.items())
+
+
+def lasting(found: dict[str, str]) -> dict[str, str]:
+    """Of a run's fingerprints those that a build's report keeps: the same on every processor of the same arithmetic."""
+    return {key: value for key, value in found.items() if key != PROCESSOR}

@@ -1,0 +1,180 @@
+"""What a model consists of: every linear with its shape, grouped by layer, with the inputs that linears share.
+
+A family in :mod:`qconv.models` and a config.json give one :class:`Architecture`. Everything else in qconv (checks,
+plan, calibration, packing) walks that description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""Names of the embedding and of the output head, tied to it or not."""
+TIED = "tie_word_embeddings"
+"""The key of config.json that says whether the head is the embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear module: ``weight`` is [out_features, in_features], ``bias`` is [out_features]."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight tensor."""
+        return f"{self.name}.weight"
+
+    @property
+    def numel(self) -> int:
+        """The number of weights, bias not counted."""
+        return self.out_features * self.in_features
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the module's tensors in a dense checkpoint."""
+        yield self.weight, (self.out_features, self.in_features)
+        if self.bias:
+            yield f"{self.name}.bias", (self.out_features,)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm: ``weight`` is [size]."""
+
+    name: str
+    size: int
+
+    @property
+    def numel(self) -> int:
+        """The number of weights."""
+        return self.size
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight tensor."""
+        return f"{self.name}.weight"
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of the module's tensor."""
+        yield self.weight, (self.size,)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Self-attention: q, k and v share one input; the head norms are empty where the family has none."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    head_norms: tuple[Norm, ...]
+
+    def linears(self) -> tuple[Linear, ...]:
+        """q, k, v, o."""
+        return self.q, self.k, self.v, self.o
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """A gated MLP, ``down(act(gate(x)) * up(x))``: a dense layer's, one expert's or a shared expert's."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def linears(self) -> tuple[Linear, ...]:
+        """gate, up, down."""
+        return self.gate, self.up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """A sparse block: the router and every expert (and the shared expert and its gate) see the same input."""
+
+    router: Linear
+    experts: tuple[Mlp, ...]
+    top_k: int
+    shared_expert: Mlp | None = None
+    shared_expert_gate: Linear | None = None
+
+    def routers(self) -> tuple[Linear, ...]:
+        """The linears that decide how much each expert counts; they stay unquantized."""
+        return (self.router,) if self.shared_expert_gate is None else (self.router, self.shared_expert_gate)
+
+    def mlps(self) -> tuple[Mlp, ...]:
+        """The experts, then the shared expert."""
+        return self.experts if self.shared_expert is None else (*self.experts, self.shared_expert)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer."""
+
+    index: int
+    name: str
+    input_norm: Norm
+    attention: Attention
+    post_attention_norm: Norm
+    mlp: Mlp | Moe
+
+    def mlps(self) -> tuple[Mlp, ...]:
+        """The gated MLPs: the experts and the shared expert, or the dense one."""
+        return self.mlp.mlps() if isinstance(self.mlp, Moe) else (self.mlp,)
+
+    def linears(self) -> Iterator[Linear]:
+        """The linears that are candidates for quantization: everything but the routers."""
+        yield from self.attention.linears()
+        for mlp in self.mlps():
+            yield from mlp.linears()
+
+    def routers(self) -> tuple[Linear, ...]:
+        """The layer's router and shared-expert gate; empty for a dense layer."""
+        return self.mlp.routers() if isinstance(self.mlp, Moe) else ()
+
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms of the layer."""
+        return self.input_norm, *self.attention.head_norms, self.post_attention_norm
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of every tensor of the layer in a dense checkpoint."""
+        for norm in self.norms():
+            yield from norm.tensors()
+        for router in self.routers():
+            yield from router.tensors()
+        for linear in self.linears():
+            yield from linear.tensors()
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A whole model. ``lm_head`` is None when it is tied to the embedding."""
+
+    family: str
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    embedding: Linear
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    lm_head: Linear | None
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of every tensor that a dense checkpoint must hold, each once."""
+        yield from self.embedding.tensors()
+        for layer in self.layers:
+            yield from layer.tensors()
+        yield from self.final_norm.tensors()
+        if self.lm_head is not None:
+            yield from self.lm_head.tensors()
+
+    def ignorable(self) -> frozenset[str]:
+        """Tensors that some checkpoints carry and no one needs: a tied head's copy, old rotary buffers."""
+        names = {f"{layer.name}.self_attn.rotary_emb.inv_freq" for layer in self.layers}
+        if self.lm_head is None:
+            names.add(f"{HEAD}.weight")
+        return frozenset(names)

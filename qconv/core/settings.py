@@ -1,0 +1,104 @@
+"""What can be set of grids, methods, calibration and files: the sections of a recipe, each checked as a whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+GIGABYTE = 10**9
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values are not coerced, numbers are finite and have 64 bits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("has more than 64 bits")
+        return value
+
+
+class GridSettings(Section):
+    """The quantization grid. ``symmetric: null`` takes the format's own default."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    group_size: int = 128
+    symmetric: bool | None = None
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive_or_channel(cls, value: int) -> int:
+        if value != -1 and value < 8:
+            raise ValueError("must be -1 (one scale a row) or at least 8")
+        return value
+
+
+class ClipSettings(Section):
+    """The search of the clipping range: ``steps`` ratios from 1 downward, the last one above ``1 - max_shrink``.
+
+    ``enabled: null`` means on for methods that look at activations and off for plain rounding.
+    """
+
+    enabled: bool | None = None
+    steps: Annotated[int, Field(ge=1, le=100)] = 10
+    max_shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+
+
+class AwqSettings(Section):
+    """The search of AWQ's scales (Lin et al. 2023, section 3.2): alpha on ``alpha_points`` points of [0, 1]."""
+
+    alpha_points: Annotated[int, Field(ge=20, le=200)] = 20
+    search_tokens: Annotated[int, Field(ge=16)] = 128
+    """Tokens of one expert (or attention block) on which the loss is measured."""
+
+
+class GptqSettings(Section):
+    """How GPTQ works through the columns (Frantar et al. 2022).
+
+    ``ordering``: ``none`` takes columns as they are, ``static`` the important ones first with groups of neighbours,
+    ``desc_act`` the important ones first with groups of columns of like importance, which engines must gather.
+    """
+
+    block_size: Annotated[int, Field(ge=1)] = 128
+    damp_percent: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Added to the Hessian's diagonal, as a share (0.01 is one percent) of its mean."""
+    ordering: Literal["none", "static", "desc_act"] = "static"
+
+
+class TextSettings(Section):
+    """Which calibration text, and how much of it."""
+
+    corpus: str = "python-stdlib"
+    tokens: Annotated[int, Field(ge=1)] = 32768
+    sequence_length: Annotated[int, Field(ge=16)] = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> Self:
+        if self.tokens % self.sequence_length:
+            raise ValueError(f"tokens {self.tokens} is not a multiple of sequence_length {self.sequence_length}")
+        return self
+
+
+class CalibrationSettings(TextSettings):
+    """The text, and how the experts see it."""
+
+    routing: Literal["routed", "all-experts"] = "routed"
+    propagate: bool = True
+    """Whether the next layer sees the quantized layer's outputs."""
+    token_weights: Literal["uniform", "router"] = "uniform"
+    """What a token counts in an expert's statistics: the same for all, or its router weight squared, which is what its
+    output's squared error counts in the layer's output."""
+    shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
+    """k of ``H = (n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
+
+
+class OutputSettings(Section):
+    """The files of the build."""
+
+    max_shard_size: Annotated[int, Field(ge=10**6)] = 5 * GIGABYTE
+    """Bytes."""

@@ -1,0 +1,165 @@
+"""The tensors of a GGUF file: their names and shapes, and which tensors of the checkpoint each is made of.
+
+Names come from the ``gguf`` package's own table. Shapes are in torch's order, outermost first; a GGUF file states them
+reversed. The experts of a layer lie in one tensor behind each other, in the order of ``sources``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
+from torch import Tensor
+
+from qconv.core.architecture import Architecture, Layer, Linear, Moe, Norm
+from qconv.errors import UsageError
+
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "mixtral": MODEL_ARCH.LLAMA,
+    "qwen2_moe": MODEL_ARCH.QWEN2MOE,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+}
+"""llama.cpp's architecture by qconv's family; Mixtral is its llama with experts."""
+
+_UNQUANTIZED = (MODEL_TENSOR.FFN_GATE_INP,)
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor of a GGUF file.
+
+    Attributes:
+        name: ``blk.0.attn_q.weight``.
+        kind: What it is, in the ``gguf`` package's terms.
+        layer: Its layer, None outside the layers.
+        shape: Outermost dimension first; the last is the row that is cut into blocks.
+        sources: The checkpoint's tensors behind each other, each an equal share; empty where ``constant`` is given.
+        heads: Where its rows are to be permuted (:func:`permute_heads`), the number of heads; else 0.
+        constant: The values of a tensor that no checkpoint holds.
+    """
+
+    name: str
+    kind: MODEL_TENSOR
+    layer: int | None
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    heads: int = 0
+    constant: tuple[float, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """The length of a row."""
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, those of all experts together."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether a file type decides about it. Vectors (norms, biases) and the router are always F32."""
+        return len(self.shape) > 1 and self.kind not in _UNQUANTIZED
+
+
+def architecture_name(family: str) -> str:
+    """llama.cpp's name of an architecture: ``qwen3moe`` for the family ``qwen3_moe``.
+
+    Raises:
+        UsageError: llama.cpp's form of that family is not known here.
+    """
+    return MODEL_ARCH_NAMES[_architecture(family)]
+
+
+def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> list[GgufTensor]:
+    """All tensors of a model's GGUF file, in file order.
+
+    Args:
+        model: The architecture.
+        rope_factors: What each rotary frequency is divided by; empty for none.
+
+    Raises:
+        UsageError: llama.cpp's form of the family is not known here, or has no place for one of its tensors.
+    """
+    architecture = _architecture(model.family)
+    names = get_tensor_name_map(architecture, len(model.layers))
+    permuted = {}
+    if architecture is MODEL_ARCH.LLAMA:
+        permuted = {MODEL_TENSOR.ATTN_Q: model.num_attention_heads, MODEL_TENSOR.ATTN_K: model.num_key_value_heads}
+    tensors = []
+    for layer, modules in _groups(model):
+        for parts in zip(*(module.tensors() for module in modules), strict=True):
+            sources = tuple(name for name, _ in parts)
+            found = names.get_type_and_name(_EXPERT_NUMBER.sub("", sources[0]), try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise UsageError(
+                    f"{sources[0]}: llama.cpp's {MODEL_ARCH_NAMES[architecture]} has no place for it.",
+                    hint="This model cannot be written as GGUF.",
+                )
+            kind, name = found
+            shape = _shape(modules, parts[0][1])
+            tensors.append(GgufTensor(name, kind, layer, shape, sources, permuted.get(kind, 0)))
+    if rope_factors:
+        kind = MODEL_TENSOR.ROPE_FREQS
+        name = f"{TENSOR_NAMES[kind]}.weight"
+        tensors.insert(1, GgufTensor(name, kind, None, (len(rope_factors),), (), constant=tuple(rope_factors)))
+    return tensors
+
+
+def permute_heads(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of q or k, [heads * head_dim, ...], from transformers' rotary layout to llama.cpp's.
+
+    Of a head's ``head_dim`` rows transformers rotates row i together with row i + head_dim / 2, llama.cpp's ``llama``
+    rotates 2i with 2i + 1. Scores do not change, since q and k are reordered alike.
+    """
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _architecture(family: str) -> MODEL_ARCH:
+    if family not in ARCHITECTURES:
+        raise UsageError(
+            f"family {family} has no GGUF form in qconv.",
+            hint=f"GGUF is written for {', '.join(sorted(ARCHITECTURES))}.",
+        )
+    return ARCHITECTURES[family]
+
+
+def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Linear | Norm]]]:
+    """Modules that become one tensor together (or one for weights and one for biases), with their layer."""
+    yield None, [model.embedding]
+    for layer in model.layers:
+        for modules in _layer_groups(layer):
+            yield layer.index, modules
+    yield None, [model.final_norm]
+    if model.lm_head is not None:
+        yield None, [model.lm_head]
+
+
+def _layer_groups(layer: Layer) -> Iterator[Sequence[Linear | Norm]]:
+    yield [layer.input_norm]
+    yield from ([linear] for linear in layer.attention.linears())
+    yield from ([norm] for norm in (*layer.attention.head_norms, layer.post_attention_norm))
+    yield from ([router] for router in layer.routers())
+    if isinstance(layer.mlp, Moe):
+        yield from zip(*(expert.linears() for expert in layer.mlp.experts), strict=True)
+    for mlp in layer.mlps()[len(layer.mlp.experts) if isinstance(layer.mlp, Moe) else 0 :]:
+        yield from ([linear] for linear in mlp.linears())
+
+
+def _shape(modules: Sequence[Linear | Norm], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a merged tensor one dimension more; of the shared expert's gate, a single row, the vector that it is."""
+    if _EXPERT_NUMBER.search(modules[0].name):
+        return (len(modules), *shape)
+    return shape[1:] if len(shape) == 2 and shape[0] == 1 else shape

@@ -1,0 +1,113 @@
+"""Rotary embeddings as a config.json states them, in llama.cpp's terms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qconv.checkpoint.rope import stated_rope
+from qconv.errors import CheckpointError, UsageError
+
+_DEFAULT_THETA = {"llama": 10000.0}
+"""Where a config may leave the base out. Llama's first models did; everywhere else a guess would be silently wrong."""
+
+ROTATES_BY_FACTORS = "llama"
+"""The architecture, of those that qconv writes, for which llama.cpp reads a tensor of :meth:`Rope.factors`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Frequencies are ``theta ** (-2i / head_dim)``, then scaled by ``kind``.
+
+    Attributes:
+        theta: The base.
+        kind: ``default``, ``linear``, ``yarn`` or ``llama3``.
+        parameters: The numbers of the scaling, as config.json names them.
+    """
+
+    theta: float
+    kind: str
+    parameters: dict[str, float]
+
+    def factors(self, head_dim: int) -> tuple[float, ...]:
+        """What each of the ``head_dim / 2`` frequencies is divided by; empty unless ``llama3``.
+
+        Long wavelengths are stretched by ``factor``, short ones are left alone, and those between
+        ``original / high_freq_factor`` and ``original / low_freq_factor`` are interpolated (Llama 3.1's rule).
+        """
+        if self.kind != "llama3":
+            return ()
+        values = self.parameters
+        original, factor = values["original_max_position_embeddings"], values["factor"]
+        low, high = values["low_freq_factor"], values["high_freq_factor"]
+        factors = []
+        for index in range(head_dim // 2):
+            wavelength = 2.0 * math.pi * self.theta ** (2.0 * index / head_dim)
+            kept = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+            factors.append(1.0 / ((1.0 - kept) / factor + kept))
+        return tuple(factors)
+
+
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_YARN_BOUNDARIES = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""The turns between which YaRN interpolates. llama.cpp has keys for others, but loads them and computes differently."""
+
+
+def rope_of(config: dict[str, Any]) -> Rope:
+    """The rotary embedding of a config.json.
+
+    Raises:
+        CheckpointError: the base or a number of the scaling is missing or is no positive number.
+        UsageError: a scaling that llama.cpp does not compute as transformers does, or two that contradict each other.
+    """
+    stated = stated_rope(config)
+    theta = stated.get("rope_theta", _DEFAULT_THETA.get(str(config.get("model_type"))))
+    kind = stated["rope_type"]
+    if kind not in _REQUIRED:
+        raise UsageError(
+            f"config.json: rope scaling {kind!r} cannot be expressed in a GGUF file of this architecture.",
+            hint=f"llama.cpp computes {', '.join(_REQUIRED)}.",
+        )
+    parameters = {name: _positive(name, stated.get(name)) for name in _REQUIRED[kind]}
+    rope = Rope(_positive("rope_theta", theta), kind, parameters)
+    _check_expressible(stated, rope)
+    return rope
+
+
+def _check_expressible(stated: dict[str, Any], rope: Rope) -> None:
+    partial = stated.get("partial_rotary_factor")
+    reason = None
+    if partial not in (None, 1):
+        reason = f"partial_rotary_factor {partial!r}: llama.cpp rotates whole heads of this architecture"
+    elif rope.kind == "yarn":
+        reason = _yarn_difference(stated, rope.parameters["factor"])
+    if reason is not None:
+        raise UsageError(f"config.json: {reason}.", hint="This model cannot be written as GGUF.")
+
+
+def _yarn_difference(stated: dict[str, Any], factor: float) -> str | None:
+    """How a YaRN differs from llama.cpp's, which derives the magnitude from the factor; None if it does not."""
+    usual = {"attention_factor": 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0, **_YARN_BOUNDARIES}
+    for name, value in usual.items():
+        given = stated.get(name)
+        if given is not None and not math.isclose(_positive(name, given), value, rel_tol=1e-6):
+            return f"YaRN with {name} {given!r}: llama.cpp computes {value:.6g}"
+    if stated.get("mscale") or stated.get("mscale_all_dim") or stated.get("truncate") is False:
+        return "YaRN with mscale or without truncation: llama.cpp has no keys for it in this architecture"
+    return None
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < math.inf:
+        what = "lacks" if value is None else f"has {value!r} as"
+        raise CheckpointError(
+            f"config.json {what} {name}, a positive number.",
+            hint="Repair config.json: without it the file would load and be silently wrong.",
+        )
+    return float(value)

@@ -1,0 +1,229 @@
+"""A plan from config.json and the index alone, and its sizes by class of module: what ``qconv plan`` shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qconv.artifacts.inspection import SKIP_KEYS, name_class
+from qconv.artifacts.source import fp8_scheme, listed_files, require_single_experts, weight_dtype
+from qconv.boundary.content import misplaced_files
+from qconv.boundary.printable import name_of
+from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme, is_cache_scale
+from qconv.checkpoint.header import DTYPE_NAMES
+from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weight_map
+from qconv.checkpoint.rope import in_both_spellings
+from qconv.core.architecture import HEAD, Architecture
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.formats.base import skip_list
+from qconv.models import architecture
+from qconv.planning.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
+from qconv.planning.recipe import Recipe
+
+
+@dataclass(slots=True)
+class PlannedClass:
+    """Modules whose names differ in numbers alone, and that are treated alike.
+
+    Attributes:
+        name: The common name, ``*`` for each number.
+        scheme: What they become: bits and group size of the grid, or their own dtype.
+        shapes: The distinct shapes of their weights, in order of appearance.
+        modules: How many there are.
+        weights: How many weights they hold together, biases included.
+        source_bytes: Bytes of their source tensors.
+        output_bytes: Bytes of what they become.
+    """
+
+    name: str
+    scheme: str
+    shapes: list[tuple[int, ...]]
+    modules: int = 0
+    weights: int = 0
+    source_bytes: int = 0
+    output_bytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of what they become over weights."""
+        return 8.0 * self.output_bytes / self.weights
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A plan with its totals.
+
+    Attributes:
+        path: The model's folder.
+        plan: The plan.
+        dtype: The source's dtypes by config.json, as safetensors spells them.
+        notices: What does not fit together, as sentences.
+        classes: Sizes by class, in file order.
+        source_bytes: Bytes of the source's tensors.
+        output_bytes: Bytes of the build's shards, headers included.
+        costs: Modelled memory and scratch disk.
+    """
+
+    path: Path
+    plan: BuildPlan
+    dtype: str
+    notices: tuple[str, ...]
+    classes: tuple[PlannedClass, ...]
+    source_bytes: int
+    output_bytes: int
+    costs: Costs
+
+    @property
+    def weights(self) -> int:
+        """The number of parameters of the source."""
+        return sum(row.weights for row in self.classes)
+
+    @property
+    def shards(self) -> int:
+        """The number of the build's shards."""
+        return sum(len(unit.shards) for unit in self.plan.units)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the build's tensors over the source's parameters."""
+        return 8.0 * sum(row.output_bytes for row in self.classes) / self.weights
+
+
+def estimate(path: Path, recipe: Recipe) -> Estimate:
+    """Plan a build of the model in a folder; no shard needs to be there.
+
+    Raises:
+        CheckpointError: config.json is missing, damaged, of unknown architecture, or quantized otherwise than to FP8.
+        RecipeError: the recipe does not fit the model.
+        UsageError: experts are fused; config.json says two things of rotary embeddings.
+    """
+    config = read_json(path / "config.json")
+    with in_config(path):
+        scheme = fp8_scheme(path, config)
+        model = architecture(config)
+        in_both_spellings(config)
+        dtype = weight_dtype(path, config)
+    listed = read_weight_map(path)
+    require_single_experts(path, listed_files(path))
+    stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
+    plan = make_plan(model, recipe, lambda name: dtype)
+    classes = _classes(plan, stored)
+    return Estimate(
+        path=path,
+        plan=plan,
+        dtype=stored.dtypes,
+        notices=(*_notices(path, model, stored, listed), *plan.notices()),
+        classes=classes,
+        source_bytes=sum(row.source_bytes for row in classes),
+        output_bytes=plan.output_bytes,
+        costs=modelled_costs(plan),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How the source stores its tensors: plain ones as ``dtype``, the weights named in ``fp8`` by ``scheme``."""
+
+    dtype: torch.dtype
+    scheme: Fp8Scheme | None
+    fp8: frozenset[str]
+
+    @property
+    def dtypes(self) -> str:
+        plain = DTYPE_NAMES[self.dtype]
+        return plain if self.scheme is None else f"{DTYPE_NAMES[torch.float8_e4m3fn]} and {plain}"
+
+    def nbytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor, with its scales, which are float32 at most."""
+        if self.scheme is None or name not in self.fp8:
+            return math.prod(shape) * self.dtype.itemsize
+        return math.prod(shape) + math.prod(self.scheme.scale_shape(shape)) * torch.float32.itemsize
+
+    def extras(self, listed: Iterable[str]) -> set[str]:
+        """Names of the tensors that may stand beside FP8 weights: their scales, those of activations, of a cache."""
+        modules = [name.removesuffix("weight") for name in self.fp8]
+        caches = {name for name in listed if is_cache_scale(name)} if self.fp8 else set()
+        return caches | {f"{module}{leaf}" for module in modules for leaf in (*SCALE_LEAVES, *ACTIVATION_LEAVES)}
+
+
+def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[str, Any] | None) -> Iterator[str]:
+    """Names of the weights that are FP8: those whose scales the index lists; without one, by the skip list."""
+    if listed is not None:
+        for name, shape in model.tensors():
+            if len(shape) == 2 and any(name.removesuffix("weight") + leaf in listed for leaf in SCALE_LEAVES):
+                yield name
+        return
+    section = config["quantization_config"]
+    skipped = {entry for key in SKIP_KEYS for entry in skip_list(section, key)}
+    for linear in (linear for layer in model.layers for linear in layer.linears()):
+        parts = linear.name.split(".")
+        if skipped.isdisjoint(".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            yield linear.weight
+
+
+def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
+    quantized = _scheme(plan.grid)
+    rows: dict[tuple[str, bool], PlannedClass] = {}
+    for item in plan.items():
+        name = name_class(item.module.name)
+        row = rows.get((name, item.quantized))
+        if row is None:
+            row = PlannedClass(name, quantized if item.quantized else DTYPE_NAMES[stored.dtype], [])
+            rows[name, item.quantized] = row
+        _add(row, item, stored)
+    return tuple(rows.values())
+
+
+def _scheme(grid: Grid) -> str:
+    """A grid in two words."""
+    if not grid.is_float:
+        return f"{grid.bits}-bit {'channel' if grid.group_size == CHANNEL else f'g{grid.group_size}'}"
+    if grid.group_size == CHANNEL:
+        return f"FP8 {'tensor' if grid.block_rows == CHANNEL else 'channel'}"
+    return f"FP8 {grid.block_rows}x{grid.group_size}"
+
+
+def _add(row: PlannedClass, item: Item, stored: _Stored) -> None:
+    row.modules += 1
+    for number, (name, dimensions) in enumerate(item.module.tensors()):
+        if number == 0 and dimensions not in row.shapes:
+            row.shapes.append(dimensions)
+        row.weights += math.prod(dimensions)
+        row.source_bytes += stored.nbytes(name, dimensions)
+    row.output_bytes += sum(spec.nbytes for spec in item.specs)
+
+
+def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, str] | None) -> Iterator[str]:
+    """Whether index and config.json are of one model, as far as names tell, and what lies there in files' stead."""
+    misplaced = misplaced_files(path)
+    for name, instead in list(misplaced.items())[:1]:
+        more = f", and {len(misplaced) - 1} more" if len(misplaced) > 1 else ""
+        yield f"{name_of(name)} is {instead.what}{more}: quantize will refuse. {instead.remedy.rstrip('.')}"
+    if listed is None:
+        yield f"no {INDEX_NAME}: planned from config.json alone"
+        return
+    if stored.scheme is not None and not stored.fp8:
+        yield "config.json says FP8, but the index lists no scale: quantize will refuse"
+    if model.lm_head is None and f"{HEAD}.weight" in listed:
+        yield (
+            f"config.json ties the head to the embedding, and the index lists {HEAD}.weight all the same: unless that "
+            "is a copy of the embedding, the build keeps it and is as much larger"
+        )
+    expected = {name for name, _ in model.tensors()}
+    for names, fault in (
+        (sorted(expected - listed.keys()), "tensors of the model are not in the index"),
+        (
+            sorted(listed.keys() - expected - model.ignorable() - stored.extras(listed)),
+            "tensors of the index are not part of the model",
+        ),
+    ):
+        if names:
+            yield f"{len(names)} {fault}, the first {names[0]!r}: quantize will refuse"
+    absent = sorted(shard for shard in set(listed.values()) if not (path / shard).is_file())
+    if absent:
+        yield f"{len(absent)} of {len(set(listed.values()))} shards are not here, the first {absent[0]}"

@@ -1,0 +1,168 @@
+"""Whether a recipe and a format fit a model, and what would: checked before anything is read."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Moe
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.errors import RecipeError
+from qconv.formats.base import Format
+from qconv.planning.recipe import Recipe
+
+GROUP_SIZES = (128, 64, 32, CHANNEL)
+"""What is proposed instead of a group size that does not fit."""
+
+
+def fused(layer: Layer) -> Iterator[tuple[str, tuple[Linear, ...]]]:
+    """What engines hold as one tensor: q, k, v; gate, up; a layer's experts as a whole. Each with what it is called."""
+    yield "q, k and v", layer.attention.linears()[:3]
+    if not isinstance(layer.mlp, Moe):
+        yield "gate and up", (layer.mlp.gate, layer.mlp.up)
+        return
+    yield "the experts", tuple(linear for mlp in layer.mlp.experts for linear in mlp.linears())
+    shared = layer.mlp.shared_expert
+    if shared is not None:
+        yield "the shared expert's gate and up", (shared.gate, shared.up)
+
+
+def check_skips(architecture: Architecture, recipe: Recipe) -> None:
+    """Every pattern names something, something is left to quantize, and what engines fuse is skipped as one.
+
+    Raises:
+        RecipeError: it is not so.
+    """
+    modules = [*(name.rpartition(".")[0] for name, _ in architecture.tensors()), HEAD]
+    for pattern in recipe.skip:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+            raise RecipeError(
+                f"skip: {pattern!r} matches no module of the model.",
+                hint=f"Patterns match whole names, such as {architecture.layers[-1].attention.q.name!r}.",
+            )
+    if all(recipe.skips(linear.name) for layer in architecture.layers for linear in layer.linears()):
+        raise RecipeError("skip: leaves no linear to quantize.", hint="Skip less.")
+    for layer in architecture.layers:
+        for what, linears in fused(layer):
+            skipped = [linear.name for linear in linears if recipe.skips(linear.name)]
+            if skipped and len(skipped) != len(linears):
+                raise RecipeError(
+                    f"skip: {skipped[0]} is skipped but others of {what} of layer {layer.index} are not; engines load "
+                    "them as one.",
+                    hint="Skip all of them or none.",
+                )
+
+
+def check_shapes(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> None:
+    """Every linear that is quantized can be stored, and be read by an engine.
+
+    Raises:
+        RecipeError: one does not fit; says what would.
+    """
+    linears = [one for layer in architecture.layers for one in layer.linears() if not recipe.skips(one.name)]
+    for linear in linears:
+        problem = output_format.check(linear.out_features, linear.in_features, grid)
+        if problem is not None:
+            key = "grid.group_size" if "group size" in problem else "format"
+            raise RecipeError(
+                f"{key}: {linear.name} does not fit format {output_format.name}: {problem}.",
+                hint=_remedy(architecture, recipe, output_format, grid),
+            )
+    _check_blocks(architecture, recipe, output_format, grid)
+
+
+def group_sizes(linears: Sequence[Linear], output_format: Format, recipe: Recipe, grid: Grid) -> list[int]:
+    """Of :data:`GROUP_SIZES` those with which the format holds all of the linears, on an integer grid."""
+    fitting = []
+    for size in GROUP_SIZES if not grid.is_float else ():
+        try:
+            tried = output_format.grid(recipe.grid.model_copy(update={"group_size": size}), grid.scale_dtype)
+        except RecipeError:
+            continue
+        if all(output_format.check(one.out_features, one.in_features, tried) is None for one in linears):
+            fitting.append(size)
+    return fitting
+
+
+def shown_sizes(sizes: Sequence[int]) -> str:
+    """Group sizes in words."""
+    return ", ".join("-1 (one scale a row)" if size == CHANNEL else str(size) for size in sizes)
+
+
+def _remedy(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> str:
+    """What fits instead: other group sizes, and patterns that skip what does not."""
+    linears = [one for layer in architecture.layers for one in layer.linears() if not recipe.skips(one.name)]
+    sizes = group_sizes(linears, output_format, recipe, grid)
+    misfits = {one.name for one in linears if output_format.check(one.out_features, one.in_features, grid) is not None}
+    remedies = [f"Group sizes that fit every linear: {shown_sizes(sizes)}"] if sizes else []
+    patterns = skip_patterns(architecture, misfits)
+    if patterns is not None:
+        remedies.append(f"Leave alone what does not fit: {patterns}")
+    return "; or ".join(remedies) if remedies else "Take another format."
+
+
+def _check_blocks(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> None:
+    """Blocks of FP8 that engines can read.
+
+    Engines hold q, k, v and gate, up as one matrix, whose scales they place by whole blocks of rows: vLLM 0.32 loads
+    rows that no block divides and computes with others' scales (run: perplexity +27 %), and refuses them in experts
+    (read). They quantize inputs in whole groups (vLLM 0.32 asserts it, read; transformers 5.23 refuses, run).
+    """
+    if not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
+        return
+    misfits: dict[str, str] = {}
+    for layer in architecture.layers:
+        rows = {one.name for _, linears in fused(layer) for one in linears if one.out_features % grid.block_rows}
+        # down of an expert stands alone: its rows are no part of another matrix.
+        rows -= {mlp.down.name for mlp in layer.mlps()}
+        for one in layer.linears():
+            if recipe.skips(one.name):
+                continue
+            if one.name in rows:
+                misfits[one.name] = f"its {one.out_features} rows"
+            elif one.in_features % grid.group_size:
+                misfits[one.name] = f"its {one.in_features} inputs"
+    if not misfits:
+        return
+    first, what = next(iter(misfits.items()))
+    patterns = skip_patterns(architecture, misfits)
+    other = "Take --fmt fp8-dynamic, one scale a row, which holds every shape"
+    raise RecipeError(
+        f"format: {first} does not fit blocks of {grid.block_rows} x {grid.group_size}: {what} are no multiple "
+        f"({len(misfits)} such linears). Engines that fuse linears compute with other scales there, or refuse them.",
+        hint=f"{other}." if patterns is None else f"{other}; or leave them alone: {patterns}",
+    )
+
+
+def skip_patterns(architecture: Architecture, misfits: Iterable[str]) -> str | None:
+    """``--skip`` options for some linears and what engines fuse with them; None if nothing would be left."""
+    wanted = set(misfits)
+    for layer in architecture.layers:
+        for _, linears in fused(layer):
+            whole = {linear.name for linear in linears}
+            if whole & wanted:
+                wanted |= whole
+    everything = [linear.name for layer in architecture.layers for linear in layer.linears()]
+    if wanted.issuperset(everything):
+        return None
+    classes: dict[str, list[str]] = {}
+    for name in everything:
+        classes.setdefault(_pattern(name), []).append(name)
+    patterns: dict[str, None] = {}
+    for pattern, names in classes.items():
+        if wanted.issuperset(names):
+            patterns[pattern] = None
+        else:
+            patterns |= dict.fromkeys(_in_layer(name) for name in names if name in wanted)
+    return " ".join(f"--skip '{pattern}'" for pattern in patterns)
+
+
+def _pattern(name: str) -> str:
+    """What matches a linear in every layer; one pattern for all experts, which are skipped as one."""
+    return f"*.{re.sub(r'experts[.].*', 'experts.*', name.split('.', 3)[3])}"
+
+
+def _in_layer(name: str) -> str:
+    """The same in its own layer."""
+    return f"{'.'.join(name.split('.', 3)[:3])}{_pattern(name)[1:]}"

@@ -1,0 +1,109 @@
+"""A whole GGUF build: which files, which tensors in them, of which types; and one file of it written.
+
+A file depends on the plan and the source alone, so files can be written in any order and again after a crash, with the
+same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from qconv.artifacts.gguf_tensors import Importance, encoded, encoder, uniform
+from qconv.artifacts.source import Source
+from qconv.boundary.patterns import Pattern
+from qconv.checkpoint.writer import ShardRecord
+from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
+from qconv.formats.gguf.metadata import model_metadata
+from qconv.formats.gguf.mixture import file_type_id, fitted, tensor_types
+from qconv.formats.gguf.names import GgufTensor, gguf_tensors
+from qconv.formats.gguf.rope import rope_of
+from qconv.formats.gguf.tokenizer import tokenizer_metadata
+
+DEFAULT_SPLIT_SIZE = 50 * 10**9
+"""The largest file that the Hub takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """What a build will hold, known before any weight is read.
+
+    Attributes:
+        file_type: ``Q4_K_M`` ...
+        tensors: By name, in file order.
+        wanted: The type that each tensor was to have.
+        types: The type that each has, another where the wanted one does not fit its rows.
+        files: The layouts, in order; one unless the model is split.
+    """
+
+    file_type: str
+    tensors: dict[str, GgufTensor]
+    wanted: dict[str, GGMLQuantizationType]
+    types: dict[str, GGMLQuantizationType]
+    files: tuple[FileLayout, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors over the number of their elements."""
+        nbytes = sum(info.nbytes for file in self.files for info in file.tensors)
+        return 8.0 * nbytes / sum(tensor.numel for tensor in self.tensors.values())
+
+
+def plan_gguf(
+    source: Source,
+    file_type: str,
+    name: str,
+    *,
+    importance: bool = False,
+    overrides: Sequence[tuple[Pattern, GGMLQuantizationType]] = (),
+    max_split_size: int = DEFAULT_SPLIT_SIZE,
+) -> GgufPlan:
+    """Plan a build.
+
+    Args:
+        source: The checkpoint.
+        file_type: A key of :data:`qconv.formats.gguf.mixture.MIXTURES`.
+        name: What the model and its files are called.
+        importance: Whether there is an imatrix.
+        overrides: Types by pattern of a tensor's name, before the file type's own.
+        max_split_size: Bytes of tensors in one file.
+
+    Raises:
+        CheckpointError: config.json or the tokenizer is malformed.
+        UsageError: llama.cpp cannot express the model, or qconv has no encoder of a type; says what.
+    """
+    model, config = source.architecture, source.checkpoint.config
+    metadata = model_metadata(config, model, name, file_type_id(file_type))
+    metadata |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
+    tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
+    wanted = tensor_types(file_type, model, tensors, importance=importance, overrides=overrides)
+    types = fitted(wanted, tensors)
+    for type in set(types.values()):
+        encoder(type)
+    infos = [TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors]
+    files = lay_out(name, metadata, infos, max_split_size)
+    return GgufPlan(file_type, {tensor.name: tensor for tensor in tensors}, wanted, types, tuple(files))
+
+
+def write_file(
+    folder: Path, plan: GgufPlan, layout: FileLayout, source: Source, importance: Importance = uniform
+) -> ShardRecord:
+    """Write one file of a plan, check it and give it its final name.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is not finite.
+        OutputError: the disk is full or the file cannot be written.
+        VerificationError: what was read back is not what was written.
+    """
+    with GgufWriter(folder, layout) as writer:
+        for info in layout.tensors:
+            writer.write_blocks(info.name, encoded(source, plan.tensors[info.name], info.type, importance))
+        return writer.commit()

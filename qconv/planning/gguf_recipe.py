@@ -1,0 +1,123 @@
+"""The recipe of a GGUF build: its file type, exceptions by tensor, and where its importance matrix comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from gguf import GGMLQuantizationType
+from pydantic import Field, field_validator
+
+from qconv.artifacts.gguf_tensors import encoder
+from qconv.boundary.patterns import Pattern, PatternError
+from qconv.core.settings import OutputSettings, Section, TextSettings
+from qconv.errors import RecipeError, UsageError
+from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.names import GgufTensor
+from qconv.planning.recipe import parse_as
+
+FORMAT = "gguf"
+
+
+class ImatrixSettings(Section):
+    """Importance matrices that exist already, and how much an expert's own tokens count."""
+
+    files: tuple[str, ...] = ()
+    """Paths of llama.cpp's GGUF or legacy form; merged with each other and with what is collected."""
+    shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
+    """k of ``(n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
+    exponent: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """A column counts its inputs' mean square to this power: 1 makes the least error of a layer's output if inputs were
+    independent, and gives tokens of large inputs, which are few, more say than they have in the model's output."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class GgufRecipe(Section):
+    """Everything that decides what a GGUF build contains, apart from the source weights."""
+
+    format: Literal["gguf"] = "gguf"
+    type: str
+    """As llama.cpp calls it: ``Q4_K_M``."""
+    tensor_types: dict[str, str] = Field(default_factory=dict)
+    """Types by regular expression, searched for in a tensor's GGUF name; the first that fits counts."""
+    calibration: TextSettings | None = None
+    """The text that an importance matrix is collected on; null: one is collected only where the type needs it."""
+    imatrix: ImatrixSettings = ImatrixSettings()
+    output: OutputSettings = OutputSettings()
+
+    @field_validator("type")
+    @classmethod
+    def _known_file_type(cls, value: str) -> str:
+        if value not in MIXTURES:
+            raise ValueError(f"{value!r} is no GGUF file type; known are {', '.join(MIXTURES)}")
+        return value
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _known_types(cls, value: dict[str, str]) -> dict[str, str]:
+        types = {}
+        for pattern, name in value.items():
+            try:
+                Pattern.parse(pattern)
+                types[pattern] = _tensor_type(name).name
+            except PatternError as error:
+                raise ValueError(f"{pattern!r} is no regular expression that is read: {error}") from error
+            except UsageError as error:
+                raise ValueError(f"{pattern}: {error.message.removesuffix('.')}") from error
+        return types
+
+    @property
+    def overrides(self) -> tuple[tuple[Pattern, GGMLQuantizationType], ...]:
+        """``tensor_types``, ready for use."""
+        return tuple((Pattern.parse(pattern), _tensor_type(name)) for pattern, name in self.tensor_types.items())
+
+    def digest(self) -> str:
+        """sha256 of what decides about the build, hexadecimal; imatrix files count by content, not by name."""
+        values = self.model_dump(exclude={"imatrix": {"files"}})
+        # The order of the rules decides which of them counts.
+        values["tensor_types"] = list(self.tensor_types.items())
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def parse_gguf_recipe(values: Mapping[str, Any], where: str = "recipe") -> GgufRecipe:
+    """Validate a mapping.
+
+    Raises:
+        RecipeError: an unknown key or a bad value; names each by its dotted path.
+    """
+    return parse_as(GgufRecipe, values, where)
+
+
+def _tensor_type(name: str) -> GGMLQuantizationType:
+    """A type by name, in any case, as llama.cpp's program takes it.
+
+    Raises:
+        UsageError: no such type, or none that qconv encodes.
+    """
+    try:
+        type = GGMLQuantizationType[name.upper()]
+    except KeyError:
+        raise UsageError(f"{name!r} is no type of a GGUF tensor.") from None
+    encoder(type)
+    return type
+
+
+def require_matches(recipe: GgufRecipe, tensors: Iterable[GgufTensor]) -> None:
+    """Check that every rule of ``tensor_types`` fits a tensor that a type can be chosen for.
+
+    Raises:
+        RecipeError: one fits none.
+    """
+    names = [tensor.name for tensor in tensors if tensor.quantizable]
+    for pattern, _ in recipe.overrides:
+        if not any(map(pattern.search, names)):
+            raise RecipeError(
+                f"tensor_types.{pattern.text}: fits no weight of the model.",
+                hint="It is searched for in names such as blk.0.ffn_down_exps.weight; norms and routers stay F32.",
+            )

@@ -1,0 +1,186 @@
+"""The recipe of a build: what is quantized, how, and with which calibration data. YAML in, errors that name the key."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator
+
+from qconv.boundary.reading import read_yaml
+from qconv.core.settings import (
+    AwqSettings,
+    CalibrationSettings,
+    ClipSettings,
+    GptqSettings,
+    GridSettings,
+    OutputSettings,
+    Section,
+)
+from qconv.errors import RecipeError
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+METHODS = (("rtn",), ("awq",), ("gptq",), ("awq", "gptq"))
+"""What ``method`` may be: one method, or AWQ's scales followed by GPTQ's rounding."""
+
+
+def _steps(value: Any) -> Any:
+    """A list of names, one name, or names joined by ``+``."""
+    if isinstance(value, list):
+        return tuple(value)
+    return tuple(value.split("+")) if isinstance(value, str) else value
+
+
+def _shown_steps(value: tuple[str, ...]) -> str | list[str]:
+    """As a recipe writes it."""
+    return value[0] if len(value) == 1 else list(value)
+
+
+class Recipe(Section):
+    """Everything that decides what a build contains, apart from the source weights."""
+
+    format: str = "awq"
+    method: Annotated[tuple[str, ...], BeforeValidator(_steps), PlainSerializer(_shown_steps)] = ("awq",)
+    grid: GridSettings = GridSettings()
+    clip: ClipSettings = ClipSettings()
+    awq: AwqSettings = AwqSettings()
+    gptq: GptqSettings = GptqSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    skip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""
+    output: OutputSettings = OutputSettings()
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("method")
+    @classmethod
+    def _known_combination(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value not in METHODS:
+            known = ", ".join("+".join(method) for method in METHODS)
+            raise ValueError(f"{'+'.join(value)} is no method; known are {known}")
+        return value
+
+    @property
+    def method_name(self) -> str:
+        """The method as one word: ``awq``, ``awq+gptq`` ..."""
+        return "+".join(self.method)
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """Whether the method does."""
+        return self.method != ("rtn",)
+
+    @property
+    def searches_clipping(self) -> bool:
+        """Whether clipping ranges are searched: by default for every method but plain rounding."""
+        return self.looks_at_activations if self.clip.enabled is None else self.clip.enabled
+
+    def skips(self, module: str) -> bool:
+        """Whether a pattern of ``skip`` matches the module's full name."""
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.skip)
+
+    def digest(self) -> str:
+        """sha256 of the recipe's canonical JSON, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+def recipes_folder() -> Path:
+    """The folder of the packaged recipes: inside the wheel, or the checkout's top level in an editable install."""
+    package = Path(__file__).parents[1]
+    packaged = package / "recipes"
+    return packaged if packaged.is_dir() else package.parent / "recipes"
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by packaged name or file path, with single keys replaced.
+
+    Args:
+        source: Name of a packaged recipe (``awq``) or path of a YAML file.
+        overrides: Values by dotted key, e.g. ``{"calibration.tokens": 4096}``.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key, a value out of range; the message names file and key.
+    """
+    values, where = read_values(source)
+    return parse_recipe(replaced(values, overrides or {}), where)
+
+
+def read_values(source: str) -> tuple[dict[str, Any], str]:
+    """A recipe's values as they are written, and the file's name.
+
+    Args:
+        source: Name of a packaged recipe or path of a YAML file.
+
+    Raises:
+        RecipeError: no such recipe, or it is no mapping in YAML.
+    """
+    path = recipes_folder() / f"{source}.yaml" if source in packaged_recipes() else Path(source)
+    packaged = f"Give a YAML file or one of: {', '.join(packaged_recipes())}."
+    values = read_yaml(path, RecipeError, hint=packaged)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path.name}: a recipe is a mapping of keys, not a {type(values).__name__}.")
+    return values, path.name
+
+
+def replaced(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with some replaced, given by dotted key; a section that is null or absent is begun.
+
+    Raises:
+        RecipeError: a dotted key leads through what is no section.
+    """
+    found = copy.deepcopy(dict(values))
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        section = found
+        for name in sections:
+            section[name] = {} if section.get(name) is None else section[name]
+            section = section[name]
+            if not isinstance(section, dict):
+                raise RecipeError(f"{name}: not a section.")
+        section[last] = value
+    return found
+
+
+def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping.
+
+    Raises:
+        RecipeError: an unknown key or a bad value; names each by its dotted path.
+    """
+    return parse_as(Recipe, values, where)
+
+
+def parse_as(kind: type[SectionT], values: Mapping[str, Any], where: str) -> SectionT:
+    """Validate a mapping as any kind of recipe.
+
+    Raises:
+        RecipeError: as :func:`parse_recipe`.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {_explain(problem['type'], problem['msg'])}"
+            for problem in error.errors()
+        ]
+        raise RecipeError(f"{where}: {'; '.join(problems)}.", hint="See README.md, Recipes.") from error
+
+
+def _explain(kind: str, message: str) -> str:
+    return "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
