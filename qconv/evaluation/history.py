@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qconv.errors import ArtifactError, OutputError, UsageError
-from qconv.evaluation.record import FileRef, Run, load, parse_run, store
+from qconv.evaluation.kept_files import load, store
+from qconv.evaluation.record import FileRef, Run, parse_run
 
 DATABASE_NAME = "history.sqlite"
 SCHEMA_VERSION = 1

@@ -16,7 +16,8 @@ from qconv.boundary.reading import read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, write_atomically
 from qconv.errors import ArtifactError, OutputError
 from qconv.evaluation.engines.base import Engine
-from qconv.evaluation.record import FILES_FOLDER, RUN_NAME, Artifact, FileRef, Run, read_run, store_json
+from qconv.evaluation.kept_files import FILES_FOLDER, store_json
+from qconv.evaluation.record import RUN_NAME, Artifact, FileRef, Run, read_run
 from qconv.evaluation.suites import Suite
 from qconv.folders.journal import locked, require_fingerprints, require_same
 from qconv.folders.ownership import (

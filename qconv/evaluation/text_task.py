@@ -17,8 +17,9 @@ from qconv.errors import ArtifactError
 from qconv.evaluation.cache import Entry
 from qconv.evaluation.divergence import Floats32, Reference, TokenScores, negative_log_likelihood, token_scores
 from qconv.evaluation.engines.base import Engine, LikelihoodEngine
+from qconv.evaluation.kept_files import store_arrays
 from qconv.evaluation.metrics import Scores, by_confidence, text_items, text_metrics
-from qconv.evaluation.record import Metric, Task, store_arrays
+from qconv.evaluation.record import Metric, Task
 from qconv.evaluation.reference import Kept, ReferenceText, part_ranges, scored_logits
 from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject

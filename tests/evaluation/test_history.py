@@ -12,7 +12,8 @@ import pytest
 
 from qconv.errors import ArtifactError, OutputError, UsageError
 from qconv.evaluation.history import DATABASE_NAME, History, differences, files_of
-from qconv.evaluation.record import Run, Verdict, load, load_arrays
+from qconv.evaluation.kept_files import load, load_arrays
+from qconv.evaluation.record import Run, Verdict
 from tests.evaluation.report.conftest import SHA, Write, write  # noqa: F401 - a fixture
 
 PASS = Verdict(outcome="pass", sentence="no regression")

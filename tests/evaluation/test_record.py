@@ -14,24 +14,9 @@ import numpy as np
 import pytest
 
 from qconv.errors import ArtifactError
+from qconv.evaluation.kept_files import FILES_FOLDER, load_arrays, load_json, store, store_arrays, store_json
 from qconv.evaluation.metrics import column
-from qconv.evaluation.record import (
-    FILES_FOLDER,
-    RUN_NAME,
-    Artifact,
-    Item,
-    Metric,
-    Run,
-    Task,
-    Verdict,
-    load_arrays,
-    load_json,
-    read_run,
-    store,
-    store_arrays,
-    store_json,
-    write_run,
-)
+from qconv.evaluation.record import RUN_NAME, Artifact, Item, Metric, Run, Task, Verdict, read_run, write_run
 from qconv.folders.journal import WORK_FOLDER
 
 SHA = "0" * 64

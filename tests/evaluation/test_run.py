@@ -17,7 +17,8 @@ from qconv.errors import ArtifactError, Interrupted, OutputError, StaleJournalEr
 from qconv.evaluation.artifacts import identify
 from qconv.evaluation.cache import Cache
 from qconv.evaluation.compare import compare
-from qconv.evaluation.record import Run, load_arrays, read_run
+from qconv.evaluation.kept_files import load_arrays
+from qconv.evaluation.record import Run, read_run
 from qconv.evaluation.run import TASK_NAME, Request, evaluate
 from qconv.evaluation.standing import measured_before
 from qconv.evaluation.suites import Suite, load_suite, packaged_names

@@ -19,7 +19,8 @@ from qconv.evaluation.cache import Cache
 from qconv.evaluation.engines.base import Prompt, Sampling
 from qconv.evaluation.engines.llamacpp import INTERPRETER_VARIABLE, LlamaCppEngine
 from qconv.evaluation.engines.local import LocalEngine
-from qconv.evaluation.record import Run, load_json
+from qconv.evaluation.kept_files import load_json
+from qconv.evaluation.record import Run
 from qconv.evaluation.run import Request, evaluate
 from qconv.evaluation.suites import Suite
 from tests.interop import environments

@@ -20,7 +20,8 @@ from qconv.evaluation.humaneval.prompts import Message, Render, render_prompt
 from qconv.evaluation.humaneval.run import Outcome, run
 from qconv.evaluation.humaneval.samples import Sample
 from qconv.evaluation.humaneval.settings import HumanEvalSettings
-from qconv.evaluation.record import Item, Metric, Task, store_json
+from qconv.evaluation.kept_files import store_json
+from qconv.evaluation.record import Item, Metric, Task
 from qconv.evaluation.sandbox.backends import find_backend
 from qconv.evaluation.sandbox.candidate import Backend
 from qconv.evaluation.statistics import ratio_interval, wilson

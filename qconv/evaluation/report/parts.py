@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from qconv.boundary.reading import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.blaming import BLAME_NAME
-from qconv.evaluation.record import AGAIN, FILES_FOLDER, FileRef, Task, load_json, parse_as
+from qconv.evaluation.kept_files import FILES_FOLDER, load_json
+from qconv.evaluation.record import AGAIN, FileRef, Task, parse_as
 
 
 class _Read(BaseModel):

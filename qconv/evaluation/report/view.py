@@ -14,7 +14,8 @@ from qconv.errors import ArtifactError
 from qconv.evaluation.build_report import parse_report
 from qconv.evaluation.gates import GATED
 from qconv.evaluation.history import History, differences
-from qconv.evaluation.record import AGAIN, Gate, Metric, Run, Task, load_arrays, load_json
+from qconv.evaluation.kept_files import load_arrays, load_json
+from qconv.evaluation.record import AGAIN, Gate, Metric, Run, Task
 from qconv.evaluation.report.charts import TrendPoint, heat_map, histogram, trend
 from qconv.evaluation.report.experts import expert_maps
 from qconv.evaluation.report.parts import Answer, BlameRecord, Confidence, answers_of, blame_of, confidences_of

@@ -17,7 +17,8 @@ from qconv.evaluation.humaneval.dataset import Problem
 from qconv.evaluation.humaneval.settings import HumanEvalSettings
 from qconv.evaluation.humaneval.task import measure
 from qconv.evaluation.judging import judge
-from qconv.evaluation.record import Artifact, Task, load_json
+from qconv.evaluation.kept_files import load_json
+from qconv.evaluation.record import Artifact, Task
 from qconv.evaluation.sandbox.bubblewrap import Bubblewrap
 from qconv.evaluation.sandbox.proof import Proof
 from qconv.evaluation.tasks import Bench, Subject

@@ -9,18 +9,8 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from qconv.evaluation.record import (
-    Artifact,
-    Gate,
-    Item,
-    Metric,
-    Run,
-    Task,
-    Verdict,
-    store_arrays,
-    store_json,
-    write_run,
-)
+from qconv.evaluation.kept_files import store_arrays, store_json
+from qconv.evaluation.record import Artifact, Gate, Item, Metric, Run, Task, Verdict, write_run
 
 SHA = "0" * 64
 HOSTILE = "<script>alert('x')</script> & \"quoted\""

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from qconv.evaluation.blaming import BLAME_NAME
 from qconv.evaluation.history import History
-from qconv.evaluation.record import store_json
+from qconv.evaluation.kept_files import store_json
 from qconv.evaluation.report.page import html
 from qconv.evaluation.report.view import view
 from tests.evaluation.report.chromium import Chromium, Device, find_chromium

@@ -16,7 +16,7 @@ from qconv.boundary.printable import printable
 from qconv.errors import ArtifactError
 from qconv.evaluation.build_report import parse_report
 from qconv.evaluation.history import History
-from qconv.evaluation.record import FILES_FOLDER
+from qconv.evaluation.kept_files import FILES_FOLDER
 from qconv.evaluation.report.charts import Scale, TrendPoint, heat_map, histogram, trend
 from qconv.evaluation.report.experts import ExpertMaps, expert_maps
 from qconv.evaluation.report.page import html, junit, markdown, write_report

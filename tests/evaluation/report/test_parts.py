@@ -13,7 +13,8 @@ import pytest
 from qconv.errors import ArtifactError
 from qconv.evaluation.blaming import BLAME_NAME
 from qconv.evaluation.build_report import parse_report
-from qconv.evaluation.record import Metric, Run, store_arrays, store_json
+from qconv.evaluation.kept_files import store_arrays, store_json
+from qconv.evaluation.record import Metric, Run
 from qconv.evaluation.report.charts import Scale, TrendPoint, histogram, trend
 from qconv.evaluation.report.experts import expert_maps
 from qconv.evaluation.report.page import html, junit, markdown
