@@ -28,6 +28,6 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     for key in _TOKENS:
         value = values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(one, bool) or not isinstance(one, int) for one in ids):
+        if any(isinstance(one, bool) or not isinstance(one, int) or abs(one) >= 2**31 for one in ids):
             raise CheckpointError(f"{path}: {key} {value!r} is neither a token's id nor a list of ids.", hint=_HINT)
     return values

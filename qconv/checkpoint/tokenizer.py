@@ -25,7 +25,11 @@ def load_tokenizer(folder: Path, *, gguf_file: str | None = None) -> Any:
 
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+        # What is wrong with a setting (a length that is no number) shows only when it is used.
+        tokenizer.decode(tokenizer("a").input_ids)
     # transformers and tokenizers let whatever their parsing meets escape: ValueError, KeyError, a bare Exception.
     except Exception as error:
         raise _refused(folder, error) from error
@@ -34,6 +38,7 @@ def load_tokenizer(folder: Path, *, gguf_file: str | None = None) -> Any:
         if type(error).__name__ != "PanicException":
             raise
         raise _refused(folder, error) from error
+    return tokenizer
 
 
 def leading_bos(tokenizer: Any) -> list[int]:

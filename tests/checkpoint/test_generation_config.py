@@ -22,6 +22,7 @@ from qconv.errors import CheckpointError
         ('{"eos_token_id": [0, null]}', "eos_token_id"),
         ('{"pad_token_id": true}', "pad_token_id"),
         ('{"bos_token_id": 1.5}', "bos_token_id"),
+        ('{"eos_token_id": [0, 36893488147419103232]}', "eos_token_id"),
     ],
 )
 def test_a_malformed_file_is_named(text: str, problem: str, tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_a_tokenizer_that_a_library_refuses_is_named(damage: Any, folder: Path) 
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("setting", [{"model_max_length": {}}, {"model_max_length": "long"}])
+def test_a_setting_that_fails_when_it_is_used_is_found_when_it_is_read(setting: dict[str, Any], folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(CheckpointError, match=f"{folder}: transformers cannot load the tokenizer: TypeError"):
+        load_tokenizer(folder)
+
+
 def test_a_panic_of_rust_is_an_error_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
