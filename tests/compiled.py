@@ -15,6 +15,9 @@ from qconv import native
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+_NEEDED = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
+"""The last of a level's instructions, as Linux names them."""
+
 
 def by_torch(function: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
     """What a function gives where nothing is compiled."""
@@ -29,7 +32,10 @@ def require(library: str) -> None:
 
 
 def compile_for(processor: str, library: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every call use a library made for a processor that is named as compilers do."""
+    """Have every call use a library made for a processor that is named as compilers do; skip where this is none."""
+    needed = _NEEDED.get(processor, "")
+    if needed not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"needs a processor with {needed}")
     monkeypatch.setattr(native, "FLAGS", [flag.replace("native", processor) for flag in native.FLAGS])
     built = native.build(native.kernels_folder() / "cpu", library, cache, native.compiler())
     monkeypatch.setattr(native, "load", lambda name: built)

@@ -28,6 +28,8 @@ MAX_YAML_BYTES = 2**20
 """The largest YAML file read: recipes, suites, gates and nightly configurations are a few kB."""
 MAX_YAML_VALUES = 100_000
 """Values of a YAML document, each counted as often as aliases repeat it."""
+MAX_DIGITS = 100
+"""Of a whole number in JSON: models write 10 ** 30 for no limit, and a float still holds what this allows."""
 MAX_DEPTH = 100
 """Levels of values in values. Python's own limit is ten times that, and what walks the values needs some of it."""
 
@@ -70,7 +72,7 @@ def parse_json(text: bytes | str, where: str, error: type[QconvError], *, hint: 
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         if sum(map(decoded.count, ",:[{")) > MAX_JSON_VALUES:
             raise Unreadable(f"it holds more than {MAX_JSON_VALUES:,} values")
-        value = json.loads(decoded)
+        value = json.loads(decoded, parse_int=_whole_number)
         _require_shallow(value)
         if "\\u" in decoded:
             _require_unicode(value)
@@ -153,6 +155,12 @@ def _reason(problem: Exception) -> str:
     if isinstance(problem, (KeyError, AttributeError, TypeError, IndexError)):
         return f"a value does not fit its type ({printable(str(problem))})"
     return printable(" ".join(str(problem).split()))[:300].rstrip(".")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise Unreadable(f"a number has {len(text):,} digits")
+    return int(text)
 
 
 def _require_shallow(value: Any) -> None:

@@ -47,6 +47,7 @@ def test_any_bytes_are_a_value_or_our_error(content: bytes) -> None:
         "",
         "{",
         "[1,]",
+        f'{{"size": -{10**400}}}',  # which no float holds
         b"\xff\xfe{}",
         "[" * 100_000,
         "[" * 200 + "]" * 200,
