@@ -55,7 +55,18 @@ def test_any_bytes_are_a_value_or_our_error(content: bytes) -> None:
         '{"a": "\\ud800"}',
         '["\\udc00x"]',
     ],
-    ids=["empty", "open", "comma", "not UTF-8", "open lists", "deep lists", "long number", "high half", "low half"],
+    ids=[
+        "empty",
+        "open",
+        "comma",
+        "no float",
+        "not UTF-8",
+        "open lists",
+        "deep lists",
+        "long number",
+        "high half",
+        "low half",
+    ],
 )
 def test_json_that_is_refused(text: str | bytes) -> None:
     with pytest.raises(UsageError, match="answer: cannot be read as JSON") as found:
