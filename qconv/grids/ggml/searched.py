@@ -1,18 +1,19 @@
 """The types whose encoder searches: what each can hold, and where its parts stand in a block.
 
-Every function takes float32 [elements, sub-blocks, blocks] (overwritten) and importance of the same shape or None, and
-gives uint8 [blocks, block_bytes]. Its docstring names the parts of a block in the order of their bytes.
+Every function packs what a search found, the number of blocks being a multiple of eight, as uint8 [blocks,
+block_bytes]. Its docstring names the parts of a block in the order of their bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from qconv.grids.ggml import affine, codebook, scaled, signed_types
+from qconv.grids.ggml import affine, codebook, scaled, signed, signed_types
 from qconv.grids.ggml.affine import AffineGrid
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.packing import (
@@ -27,24 +28,33 @@ from qconv.grids.ggml.packing import (
 from qconv.grids.ggml.scaled import ScaledGrid
 from qconv.grids.ggml.signed import SignedGrid
 
+GridT = TypeVar("GridT", AffineGrid, ScaledGrid, SignedGrid)
+FoundT = TypeVar("FoundT", affine.Encoded, scaled.Encoded, signed.Encoded)
+
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class Search(Generic[GridT, FoundT]):
     """How a type is searched.
 
     Attributes:
         subblocks: Of a block.
         grid: What it can hold.
-        encode: Gives the bytes.
+        find: Searches float32 [elements, sub-blocks, blocks] (overwritten), with importance of the same shape or None.
+        pack: Gives what was found as bytes.
         lanes: It works on multiples of so many blocks.
     """
 
     subblocks: int
-    grid: AffineGrid | ScaledGrid | SignedGrid
-    encode: Callable[[Tensor, Tensor | None], Tensor]
+    grid: GridT
+    find: Callable[[Tensor, Tensor | None, GridT], FoundT]
+    pack: Callable[[FoundT], Tensor]
     lanes: int = (
         64  # torch.sum over the first dimension adds in an order of its own unless four vectors divide the rest
     )
+
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        """The bytes of what the search finds, uint8 [blocks, block_bytes]."""
+        return self.pack(self.find(weights, importance, self.grid))
 
 
 def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
@@ -75,43 +85,37 @@ Q3_K = ScaledGrid(_integers(-4, 3), top=32, reaches=(-4.2, -3.2, -4.8, -3.8, 3.8
 Q6_K = ScaledGrid(_integers(-32, 31), top=128, reaches=(-32.0, -31.0, -30.0, -29.0, -33.3, -34.5, -32.5, -36.0))
 
 
-def q4_0(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q4_0(found: scaled.Encoded) -> Tensor:
     """d; codes."""
-    found = scaled.encode(weights, importance, Q4_0)
     return torch.cat([half_bytes(found.scales[0]), _nibbles(to_bytes(found.values + 8.0))], dim=1)
 
 
-def q5_0(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q5_0(found: scaled.Encoded) -> Tensor:
     """d; fifth bits; codes."""
-    found = scaled.encode(weights, importance, Q5_0)
     codes = to_bytes(found.values + 16.0)
     return torch.cat([half_bytes(found.scales[0]), fifth_bits(codes), _nibbles(codes)], dim=1)
 
 
-def q4_1(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q4_1(found: affine.Encoded) -> Tensor:
     """d and base; codes."""
-    found = affine.encode(weights, importance, Q4_1)
     return torch.cat([half_bytes(found.scales[0]), half_bytes(found.bases[0]), _nibbles(to_bytes(found.codes))], dim=1)
 
 
-def q5_1(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q5_1(found: affine.Encoded) -> Tensor:
     """d and base; fifth bits; codes."""
-    found = affine.encode(weights, importance, Q5_1)
     codes = to_bytes(found.codes)
     return torch.cat(
         [half_bytes(found.scales[0]), half_bytes(found.bases[0]), fifth_bits(codes), _nibbles(codes)], dim=1
     )
 
 
-def iq4_nl(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq4_nl(found: scaled.Encoded) -> Tensor:
     """d; codes."""
-    found = scaled.encode(weights, importance, IQ4_NL)
     return torch.cat([half_bytes(found.scales[0]), _nibbles(codebook.codes(found.values))], dim=1)
 
 
-def iq4_xs(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq4_xs(found: scaled.Encoded) -> Tensor:
     """d; upper two bits of the scales, lower four; codes."""
-    found = scaled.encode(weights, importance, IQ4_XS)
     scales = to_bytes(found.scales + 32.0).unsqueeze(0)
     return torch.cat(
         [
@@ -124,9 +128,8 @@ def iq4_xs(weights: Tensor, importance: Tensor | None) -> Tensor:
     )
 
 
-def q2_k(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q2_k(found: affine.Encoded) -> Tensor:
     """Four bits each of scale and min; codes; d and dmin."""
-    found = affine.encode(weights, importance, Q2_K)
     scales = to_bytes(found.scales) | (to_bytes(found.bases) << 4)
     return torch.cat(
         [
@@ -139,9 +142,8 @@ def q2_k(weights: Tensor, importance: Tensor | None) -> Tensor:
     )
 
 
-def q3_k(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q3_k(found: scaled.Encoded) -> Tensor:
     """Third bits of the codes, lower two; scales; d."""
-    found = scaled.encode(weights, importance, Q3_K)
     codes = to_bytes(found.values + 4.0)
     return torch.cat(
         [
@@ -154,22 +156,19 @@ def q3_k(weights: Tensor, importance: Tensor | None) -> Tensor:
     )
 
 
-def q4_k(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q4_k(found: affine.Encoded) -> Tensor:
     """d and dmin; scales and mins; codes."""
-    found = affine.encode(weights, importance, Q4_K)
     return torch.cat([*_affine_head(found), bit_fields(to_bytes(found.codes), 4)], dim=1)
 
 
-def q5_k(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q5_k(found: affine.Encoded) -> Tensor:
     """d and dmin; scales and mins; fifth bits; codes."""
-    found = affine.encode(weights, importance, Q5_K)
     codes = to_bytes(found.codes)
     return torch.cat([*_affine_head(found), bit_fields(codes, 1, shift=4), bit_fields(codes, 4)], dim=1)
 
 
-def q6_k(weights: Tensor, importance: Tensor | None) -> Tensor:
+def q6_k(found: scaled.Encoded) -> Tensor:
     """Lower four bits of the codes, upper two; scales; d."""
-    found = scaled.encode(weights, importance, Q6_K)
     codes = to_bytes(found.values + 32.0)
     return torch.cat(
         [
@@ -193,21 +192,21 @@ def _nibbles(codes: Tensor) -> Tensor:
     return bit_fields(split_halves(codes), 4)
 
 
-SEARCHES = {
-    GgmlType.Q4_0: Search(1, Q4_0, q4_0),
-    GgmlType.Q4_1: Search(1, Q4_1, q4_1),
-    GgmlType.Q5_0: Search(1, Q5_0, q5_0),
-    GgmlType.Q5_1: Search(1, Q5_1, q5_1),
-    GgmlType.IQ4_NL: Search(1, IQ4_NL, iq4_nl),
-    GgmlType.IQ4_XS: Search(8, IQ4_XS, iq4_xs),
-    GgmlType.IQ2_XXS: Search(8, signed_types.IQ2_XXS, signed_types.iq2_xxs, lanes=1),
-    GgmlType.IQ2_XS: Search(16, signed_types.IQ2_XS, signed_types.iq2_xs, lanes=1),
-    GgmlType.IQ2_S: Search(16, signed_types.IQ2_S, signed_types.iq2_s, lanes=1),
-    GgmlType.IQ3_XXS: Search(8, signed_types.IQ3_XXS, signed_types.iq3_xxs, lanes=1),
-    GgmlType.IQ3_S: Search(8, signed_types.IQ3_S, signed_types.iq3_s, lanes=1),
-    GgmlType.Q2_K: Search(16, Q2_K, q2_k),
-    GgmlType.Q3_K: Search(16, Q3_K, q3_k),
-    GgmlType.Q4_K: Search(8, Q4_K, q4_k),
-    GgmlType.Q5_K: Search(8, Q5_K, q5_k),
-    GgmlType.Q6_K: Search(16, Q6_K, q6_k),
+SEARCHES: dict[GgmlType, Search[Any, Any]] = {
+    GgmlType.Q4_0: Search(1, Q4_0, scaled.encode, q4_0),
+    GgmlType.Q4_1: Search(1, Q4_1, affine.encode, q4_1),
+    GgmlType.Q5_0: Search(1, Q5_0, scaled.encode, q5_0),
+    GgmlType.Q5_1: Search(1, Q5_1, affine.encode, q5_1),
+    GgmlType.IQ4_NL: Search(1, IQ4_NL, scaled.encode, iq4_nl),
+    GgmlType.IQ4_XS: Search(8, IQ4_XS, scaled.encode, iq4_xs),
+    GgmlType.IQ2_XXS: Search(8, signed_types.IQ2_XXS, signed.encode, signed_types.iq2_xxs, lanes=1),
+    GgmlType.IQ2_XS: Search(16, signed_types.IQ2_XS, signed.encode, signed_types.iq2_xs, lanes=1),
+    GgmlType.IQ2_S: Search(16, signed_types.IQ2_S, signed.encode, signed_types.iq2_s, lanes=1),
+    GgmlType.IQ3_XXS: Search(8, signed_types.IQ3_XXS, signed.encode, signed_types.iq3_xxs, lanes=1),
+    GgmlType.IQ3_S: Search(8, signed_types.IQ3_S, signed.encode, signed_types.iq3_s, lanes=1),
+    GgmlType.Q2_K: Search(16, Q2_K, affine.encode, q2_k),
+    GgmlType.Q3_K: Search(16, Q3_K, scaled.encode, q3_k),
+    GgmlType.Q4_K: Search(8, Q4_K, affine.encode, q4_k),
+    GgmlType.Q5_K: Search(8, Q5_K, affine.encode, q5_k),
+    GgmlType.Q6_K: Search(16, Q6_K, scaled.encode, q6_k),
 }

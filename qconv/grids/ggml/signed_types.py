@@ -1,8 +1,7 @@
 """IQ2 and IQ3: what each can hold, and where its parts stand in a block.
 
-Every function takes float32 [elements, sub-blocks, blocks] and importance of the same shape or None, and gives uint8
-[blocks, block_bytes]. Its docstring names the parts of a block in the order of their bytes; multi-byte numbers are
-little-endian.
+Every function packs what a search found as uint8 [blocks, block_bytes]. Its docstring names the parts of a block in the
+order of their bytes; multi-byte numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -23,41 +22,36 @@ IQ2_XS = SignedGrid(GgmlType.IQ2_XS, 1 / 8, True, (1.1, 1.45, 0.85), (1.0, 0.7, 
 IQ2_XXS = SignedGrid(GgmlType.IQ2_XXS, 1 / 8, True, (1.3, 1.1, 1.6), (0.9, 1.2, 0.6), ())
 
 
-def iq2_xxs(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq2_xxs(found: signed.Encoded) -> Tensor:
     """d; for each sub-block four codes of a byte, then a word: seven signs of each four times, and k on top."""
-    found = signed.encode(weights, importance, IQ2_XXS)
     codes = _by_block(found.codes).to(torch.uint8)
     parts = [codes.view(len(codes), -1, 4), _signs_and_scale(found)]
     return torch.cat([half_bytes(found.d), torch.cat(parts, dim=2).flatten(1)], dim=1)
 
 
-def iq2_xs(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq2_xs(found: signed.Encoded) -> Tensor:
     """d; for each eight weights a code of nine bits and seven signs above it; k."""
-    found = signed.encode(weights, importance, IQ2_XS)
     words = _by_block(found.codes) | (_sign_bytes(found.negative) & 127) << 9
     return torch.cat([half_bytes(found.d), _little_endian(words, 2), _nibbles(found.k)], dim=1)
 
 
-def iq2_s(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq2_s(found: signed.Encoded) -> Tensor:
     """d; the low eight bits of each code; signs; the codes' upper two bits; k."""
-    found = signed.encode(weights, importance, IQ2_S)
     codes = _by_block(found.codes)
     signs = _sign_bytes(found.negative).to(torch.uint8)
     parts = [half_bytes(found.d), _low_bytes(codes), signs, _joined(codes >> 8, 2), _nibbles(found.k)]
     return torch.cat(parts, dim=1)
 
 
-def iq3_xxs(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq3_xxs(found: signed.Encoded) -> Tensor:
     """d; codes; for each sub-block a word: seven signs of each eight weights, and k on top."""
-    found = signed.encode(weights, importance, IQ3_XXS)
     return torch.cat(
         [half_bytes(found.d), _low_bytes(_by_block(found.codes)), _signs_and_scale(found).flatten(1)], dim=1
     )
 
 
-def iq3_s(weights: Tensor, importance: Tensor | None) -> Tensor:
+def iq3_s(found: signed.Encoded) -> Tensor:
     """d; the low eight bits of each code; their ninth bits; signs; k."""
-    found = signed.encode(weights, importance, IQ3_S)
     codes = _by_block(found.codes)
     signs = _sign_bytes(found.negative).to(torch.uint8)
     parts = [half_bytes(found.d), _low_bytes(codes), _joined(codes >> 8, 1), signs, _nibbles(found.k)]
