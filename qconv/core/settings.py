@@ -69,6 +69,13 @@ class GptqSettings(Section):
     ordering: Literal["none", "static", "desc_act"] = "static"
 
 
+class RefineSettings(Section):
+    """What follows GPTQ: passes over the codes, each taking the best given all others, and over the scales."""
+
+    sweeps: Annotated[int, Field(ge=0, le=20)] = 0
+    refits: Annotated[int, Field(ge=0, le=20)] = 0
+
+
 class TextSettings(Section):
     """Which calibration text, and how much of it."""
 

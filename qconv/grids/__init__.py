@@ -1,9 +1,13 @@
-"""Grids: which values a weight can take, and how the scales of a weight are found. The first of them are two.
+"""Grids: which values a weight can take, and how it is put on them.
 
-``e4m3`` are the floats of FP8, whose scales belong to blocks, rows or whole weights; ``ggml`` are the block types of
-llama.cpp, from Q4_0 to IQ2_XXS, each with the search that its encoder makes. Integer grids have their arithmetic in
-:mod:`qconv.core.rounding`, since methods are written in terms of it.
+A grid fits a weight's scales by a search of its own; they are fixed from then on, so that columns can be rounded in any
+order, each from wherever compensation has moved it. What is rounded is packed into the form that files hold.
 
-A grid knows no file: names, order and bytes of what is stored are a format's, except that ggml's types are defined by
-the bytes of their blocks. A grid knows no statistics either: those come to it as weights of columns.
+    base.py         what every grid and every fitted weight offers
+    scales.py       scales and bases by group and row, and what can become of them for given codes
+    steps.py        weights rounded one by one: integers, floats, ggml's affine and scaled types
+    lattices.py     weights rounded eight at a time: IQ2 and IQ3
+    blocks.py       ggml's types
+    fp4.py          NVFP4 and MXFP4
+    elements.py     integer and E4M3 grids
 """

@@ -123,7 +123,7 @@ def quantize(
     """
     if grid.act_order != (settings.ordering == "desc_act"):
         raise UsageError(f"GPTQ: ordering {settings.ordering} does not suit a grid with act_order {grid.act_order}.")
-    if not _is_finite(weight):
+    if not is_finite(weight):
         raise QconvError("GPTQ: the weight holds values that are not finite.")
     if factor is None:
         factor = factorize(hessian, settings)
@@ -142,7 +142,7 @@ def quantize(
     )
 
 
-def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
+def factorize(hessian: Tensor, settings: GptqSettings, together: int = 1) -> Factor:
     """The triangular factor of a damped Hessian, its columns in the order of their rounding.
 
     ``damp_percent`` of the mean diagonal is added to the diagonal, ten times more each time the factorization fails. An
@@ -152,11 +152,12 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
     Args:
         hessian: float32 [in_features, in_features], symmetric; not changed.
         settings: Damping and ordering.
+        together: Runs of so many columns stay together in the order, in their own.
 
     Raises:
         QconvError: not finite, or not positive semidefinite even with the strongest damping.
     """
-    if not _is_finite(hessian):
+    if not is_finite(hessian):
         raise QconvError(
             "GPTQ: the Hessian holds values that are not finite.",
             hint="The activations overflowed: are the source's weights sound?",
@@ -168,7 +169,8 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
     if settings.ordering == "none":
         order = torch.arange(len(hessian))
     else:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+        runs = torch.argsort(diagonal.view(-1, together).sum(1), descending=True, stable=True)
+        order = (runs.unsqueeze(1) * together + torch.arange(together)).flatten()
     # torch gives H = L L^T with L lower; with rows and columns reversed, L turned around is upper.
     last_first = order.flip(0)
     # Rows are picked, never columns, which is several times slower; symmetry lets the transpose stand between.
@@ -190,7 +192,7 @@ def factorize(hessian: Tensor, settings: GptqSettings) -> Factor:
     return Factor(order, upper.div_(pivots), pivots.square_(), damping, escalations, int((diagonal == 0.0).sum()))
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Whether all float32 values are: the float64 sum of finite ones is finite, and takes one pass."""
     return math.isfinite(float(values.sum(dtype=torch.float64)))
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from qconv.grids.ggml.numeric import as_half, reciprocal
+from qconv.grids.ggml.packing import by_block, half_bytes
+from qconv.grids.ggml.scaled import Encoded
 
 _BELOW_HALF = 0.49999997  # the float32 before 0.5
 
@@ -136,3 +138,18 @@ def _join(*parts: Tensor) -> Tensor:
     """Float scales [blocks, 1] as float16, and bytes, side by side."""
     columns = [part if part.dtype == torch.uint8 else as_half(part).half().view(torch.uint8) for part in parts]
     return torch.cat(columns, dim=1)
+
+
+def pack_q8_0(found: Encoded) -> Tensor:
+    """d; codes. Of values from -127 to 127, uint8 [blocks, block_bytes]."""
+    codes = found.values.to(torch.int8).view(torch.uint8)
+    return torch.cat([half_bytes(found.scales[0]), by_block(codes)], dim=1)
+
+
+def pack_mxfp4(found: Encoded) -> Tensor:
+    """The exponent; codes. Of doubled magnitudes with signs and scales that are powers of two."""
+    exponents = torch.log2(found.scales[0].double()).add_(128.0).clamp_(0.0, 254.0).to(torch.uint8).unsqueeze(1)
+    magnitudes = torch.tensor(MXFP4_MAGNITUDES, device=found.values.device)
+    codes = torch.bucketize(found.values.abs(), magnitudes)
+    codes = torch.where((codes > 0) & (found.values < 0.0), codes + 8, codes).to(torch.uint8)
+    return torch.cat([exponents, _nibbles(by_block(codes).contiguous())], dim=1)

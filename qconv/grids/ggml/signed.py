@@ -236,6 +236,12 @@ def _refit(multiples: Tensor, moments: Moments, step: Tensor, unit: float) -> Te
     return torch.where(sums.gain(optimum) > sums.gain(step), optimum, step)
 
 
+def nearest_points(source: Source, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int64 [groups, columns] and signs [elements, columns] of the best points for given scales."""
+    codes, negative, _ = _best_points(source, scales)
+    return codes, negative
+
+
 def _best_points(source: Source, scales: Tensor) -> tuple[Tensor, Tensor, Moments]:
     """Codes [groups, columns] and signs [elements, columns] for scales [sub-blocks, blocks], and their moments."""
     scale = scales.flatten()

@@ -1,0 +1,112 @@
+"""A weight on any grid by compensation and refinement, never worse than by the grid's own rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from qconv.core.grid import FittedGrid, PackedT
+from qconv.core.settings import GptqSettings
+from qconv.errors import QconvError
+from qconv.methods.compensation import compensate
+from qconv.methods.gptq import Factor, factorize, is_finite, row_errors
+from qconv.methods.refinement import refine_
+from qconv.planning.recipe import RefineSettings
+
+SCALE_EXPONENT = 0.5
+"""Scales are searched with each column counting the root of its inputs' mean square, as encoders use an imatrix; which
+power it is hardly matters to what compensation makes of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded(Generic[PackedT]):
+    """A rounded weight and what it costs.
+
+    Attributes:
+        weight: As files hold it.
+        factor: What it was compensated with.
+        error: ``trace(d H d^T)`` of the weight's error d, H without damping.
+        own_error: The same for the grid's own rounding.
+        kept_own: How many output rows were kept as that gives them, since they cost less that way.
+    """
+
+    weight: PackedT
+    factor: Factor
+    error: float
+    own_error: float
+    kept_own: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The second moments of an input that several linears share, and their factors, made when first needed.
+
+    Attributes:
+        hessian: float32 [in_features, in_features], the mean over tokens of ``x x^T``; not changed.
+        settings: How columns are worked through.
+        refine: What follows.
+        factors: By the number of columns that are rounded together.
+    """
+
+    hessian: Tensor
+    settings: GptqSettings
+    refine: RefineSettings
+    factors: dict[int, Factor]
+
+    def factor(self, together: int) -> Factor:
+        """The factor whose order keeps runs of so many columns together."""
+        if together not in self.factors:
+            self.factors[together] = factorize(self.hessian, self.settings, together)
+        return self.factors[together]
+
+    def quantize(self, weight: Tensor, grid: FittedGrid[PackedT]) -> Rounded[PackedT]:
+        """Round a weight so that the linear's output changes least on the calibration tokens.
+
+        Args:
+            weight: float32 [out_features, in_features], finite; not changed.
+            grid: Its grid.
+
+        Raises:
+            QconvError: the weight or the second moments are not finite, or those not positive semidefinite.
+            UsageError: the grid does not fit the weight.
+        """
+        if not is_finite(weight):
+            raise QconvError("GPTQ: the weight holds values that are not finite.")
+        own = grid.encode(weight, self._importance())
+        own_errors = row_errors(own.dequantize().sub_(weight), self.hessian)
+        fit, columns = grid.fit(weight, own), weight.t().contiguous()
+        factor = self.factor(fit.width)
+        values = compensate(columns, fit, factor, self.settings.block_size)
+        found = fit.pack(values)
+        errors = row_errors(found.dequantize().sub_(weight), self.hessian)
+        if self.refine.sweeps or self.refine.refits:
+            refine_(columns, values, fit, self._damped(factor), self.refine.sweeps, self.refine.refits)
+            refined = fit.pack(values)
+            refined_errors = row_errors(refined.dequantize().sub_(weight), self.hessian)
+            better = refined_errors < errors
+            found, errors = found.with_rows(better, refined), torch.where(better, refined_errors, errors)
+        worse = own_errors < errors
+        found = found.with_rows(worse, own)
+        error = float(torch.where(worse, own_errors, errors).sum())
+        return Rounded(found, factor, error, float(own_errors.sum()), int(worse.sum()))
+
+    def quantize_all(
+        self, weights: Mapping[str, Tensor], grids: Mapping[str, FittedGrid[PackedT]]
+    ) -> dict[str, Rounded[PackedT]]:
+        """:meth:`quantize` of linears by name."""
+        return {name: self.quantize(weight, grids[name]) for name, weight in weights.items()}
+
+    def _importance(self) -> Tensor | None:
+        squares = self.hessian.diagonal()
+        return squares.pow(SCALE_EXPONENT) if bool((squares > 0.0).any()) else None
+
+    def _damped(self, factor: Factor) -> Tensor:
+        """H over its mean diagonal, damped as its factor is."""
+        mean = float(self.hessian.diagonal().mean(dtype=torch.float64)) or 1.0
+        damped = self.hessian / mean
+        damped.diagonal().add_(factor.damp_percent)
+        return damped
