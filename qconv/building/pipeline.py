@@ -220,8 +220,11 @@ class _Run:
             return None
         # transformers takes seconds to import; rounding does without.
         from qconv.calibration.run import Calibration
+        from qconv.calibration.schemes import IntegerScheme, StaticScheme
 
-        calibration = Calibration(self.source, self.plan, self.tokens, self.work, journal, self.workers)
+        calibration = Calibration(self.source, self.recipe, self.tokens, self.work, journal, self.workers)
+        grid = self.plan.grid
+        static = StaticScheme(grid, self.recipe) if grid.is_float else None
 
         def make(unit: Unit) -> None:
             assert unit.layer is not None
@@ -230,7 +233,9 @@ class _Run:
                 self._require_published(unit, journal)
             if unit.layer.index < calibration.next_layer:
                 return
-            context = calibration.context(unit, unit.layer)
+            quantized = [item.module.name for item in unit.items if item.quantized]
+            schemes = {} if static else dict.fromkeys(quantized, IntegerScheme(grid, self.recipe))
+            context = calibration.context(unit.layer, quantized, schemes, static)
             modules = calibration.modules(context)
             if committed:
                 self.log(f"{unit.key}: committed before its outputs were; computing them again")
@@ -293,6 +298,7 @@ class _Run:
 
     def _pack(self, finished: Finished) -> _Packed:
         weight = finished.weight
+        assert weight is None or isinstance(weight, QTensor)
         packed = () if weight is None else self.plan.format.pack(finished.module.name, weight)
         return _Packed(finished.module, (*((name, [tensor]) for name, tensor in packed), *finished.dense))
 

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from qconv.calibration.forward import AttentionBlock
 from qconv.calibration.layer import Finished, LayerContext
-from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
+from qconv.calibration.rounding import compensate, statistics_width
+from qconv.calibration.schemes import Compensated, StaticScheme
 from qconv.calibration.statistics import InputStatistics
 from qconv.core.architecture import Linear, Norm
-from qconv.core.qtensor import QTensor
-from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
+from qconv.core.grid import Packed
 from qconv.methods import awq
-from qconv.methods.gptq import GptqResult
 from qconv.models.folding import folded_weight, norm_scale, spread_heads
 
 WINDOW_TOKENS = 2048
@@ -31,8 +30,8 @@ def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
     half.collect()
     if "awq" in context.recipe.method:
         half.search_scales()
-    if context.grid.is_float:
-        weights = half.with_static_inputs()
+    if context.static is not None:
+        weights = half.with_static_inputs(context.static)
     else:
         weights = half.compensated() if "gptq" in context.recipe.method else half.clipped()
     attention = context.layer.attention
@@ -59,15 +58,12 @@ class _AttentionHalf:
         self.norm_weight = source.read(layer.input_norm.weight)
         self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight)
         self.block: AttentionBlock = context.decoder.attention(layer, tensors)
-        q, o = layer.attention.q, layer.attention.o
-        self.qkv_inputs = self._statistics(q)
-        self.o_inputs = self._statistics(o)
+        self.qkv_inputs = self._statistics(layer.attention.linears()[:3])
+        self.o_inputs = self._statistics((layer.attention.o,))
 
-    def _statistics(self, linear: Linear) -> InputStatistics:
-        wanted = self.context.all_quantized([linear])
-        return InputStatistics.empty(
-            linear.in_features, statistics_width(self.context, linear.in_features) if wanted else 0
-        )
+    def _statistics(self, linears: Sequence[Linear]) -> InputStatistics:
+        wanted = any(linear.name in self.context.quantized for linear in linears)
+        return InputStatistics.empty(linears[0].in_features, statistics_width(self.context, linears) if wanted else 0)
 
     def _normed(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]."""
@@ -121,7 +117,7 @@ class _AttentionHalf:
 
     def _qkv_loss(self, scale: Tensor) -> float:
         rounded = {
-            linear.name: fake_quantize(self.weights[linear.name] * scale, self.context.grid).div_(scale)
+            linear.name: self.context.schemes[linear.name].nearest(self.weights[linear.name] * scale).div_(scale)
             for linear in self.context.layer.attention.linears()[:3]
         }
         return _squared_distance(self._block(rounded)(self.probe), self.target)
@@ -137,18 +133,18 @@ class _AttentionHalf:
 
         def loss(scale: Tensor) -> float:
             spread = spread_heads(scale, repeats, head_dim)
-            return _squared_distance(rounded_linear(inputs / spread, weight, context.grid, spread), target)
+            return _squared_distance(context.schemes[attention.o.name].linear(inputs / spread, weight, spread), target)
 
         choice = awq.choose(list(context.workers.map(loss, scales)))
         context.report.search(attention.v.name, choice)
         if choice.index:
             context.scales[attention.v.name] = scales[choice.index]
 
-    def compensated(self) -> dict[str, QTensor]:
+    def compensated(self) -> dict[str, Packed]:
         """The projections quantized by GPTQ, by name; q, k and v share one Hessian."""
         context, attention = self.context, self.context.layer.attention
 
-        def solve(part: tuple[InputStatistics, Sequence[Linear]]) -> dict[str, GptqResult]:
+        def solve(part: tuple[InputStatistics, Sequence[Linear]]) -> dict[str, Compensated]:
             statistics, linears = part
             scale = context.folds.input_scale(linears[0])
             seen = statistics if scale is None else statistics.rescaled(scale)
@@ -156,28 +152,28 @@ class _AttentionHalf:
             return compensate(context, seen, weights)
 
         parts = ((self.o_inputs, (attention.o,)), (self.qkv_inputs, attention.linears()[:3]))
-        found: dict[str, GptqResult] = {}
+        found: dict[str, Compensated] = {}
         for results in context.workers.map(solve, parts):
             found |= results
         for linear in attention.linears():
             if linear.name in found:
-                context.report.compensations[linear.name] = compensation_record(found[linear.name])
-        return {name: result.qtensor for name, result in found.items()}
+                context.report.compensations[linear.name] = found[linear.name].record
+        return {name: result.weight for name, result in found.items()}
 
-    def with_static_inputs(self) -> dict[str, QTensor]:
+    def with_static_inputs(self, static: StaticScheme) -> dict[str, Packed]:
         """The projections as floats, by name, each with the scale of its input."""
         context, attention = self.context, self.context.layer.attention
-        found: dict[str, QTensor] = {}
+        found: dict[str, Packed] = {}
         for statistics, linears in ((self.qkv_inputs, attention.linears()[:3]), (self.o_inputs, (attention.o,))):
             weights = {one.name: self.weights[one.name] for one in linears if one.name in context.quantized}
-            found |= scale_activations(context, statistics.peak, weights)
+            found |= static.together(weights, statistics.peak)
         return found
 
     def _folded(self, linear: Linear) -> Tensor:
         folds = self.context.folds
         return folded_weight(self.weights[linear.name], folds.input_scale(linear), folds.output_scale(linear))
 
-    def clipped(self) -> dict[str, QTensor]:
+    def clipped(self) -> dict[str, Packed]:
         """The projections rounded to nearest by name; v and o with clipping if that helps the block's output.
 
         q and k are never clipped: their errors meet in a product, which the clipping loss does not see.
@@ -197,23 +193,23 @@ class _AttentionHalf:
         }
         return {**plain, **clipped} if with_clip < without else plain
 
-    def _round(self, linear: Linear) -> tuple[QTensor, QTensor | None]:
+    def _round(self, linear: Linear) -> tuple[Packed, Packed | None]:
         """A projection quantized without clipping, and with it where clipping is searched."""
         context, attention, folds = self.context, self.context.layer.attention, self.context.folds
         in_scale = folds.input_scale(linear)
         weight = self._folded(linear)
-        plain = round_to_nearest(weight, context.grid)
-        if not context.recipe.searches_clipping or linear not in (attention.v, attention.o):
+        scheme = context.schemes[linear.name]
+        plain = scheme.round(weight)
+        if linear not in (attention.v, attention.o):
             return plain, None
         inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
         gram = (inputs if in_scale is None else inputs.rescaled(in_scale)).gram
-        ratios = awq.output_clip_ratios(weight, context.grid, gram, context.recipe.clip)
-        return plain, round_to_nearest(weight, context.grid, ratios)
+        return plain, scheme.clipped(weight, gram)
 
-    def _output_loss(self, weights: Mapping[str, QTensor]) -> float:
+    def _output_loss(self, weights: Mapping[str, Packed]) -> float:
         return _squared_distance(self._block(self._effective(weights))(self.probe), self.target)
 
-    def _effective(self, weights: Mapping[str, QTensor]) -> dict[str, Tensor]:
+    def _effective(self, weights: Mapping[str, Packed]) -> dict[str, Tensor]:
         """Quantized weights by module name with the folded scales taken out again, so that inputs stay the same."""
         folds, effective = self.context.folds, {}
         for linear in self.context.layer.attention.linears():
@@ -227,7 +223,7 @@ class _AttentionHalf:
                 effective[linear.name] = dense
         return effective
 
-    def pass_on(self, weights: Mapping[str, QTensor]) -> None:
+    def pass_on(self, weights: Mapping[str, Packed]) -> None:
         """Write the residual stream after attention, through the quantized weights where the recipe propagates."""
         propagate = self.context.recipe.calibration.propagate
         block = self._block(self._effective(weights)) if propagate else self.block

@@ -18,14 +18,13 @@ from torch import Tensor
 from qconv.calibration.activations import SetAside
 from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
-from qconv.calibration.rounding import compensate, compensation_record, scale_activations, statistics_width
+from qconv.calibration.rounding import compensate, statistics_width
 from qconv.calibration.routing import Assignment, Routing
+from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputStatistics
-from qconv.core.architecture import Mlp, Moe
-from qconv.core.qtensor import QTensor
-from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
+from qconv.core.architecture import Linear, Mlp, Moe
+from qconv.core.grid import Packed
 from qconv.methods import awq
-from qconv.methods.gptq import GptqResult
 from qconv.models.folding import norm_scale
 
 WINDOW_TOKENS = 2048
@@ -83,7 +82,7 @@ class _Result:
         passing: What computes the outputs that the next layer sees, from the unfolded norm's output; None without one.
     """
 
-    weights: dict[str, QTensor]
+    weights: dict[str, Packed]
     inner_scale: Tensor | None
     record: dict[str, Any]
     compensations: dict[str, dict[str, Any]]
@@ -99,12 +98,16 @@ class _MlpHalf:
         self.routing = Routing(context.source, context.decoder, context.layer, context.work, self.norm)
         self.shrinkage = context.recipe.calibration.shrinkage_tokens
         hidden = context.model.hidden_size
-        self.layer_inputs = InputStatistics.empty(hidden, statistics_width(context, hidden))
+        self.layer_inputs = InputStatistics.empty(hidden, statistics_width(context, self._readers()))
         for start, stop in context.work.middle.windows(WINDOW_TOKENS):
             self.layer_inputs.update(self.norm(context.work.middle.read(start, stop)))
         count = min(POOL_TOKENS, context.work.tokens)
         picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
         self.pool = self._normed(picks)
+
+    def _readers(self) -> list[Linear]:
+        """The linears that read the normed stream."""
+        return [linear for mlp in self.context.layer.mlps() for linear in (mlp.gate, mlp.up)]
 
     def _normed(self, tokens: Tensor) -> Tensor:
         """The MLPs' inputs for chosen tokens, float32 [n, hidden]."""
@@ -159,9 +162,10 @@ class _MlpHalf:
             weights = GatedWeights.read(context.source, mlps[index], context.decoder.act)
             sample = self._sample(index, self._calibration_tokens(index), size)
             target = weights(sample.inputs)
+            schemes = context.schemes[mlps[index].gate.name], context.schemes[mlps[index].up.name]
             found = []
             for scale in scales:
-                inner = weights.rounded_inner(sample.inputs, context.grid, scale)
+                inner = weights.rounded_inner(sample.inputs, schemes, scale)
                 found.append(sample.loss(weights.project(inner), target))
             return found
 
@@ -214,31 +218,31 @@ class _MlpHalf:
         if inner is not None and context.all_quantized((mlp.up, mlp.down)):
             scales = replace(scales, inner=self._search_inner_scale(subject, inner.magnitude, record))
         folded = scales.fold(weights)
-        results: dict[str, GptqResult] = {}
+        results: dict[str, Compensated] = {}
         if "gptq" in method:
             results = self._compensated(subject, folded, scales)
-            quantized = {name: result.qtensor for name, result in results.items()}
+            quantized = {name: result.weight for name, result in results.items()}
         elif inner is not None:
             quantized = self._clipped(subject, folded, scales, inner, record)
         else:
             quantized = self._with_static_inputs(subject)
         loss = _loss(subject, folded, scales, quantized)
-        record |= {"loss": loss, "rtn_loss": loss if context.grid.is_float else self._rtn_loss(subject)}
+        record |= {"loss": loss, "rtn_loss": loss if context.static is not None else self._rtn_loss(subject)}
         passing: GatedWeights | None = None
         if not context.is_last:
             propagate = context.recipe.calibration.propagate
             passing = scales.unfold_input(dequantized(mlp, folded, quantized)) if propagate else weights
-        compensations = {name: compensation_record(result) for name, result in results.items()}
+        compensations = {name: result.record for name, result in results.items()}
         return _Result(quantized, scales.inner, record, compensations, passing)
 
     def _clip_width(self, mlp: Mlp) -> int:
         """The width of the second moments that clipping down needs; 0 where GPTQ follows, which collects its own."""
-        return 0 if "gptq" in self.context.recipe.method else statistics_width(self.context, mlp.down.in_features)
+        return 0 if "gptq" in self.context.recipe.method else statistics_width(self.context, (mlp.down,))
 
     def _input_statistics(self, assignment: Assignment) -> InputStatistics:
         """Statistics of gate's and up's input, shrunk toward the layer's."""
         hidden = self.context.model.hidden_size
-        statistics = InputStatistics.empty(hidden, statistics_width(self.context, hidden))
+        statistics = InputStatistics.empty(hidden, statistics_width(self.context, self._readers()))
         for normed, counts in self._windows(assignment):
             statistics.update(normed, counts)
         return statistics.shrunk(self.layer_inputs, float(self.shrinkage))
@@ -273,29 +277,29 @@ class _MlpHalf:
         down, sample = subject.weights.down, subject.sample
         activations = subject.weights.inner(sample.inputs)
         target = activations @ down.t()
-        losses = []
+        scheme, losses = self.context.schemes[subject.mlp.down.name], []
         for scale in scales:
-            losses.append(sample.loss(rounded_linear(activations / scale, down, self.context.grid, scale), target))
+            losses.append(sample.loss(scheme.linear(activations / scale, down, scale), target))
         choice = awq.choose(losses)
         record |= {"alpha": round(choice.alpha, 4), "kept_rtn": choice.index == 0}
         return scales[choice.index] if choice.index else None
 
-    def _compensated(self, subject: _Subject, folded: GatedWeights, scales: FoldedScales) -> dict[str, GptqResult]:
+    def _compensated(self, subject: _Subject, folded: GatedWeights, scales: FoldedScales) -> dict[str, Compensated]:
         """Quantize by GPTQ: gate and up, which share a Hessian, then down on what the quantized two pass to it."""
         context, mlp = self.context, subject.mlp
         pair = {linear.name: weight for linear, weight in ((mlp.gate, folded.gate), (mlp.up, folded.up))}
-        results: dict[str, GptqResult] = {}
+        results: dict[str, Compensated] = {}
         if context.all_quantized((mlp.gate, mlp.up)):
             inputs = self._input_statistics(subject.assignment)
             results = compensate(context, inputs if scales.shared is None else inputs.rescaled(scales.shared), pair)
         if context.all_quantized((mlp.down,)):
-            quantized = {name: result.qtensor for name, result in results.items()}
+            quantized = {name: result.weight for name, result in results.items()}
             passing = scales.unfold_input(dequantized(mlp, folded, quantized))
             inner = self._inner_statistics(passing, subject.assignment, folded.down.shape[1])
             results |= compensate(context, inner, {mlp.down.name: folded.down})
         return results
 
-    def _with_static_inputs(self, subject: _Subject) -> dict[str, QTensor]:
+    def _with_static_inputs(self, subject: _Subject) -> dict[str, Packed]:
         """The weights as floats; one scale for the inputs of all gates and ups of the layer, as engines want it."""
         context, mlp = self.context, subject.mlp
         inner = self._inner_statistics(subject.weights, subject.assignment, 0)
@@ -303,10 +307,11 @@ class _MlpHalf:
             (self.layer_inputs.peak, {mlp.gate: subject.weights.gate, mlp.up: subject.weights.up}),
             (inner.peak, {mlp.down: subject.weights.down}),
         )
-        found: dict[str, QTensor] = {}
+        static, found = self.context.static, dict[str, Packed]()
+        assert static is not None
         for peak, weights in parts:
             wanted = {linear.name: weight for linear, weight in weights.items() if linear.name in context.quantized}
-            found |= scale_activations(context, peak, wanted)
+            found |= static.together(wanted, peak)
         return found
 
     def _clipped(
@@ -316,11 +321,11 @@ class _MlpHalf:
         scales: FoldedScales,
         inner: InputStatistics,
         record: dict[str, Any],
-    ) -> dict[str, QTensor]:
+    ) -> dict[str, Packed]:
         """Round the folded weights to nearest, with clipping where that helps the MLP's output."""
         context, mlp = self.context, subject.mlp
-        plain: dict[str, QTensor] = {}
-        clipped: dict[str, QTensor] = {}
+        plain: dict[str, Packed] = {}
+        clipped: dict[str, Packed] = {}
         inputs = self._input_statistics(subject.assignment)
         if scales.shared is not None:
             inputs = inputs.rescaled(scales.shared)
@@ -330,10 +335,12 @@ class _MlpHalf:
         for linear, weight, seen in zip(mlp.linears(), (folded.gate, folded.up, folded.down), seen_by, strict=True):
             if linear.name not in context.quantized:
                 continue
-            plain[linear.name] = round_to_nearest(weight, context.grid)
-            if context.recipe.searches_clipping:
-                ratios = awq.output_clip_ratios(weight, context.grid, seen.gram, context.recipe.clip)
-                clipped[linear.name] = round_to_nearest(weight, context.grid, ratios)
+            scheme = context.schemes[linear.name]
+            plain[linear.name] = scheme.round(weight)
+            found = scheme.clipped(weight, seen.gram)
+            if found is not None:
+                clipped[linear.name] = found
+        clipped = {**plain, **clipped} if clipped else {}
         losses = [_loss(subject, folded, scales, weights) for weights in (plain, clipped) if weights]
         record["clipped"] = len(losses) == 2 and losses[1] < losses[0]
         return clipped if record["clipped"] else plain
@@ -342,7 +349,7 @@ class _MlpHalf:
         """What plain rounding of the MLP would cost, the yardstick of every method."""
         mlp, weights = subject.mlp, subject.weights
         gate, up, down = (
-            fake_quantize(weight, self.context.grid) if linear.name in self.context.quantized else weight
+            self.context.schemes[linear.name].nearest(weight) if linear.name in self.context.quantized else weight
             for linear, weight in zip(mlp.linears(), (weights.gate, weights.up, weights.down), strict=True)
         )
         rounded = weights.replaced(gate=gate, up=up, down=down)
@@ -355,7 +362,7 @@ class _MlpHalf:
             yield tokens, weights(self._normed(tokens)).mul_(factors.unsqueeze(-1))
 
 
-def _loss(subject: _Subject, folded: GatedWeights, scales: FoldedScales, quantized: Mapping[str, QTensor]) -> float:
+def _loss(subject: _Subject, folded: GatedWeights, scales: FoldedScales, quantized: Mapping[str, Packed]) -> float:
     """The weighted squared error of an MLP's output on its sample."""
     sample = subject.sample
     inputs = sample.inputs if scales.shared is None else sample.inputs / scales.shared

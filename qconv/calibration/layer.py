@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import Decoder
+from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.core.architecture import Architecture, Layer, Linear, Norm
-from qconv.core.qtensor import Grid, QTensor
+from qconv.core.grid import Packed
 from qconv.executors.threads import Workers
 from qconv.methods.awq import Choice
 from qconv.models.folding import Folds
@@ -26,7 +27,7 @@ class Finished:
     """A module as the build will hold it: a quantized weight or None, then its plain tensors as blocks of rows."""
 
     module: Linear | Norm
-    weight: QTensor | None
+    weight: Packed | None
     dense: tuple[tuple[str, Iterable[Tensor]], ...]
 
 
@@ -87,6 +88,8 @@ class LayerContext:
     """What the two halves of a layer share.
 
     Attributes:
+        schemes: How each quantized linear is rounded, by name; empty where inputs have stored scales.
+        static: How they are rounded then, else None.
         quantized: Names of the linears that are quantized.
         is_last: Whether no layer follows that would need this one's output.
         scales: What is folded, filled in by the searches; by producer's module name.
@@ -96,10 +99,11 @@ class LayerContext:
     source: Source
     decoder: Decoder
     recipe: Recipe
-    grid: Grid
     layer: Layer
     work: Workspace
     workers: Workers
+    schemes: Mapping[str, Scheme]
+    static: StaticScheme | None
     quantized: frozenset[str]
     is_last: bool
     report: LayerReport
@@ -112,19 +116,32 @@ class LayerContext:
         source: Source,
         decoder: Decoder,
         recipe: Recipe,
-        grid: Grid,
         layer: Layer,
         work: Workspace,
         workers: Workers,
-        quantized: frozenset[str],
+        schemes: Mapping[str, Scheme],
         *,
+        static: StaticScheme | None,
+        quantized: frozenset[str],
         is_last: bool,
     ) -> LayerContext:
         """The context of a layer, nothing folded yet."""
         scales: dict[str, Tensor] = {}
         folds = Folds.of(source.architecture, layer, scales)
         return cls(
-            source, decoder, recipe, grid, layer, work, workers, quantized, is_last, LayerReport(), scales, folds
+            source,
+            decoder,
+            recipe,
+            layer,
+            work,
+            workers,
+            schemes,
+            static,
+            quantized,
+            is_last,
+            LayerReport(),
+            scales,
+            folds,
         )
 
     @property
@@ -146,7 +163,7 @@ class LayerContext:
         tensors = [(name, [self.folds.expected(module, name, self.source.read(name))]) for name, _ in module.tensors()]
         return Finished(module, None, tuple(tensors))
 
-    def finished(self, linear: Linear, weight: QTensor | None) -> Finished:
+    def finished(self, linear: Linear, weight: Packed | None) -> Finished:
         """A linear after folding, quantized or not."""
         if weight is None:
             return self.dense(linear)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qconv.artifacts.source import Source
 from qconv.calibration.forward import Activation
+from qconv.calibration.schemes import Scheme
 from qconv.core.architecture import Linear, Mlp
-from qconv.core.qtensor import Grid, QTensor
-from qconv.core.rounding import rounded_linear
+from qconv.core.grid import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,18 @@ class GatedWeights:
         """down's input from the outputs of gate and up, biases included, float32 [tokens, inner] each."""
         return self.act(gate).mul_(up)
 
-    def rounded_inner(self, inputs: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
+    def rounded_inner(self, inputs: Tensor, schemes: tuple[Scheme, Scheme], scale: Tensor | None = None) -> Tensor:
         """down's input with gate and up rounded to nearest after their columns were multiplied by ``scale``.
 
         Args:
             inputs: float32 [tokens, hidden], not divided by ``scale`` yet.
-            grid: The grid.
+            schemes: Of gate and of up.
             scale: float32 [hidden], or None.
         """
         scaled = inputs if scale is None else inputs / scale
-        gate, up = (rounded_linear(scaled, weight, grid, scale) for weight in (self.gate, self.up))
+        gate, up = (
+            scheme.linear(scaled, weight, scale) for scheme, weight in zip(schemes, (self.gate, self.up), strict=True)
+        )
         if self.gate_bias is not None:
             gate.add_(self.gate_bias)
         if self.up_bias is not None:
@@ -116,7 +118,7 @@ class FoldedScales:
         return weights.replaced(gate=weights.gate / self.shared, up=weights.up / self.shared)
 
 
-def dequantized(mlp: Mlp, folded: GatedWeights, quantized: Mapping[str, QTensor]) -> GatedWeights:
+def dequantized(mlp: Mlp, folded: GatedWeights, quantized: Mapping[str, Packed]) -> GatedWeights:
     """The MLP as the build computes it, in the folded coordinates; linears by module name, absent ones as they are."""
     gate, up, down = (
         quantized[linear.name].dequantize() if linear.name in quantized else weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from qconv.calibration.corpus import TokenSet
 from qconv.calibration.experts import calibrate_mlps
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Finished, LayerContext
+from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.stream import LayerStream
 from qconv.core.architecture import Layer
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
-from qconv.planning.plan import BuildPlan, Unit
+from qconv.planning.recipe import Recipe
 
 
 class Calibration:
@@ -27,7 +28,7 @@ class Calibration:
     """
 
     def __init__(
-        self, source: Source, plan: BuildPlan, tokens: TokenSet, work: Path, journal: Journal, workers: Workers
+        self, source: Source, recipe: Recipe, tokens: TokenSet, work: Path, journal: Journal, workers: Workers
     ) -> None:
         """Find the activations to go on from, or make those of layer 0.
 
@@ -35,7 +36,7 @@ class Calibration:
             OutputError: the disk is full or the work folder cannot be written.
         """
         self._source = source
-        self._plan = plan
+        self._recipe = recipe
         self._workers = workers
         self._decoder = Decoder(source.checkpoint.path)
         with torch.no_grad():
@@ -46,18 +47,31 @@ class Calibration:
         """The index of the first layer whose outputs are not safe yet."""
         return self._stream.next_layer
 
-    def context(self, unit: Unit, layer: Layer) -> LayerContext:
-        """What the calibration of a layer works on."""
-        quantized = frozenset(item.module.name for item in unit.items if item.quantized)
+    def context(
+        self,
+        layer: Layer,
+        quantized: Collection[str],
+        schemes: Mapping[str, Scheme],
+        static: StaticScheme | None = None,
+    ) -> LayerContext:
+        """What the calibration of a layer works on.
+
+        Args:
+            layer: The layer.
+            quantized: Names of the linears that are quantized.
+            schemes: How each of them is, by name.
+            static: How all of them are where inputs have stored scales; then ``schemes`` are not looked at.
+        """
         return LayerContext.of(
             self._source,
             self._decoder,
-            self._plan.recipe,
-            self._plan.grid,
+            self._recipe,
             layer,
             self._stream.workspace(layer.index),
             self._workers,
-            quantized,
+            schemes,
+            static=static,
+            quantized=frozenset(quantized),
             is_last=self._stream.is_last(layer.index),
         )
 

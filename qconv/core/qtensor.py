@@ -172,6 +172,20 @@ class QTensor:
         scales = self.scales[first:last]
         return replace(self, codes=self.codes[start:stop], scales=scales, zero_points=zero_points)
 
+    def with_rows(self, chosen: Tensor, other: QTensor) -> QTensor:
+        """The same with the ``chosen`` rows, bool [out_features], of ``other``.
+
+        Both must lie on the same grid; where rows share scales, these must be the same in both.
+        """
+        rows = chosen.unsqueeze(1)
+        codes = torch.where(rows, other.codes.view(torch.uint8), self.codes.view(torch.uint8)).view(self.codes.dtype)
+        if len(self.scales) != len(self.codes):
+            return replace(self, codes=codes)
+        zero_points = self.zero_points
+        if zero_points is not None and other.zero_points is not None:
+            zero_points = torch.where(rows, other.zero_points, zero_points)
+        return replace(self, codes=codes, scales=torch.where(rows, other.scales, self.scales), zero_points=zero_points)
+
 
 @dataclass(frozen=True, slots=True)
 class SquaredError:

@@ -20,6 +20,7 @@ from qconv.core.settings import (
     GptqSettings,
     GridSettings,
     OutputSettings,
+    RefineSettings,
     Section,
 )
 from qconv.errors import RecipeError
@@ -51,6 +52,7 @@ class Recipe(Section):
     clip: ClipSettings = ClipSettings()
     awq: AwqSettings = AwqSettings()
     gptq: GptqSettings = GptqSettings()
+    refine: RefineSettings = RefineSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     skip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""

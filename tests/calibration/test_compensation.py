@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qconv.artifacts.build import Build
 from qconv.calibration import experts, rounding
+from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputStatistics
 from qconv.errors import RecipeError
 from qconv.folders.state import REPORT_NAME
-from qconv.methods.gptq import GptqResult
 from qconv.planning.recipe import Recipe
 from qconv.verification.build import verify
 from tests.conftest import FAMILIES, build, folder_bytes, random_model, save_model, small_recipe
@@ -61,7 +61,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], InputS
     calls: list[tuple[tuple[str, ...], InputStatistics]] = []
     real = rounding.compensate
 
-    def spy(context: Any, statistics: InputStatistics, weights: Weights) -> dict[str, GptqResult]:
+    def spy(context: Any, statistics: InputStatistics, weights: Weights) -> dict[str, Compensated]:
         calls.append((tuple(name.removeprefix("model.layers.") for name in weights), statistics))
         return real(context, statistics, weights)
 

@@ -15,6 +15,7 @@ from qconv.calibration.attention import calibrate_attention
 from qconv.calibration.corpus import build_tokens
 from qconv.calibration.routing import Routing
 from qconv.calibration.run import Calibration
+from qconv.calibration.schemes import IntegerScheme
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
 from qconv.planning.plan import make_plan
@@ -39,10 +40,11 @@ def routing_of(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Rout
     with Workers(1) as workers:
         tokens = build_tokens(RECIPE.calibration, model)
         journal = Journal.create(work / "journal.jsonl", {})
-        calibration = Calibration(source, plan, tokens, work, journal, workers)
+        calibration = Calibration(source, RECIPE, tokens, work, journal, workers)
         unit = plan.units[1]
         assert unit.layer is not None
-        context = calibration.context(unit, unit.layer)
+        names = [linear.name for linear in unit.layer.linears()]
+        context = calibration.context(unit.layer, names, dict.fromkeys(names, IntegerScheme(plan.grid, RECIPE)))
         with torch.no_grad():
             for _ in calibrate_attention(context):
                 pass

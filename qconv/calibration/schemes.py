@@ -1,0 +1,201 @@
+"""How one linear is rounded: what a layer's calibration asks of it, whatever its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qconv.calibration.statistics import block_width
+from qconv.core.grid import FittedGrid, Packed
+from qconv.core.qtensor import Grid
+from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
+from qconv.grids import e4m3
+from qconv.methods import awq, gptq
+from qconv.methods.compensated import Problem
+from qconv.methods.gptq import Factor
+from qconv.planning.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Compensated:
+    """A linear rounded by GPTQ: its weight, and what the report says of it."""
+
+    weight: Packed
+    record: dict[str, Any]
+
+
+class Scheme(Protocol):
+    """How one linear is rounded."""
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The weight after plain rounding, float32 [out_features, in_features]."""
+
+    def linear(self, inputs: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``inputs @ nearest(weight * scale).T``: float32 [tokens, in_features] -> [tokens, out_features].
+
+        Args:
+            inputs: Already divided by ``scale``.
+            weight: [out_features, in_features], any float dtype; not changed.
+            scale: Factors on its columns, float32 [in_features], or None.
+        """
+
+    def round(self, weight: Tensor) -> Packed:
+        """The weight by plain rounding."""
+
+    def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
+        """By plain rounding with the clipping ranges that cost least, or None where none are searched.
+
+        Args:
+            weight: float32 [out_features, in_features].
+            gram: Of its inputs; see :class:`InputStatistics`.
+        """
+
+    def gram_width(self, in_features: int) -> int:
+        """The width of the blocks of second moments that ``clipped`` needs; 0 for none."""
+
+    def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
+        """By GPTQ.
+
+        Raises:
+            QconvError: the second moments are not finite.
+        """
+
+
+class SecondMoments:
+    """Of the input that several linears share, and what they make of it once for all."""
+
+    def __init__(self, hessian: Tensor, recipe: Recipe) -> None:
+        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``."""
+        self.hessian = hessian
+        self.problem = Problem(hessian, recipe.gptq, recipe.refine, {})
+
+    @property
+    def factor(self) -> Factor:
+        """Of grids that round one column at a time."""
+        return self.problem.factor(1)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerScheme:
+    """On a grid of integers.
+
+    Attributes:
+        grid: The grid.
+        recipe: Clipping and how GPTQ works.
+    """
+
+    grid: Grid
+    recipe: Recipe
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """See :class:`Scheme`."""
+        return fake_quantize(weight, self.grid)
+
+    def linear(self, inputs: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """See :class:`Scheme`."""
+        return rounded_linear(inputs, weight, self.grid, scale)
+
+    def round(self, weight: Tensor) -> Packed:
+        """See :class:`Scheme`."""
+        return round_to_nearest(weight, self.grid)
+
+    def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
+        """See :class:`Scheme`."""
+        if not self.recipe.searches_clipping:
+            return None
+        ratios = awq.output_clip_ratios(weight, self.grid, gram, self.recipe.clip)
+        return round_to_nearest(weight, self.grid, ratios)
+
+    def gram_width(self, in_features: int) -> int:
+        """See :class:`Scheme`."""
+        return block_width(in_features, self.grid.width(in_features))
+
+    def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
+        """See :class:`Scheme`."""
+        clip = self.recipe.clip if self.recipe.searches_clipping else None
+        found = gptq.quantize(weight, self.grid, moments.hessian, self.recipe.gptq, clip, moments.factor)
+        record = {"error": found.error, "rtn_error": found.rtn_error}
+        return Compensated(found.qtensor, record | extraordinary(moments.factor, found.kept_rtn))
+
+
+@dataclass(frozen=True, slots=True)
+class FittedScheme:
+    """On a grid that fits scales by a search of its own."""
+
+    grid: FittedGrid[Any]
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """See :class:`Scheme`."""
+        return self.round(weight).dequantize()
+
+    def linear(self, inputs: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """See :class:`Scheme`."""
+        return inputs @ self.nearest(weight if scale is None else weight * scale).t()
+
+    def round(self, weight: Tensor) -> Packed:
+        """See :class:`Scheme`."""
+        rounded: Packed = self.grid.encode(weight)
+        return rounded
+
+    def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
+        """None: the grid's own search has found the range."""
+        return None
+
+    def gram_width(self, in_features: int) -> int:
+        """See :class:`Scheme`."""
+        return 0
+
+    def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
+        """See :class:`Scheme`."""
+        found = moments.problem.quantize(weight, self.grid)
+        record = {"error": found.error, "rtn_error": found.own_error}
+        return Compensated(found.weight, record | extraordinary(found.factor, found.kept_own))
+
+
+@dataclass(frozen=True, slots=True)
+class StaticScheme:
+    """On a grid of floats, with a stored scale of the inputs: rounding to nearest.
+
+    Attributes:
+        grid: The grid.
+        recipe: Says whether the scale of the weights is searched.
+    """
+
+    grid: Grid
+    recipe: Recipe
+
+    def together(self, weights: Mapping[str, Tensor], peak: float) -> dict[str, Packed]:
+        """Linears that share an input, by name.
+
+        They share the weights' scale too: engines fuse them and would round all but one of them again, to the largest.
+
+        Args:
+            weights: float32 [out_features, in_features] each.
+            peak: The input's largest magnitude on the calibration tokens.
+        """
+        if not weights:
+            return {}
+        clip = self.recipe.clip if self.recipe.searches_clipping else None
+        scale = e4m3.activation_scale(torch.tensor(peak))
+        fused = e4m3.quantize(torch.cat(list(weights.values())), self.grid, clip, scale)
+        found, start = {}, 0
+        for name, weight in weights.items():
+            found[name] = fused.rows(start, start + len(weight))
+            start += len(weight)
+        return dict(found)
+
+
+def extraordinary(factor: Factor, kept_rtn: int) -> dict[str, Any]:
+    """What the report says of a compensation that was out of the ordinary."""
+    record: dict[str, Any] = {}
+    if factor.escalations:
+        record["damp_percent"] = factor.damp_percent
+    if factor.dead_columns:
+        record["dead_columns"] = factor.dead_columns
+    if kept_rtn:
+        record["rows_kept_rtn"] = kept_rtn
+    return record
