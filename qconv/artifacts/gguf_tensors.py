@@ -75,14 +75,14 @@ def encoded(
         UsageError: there is no encoder of that type, or a weight is beyond its range.
     """
     target = encoder(type)
-    for block, weights in weighted_blocks(source, tensor, importance):
+    for _, block, weights in weighted_blocks(source, tensor, importance):
         yield encode(block, target, weights)
 
 
 def weighted_blocks(
     source: Source, tensor: GgufTensor, importance: Importance
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A tensor's rows in file order, [rows, columns], with the importance of their columns.
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """A tensor's rows in file order: the number of the part, [rows, columns], the importance of their columns.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite.
@@ -91,7 +91,7 @@ def weighted_blocks(
     for part, rows in enumerate(parts(source, tensor)):
         weights = importance(tensor, part)
         for block in rows:
-            yield block.reshape(-1, tensor.columns), weights
+            yield part, block.reshape(-1, tensor.columns), weights
 
 
 def parts(source: Source, tensor: GgufTensor) -> Iterator[Iterator[Tensor] | Sequence[Tensor]]:

@@ -12,10 +12,10 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import GGMLQuantizationType
@@ -29,7 +29,14 @@ from qconv.building.gguf_report import Coverage, model_card
 from qconv.building.inputs import fingerprints, lasting
 from qconv.building.output import Outcome, begin, enter, publish, require_apart, require_published
 from qconv.calibration.corpus import TokenSet, build_tokens
-from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings, scratch_bytes
+from qconv.calibration.imatrix import (
+    IMATRIX_NAME,
+    blocks_key,
+    collect_imatrix,
+    layer_readings,
+    scratch_bytes,
+    sums_key,
+)
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.core.qtensor import SquaredError
 from qconv.core.settings import TextSettings
@@ -49,6 +56,9 @@ from qconv.planning.gguf_recipe import GgufRecipe, require_matches
 from qconv.verification.blocks import decoded, floor_db
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Progress
+
+if TYPE_CHECKING:
+    from qconv.gguf_layers import CalibratedLayers
 
 Log = Callable[[str], None]
 
@@ -93,7 +103,7 @@ def quantize_gguf(
     plan, text = _decide(source, recipe, f"{source.name}-{recipe.type}")
     if given:
         _require_coverage(plan, recipe, merge(given), complete=text is None)
-    if text is not None and recipe.calibration is None:
+    if text is not None and recipe.calibration is None and not recipe.is_calibrated:
         log(f"gguf:{recipe.type} needs an imatrix: one is collected")
     replaced = fallbacks(plan.wanted, plan.types)
     if replaced is not None:
@@ -118,7 +128,7 @@ def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, Te
             max_split_size=recipe.output.max_shard_size,
         )
 
-    text = recipe.calibration
+    text: TextSettings | None = recipe.calibrated().calibration if recipe.is_calibrated else recipe.calibration
     plan = planned(text is not None or bool(recipe.imatrix.files))
     require_matches(recipe, plan.tensors.values())
     if text is None and not recipe.imatrix.files and any(_needing(plan)):
@@ -173,6 +183,7 @@ class _Run:
         self.importance: Imatrix | None = None
         self.coverage: Coverage | None = None
         self.columns: Importance = uniform
+        self.layers: CalibratedLayers | None = None
         self.weights = sum(tensor.numel for tensor in plan.tensors.values())
         self.out = out
         self.work = out / WORK_FOLDER
@@ -194,9 +205,12 @@ class _Run:
             self.log(f"resuming: {committed} of {len(self.plan.files)} files are committed")
         record = SourceRecord(self.source.checkpoint, journal, self._readings(tokens))
         record.require_unchanged(self.progress)
-        self._get_importance(tokens, journal, record)
-        for file in self.plan.files:
-            self._file(file, journal, record)
+        if self.recipe.is_calibrated and tokens is not None:
+            self._calibrated_files(tokens, journal, record)
+        else:
+            self._get_importance(tokens, journal, record)
+            for file in self.plan.files:
+                self._file(file, journal, record)
         record.require_unchanged(self.progress)
         return Outcome(self.out, self._finish(journal), already_complete=False)
 
@@ -223,8 +237,33 @@ class _Run:
             checksums = self.workers.map(_checksum, self._blocks(file, uniform))
             return combined((str(number), one) for number, one in enumerate(checksums))
 
-        collected = {} if tokens is None else layer_readings(self.source, self.workers)
+        key = blocks_key if self.recipe.is_calibrated else sums_key
+        collected = {} if tokens is None else layer_readings(self.source, self.workers, key)
         return collected | {file.name: partial(read, file) for file in self.plan.files}
+
+    def _calibrated_files(self, tokens: TokenSet, journal: Journal, record: SourceRecord) -> None:
+        """Each file once its layers are calibrated; the importance matrix that this gives too."""
+        # transformers takes seconds to import; rounding does without.
+        from qconv.gguf_layers import CalibratedLayers
+
+        self.log(f"calibration: {tokens.ids.numel():,} tokens of {tokens.source}")
+        self.layers = CalibratedLayers(
+            self.source,
+            self.plan,
+            self.recipe.calibrated(),
+            tokens,
+            self.work,
+            record,
+            self.workers,
+            self.progress,
+            self.log,
+        )
+        for number, file in enumerate(self.plan.files):
+            self.layers.prepare(file)
+            self._file(file, journal, record)
+            self.layers.release(self.plan.files[number + 1 :])
+        self.layers.finish()
+        self._take_importance([read_imatrix(self.layers.merge(self.out))])
 
     def _get_importance(self, tokens: TokenSet | None, journal: Journal, record: SourceRecord) -> None:
         """Collect an importance matrix where one is asked for, and put it together with those that were given."""
@@ -236,8 +275,10 @@ class _Run:
             )
             require_published(path, journal.units[IMATRIX_NAME]["size"])
             matrices.append(read_imatrix(path))
-        if not matrices:
-            return
+        if matrices:
+            self._take_importance(matrices)
+
+    def _take_importance(self, matrices: Sequence[Imatrix]) -> None:
         self.importance = matrices[0] if len(matrices) == 1 else merge(matrices)
         settings = self.recipe.imatrix
         self.columns = importance_of(self.importance, float(settings.shrinkage_tokens), settings.exponent)
@@ -270,7 +311,7 @@ class _Run:
             errors: list[SquaredError] = []
             writer.write_blocks(name, self._counted(group, errors, checksums))
             snr = sum(errors, SquaredError()).snr_db
-            floor = floor_db(self.plan.types[name], self.importance is not None)
+            floor = floor_db(self.plan.types[name], self.importance is not None or self.layers is not None)
             if not snr >= floor:
                 raise VerificationError(
                     f"{file.name}: {name} does not stand for the source: signal to noise {snr:.1f} dB, below "
@@ -292,8 +333,9 @@ class _Run:
         for info in file.tensors:
             tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
             importance = columns if tensor.quantizable else uniform
-            for rows, weights in weighted_blocks(self.source, tensor, importance):
-                yield _Block(tensor.name, type, rows, weights)
+            ready = _Ready.of(self.layers, tensor)
+            for part, rows, weights in weighted_blocks(self.source, tensor, importance):
+                yield _Block(tensor.name, type, rows, weights, None if ready is None else ready.take(part, len(rows)))
 
     def _finish(self, journal: Journal) -> dict[str, Any]:
         plan = self.plan
@@ -348,6 +390,30 @@ class _Block:
     type: GGMLQuantizationType
     rows: Tensor
     importance: Tensor | None
+    ready: Tensor | None
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A tensor's blocks that calibration has made, handed out in file order."""
+
+    layers: CalibratedLayers
+    tensor: GgufTensor
+    part: int = -1
+    data: Tensor = field(default_factory=lambda: torch.empty(0))
+    row: int = 0
+
+    @classmethod
+    def of(cls, layers: CalibratedLayers | None, tensor: GgufTensor) -> _Ready | None:
+        return cls(layers, tensor) if layers is not None and layers.holds(tensor) else None
+
+    def take(self, part: int, rows: int) -> Tensor:
+        """The next ``rows`` rows of a part."""
+        if part != self.part:
+            self.part, self.data, self.row = part, self.layers.blocks(self.tensor, part), 0
+        taken = self.data[self.row : self.row + rows]
+        self.row += rows
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +426,7 @@ class _Encoded:
 
 
 def _encode(block: _Block) -> _Encoded:
-    data = encode(block.rows, encoder(block.type), block.importance)
+    data = encode(block.rows, encoder(block.type), block.importance) if block.ready is None else block.ready
     reference = block.rows[:SAMPLED_ROWS].float().contiguous()
     error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type))
     return _Encoded(block.name, data, block.rows.numel(), error, _checksum(block))

@@ -87,6 +87,9 @@ class _AttentionHalf:
         for normed, o_input in self.context.workers.map(inputs, self.context.work.sequence_windows(WINDOW_TOKENS)):
             self.qkv_inputs.update(normed)
             self.o_inputs.update(o_input)
+        attention = self.context.layer.attention
+        self.context.keep_squares(self.qkv_inputs, attention.linears()[:3])
+        self.context.keep_squares(self.o_inputs, (attention.o,))
         self.probe = self._probe()
         self.target, self.o_probe = self.block.with_o_input(self.probe)
 

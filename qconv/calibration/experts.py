@@ -101,6 +101,7 @@ class _MlpHalf:
         self.layer_inputs = InputStatistics.empty(hidden, statistics_width(context, self._readers()))
         for start, stop in context.work.middle.windows(WINDOW_TOKENS):
             self.layer_inputs.update(self.norm(context.work.middle.read(start, stop)))
+        context.keep_squares(self.layer_inputs, context.layer.routers())
         count = min(POOL_TOKENS, context.work.tokens)
         picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
         self.pool = self._normed(picks)
@@ -214,7 +215,7 @@ class _MlpHalf:
             "shrinkage": round(self.shrinkage / max(len(assignment.tokens) + self.shrinkage, 1), 6),
         }
         scales = FoldedScales(context.folds.input_scale(mlp.up), None)
-        inner = self._inner_statistics(weights, assignment, self._clip_width(mlp)) if "awq" in method else None
+        inner = self._inner_statistics(mlp, weights, assignment, self._clip_width(mlp)) if "awq" in method else None
         if inner is not None and context.all_quantized((mlp.up, mlp.down)):
             scales = replace(scales, inner=self._search_inner_scale(subject, inner.magnitude, record))
         folded = scales.fold(weights)
@@ -239,18 +240,20 @@ class _MlpHalf:
         """The width of the second moments that clipping down needs; 0 where GPTQ follows, which collects its own."""
         return 0 if "gptq" in self.context.recipe.method else statistics_width(self.context, (mlp.down,))
 
-    def _input_statistics(self, assignment: Assignment) -> InputStatistics:
+    def _input_statistics(self, mlp: Mlp, assignment: Assignment) -> InputStatistics:
         """Statistics of gate's and up's input, shrunk toward the layer's."""
         hidden = self.context.model.hidden_size
         statistics = InputStatistics.empty(hidden, statistics_width(self.context, self._readers()))
         for normed, counts in self._windows(assignment):
             statistics.update(normed, counts)
+        self.context.keep_squares(statistics, (mlp.gate, mlp.up))
         return statistics.shrunk(self.layer_inputs, float(self.shrinkage))
 
-    def _inner_statistics(self, weights: GatedWeights, assignment: Assignment, width: int) -> InputStatistics:
+    def _inner_statistics(self, mlp: Mlp, weights: GatedWeights, assignment: Assignment, width: int) -> InputStatistics:
         """Statistics of down's input, second moments in blocks of ``width``, shrunk toward those of the layer's pool.
 
         Args:
+            mlp: Which MLP.
             weights: What computes it from the unfolded norm's output.
             assignment: The MLP's tokens.
             width: See :class:`InputStatistics`.
@@ -259,6 +262,7 @@ class _MlpHalf:
         for normed, counts in self._windows(assignment):
             inner.update(weights.inner(normed), counts)
         pooled.update(weights.inner(self.pool))
+        self.context.keep_squares(inner, (mlp.down,))
         return inner.shrunk(pooled, float(self.shrinkage))
 
     def _windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -289,20 +293,21 @@ class _MlpHalf:
         context, mlp = self.context, subject.mlp
         pair = {linear.name: weight for linear, weight in ((mlp.gate, folded.gate), (mlp.up, folded.up))}
         results: dict[str, Compensated] = {}
-        if context.all_quantized((mlp.gate, mlp.up)):
-            inputs = self._input_statistics(subject.assignment)
+        pair = {name: weight for name, weight in pair.items() if name in context.quantized}
+        if pair:
+            inputs = self._input_statistics(subject.mlp, subject.assignment)
             results = compensate(context, inputs if scales.shared is None else inputs.rescaled(scales.shared), pair)
         if context.all_quantized((mlp.down,)):
             quantized = {name: result.weight for name, result in results.items()}
             passing = scales.unfold_input(dequantized(mlp, folded, quantized))
-            inner = self._inner_statistics(passing, subject.assignment, folded.down.shape[1])
+            inner = self._inner_statistics(mlp, passing, subject.assignment, folded.down.shape[1])
             results |= compensate(context, inner, {mlp.down.name: folded.down})
         return results
 
     def _with_static_inputs(self, subject: _Subject) -> dict[str, Packed]:
         """The weights as floats; one scale for the inputs of all gates and ups of the layer, as engines want it."""
         context, mlp = self.context, subject.mlp
-        inner = self._inner_statistics(subject.weights, subject.assignment, 0)
+        inner = self._inner_statistics(mlp, subject.weights, subject.assignment, 0)
         parts = (
             (self.layer_inputs.peak, {mlp.gate: subject.weights.gate, mlp.up: subject.weights.up}),
             (inner.peak, {mlp.down: subject.weights.down}),
@@ -326,7 +331,7 @@ class _MlpHalf:
         context, mlp = self.context, subject.mlp
         plain: dict[str, Packed] = {}
         clipped: dict[str, Packed] = {}
-        inputs = self._input_statistics(subject.assignment)
+        inputs = self._input_statistics(subject.mlp, subject.assignment)
         if scales.shared is not None:
             inputs = inputs.rescaled(scales.shared)
         if scales.inner is not None:

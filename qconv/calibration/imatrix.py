@@ -11,14 +11,15 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from qconv.artifacts.source import Source
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.forward import Decoder
-from qconv.calibration.squares import InputSquares, LayerPass, collect_squares
+from qconv.calibration.squares import LayerPass, collect_squares
+from qconv.calibration.statistics import InputSquares
 from qconv.calibration.stream import LayerStream
 from qconv.checkpoint.writer import is_same
 from qconv.core.architecture import Architecture, Layer
@@ -64,18 +65,62 @@ def collect_imatrix(
         VerificationError: what was collected is gone or damaged.
         UsageError: the model has no GGUF form.
     """
-    path = out / IMATRIX_NAME
-    if IMATRIX_NAME not in journal.units:
-        layers = source.architecture.layers
-        if any(_key(layer) not in journal.units for layer in layers):
-            _collect_layers(source, tokens, work, journal, record, workers, progress)
-        parts = [_collected(work, layer, journal) for layer in layers]
-        entries = ChainMap(*(cast(MutableMapping[str, Entry], part.entries) for part in parts))
-        matrix = Imatrix(entries, (tokens.source,), tokens.ids.shape[1])
-        written = write_imatrix(path, matrix, journal.staged(path.name), journal.announce)
-        journal.commit(IMATRIX_NAME, {"size": written.size, "sha256": written.sha256})
-    remove_claimed(work, (".bin", ".gguf"))
-    return path
+    sums = LayerSums(source, tokens, work, journal)
+    if IMATRIX_NAME not in journal.units and any(sums_key(layer) not in journal.units for layer in sums.layers):
+        _collect_layers(sums, source, tokens, work, journal, record, workers, progress)
+    return sums.merge(out)
+
+
+class LayerSums:
+    """Each layer's sums as a file in the work folder, until all of them become the importance matrix."""
+
+    def __init__(self, source: Source, tokens: TokenSet, work: Path, journal: Journal) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            source: The model.
+            tokens: What it reads; a sequence is a chunk.
+            work: The folder of the sums.
+            journal: Records the finished matrix, and the sums of layers when their writer says so.
+        """
+        self.layers = source.architecture.layers
+        self._model = source.architecture
+        self._tokens = tokens
+        self._work = work
+        self._journal = journal
+
+    def keep(self, layer: Layer, seen: Mapping[str, InputSquares]) -> dict[str, Any]:
+        """Write what was seen of a layer's linears, by the name of their weight; what the journal is to hold of it.
+
+        Raises:
+            OutputError: the disk is full.
+            UsageError: the model has no GGUF form.
+        """
+        tensors = (tensor for tensor in gguf_tensors(self._model) if tensor.layer == layer.index)
+        path = claim(_path(self._work, layer))
+        written = write_imatrix(path, self._matrix(layer_entries(tensors, seen)), self._journal.staged(path.name))
+        return {"size": written.size, "sha256": written.sha256}
+
+    def merge(self, out: Path) -> Path:
+        """Make one matrix in ``out`` of all layers' sums, unless it is there; its path.
+
+        Raises:
+            OutputError: the disk is full.
+            VerificationError: what was collected is gone or damaged.
+        """
+        path = out / IMATRIX_NAME
+        if IMATRIX_NAME not in self._journal.units:
+            parts = [_collected(self._work, layer, self._journal) for layer in self.layers]
+            entries = ChainMap(*(cast(MutableMapping[str, Entry], part.entries) for part in parts))
+            written = write_imatrix(
+                path, self._matrix(entries), self._journal.staged(path.name), self._journal.announce
+            )
+            self._journal.commit(IMATRIX_NAME, {"size": written.size, "sha256": written.sha256})
+        remove_claimed(self._work, (".bin", ".gguf"))
+        return path
+
+    def _matrix(self, entries: Mapping[str, Entry]) -> Imatrix:
+        return Imatrix(entries, (self._tokens.source,), self._tokens.ids.shape[1])
 
 
 def scratch_bytes(model: Architecture, tokens: TokenSet, work: Path) -> int:
@@ -92,6 +137,7 @@ def layer_weights(model: Architecture) -> int:
 
 
 def _collect_layers(
+    sums: LayerSums,
     source: Source,
     tokens: TokenSet,
     work: Path,
@@ -101,7 +147,6 @@ def _collect_layers(
     progress: Progress,
 ) -> None:
     model = source.architecture
-    tensors = gguf_tensors(model)
     total, done = layer_weights(model), 0
     with torch.no_grad():
         stream = LayerStream(source, tokens.ids, work, journal)
@@ -119,13 +164,10 @@ def _collect_layers(
             seen[linear.weight] = squares
             done += linear.numel
             progress(what, done, total)
-        entries = layer_entries((tensor for tensor in tensors if tensor.layer == layer.index), seen)
         # Once its outputs count as made nothing computes the layer again: its sums must be safe before.
-        matrix = Imatrix(entries, (tokens.source,), tokens.ids.shape[1])
-        path = claim(_path(work, layer))
-        written = write_imatrix(path, matrix, journal.staged(path.name))
-        read = checksum(source.checkpoint, _read_for(source, layer), workers)
-        record.commit(_key(layer), {"size": written.size, "sha256": written.sha256, READ: read})
+        kept = sums.keep(layer, seen)
+        read = checksum(source.checkpoint, read_for(source, layer), workers)
+        record.commit(sums_key(layer), kept | {READ: read})
         stream.advance(layer.index, space)
 
 
@@ -140,28 +182,38 @@ def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares
     return entries
 
 
-def layer_readings(source: Source, workers: Workers) -> dict[str, Callable[[], str]]:
-    """By the journal's keys of the layers what reads again that for which they were collected; gives its checksum."""
-    layers = source.architecture.layers
-    return {_key(layer): partial(checksum, source.checkpoint, _read_for(source, layer), workers) for layer in layers}
+def sums_key(layer: Layer) -> str:
+    """The journal's key of a layer's sums."""
+    return f"imatrix-{layer.index:05d}"
 
 
-def _read_for(source: Source, layer: Layer) -> list[str]:
+def blocks_key(layer: Layer) -> str:
+    """The journal's key of a calibrated layer's blocks."""
+    return f"layer-{layer.index:05d}"
+
+
+def layer_readings(
+    source: Source, workers: Workers, key: Callable[[Layer], str] = sums_key
+) -> dict[str, Callable[[], str]]:
+    """By the journal's keys of the layers what reads again that of which they were made, and gives its checksum."""
+    return {
+        key(layer): partial(checksum, source.checkpoint, read_for(source, layer), workers)
+        for layer in source.architecture.layers
+    }
+
+
+def read_for(source: Source, layer: Layer) -> list[str]:
     """The tensors that the pass through a layer reads; the first one's inputs are made of the embedding."""
     names = [name for name, _ in layer.tensors()]
     return names if layer.index else [source.architecture.embedding.weight, *names]
 
 
-def _key(layer: Layer) -> str:
-    return f"imatrix-{layer.index:05d}"
-
-
 def _path(work: Path, layer: Layer) -> Path:
-    return work / f"{_key(layer)}.gguf"
+    return work / f"{sums_key(layer)}.gguf"
 
 
 def _collected(work: Path, layer: Layer, journal: Journal) -> Imatrix:
-    path, record = _path(work, layer), journal.units[_key(layer)]
+    path, record = _path(work, layer), journal.units[sums_key(layer)]
     if not is_same(path, record["size"], record["sha256"]):
         raise VerificationError(
             f"{path}: was collected but is now missing or changed.", hint="Put it back, or start over with --restart."

@@ -14,6 +14,7 @@ from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import Decoder
 from qconv.calibration.schemes import Scheme, StaticScheme
+from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Architecture, Layer, Linear, Norm
 from qconv.core.grid import Packed
 from qconv.executors.threads import Workers
@@ -94,6 +95,7 @@ class LayerContext:
         is_last: Whether no layer follows that would need this one's output.
         scales: What is folded, filled in by the searches; by producer's module name.
         folds: A view of ``scales`` that always shows its present state.
+        squares: The squared inputs of linears, routers included, by name, filled in where second moments are kept.
     """
 
     source: Source
@@ -109,6 +111,7 @@ class LayerContext:
     report: LayerReport
     scales: dict[str, Tensor]
     folds: Folds
+    squares: dict[str, InputSquares]
 
     @classmethod
     def of(
@@ -142,6 +145,7 @@ class LayerContext:
             LayerReport(),
             scales,
             folds,
+            {},
         )
 
     @property
@@ -157,6 +161,11 @@ class LayerContext:
     def all_quantized(self, linears: Sequence[Linear]) -> bool:
         """Whether every one of them is quantized."""
         return all(linear.name in self.quantized for linear in linears)
+
+    def keep_squares(self, statistics: InputStatistics, linears: Iterable[Linear]) -> None:
+        """Keep what an importance matrix says of the linears that read an input, where its second moments are known."""
+        if statistics.gram.numel():
+            self.squares.update(dict.fromkeys((linear.name for linear in linears), statistics.squares))
 
     def dense(self, module: Linear | Norm) -> Finished:
         """A module that stays unquantized, after folding."""

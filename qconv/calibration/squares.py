@@ -18,42 +18,12 @@ from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Workspace
 from qconv.calibration.mlp import GatedWeights
 from qconv.calibration.routing import Assignment, Routing
+from qconv.calibration.statistics import InputSquares
 from qconv.core.architecture import Layer, Linear, Mlp, Norm
 from qconv.executors.threads import Workers
 
 WHOLE_TOKENS = 8192
 """An MLP that sees more tokens is worked on by all threads together, a window each, since it holds more outputs."""
-_ROWS = 256
-"""Rows that are squared at once, in float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputSquares:
-    """What was seen of a linear's inputs.
-
-    Attributes:
-        sums: float64 [in_features], sums of x^2 over the tokens.
-        tokens: How many tokens.
-    """
-
-    sums: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, inputs: Tensor) -> InputSquares:
-        """Of some tokens' inputs, float32 [tokens, in_features]."""
-        sums = torch.zeros(inputs.shape[-1], dtype=torch.float64)
-        for start in range(0, len(inputs), _ROWS):
-            sums += inputs[start : start + _ROWS].double().square_().sum(dim=0)
-        return cls(sums, len(inputs))
-
-    @classmethod
-    def empty(cls, in_features: int) -> InputSquares:
-        """Of no tokens."""
-        return cls(torch.zeros(in_features, dtype=torch.float64), 0)
-
-    def __add__(self, other: InputSquares) -> InputSquares:
-        return InputSquares(self.sums + other.sums, self.tokens + other.tokens)
 
 
 @dataclass(frozen=True, slots=True)

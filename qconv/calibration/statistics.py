@@ -17,6 +17,37 @@ MAX_BLOCK = 512
 """Widest block kept for clipping; a per-channel grid's rows are cut into blocks of at most this many inputs."""
 _PANEL = 1024
 """Columns of a wide Hessian that are computed at once; the blocks below its diagonal are copies."""
+_ROWS = 256
+"""Rows that are squared at once, in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputSquares:
+    """What was seen of a linear's inputs.
+
+    Attributes:
+        sums: float64 [in_features], sums of x^2 over the tokens.
+        tokens: How many tokens.
+    """
+
+    sums: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> InputSquares:
+        """Of some tokens' inputs, float32 [tokens, in_features]."""
+        sums = torch.zeros(inputs.shape[-1], dtype=torch.float64)
+        for start in range(0, len(inputs), _ROWS):
+            sums += inputs[start : start + _ROWS].double().square_().sum(dim=0)
+        return cls(sums, len(inputs))
+
+    @classmethod
+    def empty(cls, in_features: int) -> InputSquares:
+        """Of no tokens."""
+        return cls(torch.zeros(in_features, dtype=torch.float64), 0)
+
+    def __add__(self, other: InputSquares) -> InputSquares:
+        return InputSquares(self.sums + other.sums, self.tokens + other.tokens)
 
 
 def block_width(in_features: int, group_width: int) -> int:
@@ -52,6 +83,12 @@ class InputStatistics:
     def hessian(self) -> Tensor:
         """float32 [in_features, in_features], the second moments as a whole, where one block holds them."""
         return self.gram.squeeze(0)
+
+    @property
+    def squares(self) -> InputSquares:
+        """The sums of squares that an importance matrix holds; there must be second moments."""
+        sums = self.gram.diagonal(dim1=1, dim2=2).flatten().double() * self.tokens
+        return InputSquares(sums, round(self.tokens))
 
     def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.

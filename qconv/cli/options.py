@@ -45,6 +45,12 @@ _RECIPE_OPTIONS = (
     ),
     click.option("--no-propagate", is_flag=True, help="Calibrate each layer on the outputs of unquantized ones."),
     click.option(
+        "--refine",
+        type=click.IntRange(0, 20),
+        metavar="N",
+        help="After GPTQ, N passes over the codes and their scales; 0 for none.",
+    ),
+    click.option(
         "--max-shard-size",
         type=FiniteRange(min=0.001, max=1e9),
         metavar="GB",
@@ -82,6 +88,7 @@ class RecipeOptions:
     group_size: int | None
     routing: str | None
     no_propagate: bool
+    refine: int | None
     max_shard_size: float | None
     skip: Sequence[str]
     imatrix: Sequence[str]
@@ -112,7 +119,7 @@ class RecipeOptions:
                 return None
         else:
             return None
-        for name in ("method", "group_size", "routing", "no_propagate", "skip"):
+        for name in ("group_size", "skip"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
         from qconv.planning.gguf_recipe import parse_gguf_recipe
@@ -135,12 +142,7 @@ class RecipeOptions:
         for name in ("imatrix", "tensor_type"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: is for --fmt gguf:TYPE and recipes of format gguf.")
-        overrides = self._shared_overrides() | {
-            "method": self.method,
-            "calibration.routing": self.routing,
-            "calibration.propagate": False if self.no_propagate else None,
-            "grid.group_size": self.group_size,
-        }
+        overrides = self._shared_overrides() | {"grid.group_size": self.group_size}
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         if self.skip:
             given["skip"] = [*load_recipe(source).skip, *self.skip]
@@ -149,10 +151,15 @@ class RecipeOptions:
     def _shared_overrides(self) -> dict[str, Any]:
         """What every kind of recipe has, by dotted key; None where it was not given."""
         return {
+            "method": self.method,
+            "refine.sweeps": self.refine,
+            "refine.refits": self.refine,
             "calibration.corpus": self.calib,
             "calibration.tokens": self.tokens,
             "calibration.sequence_length": self.sequence_length,
             "calibration.seed": self.seed,
+            "calibration.routing": self.routing,
+            "calibration.propagate": False if self.no_propagate else None,
             "output.max_shard_size": None if self.max_shard_size is None else int(self.max_shard_size * GIGABYTE),
         }
 

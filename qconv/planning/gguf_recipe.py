@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from gguf import GGMLQuantizationType
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.boundary.patterns import Pattern, PatternError
-from qconv.core.settings import OutputSettings, Section, TextSettings
+from qconv.core.settings import CalibrationSettings, GptqSettings, OutputSettings, Section
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.names import GgufTensor
-from qconv.planning.recipe import parse_as
+from qconv.planning.recipe import Recipe, RefineSettings, parse_as, shown_steps, steps
 
 FORMAT = "gguf"
 
@@ -46,8 +46,14 @@ class GgufRecipe(Section):
     """As llama.cpp calls it: ``Q4_K_M``."""
     tensor_types: dict[str, str] = Field(default_factory=dict)
     """Types by regular expression, searched for in a tensor's GGUF name; the first that fits counts."""
-    calibration: TextSettings | None = None
-    """The text that an importance matrix is collected on; null: one is collected only where the type needs it."""
+    method: Annotated[tuple[str, ...] | None, BeforeValidator(steps), PlainSerializer(shown_steps)] = None
+    """``gptq``, or ``rtn`` for rounding by the encoder alone; null: gptq where there is calibration text and no imatrix
+    is given."""
+    gptq: GptqSettings = GptqSettings()
+    refine: RefineSettings = RefineSettings()
+    calibration: CalibrationSettings | None = None
+    """The text of the calibration, and with ``rtn`` of an importance matrix; null: a matrix is collected only where the
+    type needs it."""
     imatrix: ImatrixSettings = ImatrixSettings()
     output: OutputSettings = OutputSettings()
 
@@ -57,6 +63,25 @@ class GgufRecipe(Section):
         if value not in MIXTURES:
             raise ValueError(f"{value!r} is no GGUF file type; known are {', '.join(MIXTURES)}")
         return value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value not in (None, ("rtn",), ("gptq",)):
+            raise ValueError(f"{'+'.join(value or ())} is no method of a GGUF build; known are rtn and gptq")
+        return value
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether layers are rounded by GPTQ."""
+        if self.method is None:
+            return self.calibration is not None and not self.imatrix.files
+        return self.method == ("gptq",)
+
+    def calibrated(self) -> Recipe:
+        """How the layers of a calibrated build are calibrated."""
+        calibration = CalibrationSettings() if self.calibration is None else self.calibration
+        return Recipe(method=("gptq",), gptq=self.gptq, refine=self.refine, calibration=calibration)
 
     @field_validator("tensor_types")
     @classmethod

@@ -31,15 +31,17 @@ METHODS = (("rtn",), ("awq",), ("gptq",), ("awq", "gptq"))
 """What ``method`` may be: one method, or AWQ's scales followed by GPTQ's rounding."""
 
 
-def _steps(value: Any) -> Any:
+def steps(value: Any) -> Any:
     """A list of names, one name, or names joined by ``+``."""
     if isinstance(value, list):
         return tuple(value)
     return tuple(value.split("+")) if isinstance(value, str) else value
 
 
-def _shown_steps(value: tuple[str, ...]) -> str | list[str]:
+def shown_steps(value: tuple[str, ...] | None) -> str | list[str] | None:
     """As a recipe writes it."""
+    if value is None:
+        return None
     return value[0] if len(value) == 1 else list(value)
 
 
@@ -47,7 +49,7 @@ class Recipe(Section):
     """Everything that decides what a build contains, apart from the source weights."""
 
     format: str = "awq"
-    method: Annotated[tuple[str, ...], BeforeValidator(_steps), PlainSerializer(_shown_steps)] = ("awq",)
+    method: Annotated[tuple[str, ...], BeforeValidator(steps), PlainSerializer(shown_steps)] = ("awq",)
     grid: GridSettings = GridSettings()
     clip: ClipSettings = ClipSettings()
     awq: AwqSettings = AwqSettings()
