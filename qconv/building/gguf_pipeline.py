@@ -227,7 +227,8 @@ class _Run:
         """Bytes of disk that a run still needs that has committed some files."""
         needed = sum(file.size for file in self.plan.files if file.name not in committed)
         if tokens is not None and IMATRIX_NAME not in committed:
-            needed += scratch_bytes(self.source.architecture, tokens, self.work)
+            streams = self.recipe.calibrated().calibration.streams if self.recipe.is_calibrated else 1
+            needed += scratch_bytes(self.source.architecture, tokens, self.work, streams)
         return needed
 
     def _readings(self, tokens: TokenSet | None) -> dict[str, Callable[[], str]]:

@@ -24,15 +24,20 @@ WINDOW_TOKENS = 4096
 
 
 class ActivationFile:
-    """A matrix [tokens, width] in a file."""
+    """A matrix [tokens, width] in a file, or some of the rows of one."""
 
-    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype) -> None:
-        """Describe a file that exists or that :meth:`create` will make."""
+    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype, first: int = 0) -> None:
+        """Describe a file that exists or that :meth:`create` will make; it holds ``first`` rows before these."""
         self.path = path
         self.tokens = tokens
         self.width = width
         self.dtype = dtype
+        self._first = first
         self._row_bytes = width * dtype.itemsize
+
+    def part(self, first: int, tokens: int) -> ActivationFile:
+        """So many of its rows, from ``first`` on; the file is made and sealed as a whole."""
+        return ActivationFile(self.path, tokens, self.width, self.dtype, self._first + first)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +89,7 @@ class ActivationFile:
             return sha256_of(self.path)
 
     def _window(self, start: int, stop: int) -> Tensor:
-        begin, end = start * self._row_bytes, stop * self._row_bytes
+        begin, end = (self._first + start) * self._row_bytes, (self._first + stop) * self._row_bytes
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         with output_errors(self.path), self.path.open("r+b") as file:
             view = mmap.mmap(file.fileno(), end - page, offset=page)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qconv.calibration.forward import AttentionBlock
-from qconv.calibration.layer import Finished, LayerContext
+from qconv.calibration.layer import Finished, LayerContext, Workspace
 from qconv.calibration.rounding import compensate, statistics_width
 from qconv.calibration.schemes import Compensated, StaticScheme
 from qconv.calibration.statistics import InputStatistics
@@ -19,6 +20,7 @@ from qconv.models.folding import folded_weight, norm_scale, spread_heads
 
 WINDOW_TOKENS = 2048
 PROBE_SEQUENCES = 4
+Made = TypeVar("Made")
 
 
 def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
@@ -46,6 +48,7 @@ def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
 class _AttentionHalf:
     def __init__(self, context: LayerContext) -> None:
         self.context = context
+        self.reference = context.work.reference
         layer, source = context.layer, context.source
         modules: tuple[Linear | Norm, ...] = (
             *layer.attention.linears(),
@@ -63,11 +66,12 @@ class _AttentionHalf:
 
     def _statistics(self, linears: Sequence[Linear]) -> InputStatistics:
         wanted = any(linear.name in self.context.quantized for linear in linears)
-        return InputStatistics.empty(linears[0].in_features, statistics_width(self.context, linears) if wanted else 0)
+        width = statistics_width(self.context, linears) if wanted else 0
+        return InputStatistics.empty(linears[0].in_features, width, drift=bool(width) and self.reference is not None)
 
-    def _normed(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]."""
-        hidden = self.context.work.inputs.read(start, stop)
+    def _normed(self, start: int, stop: int, work: Workspace | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]; of the quantized model."""
+        hidden = (work or self.context.work).inputs.read(start, stop)
         normed: Tensor = self.norm(hidden)
         return hidden, normed.view(-1, self.context.work.sequence_length, hidden.shape[-1])
 
@@ -79,19 +83,37 @@ class _AttentionHalf:
     def collect(self) -> None:
         """Statistics of both inputs over all tokens; the probe on which losses are measured."""
 
-        def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
             _, normed = self._normed(*window)
             _, o_input = self.block.with_o_input(normed)
-            return normed.flatten(0, 1), o_input.flatten(0, 1)
+            unquantized = None if self.reference is None else self._normed(*window, self.reference)[1].flatten(0, 1)
+            return normed.flatten(0, 1), o_input.flatten(0, 1), unquantized
 
-        for normed, o_input in self.context.workers.map(inputs, self.context.work.sequence_windows(WINDOW_TOKENS)):
-            self.qkv_inputs.update(normed)
+        for normed, o_input, unquantized in self._windows(inputs):
+            self.qkv_inputs.update(normed, reference=unquantized)
             self.o_inputs.update(o_input)
         attention = self.context.layer.attention
         self.context.keep_squares(self.qkv_inputs, attention.linears()[:3])
         self.context.keep_squares(self.o_inputs, (attention.o,))
         self.probe = self._probe()
         self.target, self.o_probe = self.block.with_o_input(self.probe)
+
+    def _collect_o(self, weights: Mapping[str, Packed], reference: Workspace) -> None:
+        """Statistics of o's input anew: what the quantized q, k and v make of it, beside the unquantized model's."""
+        block = self._block(self._effective(weights))
+
+        def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            _, o_input = block.with_o_input(self._normed(*window)[1])
+            _, unquantized = self.block.with_o_input(self._normed(*window, reference)[1])
+            return o_input.flatten(0, 1), unquantized.flatten(0, 1)
+
+        self.o_inputs = self._statistics((self.context.layer.attention.o,))
+        for o_input, unquantized in self._windows(inputs):
+            self.o_inputs.update(o_input, reference=unquantized)
+
+    def _windows(self, work: Callable[[tuple[int, int]], Made]) -> Iterator[Made]:
+        """What comes of each window of whole sequences, in their order."""
+        return self.context.workers.map(work, self.context.work.sequence_windows(WINDOW_TOKENS))
 
     def _probe(self) -> Tensor:
         """The first positions of a few sequences spread over the corpus; causal attention makes a prefix exact."""
@@ -154,10 +176,14 @@ class _AttentionHalf:
             weights = {linear.name: self._folded(linear) for linear in linears if linear.name in context.quantized}
             return compensate(context, seen, weights)
 
-        parts = ((self.o_inputs, (attention.o,)), (self.qkv_inputs, attention.linears()[:3]))
-        found: dict[str, Compensated] = {}
-        for results in context.workers.map(solve, parts):
-            found |= results
+        qkv, found = (self.qkv_inputs, attention.linears()[:3]), dict[str, Compensated]()
+        if self.reference is None:
+            for results in context.workers.map(solve, ((self.o_inputs, (attention.o,)), qkv)):
+                found |= results
+        else:
+            found = solve(qkv)
+            self._collect_o({name: result.weight for name, result in found.items()}, self.reference)
+            found |= solve((self.o_inputs, (attention.o,)))
         for linear in attention.linears():
             if linear.name in found:
                 context.report.compensations[linear.name] = found[linear.name].record
@@ -230,15 +256,18 @@ class _AttentionHalf:
         """Write the residual stream after attention, through the quantized weights where the recipe propagates."""
         propagate = self.context.recipe.calibration.propagate
         block = self._block(self._effective(weights)) if propagate else self.block
-        work = self.context.work
+        for work, attention in ((self.context.work, block), (self.reference, self.block)):
+            if work is not None:
+                self._attend(work, attention)
 
+    def _attend(self, work: Workspace, block: AttentionBlock) -> None:
         def attend(window: tuple[int, int]) -> None:
-            hidden, normed = self._normed(*window)
+            hidden, normed = self._normed(*window, work)
             hidden.add_(block(normed).view_as(hidden))
             work.middle.write(window[0], hidden)
             work.total.write(window[0], hidden)
 
-        for _ in self.context.workers.map(attend, work.sequence_windows(WINDOW_TOKENS)):
+        for _ in self._windows(attend):
             pass
 
 

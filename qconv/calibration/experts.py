@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qconv.calibration.activations import SetAside
-from qconv.calibration.layer import Finished, LayerContext
+from qconv.calibration.layer import Finished, LayerContext, Workspace
 from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
 from qconv.calibration.rounding import compensate, statistics_width
 from qconv.calibration.routing import Assignment, Routing
@@ -80,6 +80,7 @@ class _Result:
         record: For the report.
         compensations: The same by linear, where GPTQ rounded it.
         passing: What computes the outputs that the next layer sees, from the unfolded norm's output; None without one.
+        source: The source's weights, where the unquantized model's outputs go along.
     """
 
     weights: dict[str, Packed]
@@ -87,6 +88,7 @@ class _Result:
     record: dict[str, Any]
     compensations: dict[str, dict[str, Any]]
     passing: GatedWeights | None
+    source: GatedWeights | None = None
 
 
 class _MlpHalf:
@@ -95,7 +97,11 @@ class _MlpHalf:
         norm = context.layer.post_attention_norm
         self.norm_weight = context.source.read(norm.weight)
         self.norm = context.decoder.norm(context.layer, norm, self.norm_weight)
-        self.routing = Routing(context.source, context.decoder, context.layer, context.work, self.norm)
+        self.routing = self._routing(context.work)
+        self.reference = context.work.reference
+        self.reference_routing: Routing | None = None
+        if self.reference is not None and not context.is_last:
+            self.reference_routing = self._routing(self.reference)
         self.shrinkage = context.recipe.calibration.shrinkage_tokens
         hidden = context.model.hidden_size
         self.layer_inputs = InputStatistics.empty(hidden, statistics_width(context, self._readers()))
@@ -106,13 +112,16 @@ class _MlpHalf:
         picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
         self.pool = self._normed(picks)
 
+    def _routing(self, work: Workspace) -> Routing:
+        return Routing(self.context.source, self.context.decoder, self.context.layer, work, self.norm)
+
     def _readers(self) -> list[Linear]:
         """The linears that read the normed stream."""
         return [linear for mlp in self.context.layer.mlps() for linear in (mlp.gate, mlp.up)]
 
-    def _normed(self, tokens: Tensor) -> Tensor:
-        """The MLPs' inputs for chosen tokens, float32 [n, hidden]."""
-        normed: Tensor = self.norm(self.context.work.middle.gather(tokens))
+    def _normed(self, tokens: Tensor, work: Workspace | None = None) -> Tensor:
+        """The MLPs' inputs for chosen tokens, float32 [n, hidden]; in the quantized model."""
+        normed: Tensor = self.norm((work or self.context.work).middle.gather(tokens))
         return normed
 
     def _calibration_tokens(self, index: int) -> Assignment:
@@ -187,20 +196,25 @@ class _MlpHalf:
             for linear in mlp.linears():
                 yield context.finished(linear, result.weights.get(linear.name))
             # In the order of the experts, so that sums come out the same however the threads ran.
-            for tokens, output in outputs or ():
-                context.work.total.add(tokens, output)
+            for work, set_aside in zip((context.work, self.reference), outputs, strict=False):
+                for tokens, output in set_aside:
+                    assert work is not None
+                    work.total.add(tokens, output)
 
-    def _make(self, index: int) -> tuple[_Result, SetAside | None]:
+    def _make(self, index: int) -> tuple[_Result, list[SetAside]]:
         """A quantized MLP, and its weighted outputs for the tokens that the router sends it where a layer follows.
 
         The outputs are computed when all that quantizing needed is released, so that both peak alike.
         """
         result = self._quantize(index)
         if result.passing is None:
-            return result, None
-        work = self.context.work.total
-        outputs = self._outputs(self.routing.assignment(index), result.passing)
-        return replace(result, passing=None), SetAside(work.path.parent, work.width, outputs)
+            return result, []
+        total = self.context.work.total
+        passed = [self._outputs(self.context.work, self.routing.assignment(index), result.passing)]
+        if result.source is not None and self.reference is not None and self.reference_routing is not None:
+            passed.append(self._outputs(self.reference, self.reference_routing.assignment(index), result.source))
+        outputs = [SetAside(total.path.parent, total.width, one) for one in passed]
+        return replace(result, passing=None, source=None), outputs
 
     def _quantize(self, index: int) -> _Result:
         context, mlp, method = self.context, self.context.layer.mlps()[index], self.context.recipe.method
@@ -215,7 +229,7 @@ class _MlpHalf:
             "shrinkage": round(self.shrinkage / max(len(assignment.tokens) + self.shrinkage, 1), 6),
         }
         scales = FoldedScales(context.folds.input_scale(mlp.up), None)
-        inner = self._inner_statistics(mlp, weights, assignment, self._clip_width(mlp)) if "awq" in method else None
+        inner = self._inner_statistics(subject, weights, self._clip_width(mlp)) if "awq" in method else None
         if inner is not None and context.all_quantized((mlp.up, mlp.down)):
             scales = replace(scales, inner=self._search_inner_scale(subject, inner.magnitude, record))
         folded = scales.fold(weights)
@@ -234,7 +248,8 @@ class _MlpHalf:
             propagate = context.recipe.calibration.propagate
             passing = scales.unfold_input(dequantized(mlp, folded, quantized)) if propagate else weights
         compensations = {name: result.record for name, result in results.items()}
-        return _Result(quantized, scales.inner, record, compensations, passing)
+        source = None if self.reference_routing is None else weights
+        return _Result(quantized, scales.inner, record, compensations, passing, source)
 
     def _clip_width(self, mlp: Mlp) -> int:
         """The width of the second moments that clipping down needs; 0 where GPTQ follows, which collects its own."""
@@ -243,37 +258,48 @@ class _MlpHalf:
     def _input_statistics(self, mlp: Mlp, assignment: Assignment) -> InputStatistics:
         """Statistics of gate's and up's input, shrunk toward the layer's."""
         hidden = self.context.model.hidden_size
-        statistics = InputStatistics.empty(hidden, statistics_width(self.context, self._readers()))
-        for normed, counts in self._windows(assignment):
-            statistics.update(normed, counts)
+        width = statistics_width(self.context, self._readers())
+        statistics = InputStatistics.empty(hidden, width, drift=self._drifts(width))
+        for normed, counts, unquantized in self._windows(assignment):
+            statistics.update(normed, counts, unquantized)
         self.context.keep_squares(statistics, (mlp.gate, mlp.up))
         return statistics.shrunk(self.layer_inputs, float(self.shrinkage))
 
-    def _inner_statistics(self, mlp: Mlp, weights: GatedWeights, assignment: Assignment, width: int) -> InputStatistics:
+    def _drifts(self, width: int) -> bool:
+        """Whether inputs are compared with the unquantized model's."""
+        return bool(width) and self.reference is not None
+
+    def _inner_statistics(self, subject: _Subject, weights: GatedWeights, width: int) -> InputStatistics:
         """Statistics of down's input, second moments in blocks of ``width``, shrunk toward those of the layer's pool.
 
         Args:
-            mlp: Which MLP.
+            subject: Whose.
             weights: What computes it from the unfolded norm's output.
-            assignment: The MLP's tokens.
             width: See :class:`InputStatistics`.
         """
-        inner, pooled = (InputStatistics.empty(weights.down.shape[1], width) for _ in range(2))
-        for normed, counts in self._windows(assignment):
-            inner.update(weights.inner(normed), counts)
+        in_features = weights.down.shape[1]
+        pooled = InputStatistics.empty(in_features, width)
+        inner = InputStatistics.empty(in_features, width, drift=self._drifts(width))
+        for normed, counts, unquantized in self._windows(subject.assignment):
+            reference = None if unquantized is None else subject.weights.inner(unquantized)
+            inner.update(weights.inner(normed), counts, reference)
         pooled.update(weights.inner(self.pool))
-        self.context.keep_squares(inner, (mlp.down,))
+        self.context.keep_squares(inner, (subject.mlp.down,))
         return inner.shrunk(pooled, float(self.shrinkage))
 
-    def _windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """An MLP's inputs, float32 [n, hidden], and what each token counts, float32 [n] or None for 1."""
+    def _windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """An MLP's inputs, float32 [n, hidden], what each token counts, float32 [n] or None for 1, and the unquantized
+        model's inputs, where they are compared.
+        """
         counts: Tensor | None = None
         if self.context.recipe.calibration.token_weights == "router" and len(assignment.weights):
             squares = assignment.weights.square()
             counts = squares / squares.mean()
         for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
             stop = start + WINDOW_TOKENS
-            yield self._normed(assignment.tokens[start:stop]), None if counts is None else counts[start:stop]
+            tokens = assignment.tokens[start:stop]
+            unquantized = None if self.reference is None else self._normed(tokens, self.reference)
+            yield self._normed(tokens), None if counts is None else counts[start:stop], unquantized
 
     def _search_inner_scale(self, subject: _Subject, magnitude: Tensor, record: dict[str, Any]) -> Tensor | None:
         """up's output feeds down alone: dividing up's rows is free, since its groups run along its input."""
@@ -300,14 +326,14 @@ class _MlpHalf:
         if context.all_quantized((mlp.down,)):
             quantized = {name: result.weight for name, result in results.items()}
             passing = scales.unfold_input(dequantized(mlp, folded, quantized))
-            inner = self._inner_statistics(mlp, passing, subject.assignment, folded.down.shape[1])
+            inner = self._inner_statistics(subject, passing, folded.down.shape[1])
             results |= compensate(context, inner, {mlp.down.name: folded.down})
         return results
 
     def _with_static_inputs(self, subject: _Subject) -> dict[str, Packed]:
         """The weights as floats; one scale for the inputs of all gates and ups of the layer, as engines want it."""
         context, mlp = self.context, subject.mlp
-        inner = self._inner_statistics(mlp, subject.weights, subject.assignment, 0)
+        inner = self._inner_statistics(subject, subject.weights, 0)
         parts = (
             (self.layer_inputs.peak, {mlp.gate: subject.weights.gate, mlp.up: subject.weights.up}),
             (inner.peak, {mlp.down: subject.weights.down}),
@@ -360,11 +386,11 @@ class _MlpHalf:
         rounded = weights.replaced(gate=gate, up=up, down=down)
         return subject.sample.loss(rounded(subject.sample.inputs), subject.target)
 
-    def _outputs(self, routed: Assignment, weights: GatedWeights) -> Iterator[tuple[Tensor, Tensor]]:
+    def _outputs(self, work: Workspace, routed: Assignment, weights: GatedWeights) -> Iterator[tuple[Tensor, Tensor]]:
         """The MLP's weighted output for its tokens, window by window."""
         for start in range(0, len(routed.tokens), WINDOW_TOKENS):
             tokens, factors = (part[start : start + WINDOW_TOKENS] for part in (routed.tokens, routed.weights))
-            yield tokens, weights(self._normed(tokens)).mul_(factors.unsqueeze(-1))
+            yield tokens, weights(self._normed(tokens, work)).mul_(factors.unsqueeze(-1))
 
 
 def _loss(subject: _Subject, folded: GatedWeights, scales: FoldedScales, quantized: Mapping[str, Packed]) -> float:

@@ -123,9 +123,9 @@ class LayerSums:
         return Imatrix(entries, (self._tokens.source,), self._tokens.ids.shape[1])
 
 
-def scratch_bytes(model: Architecture, tokens: TokenSet, work: Path) -> int:
+def scratch_bytes(model: Architecture, tokens: TokenSet, work: Path, streams: int = 1) -> int:
     """Disk that collecting still needs: the activations, and the sums of the layers and all of them together."""
-    activations = tokens.ids.numel() * model.hidden_size * (2 + 2 + 2 + 4)
+    activations = streams * tokens.ids.numel() * model.hidden_size * (2 + 2 + 2 + 4)
     linears = (linear for layer in model.layers for linear in (*layer.linears(), *layer.routers()))
     present = sum(file.stat().st_size for pattern in ("*.bin", "*.gguf") for file in work.glob(pattern))
     return max(0, activations + 2 * 4 * sum(linear.in_features for linear in linears) - present)
@@ -168,7 +168,7 @@ def _collect_layers(
         kept = sums.keep(layer, seen)
         read = checksum(source.checkpoint, read_for(source, layer), workers)
         record.commit(sums_key(layer), kept | {READ: read})
-        stream.advance(layer.index, space)
+        stream.advance(layer.index)
 
 
 def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares]) -> dict[str, Entry]:

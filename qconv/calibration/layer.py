@@ -52,12 +52,16 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The activations of one layer: inputs bf16, the middle of the layer bf16, and the running output in float32."""
+    """The activations of one layer: inputs bf16, the middle of the layer bf16, and the running output in float32.
+
+    ``reference`` holds the same of the unquantized model on the same tokens, where a calibration looks at both.
+    """
 
     inputs: ActivationFile
     middle: ActivationFile
     total: ActivationFile
     sequence_length: int
+    reference: Workspace | None = None
 
     @classmethod
     def at(cls, folder: Path, layer: int, tokens: int, sequence_length: int, hidden: int) -> Workspace:
@@ -68,6 +72,16 @@ class Workspace:
             ActivationFile(folder / "total.bin", tokens, hidden, torch.float32),
             sequence_length,
         )
+
+    def with_reference(self) -> Workspace:
+        """Of files whose second half is the unquantized model's: the first, and the second as its reference."""
+        tokens = self.tokens // 2
+
+        def half(first: int, reference: Workspace | None) -> Workspace:
+            inputs, middle, total = (file.part(first, tokens) for file in (self.inputs, self.middle, self.total))
+            return Workspace(inputs, middle, total, self.sequence_length, reference)
+
+        return half(0, half(tokens, None))
 
     @property
     def tokens(self) -> int:

@@ -38,5 +38,5 @@ def compensate(
     """
     if not weights:
         return {}
-    moments = SecondMoments(statistics.hessian, context.recipe)
-    return {name: context.schemes[name].compensate(weight, moments) for name, weight in weights.items()}
+    moments = SecondMoments(statistics.hessian, context.recipe, statistics.drift)
+    return {name: context.schemes[name].compensate(moments.target(weight), moments) for name, weight in weights.items()}

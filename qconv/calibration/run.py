@@ -16,6 +16,7 @@ from qconv.calibration.layer import Finished, LayerContext
 from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.stream import LayerStream
 from qconv.core.architecture import Layer
+from qconv.core.settings import MATCHED
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
 from qconv.planning.recipe import Recipe
@@ -40,7 +41,8 @@ class Calibration:
         self._workers = workers
         self._decoder = Decoder(source.checkpoint.path)
         with torch.no_grad():
-            self._stream = LayerStream(source, tokens.ids, work, journal)
+            matched = recipe.calibration.propagate == MATCHED
+            self._stream = LayerStream(source, tokens.ids, work, journal, reference=matched)
 
     @property
     def next_layer(self) -> int:
@@ -92,4 +94,4 @@ class Calibration:
         Raises:
             OutputError: the disk is full.
         """
-        self._stream.advance(context.layer.index, context.work)
+        self._stream.advance(context.layer.index)

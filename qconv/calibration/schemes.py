@@ -68,10 +68,34 @@ class Scheme(Protocol):
 class SecondMoments:
     """Of the input that several linears share, and what they make of it once for all."""
 
-    def __init__(self, hessian: Tensor, recipe: Recipe) -> None:
-        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``."""
+    def __init__(self, hessian: Tensor, recipe: Recipe, drift: Tensor | None = None) -> None:
+        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``, and of the input's drift."""
         self.hessian = hessian
+        self._drift = drift
+        self._strength = recipe.calibration.matched_strength
         self.problem = Problem(hessian, recipe.gptq, recipe.refine, {})
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What a weight is best rounded from, so that its output on the drifted input is that on the true one.
+
+        The least squares of ``|T x - W r|^2`` over tokens, r being the unquantized model's input, are ``T = W + W D
+        H^-1`` with ``D`` the mean of ``(r - x) x^T`` (GPTAQ, Li et al. 2025, https://arxiv.org/abs/2504.02692, section
+        3, in closed form).
+
+        Args:
+            weight: float32 [out_features, in_features]; not changed.
+        """
+        if self._drift is None:
+            return weight
+        factor = self.factor
+        wanted = (weight @ self._drift).index_select(1, factor.order)
+        # H = s U diag(costs) U^T with s the mean of its diagonal, columns in the factor's order.
+        scale = float(self.hessian.diagonal().mean(dtype=torch.float64)) or 1.0
+        solved = torch.linalg.solve_triangular(factor.upper.t(), wanted, upper=False, left=False, unitriangular=True)
+        solved.div_(factor.costs).mul_(self._strength / scale)
+        solved = torch.linalg.solve_triangular(factor.upper, solved, upper=True, left=False, unitriangular=True)
+        moved: Tensor = solved.index_select(1, torch.argsort(factor.order))
+        return moved.add_(weight)
 
     @property
     def factor(self) -> Factor:

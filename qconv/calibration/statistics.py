@@ -66,18 +66,22 @@ class InputStatistics:
         gram: float32 [blocks, width, width], the mean over tokens of ``x x^T`` within each block.
         magnitude: float32 [in_features], the mean over tokens of ``|x|``.
         peak: The largest ``|x|``.
+        drift: float32 [in_features, in_features], the mean over tokens of ``(r - x) x^T``, r being the unquantized
+            model's input for the token; None where that is not looked at.
     """
 
     tokens: float
     gram: Tensor
     magnitude: Tensor
     peak: float = 0.0
+    drift: Tensor | None = None
 
     @classmethod
-    def empty(cls, in_features: int, width: int) -> InputStatistics:
+    def empty(cls, in_features: int, width: int, *, drift: bool = False) -> InputStatistics:
         """No tokens yet, for blocks of ``width`` inputs; without second moments if that is 0."""
         blocks = in_features // width if width else 0
-        return cls(0.0, torch.zeros(blocks, width, width), torch.zeros(in_features))
+        drifted = torch.zeros(in_features, in_features) if drift else None
+        return cls(0.0, torch.zeros(blocks, width, width), torch.zeros(in_features), drift=drifted)
 
     @property
     def hessian(self) -> Tensor:
@@ -90,13 +94,14 @@ class InputStatistics:
         sums = self.gram.diagonal(dim1=1, dim2=2).flatten().double() * self.tokens
         return InputSquares(sums, round(self.tokens))
 
-    def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+    def update(self, inputs: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             inputs: float32 [tokens, in_features].
             weights: What each counts in the second moments and magnitudes, float32 [tokens], 1 on average over all that
                 will come; None for 1 each.
+            reference: The unquantized model's inputs for the same tokens, where drift is looked at.
         """
         count = len(inputs)
         if count == 0:
@@ -111,6 +116,8 @@ class InputStatistics:
         elif width:
             grouped, other = (one.view(count, blocks, width).transpose(0, 1) for one in (inputs, counted))
             self.gram.baddbmm_(other.transpose(1, 2), grouped, alpha=1.0 / total)
+        if self.drift is not None and reference is not None:
+            self.drift.mul_(self.tokens / total).addmm_((reference - inputs).t(), counted, alpha=1.0 / total)
         sizes = inputs.abs()
         self.peak = max(self.peak, float(sizes.max()))
         if weights is not None:
@@ -127,7 +134,10 @@ class InputStatistics:
                 gram[stop:, start:stop] = gram[start:stop, stop:].t()
 
     def shrunk(self, shared: InputStatistics, strength: float) -> InputStatistics:
-        """Shrinkage toward shared statistics: ``(n own + k shared) / (n + k)`` with k = ``strength`` tokens."""
+        """Shrinkage toward shared statistics: ``(n own + k shared) / (n + k)`` with k = ``strength`` tokens.
+
+        The shared tokens are taken not to have drifted.
+        """
         if self.tokens + strength == 0.0:
             return shared
         share = strength / (self.tokens + strength)
@@ -136,6 +146,7 @@ class InputStatistics:
             torch.lerp(self.gram, shared.gram, share),
             torch.lerp(self.magnitude, shared.magnitude, share),
             max(self.peak, shared.peak),
+            None if self.drift is None else self.drift * (1.0 - share),
         )
 
     def rescaled(self, scale: Tensor) -> InputStatistics:
@@ -143,4 +154,7 @@ class InputStatistics:
         blocks, width, _ = self.gram.shape
         inverse = scale.reciprocal().view(blocks, width)
         gram = (self.gram * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
-        return InputStatistics(self.tokens, gram, self.magnitude / scale, math.nan)
+        drift = self.drift
+        if drift is not None:
+            drift = (drift / scale.unsqueeze(-1)).div_(scale)
+        return InputStatistics(self.tokens, gram, self.magnitude / scale, math.nan, drift)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qconv.artifacts.source import Source
@@ -20,7 +21,7 @@ class LayerStream:
     may be computed once more after a crash, to the same bits.
     """
 
-    def __init__(self, source: Source, ids: Tensor, work: Path, journal: Journal) -> None:
+    def __init__(self, source: Source, ids: Tensor, work: Path, journal: Journal, *, reference: bool = False) -> None:
         """Find the activations to go on from, or make those of layer 0 from the embeddings.
 
         Args:
@@ -28,13 +29,15 @@ class LayerStream:
             ids: int32 [sequences, sequence_length].
             work: The folder of the activations.
             journal: Says which of them are complete.
+            reference: Whether the unquantized model's activations go along.
 
         Raises:
             CheckpointError: the embeddings cannot be read.
             OutputError: the disk is full or the work folder cannot be written.
         """
         self._source = source
-        self._ids = ids
+        self._ids = torch.cat([ids, ids]) if reference else ids
+        self._reference = reference
         self._work = work
         self._journal = journal
         self.next_layer = self._find_or_start()
@@ -49,19 +52,23 @@ class LayerStream:
         Raises:
             OutputError: the disk is full.
         """
-        tokens, length = self._ids.numel(), self._ids.shape[1]
-        work = Workspace.at(self._work, index, tokens, length, self._source.architecture.hidden_size)
+        work = self._whole(index)
         for scratch in (work.middle, work.total):
             if not scratch.path.exists() or scratch.path.stat().st_size != scratch.nbytes:
                 scratch.create()
-        return work
+        return work.with_reference() if self._reference else work
 
-    def advance(self, index: int, work: Workspace) -> None:
+    def _whole(self, index: int) -> Workspace:
+        tokens, length = self._ids.numel(), self._ids.shape[1]
+        return Workspace.at(self._work, index, tokens, length, self._source.architecture.hidden_size)
+
+    def advance(self, index: int) -> None:
         """Make the layer's running output the next layer's input, on disk and in the journal.
 
         Raises:
             OutputError: the disk is full.
         """
+        work = self._whole(index)
         if not self.is_last(index):
             following = self._inputs(index + 1).create()
             for start, stop in following.windows():

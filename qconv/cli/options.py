@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
-from qconv.core.settings import GIGABYTE
+from qconv.core.settings import GIGABYTE, MATCHED
 from qconv.errors import UsageError
 from qconv.planning.recipe import METHODS, Recipe, load_recipe, packaged_recipes, read_values, replaced
 
@@ -44,6 +44,12 @@ _RECIPE_OPTIONS = (
         help="Which calibration tokens an expert sees: those that the router sends it, or all.",
     ),
     click.option("--no-propagate", is_flag=True, help="Calibrate each layer on the outputs of unquantized ones."),
+    click.option(
+        "--propagate",
+        type=click.Choice(["true", "false", MATCHED]),
+        help="Whether calibration lets a layer see the outputs of quantized ones: true, false, or true "
+        "while GPTQ aims at the outputs of the unquantized model (matched).",
+    ),
     click.option(
         "--refine",
         type=click.IntRange(0, 20),
@@ -88,6 +94,7 @@ class RecipeOptions:
     group_size: int | None
     routing: str | None
     no_propagate: bool
+    propagate: str | None
     refine: int | None
     max_shard_size: float | None
     skip: Sequence[str]
@@ -159,9 +166,16 @@ class RecipeOptions:
             "calibration.sequence_length": self.sequence_length,
             "calibration.seed": self.seed,
             "calibration.routing": self.routing,
-            "calibration.propagate": False if self.no_propagate else None,
+            "calibration.propagate": self._propagate(),
             "output.max_shard_size": None if self.max_shard_size is None else int(self.max_shard_size * GIGABYTE),
         }
+
+    def _propagate(self) -> bool | str | None:
+        if self.no_propagate and self.propagate not in (None, "false"):
+            raise UsageError(f"--propagate {self.propagate} and --no-propagate contradict each other.")
+        if self.no_propagate:
+            return False
+        return {"true": True, "false": False}.get(self.propagate or "", self.propagate)
 
     def _source(self) -> str:
         names = ", ".join(packaged_recipes())

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 GIGABYTE = 10**9
 
 
+MATCHED = "matched"
+"""A value of ``calibration.propagate``."""
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values are not coerced, numbers are finite and have 64 bits."""
 
@@ -95,13 +99,21 @@ class CalibrationSettings(TextSettings):
     """The text, and how the experts see it."""
 
     routing: Literal["routed", "all-experts"] = "routed"
-    propagate: bool = True
-    """Whether the next layer sees the quantized layer's outputs."""
+    propagate: bool | Literal["matched"] = True
+    """Whether the next layer sees the quantized layer's outputs; ``matched``: it does, and GPTQ aims at the outputs
+    that the unquantized model's inputs give."""
+    matched_strength: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """How much of the way to those outputs a weight is moved before it is rounded."""
     token_weights: Literal["uniform", "router"] = "uniform"
     """What a token counts in an expert's statistics: the same for all, or its router weight squared, which is what its
     output's squared error counts in the layer's output."""
     shrinkage_tokens: Annotated[int, Field(ge=0)] = 64
     """k of ``H = (n H_expert + k H_layer) / (n + k)`` for an expert that saw n tokens."""
+
+    @property
+    def streams(self) -> int:
+        """How many models' activations go through the layers."""
+        return 2 if self.propagate == MATCHED else 1
 
 
 class OutputSettings(Section):

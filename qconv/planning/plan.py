@@ -301,7 +301,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
     mlp = max(sum(one.numel for one in mlp.linears()) for layer in layers for mlp in layer.mlps())
     widest = max((linear.in_features for linear in plan.quantized), default=0)
     window = 4 * 16384 * (hidden + 2 * widest)
-    scratch = tokens * hidden * (2 + 2 + 2 + 4)
+    scratch = tokens * hidden * (2 + 2 + 2 + 4) * plan.recipe.calibration.streams
     working = 4 * 4 * max(attention, mlp)
     if "gptq" in plan.recipe.method:
         working = max(

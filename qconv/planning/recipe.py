@@ -8,12 +8,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from qconv.boundary.reading import read_yaml
 from qconv.core.settings import (
+    MATCHED,
     AwqSettings,
     CalibrationSettings,
     ClipSettings,
@@ -72,6 +80,12 @@ class Recipe(Section):
             known = ", ".join("+".join(method) for method in METHODS)
             raise ValueError(f"{'+'.join(value)} is no method; known are {known}")
         return value
+
+    @model_validator(mode="after")
+    def _matched_by_gptq(self) -> Self:
+        if self.calibration.propagate == MATCHED and "gptq" not in self.method:
+            raise ValueError(f"calibration.propagate: matched is for gptq, not for {self.method_name}")
+        return self
 
     @property
     def method_name(self) -> str:
