@@ -5,6 +5,7 @@ Matrices are float32 and transposed, [in_features, out_features]: a column of th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -31,25 +32,74 @@ PackedOutT = TypeVar("PackedOutT", bound=Packed, covariant=True)
 
 
 @dataclass(slots=True)
+class Run:
+    """Columns that are rounded one after the other, each taking up a share of the errors of those before it.
+
+    Attributes:
+        columns: Their numbers, runs of neighbours of the fit's ``width``.
+        targets: [columns, out_features], what each would be rounded from if those before it made no error; overwritten.
+        original: The same shape, what an error is counted from; not changed.
+        shares: [columns, columns], at i, j what the column j takes up of the error ``original - value`` of an i before
+            it. Columns that are rounded together take up nothing of each other, whatever stands there.
+        metric: [columns], what a squared error of each counts among those that are rounded together, up to one factor.
+        hessian: [columns, columns], or None. With it, columns that are rounded together stay at their original where
+            the values would be worse: ``targets`` are then where the loss, whose second derivative it is, is least.
+    """
+
+    columns: Sequence[int]
+    targets: Tensor
+    original: Tensor
+    shares: Tensor
+    metric: Tensor
+    hessian: Tensor | None = None
+
+    def in_turn(self, width: int, nearest: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+        """The values, [columns, out_features].
+
+        Args:
+            width: Columns that are rounded together.
+            nearest: Gives the values of columns from their first one's number, targets (may be overwritten) and metric.
+        """
+        errors = torch.empty_like(self.original)
+        for start in range(0, len(self.columns), width):
+            stop = start + width
+            wanted, original = self.targets[start:stop], self.original[start:stop]
+            if start:
+                wanted.addmm_(self.shares[:start, start:stop].t(), errors[:start])
+            hessian = None if self.hessian is None or width == 1 else self.hessian[start:stop, start:stop]
+            optimum = wanted if hessian is None else wanted.clone()
+            values = nearest(self.columns[start], wanted, self.metric[start:stop])
+            error = torch.sub(original, values, out=errors[start:stop])
+            if hessian is not None:
+                # Half of what the loss falls by: error^T H (original - optimum) - error^T H error / 2.
+                slope = hessian @ (original - optimum).sub_(error, alpha=0.5)
+                error.masked_fill_((error * slope).sum(0) <= 0.0, 0.0)
+        return torch.sub(self.original, errors, out=errors)
+
+
+@dataclass(slots=True)
 class Surroundings:
-    """A run of columns in the midst of a weight's error, as a descent sees it; all is kept up to date by it.
+    """A run of neighbouring columns in the midst of a weight's error, as a descent sees it, who keeps it up to date.
 
     The loss is ``trace(E^T H E)`` over all columns, E being the weight minus its rounding.
 
     Attributes:
+        first: The number of the first column.
         hessian: [columns, columns], H of these columns; not changed.
         values: [columns, out_features], what they are rounded to.
         gradient: The same shape: their rows of ``H E``.
     """
 
+    first: int
     hessian: Tensor
     values: Tensor
     gradient: Tensor
 
-    def move(self, first: int, stop: int, change: Tensor) -> None:
-        """Add ``change`` [stop - first, out_features] to the values of some columns."""
-        self.values[first:stop] += change
-        self.gradient.addmm_(self.hessian[:, first:stop], change, alpha=-1.0)
+    def move(self, start: int, change: Tensor) -> None:
+        """Add ``change`` [n, out_features] to the values of n columns from ``start`` on, counted from the first."""
+        stop = start + len(change)
+        self.values[start:stop] += change
+        self.gradient.addmm_(self.hessian[:, start:stop], change, alpha=-1.0)
 
 
 class Fit(Protocol[PackedOutT]):
@@ -63,24 +113,15 @@ class Fit(Protocol[PackedOutT]):
     def span(self) -> int:
         """Columns whose scales hang together: one run of them is refitted at a time."""
 
-    def round_(self, first: int, targets: Tensor, metric: Tensor) -> Tensor:
-        """The nearest values of the columns from ``first`` on.
-
-        Args:
-            first: A multiple of ``width``.
-            targets: float32 [width, out_features]; may be overwritten.
-            metric: float32 [width], what a squared error of each counts, up to one common factor.
-
-        Returns:
-            float32 [width, out_features].
-        """
+    def round_(self, run: Run) -> Tensor:
+        """The values that columns get, float32 [columns, out_features]: :meth:`Run.in_turn`, or as that would."""
 
     def refit_(self, first: int, around: Surroundings) -> None:
         """Choose the scales of a span anew for the codes that its values have, so that the loss falls, or keep them.
 
         Args:
-            first: The span's first column.
-            around: The span; its values follow the scales.
+            first: The number of the span's first column.
+            around: Holds the span; its values follow the scales.
         """
 
     def pack(self, values: Tensor) -> PackedOutT:

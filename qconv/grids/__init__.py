@@ -4,6 +4,7 @@ A grid fits a weight's scales by a search of its own; they are fixed from then o
 order, each from wherever compensation has moved it. What is rounded is packed into the form that files hold.
 
     base.py         what every grid and every fitted weight offers
+    nearest.py      the nearest whole numbers, short floats, values of a codebook
     scales.py       scales and bases by group and row, and what can become of them for given codes
     steps.py        weights rounded one by one: integers, floats, ggml's affine and scaled types
     lattices.py     weights rounded eight at a time: IQ2 and IQ3

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gguf.quants import dequantize
+from gguf.quants import IQ4_NL, dequantize
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +22,7 @@ from qconv.grids.ggml.scaled import ScaledGrid
 from qconv.grids.ggml.searched import SEARCHES, Search
 from qconv.grids.ggml.signed import SignedGrid
 from qconv.grids.lattices import LatticeFit, codes_of
+from qconv.grids.nearest import E2M1_DOUBLED, Codebook, Integers, Nearest
 from qconv.grids.scales import Scales, SuperScales
 from qconv.grids.steps import StepFit
 
@@ -114,7 +115,8 @@ class BlockGrid:
             )
         if isinstance(kind.grid, SignedGrid):
             return LatticeFit(scales, kind.grid, kind.packing(self.type))
-        return StepFit(scales, lambda multiples, _: kind.round(multiples), kind.packing(self.type))
+        assert kind.codes is not None
+        return StepFit(scales, kind.codes, kind.packing(self.type))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class _Kind:
     Attributes:
         grid: What its search looks for; None for a type without one.
         subblocks: Of a block.
-        round: Gives the nearest codes of multiples.
+        codes: Of an element; None for a lattice.
         pack: Gives the bytes.
         nearest: Gives the nearest integer of a sub-block's scale; None where a block has a scale of its own.
         top: The highest integer of a sub-block's base; None where there is none.
@@ -134,7 +136,7 @@ class _Kind:
 
     grid: AffineGrid | ScaledGrid | SignedGrid | None
     subblocks: int
-    round: Callable[[Tensor], Tensor]
+    codes: Nearest | None
     pack: Callable[[Any], Tensor]
     nearest: Callable[[Tensor], Tensor] | None = None
     top: int | None = None
@@ -181,19 +183,30 @@ class _Kind:
 
 def _kind(type: GgmlType) -> _Kind:
     if type is GgmlType.Q8_0:
-        return _Kind(None, 1, lambda multiples: multiples.round_().clamp_(-127, 127), direct.pack_q8_0)
+        return _Kind(None, 1, Integers(-127.0, 127.0), direct.pack_q8_0)
     if type is GgmlType.MXFP4:
-        return _Kind(None, 1, _nearest_doubled, direct.pack_mxfp4, store=_power_of_two)
+        return _Kind(None, 1, E2M1_DOUBLED, direct.pack_mxfp4, store=_power_of_two)
     search: Search[Any, Any] = SEARCHES[type]
     grid = search.grid
     if isinstance(grid, SignedGrid):
-        return _Kind(grid, search.subblocks, torch.clone, search.pack, _nearest_odd, unit=grid.unit)
+        return _Kind(grid, search.subblocks, None, search.pack, _nearest_odd, unit=grid.unit)
     if isinstance(grid, AffineGrid):
         top = grid.top
         nearest = None if top is None else _integers(0, top)
-        return _Kind(grid, search.subblocks, _integers(0, grid.levels), search.pack, nearest, top)
+        return _Kind(grid, search.subblocks, Integers(0.0, float(grid.levels)), search.pack, nearest, top)
     nearest = None if grid.top is None else _integers(-grid.top, grid.top - 1)
-    return _Kind(grid, search.subblocks, grid.nearest, search.pack, nearest)
+    return _Kind(grid, search.subblocks, _CODES[type], search.pack, nearest)
+
+
+_IQ4 = Codebook(torch.tensor(IQ4_NL.kvalues, dtype=torch.float32))
+_CODES: dict[GgmlType, Nearest] = {
+    GgmlType.Q4_0: Integers(-8.0, 7.0),
+    GgmlType.Q5_0: Integers(-16.0, 15.0),
+    GgmlType.Q3_K: Integers(-4.0, 3.0),
+    GgmlType.Q6_K: Integers(-32.0, 31.0),
+    GgmlType.IQ4_NL: _IQ4,
+    GgmlType.IQ4_XS: _IQ4,
+}
 
 
 def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
@@ -202,13 +215,6 @@ def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
 
 def _nearest_odd(multiples: Tensor) -> Tensor:
     return ((multiples - 1.0) / 2.0).round_().mul_(2.0).add_(1.0).clamp_(1.0, _LARGEST_ODD)
-
-
-def _nearest_doubled(multiples: Tensor) -> Tensor:
-    """The nearest doubled magnitude with its sign: below 4 a whole number, then steps of 2 to 8, and 12."""
-    sizes = multiples.abs().clamp_(max=12.0)
-    step = torch.where(sizes < 4.0, 1.0, torch.where(sizes < 8.0, 2.0, 4.0))
-    return multiples.copy_(torch.copysign((sizes / step).round_().mul_(step), multiples))
 
 
 def _power_of_two(scales: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from qconv.core.grid import PackedT, Surroundings
+from qconv.core.grid import PackedT, Run, Surroundings
 from qconv.grids.ggml import signed
 from qconv.grids.ggml.lattice import Lattice
 from qconv.grids.ggml.numeric import reciprocal
@@ -41,8 +41,11 @@ class LatticeFit(Generic[PackedT]):
         """See :class:`qconv.core.grid.Fit`."""
         return self.scales.span
 
-    def round_(self, first: int, targets: Tensor, metric: Tensor) -> Tensor:
+    def round_(self, run: Run) -> Tensor:
         """See :class:`qconv.core.grid.Fit`."""
+        return run.in_turn(SIGNS, self._nearest)
+
+    def _nearest(self, first: int, targets: Tensor, metric: Tensor) -> Tensor:
         step = self.scales.steps[first // self.scales.width]
         # A negative step, where there is one, is the same lattice with all signs turned.
         source = signed.Source.of(targets, metric.unsqueeze(1).expand_as(targets).contiguous(), self.grid)

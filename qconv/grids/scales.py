@@ -53,7 +53,7 @@ class Scales:
     def refit_(self, first: int, around: Surroundings) -> None:
         """:meth:`qconv.core.grid.Fit.refit_`, codes being whole numbers or those of a codebook."""
         for group in range(first // self.width, (first + self.span) // self.width):
-            self._refit_group(group, group * self.width - first, around)
+            self._refit_group(group, group * self.width - around.first, around)
 
     def _nearest_step(self, group: int, wanted: Tensor) -> Tensor:
         return self.store(wanted)
@@ -79,7 +79,7 @@ class Scales:
             gain = by * (2.0 * slope - by * curvature)
             by = torch.where(gain > 0.0, by, 0.0)
             self._take(group, old + by, None)
-            around.move(start, stop, codes * by)
+            around.move(start, codes * by)
             return
         mixed, ones = product.sum(0), hessian.sum()
         base_slope, old_base = gradient.sum(0), self.bases[group]
@@ -99,7 +99,7 @@ class Scales:
                 best_gain = torch.where(better, gain, best_gain)
                 best_step, best_base = torch.where(better, step, best_step), torch.where(better, tried, best_base)
         self._take(group, best_step, best_base)
-        around.move(start, stop, codes * (best_step - old) + (best_base - old_base))
+        around.move(start, codes * (best_step - old) + (best_base - old_base))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,33 +136,32 @@ class SuperScales(Scales):
         Scales.refit_(self, first, around)
         block = first // self.span
         groups = slice(block * self.count, (block + 1) * self.count)
-        codes = torch.cat(
-            [
-                self.multiples(groups.start + index, around.values[index * self.width : (index + 1) * self.width])
-                for index in range(self.count)
-            ]
-        )
+        start = first - around.first
+        values = around.values[start : start + self.span].view(self.count, self.width, -1)
+        codes = torch.cat([self.multiples(groups.start + index, part) for index, part in enumerate(values)])
         direction = codes.mul_(self._spread(self.integers[groups])).mul_(self.unit)
-        self.d[block] = self._refit_shared(self.d[block], direction, around)
+        self.d[block] = self._refit_shared(self.d[block], direction, start, around)
         self.steps[groups] = self.d[block] * self.unit * self.integers[groups]
         if self.dmin is not None and self.lows is not None and self.bases is not None:
-            self.dmin[block] = self._refit_shared(self.dmin[block], self._spread(self.lows[groups]).neg(), around)
+            direction = self._spread(self.lows[groups]).neg_()
+            self.dmin[block] = self._refit_shared(self.dmin[block], direction, start, around)
             self.bases[groups] = -(self.dmin[block] * self.lows[groups])
 
     def _spread(self, by_group: Tensor) -> Tensor:
         """[groups, out_features] -> [columns, out_features], a copy."""
         return by_group.repeat_interleave(self.width, 0)
 
-    def _refit_shared(self, old: Tensor, direction: Tensor, around: Surroundings) -> Tensor:
+    def _refit_shared(self, old: Tensor, direction: Tensor, start: int, around: Surroundings) -> Tensor:
         """The least-squares factor of ``direction`` where its float16 is an improvement; the values follow."""
-        slope = (direction * around.gradient).sum(0)
-        curvature = (direction * (around.hessian @ direction)).sum(0)
+        columns = slice(start, start + self.span)
+        slope = (direction * around.gradient[columns]).sum(0)
+        curvature = (direction * (around.hessian[columns, columns] @ direction)).sum(0)
         new = as_half(old + slope * reciprocal(curvature))
         if self.dmin is not None:
             new = new.clamp_(min=0.0) + 0.0  # clamping may leave -0
         by = new - old
         by = torch.where(by * (2.0 * slope - by * curvature) > 0.0, by, 0.0)
-        around.move(0, len(direction), direction * by)
+        around.move(start, direction * by)
         return old + by
 
     def _nearest_step(self, group: int, wanted: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Generic
 
 from torch import Tensor
 
-from qconv.core.grid import PackedT, Surroundings
+from qconv.core.grid import PackedT, Run, Surroundings
 from qconv.grids.ggml.numeric import reciprocal
+from qconv.grids.nearest import Nearest
 from qconv.grids.scales import Scales
 
 
@@ -19,13 +20,13 @@ class StepFit(Generic[PackedT]):
 
     Attributes:
         scales: Of its groups.
-        nearest: Replaces multiples of the step by the nearest codes, in place; told the group.
+        nearest: The codes.
         packing: Makes the packed weight of codes, float32 [in_features, out_features].
         refittable: Whether rows have scales of their own, which can be chosen anew.
     """
 
     scales: Scales
-    nearest: Callable[[Tensor, int], Tensor]
+    nearest: Nearest
     packing: Callable[[Scales, Tensor], PackedT]
     refittable: bool = True
     width: int = field(default=1, init=False)
@@ -39,9 +40,12 @@ class StepFit(Generic[PackedT]):
         """See :class:`qconv.core.grid.Fit`."""
         return self.scales.span
 
-    def round_(self, first: int, targets: Tensor, metric: Tensor) -> Tensor:
+    def round_(self, run: Run) -> Tensor:
         """See :class:`qconv.core.grid.Fit`."""
-        group, bases = first // self.scales.width, self.scales.bases
+        return run.in_turn(1, self._nearest)
+
+    def _nearest(self, column: int, targets: Tensor, metric: Tensor) -> Tensor:
+        group, bases = column // self.scales.width, self.scales.bases
         if bases is not None:
             targets.sub_(bases[group])
         values = self.nearest(targets.mul_(self._inverse[group]), group).mul_(self.scales.steps[group])

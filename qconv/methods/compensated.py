@@ -84,7 +84,7 @@ class Problem:
         found = fit.pack(values)
         errors = row_errors(found.dequantize().sub_(weight), self.hessian)
         if self.refine.sweeps or self.refine.refits:
-            refine_(columns, values, fit, self._damped(factor), self.refine.sweeps, self.refine.refits)
+            refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
             refined = fit.pack(values)
             refined_errors = row_errors(refined.dequantize().sub_(weight), self.hessian)
             better = refined_errors < errors
@@ -103,10 +103,3 @@ class Problem:
     def _importance(self) -> Tensor | None:
         squares = self.hessian.diagonal()
         return squares.pow(SCALE_EXPONENT) if bool((squares > 0.0).any()) else None
-
-    def _damped(self, factor: Factor) -> Tensor:
-        """H over its mean diagonal, damped as its factor is."""
-        mean = float(self.hessian.diagonal().mean(dtype=torch.float64)) or 1.0
-        damped = self.hessian / mean
-        damped.diagonal().add_(factor.damp_percent)
-        return damped

@@ -3,7 +3,7 @@
 The loss of an output row with weight error d is ``d H d^T``. With the factor of :mod:`qconv.methods.gptq` it is a sum
 over columns, and each is best rounded from its weight plus its share of the errors before it. A grid that rounds
 several columns together (a lattice) gets them at once: given the errors before, they would best be rounded from what
-:func:`_expected` gives, whose errors with each other the block's own part of the factor weighs.
+:func:`_together` gives, and the block's own part of the factor says what an error of each then costs.
 
 Matrices are float32 and transposed, [in_features, out_features].
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.core.grid import Fit
+from qconv.core.grid import Fit, Run
 from qconv.methods.gptq import Factor
 
 
@@ -31,37 +31,32 @@ def compensate(weight: Tensor, fit: Fit[Any], factor: Factor, block_size: int = 
     Returns:
         The values, float32 [in_features, out_features].
     """
-    order, width, upper = factor.order, fit.width, factor.upper
-    original = weight.index_select(0, order)
-    target = original.clone()
-    errors = torch.empty_like(original)
-    places = order.tolist()
+    order, width = factor.order, fit.width
+    target = weight.index_select(0, order)  # and values, where columns are done
     block = max(width, block_size // width * width)
-    for start in range(0, len(places), block):
-        stop = min(start + block, len(places))
-        for first in range(start, stop, width):
-            last = first + width
-            if first > start:
-                share = upper[start:first, first:last]
-                target[first:last].addmm_(share.t(), errors[start:first])
-            metric = factor.costs[first:last]
-            wanted = target[first:last]
-            if width > 1:
-                own = upper[first:last, first:last]
-                wanted = _expected(wanted, original[first:last], own)
-                metric = (own.square() * metric).sum(1)
-            values = fit.round_(places[first], wanted, metric)
-            torch.sub(original[first:last], values, out=errors[first:last])
-        if stop < len(places):
-            target[stop:].addmm_(upper[start:stop, stop:].t(), errors[start:stop])
-    return original.sub_(errors).index_select(0, torch.argsort(order))
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
+        columns, own = order[start:stop], factor.upper[start:stop, start:stop]
+        run = Run(columns.tolist(), target[start:stop], weight.index_select(0, columns), own, factor.costs[start:stop])
+        values = fit.round_(run if width == 1 else _together(run, width))
+        target[start:stop] = values
+        if stop < len(order):
+            share = factor.upper[start:stop, stop:]
+            target[stop:].addmm_(share.t(), torch.sub(run.original, values, out=values))
+    return target.index_select(0, torch.argsort(order))
 
 
-def _expected(targets: Tensor, original: Tensor, upper: Tensor) -> Tensor:
-    """What columns would be rounded from if none of them made an error with regard to the others.
+def _together(run: Run, width: int) -> Run:
+    """What columns would be rounded from if those together with them made no error with regard to each other.
 
-    Targets hold the shares of the columns before them alone; ``(targets - original) = U^T d`` is solved for the d that
-    they would best have.
+    Given the errors z that they are to make up for, and U, their part of the factor, ``z = U^T d`` is solved for the d
+    that they would best have; an error of one besides costs the diagonal of ``U costs U^T``.
     """
-    found: Tensor = torch.linalg.solve_triangular(upper.t(), targets - original, upper=False, unitriangular=True)
-    return found.add_(original)
+    groups = len(run.columns) // width
+    upper = torch.stack([run.shares[at : at + width, at : at + width] for at in range(0, len(run.columns), width)])
+    inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(width), upper=True, unitriangular=True)
+    taken = (run.targets - run.original).view(groups, width, -1)
+    targets = torch.bmm(inverse.transpose(1, 2), taken).view_as(run.targets).add_(run.original)
+    shares = torch.einsum("igw,gwv->igv", run.shares.reshape(-1, groups, width), inverse).reshape(run.shares.shape)
+    metric = (upper.square() * run.metric.view(groups, 1, width)).sum(2).flatten()
+    return Run(run.columns, targets, run.original, shares, metric)

@@ -14,63 +14,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.core.grid import Fit, Surroundings
+from qconv.core.grid import Fit, Run, Surroundings
 
-_INNER = 32
-"""Columns between two products with the whole span; a multiple of every grid's width."""
+_BLOCK = 128
+"""Columns, at least, between two products with all of H."""
+_INNER = 128
+"""Columns between two products with a block's part of it; a multiple of every grid's width."""
 
 
-def refine_(weight: Tensor, values: Tensor, fit: Fit[Any], hessian: Tensor, sweeps: int, refits: int) -> None:
+def refine_(
+    weight: Tensor, values: Tensor, fit: Fit[Any], hessian: Tensor, damp_percent: float, sweeps: int, refits: int
+) -> None:
     """Descend from a rounding to a better one, in place.
 
     Args:
         weight: float32 [in_features, out_features], what is approximated.
         values: The same shape, what ``fit`` rounded it to.
         fit: Its scales; refits change them.
-        hessian: float32 [in_features, in_features], damped; not changed.
+        hessian: float32 [in_features, in_features], the mean over tokens of ``x x^T``; not changed.
+        damp_percent: What its diagonal is raised by, as a share of the mean diagonal.
         sweeps: Passes over the codes.
         refits: How many of them, from the first on, choose scales too.
     """
-    columns = len(weight)
+    mean = float(hessian.diagonal().mean(dtype=torch.float64)) or 1.0
+    block = -(-_BLOCK // fit.span) * fit.span
     error = weight - values
     for sweep in range(max(sweeps, refits)):
-        for first in range(0, columns, fit.span):
-            stop = min(first + fit.span, columns)
-            rows = hessian[first:stop]
-            around = Surroundings(rows[:, first:stop].contiguous(), values[first:stop], rows @ error)
-            _sweep(fit, first, around)
+        for first in range(0, len(weight), block):
+            stop = min(first + block, len(weight))
+            own = (hessian[first:stop, first:stop] / mean).contiguous()
+            own.diagonal().add_(damp_percent)
+            gradient = (hessian[first:stop] @ error).div_(mean).add_(error[first:stop], alpha=damp_percent)
+            around = Surroundings(first, own, values[first:stop], gradient)
+            _sweep(fit, around)
             if sweep < refits:
-                fit.refit_(first, around)
-                _sweep(fit, first, around)
+                for span in range(first, stop, fit.span):
+                    fit.refit_(span, around)
+                _sweep(fit, around)
             torch.sub(weight[first:stop], around.values, out=error[first:stop])
 
 
-def _sweep(fit: Fit[Any], first: int, around: Surroundings) -> None:
-    """Once over the codes of a span."""
+def _sweep(fit: Fit[Any], around: Surroundings) -> None:
+    """Once over the codes of a block."""
     columns, width = len(around.values), fit.width
     for start in range(0, columns, _INNER):
         stop = min(start + _INNER, columns)
-        hessian = around.hessian[start:stop, start:stop]
-        gradient = around.gradient[start:stop].clone()
-        values = around.values[start:stop].clone()
-        for column in range(0, stop - start, width):
-            last = column + width
-            own = hessian[column:last, column:last]
-            slope, old = gradient[column:last], values[column:last]
-            new = fit.round_(first + start + column, _optimum(own, slope).add_(old), own.diagonal())
-            change = new - old
-            if width > 1:
-                gain = (change * (2.0 * slope - own @ change)).sum(0)
-                change = torch.where(gain > 0.0, change, 0.0)
-            old.add_(change)
-            if last < len(values):
-                gradient[last:].addmm_(hessian[last:, column:last], change, alpha=-1.0)
-        around.move(start, stop, values.sub_(around.values[start:stop]))
+        hessian, values = around.hessian[start:stop, start:stop], around.values[start:stop]
+        targets, shares = _optima(hessian, around.gradient[start:stop], width)
+        run = Run(
+            range(around.first + start, around.first + stop),
+            targets.add_(values),
+            values,
+            shares,
+            hessian.diagonal(),
+            hessian,
+        )
+        around.move(start, fit.round_(run).sub_(values))
 
 
-def _optimum(hessian: Tensor, slope: Tensor) -> Tensor:
-    """The change of columns that would lower the loss most, [columns, out_features]."""
-    if len(hessian) == 1:
-        return slope / hessian
-    found: Tensor = torch.linalg.solve(hessian, slope)
-    return found
+def _optima(hessian: Tensor, gradient: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The changes that would lower the loss most if the other columns stayed, and what a change elsewhere adds to them.
+
+    Args:
+        hessian: [columns, columns].
+        gradient: [columns, out_features].
+        width: Columns that change together.
+
+    Returns:
+        [columns, out_features], and at i, j what the column j takes up of an i's value getting smaller: [columns,
+        columns].
+    """
+    if width == 1:
+        diagonal = hessian.diagonal()
+        return gradient / diagonal.unsqueeze(1), hessian / diagonal
+    groups = len(hessian) // width
+    own = torch.stack([hessian[at : at + width, at : at + width] for at in range(0, len(hessian), width)])
+    optima: Tensor = torch.linalg.solve(own, gradient.view(groups, width, -1))
+    shares: Tensor = torch.linalg.solve(own, hessian.view(groups, width, -1))
+    return optima.reshape(gradient.shape), shares.reshape(hessian.shape).t()
