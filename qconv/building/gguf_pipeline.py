@@ -58,7 +58,7 @@ from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Progress
 
 if TYPE_CHECKING:
-    from qconv.gguf_layers import CalibratedLayers
+    from qconv.building.gguf_layers import CalibratedLayers
 
 Log = Callable[[str], None]
 
@@ -245,7 +245,7 @@ class _Run:
     def _calibrated_files(self, tokens: TokenSet, journal: Journal, record: SourceRecord) -> None:
         """Each file once its layers are calibrated; the importance matrix that this gives too."""
         # transformers takes seconds to import; rounding does without.
-        from qconv.gguf_layers import CalibratedLayers
+        from qconv.building.gguf_layers import CalibratedLayers
 
         self.log(f"calibration: {tokens.ids.numel():,} tokens of {tokens.source}")
         self.layers = CalibratedLayers(

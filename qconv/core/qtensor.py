@@ -173,18 +173,24 @@ class QTensor:
         return replace(self, codes=self.codes[start:stop], scales=scales, zero_points=zero_points)
 
     def with_rows(self, chosen: Tensor, other: QTensor) -> QTensor:
-        """The same with the ``chosen`` rows, bool [out_features], of ``other``.
+        """The same with the ``chosen`` rows, bool [out_features], of ``other``, which lies on the same grid.
 
-        Both must lie on the same grid; where rows share scales, these must be the same in both.
+        Raises:
+            ValueError: rows that share scales have other ones in ``other``, or its groups are made otherwise.
         """
-        rows = chosen.unsqueeze(1)
-        codes = torch.where(rows, other.codes.view(torch.uint8), self.codes.view(torch.uint8)).view(self.codes.dtype)
-        if len(self.scales) != len(self.codes):
-            return replace(self, codes=codes)
+        shared = len(self.scales) != len(self.codes)
+        same = (self.group_index is None) == (other.group_index is None) and (
+            self.group_index is None or other.group_index is None or torch.equal(self.group_index, other.group_index)
+        )
+        if not same or (shared and not torch.equal(self.scales, other.scales)):
+            raise ValueError("rows of a weight whose scales or groups are others cannot be taken over")
+        chosen = chosen.unsqueeze(1)
+        codes = torch.where(chosen, other.codes.view(torch.uint8), self.codes.view(torch.uint8))
         zero_points = self.zero_points
         if zero_points is not None and other.zero_points is not None:
-            zero_points = torch.where(rows, other.zero_points, zero_points)
-        return replace(self, codes=codes, scales=torch.where(rows, other.scales, self.scales), zero_points=zero_points)
+            zero_points = torch.where(chosen, other.zero_points, zero_points)
+        scales = self.scales if shared else torch.where(chosen, other.scales, self.scales)
+        return replace(self, codes=codes.view(self.codes.dtype), scales=scales, zero_points=zero_points)
 
 
 @dataclass(frozen=True, slots=True)

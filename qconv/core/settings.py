@@ -26,6 +26,9 @@ class Section(BaseModel):
         return value
 
 
+MATCHED = "matched"
+
+
 class GridSettings(Section):
     """The quantization grid. ``symmetric: null`` takes the format's own default."""
 

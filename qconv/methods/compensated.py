@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from qconv.core.grid import FittedGrid, PackedT
-from qconv.core.settings import GptqSettings
+from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
 from qconv.methods.compensation import compensate
 from qconv.methods.gptq import Factor, factorize, is_finite, row_errors
 from qconv.methods.refinement import refine_
-from qconv.planning.recipe import RefineSettings
 
 SCALE_EXPONENT = 0.5
 """Scales are searched with each column counting the root of its inputs' mean square, as encoders use an imatrix; which

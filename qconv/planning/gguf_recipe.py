@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.boundary.patterns import Pattern, PatternError
-from qconv.core.settings import CalibrationSettings, GptqSettings, OutputSettings, Section
+from qconv.core.settings import CalibrationSettings, GptqSettings, OutputSettings, RefineSettings, Section
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.names import GgufTensor
-from qconv.planning.recipe import Recipe, RefineSettings, parse_as, shown_steps, steps
+from qconv.planning.recipe import Recipe, parse_as, shown_steps, steps
 
 FORMAT = "gguf"
 
