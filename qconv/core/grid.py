@@ -60,7 +60,7 @@ class Run:
             width: Columns that are rounded together.
             nearest: Gives the values of columns from their first one's number, targets (may be overwritten) and metric.
         """
-        errors = torch.empty_like(self.original)
+        errors, chosen = torch.empty_like(self.original), torch.empty_like(self.original)
         for start in range(0, len(self.columns), width):
             stop = start + width
             wanted, original = self.targets[start:stop], self.original[start:stop]
@@ -69,12 +69,14 @@ class Run:
             hessian = None if self.hessian is None or width == 1 else self.hessian[start:stop, start:stop]
             optimum = wanted if hessian is None else wanted.clone()
             values = nearest(self.columns[start], wanted, self.metric[start:stop])
-            error = torch.sub(original, values, out=errors[start:stop])
             if hessian is not None:
                 # Half of what the loss falls by: error^T H (original - optimum) - error^T H error / 2.
+                error = original - values
                 slope = hessian @ (original - optimum).sub_(error, alpha=0.5)
-                error.masked_fill_((error * slope).sum(0) <= 0.0, 0.0)
-        return torch.sub(self.original, errors, out=errors)
+                values = torch.where((error * slope).sum(0) > 0.0, values, original)
+            chosen[start:stop] = values
+            torch.sub(original, values, out=errors[start:stop])
+        return chosen
 
 
 @dataclass(slots=True)
@@ -95,10 +97,11 @@ class Surroundings:
     values: Tensor
     gradient: Tensor
 
-    def move(self, start: int, change: Tensor) -> None:
-        """Add ``change`` [n, out_features] to the values of n columns from ``start`` on, counted from the first."""
-        stop = start + len(change)
-        self.values[start:stop] += change
+    def put(self, start: int, values: Tensor) -> None:
+        """Replace the values of some columns from ``start`` on, counted from the first, by [columns, out_features]."""
+        stop = start + len(values)
+        change = values - self.values[start:stop]
+        self.values[start:stop] = values
         self.gradient.addmm_(self.hessian[:, start:stop], change, alpha=-1.0)
 
 

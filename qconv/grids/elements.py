@@ -126,7 +126,9 @@ def _scales(stored: Tensor, grid: Grid, shape: torch.Size) -> Scales:
     def store(steps: Tensor) -> Tensor:
         return storable(steps.clamp(min=0.0), grid.scale_dtype).float()
 
-    return Scales(width=grid.width(columns), steps=spread.contiguous(), bases=None, store=store)
+    # A copy, which refits may change.
+    steps = spread.clone(memory_format=torch.contiguous_format)
+    return Scales(width=grid.width(columns), steps=steps, bases=None, store=store)
 
 
 def _in_place(weight: QTensor, order: Tensor) -> QTensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from qconv.core.grid import PackedT, Run, Surroundings
 from qconv.grids.ggml import signed
 from qconv.grids.ggml.lattice import Lattice
-from qconv.grids.ggml.numeric import reciprocal
 from qconv.grids.ggml.signed import SIGNS, SignedGrid
 from qconv.grids.scales import Scales
 
@@ -59,8 +58,7 @@ class LatticeFit(Generic[PackedT]):
 
     def pack(self, values: Tensor) -> PackedT:
         """See :class:`qconv.core.grid.Fit`."""
-        multiples = values * reciprocal(self.scales.steps).repeat_interleave(self.scales.width, 0)
-        return self.packing(self.scales, multiples)
+        return self.packing(self.scales, self.scales.all_codes(values))
 
 
 def codes_of(magnitudes: Tensor, lattice: Lattice) -> Tensor:

@@ -21,6 +21,9 @@ from torch import Tensor
 from qconv.core.grid import Surroundings
 from qconv.grids.ggml.numeric import as_half, reciprocal
 
+_UNIT = 2.0**-9
+"""The smallest E4M3 number; other codes are whole or halves."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Scales:
@@ -45,10 +48,19 @@ class Scales:
         """Columns of a group."""
         return self.width
 
-    def multiples(self, group: int, values: Tensor) -> Tensor:
+    def codes(self, group: int, values: Tensor) -> Tensor:
         """The codes of a group's values, float32 [width, out_features]; 0 where the step is."""
         based = values if self.bases is None else values - self.bases[group]
-        return based * reciprocal(self.steps[group])
+        # Exactly: there is no grid whose codes are not multiples of this.
+        return (based * reciprocal(self.steps[group])).div_(_UNIT).round_().mul_(_UNIT)
+
+    def all_codes(self, values: Tensor) -> Tensor:
+        """The same of all groups, [in_features, out_features]."""
+        codes = torch.empty_like(values)
+        for group in range(len(self.steps)):
+            columns = slice(group * self.width, (group + 1) * self.width)
+            codes[columns] = self.codes(group, values[columns])
+        return codes
 
     def refit_(self, first: int, around: Surroundings) -> None:
         """:meth:`qconv.core.grid.Fit.refit_`, codes being whole numbers or those of a codebook."""
@@ -68,7 +80,7 @@ class Scales:
 
     def _refit_group(self, group: int, start: int, around: Surroundings) -> None:
         stop = start + self.width
-        codes = self.multiples(group, around.values[start:stop])
+        codes = self.codes(group, around.values[start:stop])
         gradient, hessian = around.gradient[start:stop], around.hessian[start:stop, start:stop]
         product = hessian @ codes
         slope, curvature = (codes * gradient).sum(0), (codes * product).sum(0)
@@ -76,10 +88,9 @@ class Scales:
         if self.bases is None:
             new = self._nearest_step(group, old + slope * reciprocal(curvature))
             by = new - old
-            gain = by * (2.0 * slope - by * curvature)
-            by = torch.where(gain > 0.0, by, 0.0)
-            self._take(group, old + by, None)
-            around.move(start, codes * by)
+            better = by * (2.0 * slope - by * curvature) > 0.0
+            self._take(group, torch.where(better, new, old), None)
+            around.put(start, codes * self.steps[group])
             return
         mixed, ones = product.sum(0), hessian.sum()
         base_slope, old_base = gradient.sum(0), self.bases[group]
@@ -99,7 +110,7 @@ class Scales:
                 best_gain = torch.where(better, gain, best_gain)
                 best_step, best_base = torch.where(better, step, best_step), torch.where(better, tried, best_base)
         self._take(group, best_step, best_base)
-        around.move(start, codes * (best_step - old) + (best_base - old_base))
+        around.put(start, codes * best_step + best_base)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +149,7 @@ class SuperScales(Scales):
         groups = slice(block * self.count, (block + 1) * self.count)
         start = first - around.first
         values = around.values[start : start + self.span].view(self.count, self.width, -1)
-        codes = torch.cat([self.multiples(groups.start + index, part) for index, part in enumerate(values)])
+        codes = torch.cat([self.codes(groups.start + index, part) for index, part in enumerate(values)])
         direction = codes.mul_(self._spread(self.integers[groups])).mul_(self.unit)
         self.d[block] = self._refit_shared(self.d[block], direction, start, around)
         self.steps[groups] = self.d[block] * self.unit * self.integers[groups]
@@ -160,9 +171,10 @@ class SuperScales(Scales):
         if self.dmin is not None:
             new = new.clamp_(min=0.0) + 0.0  # clamping may leave -0
         by = new - old
-        by = torch.where(by * (2.0 * slope - by * curvature) > 0.0, by, 0.0)
-        around.move(start, direction * by)
-        return old + by
+        better = by * (2.0 * slope - by * curvature) > 0.0
+        by.masked_fill_(~better, 0.0)
+        around.put(start, around.values[columns] + direction * by)
+        return torch.where(better, new, old)
 
     def _nearest_step(self, group: int, wanted: Tensor) -> Tensor:
         d = self.d[group // self.count] * self.unit

@@ -58,14 +58,6 @@ class StepFit(Generic[PackedT]):
             groups = slice(first // self.scales.width, (first + self.span) // self.scales.width)
             self._inverse[groups] = reciprocal(self.scales.steps[groups])
 
-    def codes(self, values: Tensor) -> Tensor:
-        """Of values, float32 of their shape; 0, or the nearest to it, where the step is 0."""
-        codes = values.clone()
-        for group in range(len(self.scales.steps)):
-            columns = slice(group * self.scales.width, (group + 1) * self.scales.width)
-            codes[columns] = self.nearest(self.scales.multiples(group, values[columns]), group)
-        return codes
-
     def pack(self, values: Tensor) -> PackedT:
         """See :class:`qconv.core.grid.Fit`."""
-        return self.packing(self.scales, self.codes(values))
+        return self.packing(self.scales, self.scales.all_codes(values))

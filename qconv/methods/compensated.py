@@ -73,25 +73,42 @@ class Problem:
             QconvError: the weight or the second moments are not finite, or those not positive semidefinite.
             UsageError: the grid does not fit the weight.
         """
-        if not is_finite(weight):
-            raise QconvError("GPTQ: the weight holds values that are not finite.")
-        own = grid.encode(weight, self._importance())
-        own_errors = row_errors(own.dequantize().sub_(weight), self.hessian)
-        fit, columns = grid.fit(weight, own), weight.t().contiguous()
+        _require_finite(weight)
+        own = self._rows(weight, grid.encode(weight, self._importance()))
+        fit, columns = grid.fit(weight, own.weight), weight.t().contiguous()
         factor = self.factor(fit.width)
         values = compensate(columns, fit, factor, self.settings.block_size)
-        found = fit.pack(values)
-        errors = row_errors(found.dequantize().sub_(weight), self.hessian)
+        found = self._rows(weight, fit.pack(values))
         if self.refine.sweeps or self.refine.refits:
             refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
-            refined = fit.pack(values)
-            refined_errors = row_errors(refined.dequantize().sub_(weight), self.hessian)
-            better = refined_errors < errors
-            found, errors = found.with_rows(better, refined), torch.where(better, refined_errors, errors)
-        worse = own_errors < errors
-        found = found.with_rows(worse, own)
-        error = float(torch.where(worse, own_errors, errors).sum())
-        return Rounded(found, factor, error, float(own_errors.sum()), int(worse.sum()))
+            del columns
+            found = found.or_better(self._rows(weight, fit.pack(values)))
+        best = own.or_no_worse(found)
+        kept_own = int((own.errors < found.errors).sum())
+        return Rounded(best.weight, factor, float(best.errors.sum()), float(own.errors.sum()), kept_own)
+
+    def refined(self, weight: Tensor, grid: FittedGrid[PackedT], found: PackedT) -> tuple[PackedT, float]:
+        """Descend from what another method found.
+
+        Args:
+            weight: float32 [out_features, in_features], finite; not changed.
+            grid: Its grid, which rounds one column at a time.
+            found: Where to begin; rows that the descent does not make better are taken from it.
+
+        Returns:
+            The weight, and its ``trace(d H d^T)``, H without damping.
+
+        Raises:
+            QconvError: the weight or the second moments are not finite, or those not positive semidefinite.
+        """
+        _require_finite(weight)
+        before, fit, factor = self._rows(weight, found), grid.fit(weight, found), self.factor(1)
+        values = found.dequantize().t().contiguous()
+        columns = weight.t().contiguous()
+        refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
+        del columns
+        after = before.or_better(self._rows(weight, fit.pack(values)))
+        return after.weight, float(after.errors.sum())
 
     def quantize_all(
         self, weights: Mapping[str, Tensor], grids: Mapping[str, FittedGrid[PackedT]]
@@ -99,6 +116,34 @@ class Problem:
         """:meth:`quantize` of linears by name."""
         return {name: self.quantize(weight, grids[name]) for name, weight in weights.items()}
 
+    def _rows(self, weight: Tensor, rounded: PackedT) -> _Rows[PackedT]:
+        return _Rows(rounded, row_errors(rounded.dequantize().sub_(weight), self.hessian))
+
     def _importance(self) -> Tensor | None:
         squares = self.hessian.diagonal()
         return squares.pow(SCALE_EXPONENT) if bool((squares > 0.0).any()) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows(Generic[PackedT]):
+    """A rounded weight, and the ``d H d^T`` of each of its rows: float64 [out_features]."""
+
+    weight: PackedT
+    errors: Tensor
+
+    def or_better(self, other: _Rows[PackedT]) -> _Rows[PackedT]:
+        """With those rows of ``other`` that cost less."""
+        return self._with(other.errors < self.errors, other)
+
+    def or_no_worse(self, other: _Rows[PackedT]) -> _Rows[PackedT]:
+        """With those rows of ``other`` that do not cost more."""
+        return self._with(other.errors <= self.errors, other)
+
+    def _with(self, chosen: Tensor, other: _Rows[PackedT]) -> _Rows[PackedT]:
+        errors = torch.where(chosen, other.errors, self.errors)
+        return _Rows(self.weight.with_rows(chosen, other.weight), errors)
+
+
+def _require_finite(weight: Tensor) -> None:
+    if not is_finite(weight):
+        raise QconvError("GPTQ: the weight holds values that are not finite.")

@@ -69,7 +69,7 @@ def _sweep(fit: Fit[Any], around: Surroundings) -> None:
             hessian.diagonal(),
             hessian,
         )
-        around.move(start, fit.round_(run).sub_(values))
+        around.put(start, fit.round_(run))
 
 
 def _optima(hessian: Tensor, gradient: Tensor, width: int) -> tuple[Tensor, Tensor]:

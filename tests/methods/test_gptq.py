@@ -18,49 +18,13 @@ from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.methods import rtn
 from qconv.methods.gptq import GptqResult, factorize, quantize, row_errors
 from qconv.planning.recipe import parse_recipe
+from tests.problems import HESSIANS, random_hessian, random_weight, rounding_noise, true_errors
 
 ORDERINGS = ("none", "static")
-HESSIANS = ("full", "few tokens", "one token", "constant input", "dead columns", "no tokens")
 
 
 def grid_of(bits: int = 4, group_size: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.float32) -> Grid:
     return Grid(bits, group_size, symmetric, dtype)
-
-
-def random_weight(out_features: int, in_features: int, seed: int) -> Tensor:
-    """Columns of different sizes, as real weights have them."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = 0.5 + torch.rand(in_features, generator=generator)
-    return torch.randn(out_features, in_features, generator=generator) * sizes * 0.02
-
-
-def random_hessian(in_features: int, seed: int, kind: str = "full") -> Tensor:
-    """The mean of ``x x^T`` of correlated inputs, some of them large, symmetric to the bit."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    tokens = {"few tokens": in_features // 4, "one token": 1}.get(kind, 4 * in_features)
-    falling = torch.logspace(0, -1.5, in_features).unsqueeze(-1)
-    mixing = torch.randn(in_features, in_features, generator=generator) * falling
-    inputs = torch.randn(tokens, in_features, generator=generator) @ mixing
-    inputs[:, torch.randperm(in_features, generator=generator)[: in_features // 16]] *= 8.0
-    if kind == "constant input":
-        inputs = inputs[:1].expand(tokens, -1)
-    if kind == "dead columns":
-        inputs[:, ::3] = 0.0
-    if kind == "no tokens":
-        inputs = torch.zeros_like(inputs)
-    return (inputs.double().t() @ inputs.double() / tokens).float()
-
-
-def true_errors(dense: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
-    """``d H d^T`` of each row in float64."""
-    delta = dense.double() - weight.double()
-    return ((delta @ hessian.double()) * delta).sum(1)
-
-
-def rounding_noise(delta: Tensor, hessian: Tensor) -> Tensor:
-    """How far float32 may be off a row's ``d H d^T``: its terms can cancel each other."""
-    size = delta.double().abs()
-    return 2.0**-20 * ((size @ hessian.double().abs()) * size).sum(1)
 
 
 def reference_scales(members: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
