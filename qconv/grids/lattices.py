@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qconv.core.grid import PackedT, Run, Surroundings
+from qconv.grids import turns
 from qconv.grids.ggml import signed
 from qconv.grids.ggml.lattice import Lattice
 from qconv.grids.ggml.signed import SIGNS, SignedGrid
@@ -42,7 +43,8 @@ class LatticeFit(Generic[PackedT]):
 
     def round_(self, run: Run) -> Tensor:
         """See :class:`qconv.core.grid.Fit`."""
-        return run.in_turn(SIGNS, self._nearest)
+        values = turns.round_points(run, self.scales, self.grid)
+        return run.in_turn(SIGNS, self._nearest) if values is None else values
 
     def _nearest(self, first: int, targets: Tensor, metric: Tensor) -> Tensor:
         step = self.scales.steps[first // self.scales.width]

@@ -55,12 +55,19 @@ class Floats:
     smallest_normal: float
     highest: float
 
+    @property
+    def shift(self) -> float:
+        """What added to a float32 leaves room for whole steps alone, in units of its power of two.
+
+        1.5 * 2**23 steps: the processor rounds to them.
+        """
+        return float(1.5 * 2.0 ** (23 - self.fraction_bits))
+
     def __call__(self, multiples: Tensor, group: int = 0) -> Tensor:
         """See :class:`Nearest`."""
         multiples.clamp_(-self.highest, self.highest)
         power = (multiples.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=self.smallest_normal)
-        # 1.5 * 2**23 steps added to a float32 leave room for whole steps alone: the processor rounds to them.
-        shift = power.mul_(1.5 * 2.0 ** (23 - self.fraction_bits))
+        shift = power.mul_(self.shift)
         return multiples.add_(shift).sub_(shift)
 
 

@@ -9,6 +9,7 @@ from typing import Generic
 from torch import Tensor
 
 from qconv.core.grid import PackedT, Run, Surroundings
+from qconv.grids import turns
 from qconv.grids.ggml.numeric import reciprocal
 from qconv.grids.nearest import Nearest
 from qconv.grids.scales import Scales
@@ -42,7 +43,8 @@ class StepFit(Generic[PackedT]):
 
     def round_(self, run: Run) -> Tensor:
         """See :class:`qconv.core.grid.Fit`."""
-        return run.in_turn(1, self._nearest)
+        values = turns.round_steps(run, self.scales, self._inverse, self.nearest)
+        return run.in_turn(1, self._nearest) if values is None else values
 
     def _nearest(self, column: int, targets: Tensor, metric: Tensor) -> Tensor:
         group, bases = column // self.scales.width, self.scales.bases

@@ -25,7 +25,7 @@ _DIRECTLY = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer)
 _BY_SEARCH = ctypes.CFUNCTYPE(_float, *_MATRIX, _pointer, _int, _pointer, _pointer, _pointer)
 
 
-class _Lattice(ctypes.Structure):
+class LatticeTables(ctypes.Structure):
     """``struct Lattice``."""
 
     _fields_ = (
@@ -40,12 +40,12 @@ class _Lattice(ctypes.Structure):
 
 
 @MadeOnce
-def _lattice(grid: SignedGrid) -> tuple[_Lattice, list[Tensor]]:
+def lattice_tables(grid: SignedGrid) -> tuple[LatticeTables, list[Tensor]]:
     """What the C++ is told of a lattice, and the memory that it points to."""
     found = lattice(grid.type, torch.device("cpu"))
     tables = [found.low.int(), found.high.int(), found.starts.int(), found.points, found.levels]
     pointers = [table.data_ptr() for table in tables]
-    return _Lattice(len(found.high), *pointers, 1.0 / grid.middle), tables
+    return LatticeTables(len(found.high), *pointers, 1.0 / grid.middle), tables
 
 
 def encode_into(
@@ -83,7 +83,7 @@ def encode_into(
     else:
         starts = torch.tensor(grid.starts(weighted=importance is not None), dtype=torch.float32)
         columns_importance = None if importance is None else importance.data_ptr()
-        held = _lattice(grid) if isinstance(grid, SignedGrid) else None  # until the call is over
+        held = lattice_tables(grid) if isinstance(grid, SignedGrid) else None  # until the call is over
         points = None if held is None else ctypes.addressof(held[0])
         found = _BY_SEARCH(("qconv_encode_by_search", library))(
             *matrix, columns_importance, len(starts), starts.data_ptr(), points, encoded.data_ptr()
