@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconv.core.grid import Fit
+from qconv.core.rounding import row_blocks
 from qconv.errors import UsageError
 from qconv.grids.ggml import GgmlType, affine, direct, encode, scaled, signed
 from qconv.grids.ggml.affine import AffineGrid
@@ -50,7 +51,10 @@ class BlockTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the blocks stand for, [out_features, in_features], as the gguf package decodes it."""
-        return torch.from_numpy(dequantize(self.data.numpy(), self.type.value).astype("float32", copy=True)).to(dtype)
+        dense = torch.empty(self.shape, dtype=dtype)
+        for start, stop in row_blocks(*self.shape):
+            dense[start:stop] = torch.from_numpy(dequantize(self.data[start:stop].numpy(), self.type.value))
+        return dense
 
     def with_rows(self, chosen: Tensor, other: BlockTensor) -> BlockTensor:
         """The same with the ``chosen`` rows, bool [out_features], of ``other``."""
@@ -144,25 +148,28 @@ class _Kind:
     store: Callable[[Tensor], Tensor] = as_half
 
     def packing(self, type: GgmlType) -> Callable[[Scales, Tensor], BlockTensor]:
-        """What makes blocks of codes [in_features, out_features] and the scales they belong to."""
+        """What makes blocks of values [in_features, out_features] and the scales they belong to."""
 
-        def packed(scales: Scales, codes: Tensor) -> BlockTensor:
-            columns, rows = codes.shape
-            in_row = columns // type.block_elements
-            padding = -rows * in_row % 64
-            elements = functional.pad(_by_block(codes, in_row, self.subblocks), (0, padding)).contiguous()
-            encoded = self._encoded(scales, elements, in_row, padding)
-            data = self.pack(encoded)[: rows * in_row]
-            return BlockTensor(type, data.reshape(rows, -1))
+        def packed(scales: Scales, values: Tensor) -> BlockTensor:
+            return BlockTensor(type, torch.cat([self._blocks(type, *part[1:]) for part in scales.by_rows(values)]))
 
         return packed
+
+    def _blocks(self, type: GgmlType, scales: Scales, codes: Tensor) -> Tensor:
+        """Rows of blocks, uint8, of codes [in_features, out_features]."""
+        columns, rows = codes.shape
+        in_row = columns // type.block_elements
+        padding = -rows * in_row % 64
+        elements = functional.pad(_by_block(codes, in_row, self.subblocks), (0, padding)).contiguous()
+        data = self.pack(self._encoded(scales, elements, in_row, padding))
+        return data[: rows * in_row].reshape(rows, -1)
 
     def _encoded(self, scales: Scales, codes: Tensor, in_row: int, padding: int) -> Any:
         """What the search would have found: codes float32 [elements, sub-blocks, blocks]."""
 
         def by_block(parts: Tensor) -> Tensor:
             """[groups, out_features] -> [groups of a block, blocks]."""
-            grouped = parts.view(in_row, -1, parts.shape[1]).permute(1, 2, 0).flatten(1)
+            grouped = parts.reshape(in_row, -1, parts.shape[1]).permute(1, 2, 0).flatten(1)
             return functional.pad(grouped, (0, padding)).contiguous()
 
         if isinstance(scales, SuperScales):

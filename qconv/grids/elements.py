@@ -64,15 +64,14 @@ class IntegerGrid:
         lowest, highest = (-levels / 2.0, levels / 2.0 - 1.0) if zeros is None else (0.0, levels - 1.0)
         scales = _scales(encoded.scales, grid, weight.shape)
 
-        def packed(scales: Scales, codes: Tensor) -> QTensor:
-            values = codes.view(len(scales.steps), -1, codes.shape[1])
-            values = values + (float(grid.mid) if zeros is None else zeros.unsqueeze(1))
-            return QTensor(
-                grid,
-                to_codes(values.view_as(codes), grid.bits).t().contiguous(),
-                scales.steps.t().to(grid.scale_dtype).contiguous(),
-                encoded.zero_points,
-            )
+        def packed(scales: Scales, values: Tensor) -> QTensor:
+            codes = torch.empty(weight.shape, dtype=torch.uint8)
+            for rows, _, counted in scales.by_rows(values):
+                grouped = counted.view(len(scales.steps), -1, counted.shape[1])
+                grouped.add_(float(grid.mid) if zeros is None else zeros[:, rows].unsqueeze(1))
+                codes[rows] = to_codes(counted, grid.bits).t()
+            stored = scales.steps.t().to(grid.scale_dtype).contiguous()
+            return QTensor(grid, codes, stored, encoded.zero_points)
 
         fit = StepFit(scales, Integers(lowest, highest, zeros), packed)
         if encoded.group_index is None:
@@ -110,9 +109,12 @@ class E4M3Grid:
         """See :class:`qconv.core.grid.FittedGrid`."""
         own_rows = self.grid.rows_sharing(len(weight)) == 1
 
-        def packed(scales: Scales, codes: Tensor) -> QTensor:
+        def packed(scales: Scales, values: Tensor) -> QTensor:
+            codes = torch.empty_like(encoded.codes)
+            for rows, _, found in scales.by_rows(values):
+                codes[rows] = found.to(torch.float8_e4m3fn).t()
             stored = scales.steps.t().to(self.grid.scale_dtype).contiguous() if own_rows else encoded.scales
-            return replace(encoded, codes=codes.to(torch.float8_e4m3fn).t().contiguous(), scales=stored)
+            return replace(encoded, codes=codes, scales=stored)
 
         return StepFit(_scales(encoded.scales, self.grid, weight.shape), E4M3, packed, refittable=own_rows)
 

@@ -211,8 +211,9 @@ def _fit(
 ) -> Fit[Fp4Tensor]:
     steps = encoded.steps().t().contiguous()
 
-    def packed(scales: Scales, codes: Tensor) -> Fp4Tensor:
-        return Fp4Tensor(pack(codes.t()), stored(scales.steps.t()).contiguous(), encoded.global_scale)
+    def packed(scales: Scales, values: Tensor) -> Fp4Tensor:
+        codes = torch.cat([pack(found.t()) for _, _, found in scales.by_rows(values)])
+        return Fp4Tensor(codes, stored(scales.steps.t()).contiguous(), encoded.global_scale)
 
     return StepFit(Scales(width=width, steps=steps, bases=None, store=store), E2M1, packed)
 

@@ -28,7 +28,7 @@ class LatticeFit(Generic[PackedT]):
     Attributes:
         scales: Of its sub-blocks.
         grid: The lattice and its signs.
-        packing: Makes the packed weight of signed magnitudes, float32 [in_features, out_features].
+        packing: Makes the packed weight of values, float32 [in_features, out_features].
     """
 
     scales: Scales
@@ -60,7 +60,7 @@ class LatticeFit(Generic[PackedT]):
 
     def pack(self, values: Tensor) -> PackedT:
         """See :class:`qconv.core.grid.Fit`."""
-        return self.packing(self.scales, self.scales.all_codes(values))
+        return self.packing(self.scales, values)
 
 
 def codes_of(magnitudes: Tensor, lattice: Lattice) -> Tensor:

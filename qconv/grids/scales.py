@@ -12,13 +12,15 @@ Tensors are float32 [groups, out_features], a group being a run of neighbouring 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from qconv.core.grid import Surroundings
+from qconv.core.rounding import row_blocks
 from qconv.grids.ggml.numeric import as_half, reciprocal
 
 _UNIT = 2.0**-9
@@ -61,6 +63,16 @@ class Scales:
             columns = slice(group * self.width, (group + 1) * self.width)
             codes[columns] = self.codes(group, values[columns])
         return codes
+
+    def by_rows(self, values: Tensor) -> Iterator[tuple[slice, Self, Tensor]]:
+        """A few rows at a time: which, their scales, and the codes of their values [in_features, rows]."""
+        columns, rows = values.shape
+        for start, stop in row_blocks(rows, columns):
+            part = self._of_rows(slice(start, stop))
+            yield slice(start, stop), part, part.all_codes(values[:, start:stop])
+
+    def _of_rows(self, rows: slice) -> Self:
+        return replace(self, steps=self.steps[:, rows], bases=None if self.bases is None else self.bases[:, rows])
 
     def refit_(self, first: int, around: Surroundings) -> None:
         """:meth:`qconv.core.grid.Fit.refit_`, codes being whole numbers or those of a codebook."""
@@ -157,6 +169,16 @@ class SuperScales(Scales):
             direction = self._spread(self.lows[groups]).neg_()
             self.dmin[block] = self._refit_shared(self.dmin[block], direction, start, around)
             self.bases[groups] = -(self.dmin[block] * self.lows[groups])
+
+    def _of_rows(self, rows: slice) -> Self:
+        part = Scales._of_rows(self, rows)
+        return replace(
+            part,
+            d=self.d[:, rows],
+            integers=self.integers[:, rows],
+            dmin=None if self.dmin is None else self.dmin[:, rows],
+            lows=None if self.lows is None else self.lows[:, rows],
+        )
 
     def _spread(self, by_group: Tensor) -> Tensor:
         """[groups, out_features] -> [columns, out_features], a copy."""

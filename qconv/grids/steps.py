@@ -22,7 +22,7 @@ class StepFit(Generic[PackedT]):
     Attributes:
         scales: Of its groups.
         nearest: The codes.
-        packing: Makes the packed weight of codes, float32 [in_features, out_features].
+        packing: Makes the packed weight of values, float32 [in_features, out_features].
         refittable: Whether rows have scales of their own, which can be chosen anew.
     """
 
@@ -62,4 +62,4 @@ class StepFit(Generic[PackedT]):
 
     def pack(self, values: Tensor) -> PackedT:
         """See :class:`qconv.core.grid.Fit`."""
-        return self.packing(self.scales, self.scales.all_codes(values))
+        return self.packing(self.scales, values)

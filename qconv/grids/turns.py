@@ -82,7 +82,7 @@ def round_steps(run: Run, scales: Scales, inverses: Tensor, nearest: Nearest) ->
     codes = _codes(nearest)
     if library is None or codes is None:
         return None
-    values, held = torch.empty_like(run.original), _Held()
+    values, held = torch.empty(run.original.shape), _Held()
     structures = (
         held.run(run, values),
         held.groups(run.columns, scales, inverses),
@@ -97,7 +97,7 @@ def round_points(run: Run, scales: Scales, grid: SignedGrid) -> Tensor | None:
     library = native.load(LIBRARY)
     if library is None:
         return None
-    values, held = torch.empty_like(run.original), _Held()
+    values, held = torch.empty(run.original.shape), _Held()
     lattice, _ = lattice_tables(grid)
     points = _Points(
         ctypes.addressof(lattice), held.address(run.metric), None if run.hessian is None else held.address(run.hessian)
@@ -134,7 +134,7 @@ class _Held:
     def run(self, run: Run, values: Tensor) -> _Run:
         """The columns, and where their values go."""
         parts = map(self.address, (run.targets, run.original, run.shares.t()))
-        return _Run(*run.original.shape, *parts, self.address(values))
+        return _Run(*run.original.shape, *parts, values.data_ptr())
 
     def groups(self, columns: Sequence[int], scales: Scales, inverses: Tensor) -> _Groups:
         """The scales of columns by their number."""

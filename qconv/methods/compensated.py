@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
 import torch
 from torch import Tensor
 
-from qconv.core.grid import FittedGrid, PackedT
+from qconv.core.grid import Fit, FittedGrid, PackedT
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
 from qconv.methods.compensation import compensate
@@ -75,14 +76,11 @@ class Problem:
         """
         _require_finite(weight)
         own = self._rows(weight, grid.encode(weight, self._importance()))
-        fit, columns = grid.fit(weight, own.weight), weight.t().contiguous()
+        fit = grid.fit(weight, own.weight)
         factor = self.factor(fit.width)
-        values = compensate(columns, fit, factor, self.settings.block_size)
-        found = self._rows(weight, fit.pack(values))
-        if self.refine.sweeps or self.refine.refits:
-            refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
-            del columns
-            found = found.or_better(self._rows(weight, fit.pack(values)))
+        # In a list, so that what they were made with is gone before their errors are looked at.
+        candidates = list(self._candidates(weight, fit, factor))
+        found = functools.reduce(_Rows.or_better, (self._rows(weight, one) for one in candidates))
         best = own.or_no_worse(found)
         kept_own = int((own.errors < found.errors).sum())
         return Rounded(best.weight, factor, float(best.errors.sum()), float(own.errors.sum()), kept_own)
@@ -115,6 +113,15 @@ class Problem:
     ) -> dict[str, Rounded[PackedT]]:
         """:meth:`quantize` of linears by name."""
         return {name: self.quantize(weight, grids[name]) for name, weight in weights.items()}
+
+    def _candidates(self, weight: Tensor, fit: Fit[PackedT], factor: Factor) -> Iterator[PackedT]:
+        """What compensation finds, and what refinement makes of it."""
+        columns = weight.t().contiguous()
+        values = compensate(columns, fit, factor, self.settings.block_size)
+        yield fit.pack(values)
+        if self.refine.sweeps or self.refine.refits:
+            refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
+            yield fit.pack(values)
 
     def _rows(self, weight: Tensor, rounded: PackedT) -> _Rows[PackedT]:
         return _Rows(rounded, row_errors(rounded.dequantize().sub_(weight), self.hessian))
