@@ -28,6 +28,7 @@ TESTS = (
     FIRST_USE,
     "tests/core/test_integer_grid.py",
     "tests/grids/ggml/test_compiled.py",
+    "tests/grids/test_turns.py",
     "tests/runtime/backends/test_cpu.py",
     "tests/runtime/backends/test_cpu_tiles.py",
 )
@@ -104,11 +105,11 @@ PLANTED = (
         "encoding and IQ2_XS",
         patch="""
 from qconv.grids.ggml import compiled
-made = compiled._lattice._function
+made = compiled.lattice_tables._function
 def forgetful(grid):
     described, tables = made(grid)
     return described, []
-compiled._lattice._function = forgetful
+compiled.lattice_tables._function = forgetful
 """,
     ),
     Planted(
