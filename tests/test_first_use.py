@@ -30,7 +30,7 @@ from tests.grids.ggml.conftest import bell_weights, column_importance
 
 THREADS = 8
 ROUNDS = 3
-TABLES = (lattice.lattice, compiled._lattice, codebook._values, codebook._nearest_table)
+TABLES = (lattice.lattice, compiled.lattice_tables, codebook._values, codebook._nearest_table)
 """All that is made once a process."""
 
 
