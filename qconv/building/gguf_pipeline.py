@@ -346,10 +346,12 @@ class _Run:
             "format": f"gguf:{plan.file_type}",
             "fingerprints": lasting(journal.fingerprints),
             "recipe": self.recipe.model_dump(mode="json"),
+            "method": "gptq" if self.layers is not None else "rtn",
             "imatrix": self._imatrix_values(),
             "parameters": self.weights,
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "files": [file.name for file in plan.files],
+            "layers": [] if self.layers is None else self.layers.report(),
             "tensors": {
                 name: {"type": plan.types[name].name, **self._replaced(name), "snr_db": snr}
                 for file in plan.files

@@ -19,6 +19,9 @@ from qconv.verification.floors import snr_floor_db
 _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 """Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""
 
+_WEIGHTED_MXFP4_FLOOR = 4.0
+"""Compensated: twelve below what rounding has, as of integers (:func:`qconv.verification.floors.snr_floor_db`)."""
+
 _LATTICE_FLOORS = {"IQ3_S": 8.0, "IQ3_XXS": 7.0, "IQ2_S": 3.5, "IQ2_XS": 3.5, "IQ2_XXS": 2.0}
 """Without importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9 and 9.6 dB. The worst that a search came to, on
 weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so what
@@ -49,7 +52,7 @@ def floor_db(type: GGMLQuantizationType, weighted: bool) -> float:
         weighted: Whether an importance may have moved errors between columns.
     """
     if type.name in _FLOAT_FLOORS:
-        return _FLOAT_FLOORS[type.name]
+        return _WEIGHTED_MXFP4_FLOOR if weighted and type.name == "MXFP4" else _FLOAT_FLOORS[type.name]
     if type.name in _LATTICE_FLOORS:
         return _WEIGHTED_LATTICE_FLOOR if weighted else _LATTICE_FLOORS[type.name]
     bits = int(next(character for character in type.name if character.isdigit()))

@@ -264,7 +264,7 @@ def test_a_type_that_needs_an_imatrix_gets_one_collected(tmp_path: Path, monkeyp
     assert verify_gguf(tmp_path / "out", wide).problems == []
 
 
-COLLECTED = {"calibration": {"tokens": 128, "sequence_length": 32}}
+COLLECTED: dict[str, Any] = {"method": "rtn", "calibration": {"tokens": 128, "sequence_length": 32}}
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,11 @@ def test_given_and_collected_matrices_are_merged(sparse: Path, made: Path, calib
 def test_other_calibration_text_is_another_run(sparse: Path, calibrated: Path, tmp_path: Path) -> None:
     shutil.copytree(calibrated, tmp_path / "out")
     with pytest.raises(StaleJournalError, match="calibration data, recipe changed"):
-        convert(sparse, tmp_path / "out", keys={"calibration": {"tokens": 128, "sequence_length": 32, "seed": 1}})
+        convert(
+            sparse,
+            tmp_path / "out",
+            keys={"method": "rtn", "calibration": {"tokens": 128, "sequence_length": 32, "seed": 1}},
+        )
     with pytest.raises(StaleJournalError, match="calibration data, recipe"):
         convert(sparse, tmp_path / "out")
 
