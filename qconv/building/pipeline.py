@@ -220,11 +220,11 @@ class _Run:
             return None
         # transformers takes seconds to import; rounding does without.
         from qconv.calibration.run import Calibration
-        from qconv.calibration.schemes import IntegerScheme, StaticScheme
+        from qconv.calibration.schemes import StaticScheme, scheme_of
 
         calibration = Calibration(self.source, self.recipe, self.tokens, self.work, journal, self.workers)
         grid = self.plan.grid
-        static = StaticScheme(grid, self.recipe) if grid.is_float else None
+        static = StaticScheme(grid, self.recipe) if grid.activations == "static" else None
 
         def make(unit: Unit) -> None:
             assert unit.layer is not None
@@ -234,7 +234,7 @@ class _Run:
             if unit.layer.index < calibration.next_layer:
                 return
             quantized = [item.module.name for item in unit.items if item.quantized]
-            schemes = {} if static else dict.fromkeys(quantized, IntegerScheme(grid, self.recipe))
+            schemes = {} if static else dict.fromkeys(quantized, scheme_of(grid, self.recipe))
             context = calibration.context(unit.layer, quantized, schemes, static)
             modules = calibration.modules(context)
             if committed:

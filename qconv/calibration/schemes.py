@@ -14,6 +14,7 @@ from qconv.core.grid import FittedGrid, Packed
 from qconv.core.qtensor import Grid
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.grids import e4m3
+from qconv.grids.elements import E4M3Grid, IntegerGrid
 from qconv.methods import awq, gptq
 from qconv.methods.compensated import Problem
 from qconv.methods.gptq import Factor
@@ -142,8 +143,11 @@ class IntegerScheme:
         """See :class:`Scheme`."""
         clip = self.recipe.clip if self.recipe.searches_clipping else None
         found = gptq.quantize(weight, self.grid, moments.hessian, self.recipe.gptq, clip, moments.factor)
-        record = {"error": found.error, "rtn_error": found.rtn_error}
-        return Compensated(found.qtensor, record | extraordinary(moments.factor, found.kept_rtn))
+        quantized, error, refine = found.qtensor, found.error, self.recipe.refine
+        if refine.sweeps or refine.refits:
+            quantized, error = moments.problem.refined(weight, IntegerGrid(self.grid), quantized)
+        record = {"error": error, "rtn_error": found.rtn_error}
+        return Compensated(quantized, record | extraordinary(moments.factor, found.kept_rtn))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +215,13 @@ class StaticScheme:
             found[name] = fused.rows(start, start + len(weight))
             start += len(weight)
         return dict(found)
+
+
+def scheme_of(grid: Grid, recipe: Recipe) -> Scheme:
+    """How linears on a grid of integers, or of floats whose inputs have no stored scale, are rounded."""
+    if grid.is_float:
+        return FittedScheme(E4M3Grid(grid, recipe.clip if recipe.searches_clipping else None))
+    return IntegerScheme(grid, recipe)
 
 
 def extraordinary(factor: Factor, kept_rtn: int) -> dict[str, Any]:

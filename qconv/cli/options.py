@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qconv.planning.gguf_recipe import GgufRecipe
 
 GGUF = "gguf"
+COMPENSATED_BY_TEXT = ("fp8", "fp8_dynamic")
+"""Formats that are rounded to nearest unless there is calibration text."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -151,8 +153,12 @@ class RecipeOptions:
                 raise UsageError(f"--{name.replace('_', '-')}: is for --fmt gguf:TYPE and recipes of format gguf.")
         overrides = self._shared_overrides() | {"grid.group_size": self.group_size}
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
+        plain = load_recipe(source)
+        if plain.format in COMPENSATED_BY_TEXT and not plain.looks_at_activations and self.method is None:
+            # Text has no other use there.
+            given |= {"method": "gptq"} if self.calib or self.tokens else {}
         if self.skip:
-            given["skip"] = [*load_recipe(source).skip, *self.skip]
+            given["skip"] = [*plain.skip, *self.skip]
         return load_recipe(source, given)
 
     def _shared_overrides(self) -> dict[str, Any]:

@@ -181,10 +181,19 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
     """
     output_format = get_format(recipe.format)
     grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
-    if grid.is_float and recipe.looks_at_activations:
+    if grid.is_float and "awq" in recipe.method:
         raise RecipeError(
-            f"method: {recipe.method_name} rounds to integers, and format {output_format.name} holds floats.",
-            hint="Take method rtn, or an integer format.",
+            f"method: {recipe.method_name} searches scales for integers, and format {output_format.name} holds floats.",
+            hint="Take method rtn or gptq, or an integer format.",
+        )
+    if grid.activations == "static" and recipe.looks_at_activations:
+        raise RecipeError(
+            f"method: {output_format.name} is rounded to nearest, with one scale for all linears that engines fuse.",
+            hint="Take method rtn, or format fp8_dynamic.",
+        )
+    if grid.is_float and recipe.gptq.ordering == "desc_act":
+        raise RecipeError(
+            "gptq.ordering: desc_act orders the groups of integers, and this format has blocks of floats."
         )
     if "gptq" in recipe.method and recipe.gptq.ordering == "desc_act":
         grid = _in_act_order(grid, output_format)

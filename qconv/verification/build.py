@@ -20,7 +20,7 @@ from qconv.executors.threads import Workers
 from qconv.models import architecture, families
 from qconv.verification.checksums import check_sums
 from qconv.verification.companions import check_companions
-from qconv.verification.floors import FLOAT_SNR_FLOOR_DB
+from qconv.verification.floors import float_snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
 from qconv.verification.structure import check_structure
@@ -136,6 +136,8 @@ def _float_tensor(dense: Dequantized, source: Source | None, name: str) -> tuple
         return None, failure.message
     if source is None or name not in dense.scales:
         return None, None
-    if not error.snr_db >= FLOAT_SNR_FLOOR_DB:
-        return error.snr_db, f"{name}: signal to noise {error.snr_db:.1f} dB, below {FLOAT_SNR_FLOOR_DB:.1f}"
+    # Nothing says how it was made.
+    floor = float_snr_floor_db(compensated=True)
+    if not error.snr_db >= floor:
+        return error.snr_db, f"{name}: signal to noise {error.snr_db:.1f} dB, below {floor:.1f}"
     return error.snr_db, f"{name}: {found}" if found.rows else None

@@ -17,8 +17,17 @@ def snr_floor_db(bits: int, compensated: bool) -> float:
     return max(6.02 * bits - 20.0, -2.0) if compensated else 6.02 * bits - 14.0
 
 
+def float_snr_floor_db(compensated: bool) -> float:
+    """The least credible signal to noise ratio of a linear of E4M3 floats, in decibels.
+
+    Compensation costs up to 12 of what rounding has: see :func:`snr_floor_db`. What is below that still shows a zeroed
+    block of rows or two exchanged ones, which give -3 to 0.
+    """
+    return FLOAT_SNR_FLOOR_DB - 12.0 if compensated else FLOAT_SNR_FLOOR_DB
+
+
 FLOAT_SNR_FLOOR_DB = 24.0
-"""The least possible signal to noise ratio of a linear of E4M3 floats, whatever its weights.
+"""The least possible signal to noise ratio of a linear of E4M3 floats, rounded to nearest, whatever its weights.
 
 Rounding to three bits of fraction moves a number by at most 1/17 of itself (1 + 1/16 becomes 1), which is 24.6 dB; what
 lies below 2**-6 moves by at most 2**-10 where the largest of its block is 448, which 100 million weights that share a

@@ -20,7 +20,7 @@ from qconv.errors import CheckpointError
 from qconv.executors.threads import Workers
 from qconv.models.folding import Folds, folded_weight
 from qconv.planning.plan import Module
-from qconv.verification.floors import FLOAT_SNR_FLOOR_DB, snr_floor_db
+from qconv.verification.floors import float_snr_floor_db, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
 from qconv.verification.values import bad_parameters
@@ -44,7 +44,10 @@ class Comparison:
         """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
         snr = self._error(linear, weight).snr_db
         problem = bad_parameters(weight)
-        floor = FLOAT_SNR_FLOOR_DB if weight.grid.is_float else snr_floor_db(weight.grid.bits, self.compensated)
+        if weight.grid.is_float:
+            floor = float_snr_floor_db(self.compensated)
+        else:
+            floor = snr_floor_db(weight.grid.bits, self.compensated)
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
         return snr, None if problem is None else f"{linear.name}: {problem}"
