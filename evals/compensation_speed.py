@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qconv.calibration.statistics import InputStatistics
 from qconv.core.grid import FittedGrid
+from qconv.core.hessian import factorize
 from qconv.core.qtensor import Grid
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.grids.blocks import BlockGrid
@@ -33,7 +34,7 @@ from qconv.grids.elements import E4M3Grid
 from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid
 from qconv.grids.ggml import GgmlType
 from qconv.methods import gptq
-from qconv.methods.compensated import Problem
+from qconv.methods.compensated.problem import Problem
 
 TOKENS, HIDDEN, WIDTH = 13_000, 6144, 2560
 BASELINE = "int4 gptq"
@@ -125,7 +126,7 @@ def _round(way: str, hessian: Tensor, weights: list[Tensor]) -> list[tuple[float
     """Errors and those of plain rounding."""
     settings = GptqSettings()
     if way == BASELINE:
-        factor = gptq.factorize(hessian, settings)
+        factor = factorize(hessian, settings)
         grid = Grid(4, 128, True, torch.float16)
         results = [gptq.quantize(weight, grid, hessian, settings, None, factor) for weight in weights]
         return [(result.error, result.rtn_error) for result in results]

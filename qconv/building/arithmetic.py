@@ -24,7 +24,7 @@ from torch.nn import functional
 from qconv.core.qtensor import Grid
 from qconv.core.settings import ClipSettings
 from qconv.executors.threads import single_threaded_operations
-from qconv.methods import rtn
+from qconv.grids import integers
 
 SHAPES = ((5, 96, 48), (64, 512, 192), (129, 1536, 64), (260, 384, 320))
 """Tokens, inputs and outputs of the products: libraries choose kernels by size. Inputs are multiples of 32."""
@@ -96,6 +96,6 @@ def _layer(x: Tensor, weight: Tensor) -> Iterator[Tensor]:
 def _rounded(weight: Tensor) -> Iterator[Tensor]:
     """A weight on a grid of four bits, clipping searched; compiled where there is a compiler."""
     grid = Grid(bits=4, group_size=_GROUP, symmetric=False, scale_dtype=torch.float16)
-    made = rtn.quantize(weight, grid, ClipSettings())
+    made = integers.quantize(weight, grid, ClipSettings())
     yield made.codes
     yield made.scales

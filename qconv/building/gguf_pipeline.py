@@ -10,21 +10,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv import __version__, native
-from qconv.artifacts.gguf_tensors import Importance, encoder, importance_of, uniform, weighted_blocks
+from qconv.artifacts.gguf_tensors import Importance, importance_of, uniform, weighted_blocks
 from qconv.artifacts.source import Source
 from qconv.building.completion import already_complete
+from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, encoded_block
 from qconv.building.gguf_report import Coverage, model_card
 from qconv.building.inputs import fingerprints, lasting
 from qconv.building.output import Outcome, begin, enter, publish, require_apart, require_published
@@ -50,10 +47,10 @@ from qconv.formats.gguf.container import FileLayout, GgufWriter
 from qconv.formats.gguf.imatrix import Imatrix, merge, read_imatrix
 from qconv.formats.gguf.mixture import fallbacks, needs_importance
 from qconv.formats.gguf.names import GgufTensor
-from qconv.grids.ggml import compiled, encode
+from qconv.grids.ggml import compiled
 from qconv.planning.gguf_plan import GgufPlan, plan_gguf
 from qconv.planning.gguf_recipe import GgufRecipe, require_matches
-from qconv.verification.blocks import decoded, floor_db
+from qconv.verification.blocks import floor_db
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Progress
 
@@ -61,9 +58,6 @@ if TYPE_CHECKING:
     from qconv.building.gguf_layers import CalibratedLayers
 
 Log = Callable[[str], None]
-
-SAMPLED_ROWS = 4
-"""Of each block of rows, decoded again at once."""
 
 
 def quantize_gguf(
@@ -235,7 +229,7 @@ class _Run:
         """By the journal's keys what reads again that of which a file was made, and gives its checksum."""
 
         def read(file: FileLayout) -> str:
-            checksums = self.workers.map(_checksum, self._blocks(file, uniform))
+            checksums = self.workers.map(block_checksum, self._blocks(file, uniform))
             return combined((str(number), one) for number, one in enumerate(checksums))
 
         key = blocks_key if self.recipe.is_calibrated else sums_key
@@ -307,7 +301,7 @@ class _Run:
         """
         snr_db: dict[str, float | None] = {}
         checksums: list[int] = []
-        encoded = self.workers.map(_encode, self._blocks(file, self.columns))
+        encoded = self.workers.map(encoded_block, self._blocks(file, self.columns))
         for name, group in itertools.groupby(encoded, key=lambda one: one.name):
             errors: list[SquaredError] = []
             writer.write_blocks(name, self._counted(group, errors, checksums))
@@ -322,7 +316,7 @@ class _Run:
             snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
         return snr_db, combined((str(number), one) for number, one in enumerate(checksums))
 
-    def _counted(self, group: Iterator[_Encoded], errors: list[SquaredError], checksums: list[int]) -> Iterator[Tensor]:
+    def _counted(self, group: Iterator[Encoded], errors: list[SquaredError], checksums: list[int]) -> Iterator[Tensor]:
         for one in group:
             errors.append(one.error)
             checksums.append(one.checksum)
@@ -330,13 +324,13 @@ class _Run:
             self.done += one.weights
             self.progress(one.name, self.done, self.weights)
 
-    def _blocks(self, file: FileLayout, columns: Importance) -> Iterator[_Block]:
+    def _blocks(self, file: FileLayout, columns: Importance) -> Iterator[Block]:
         for info in file.tensors:
             tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
             importance = columns if tensor.quantizable else uniform
-            ready = _Ready.of(self.layers, tensor)
+            ready = Ready.of(self.layers, tensor)
             for part, rows, weights in weighted_blocks(self.source, tensor, importance):
-                yield _Block(tensor.name, type, rows, weights, None if ready is None else ready.take(part, len(rows)))
+                yield Block(tensor.name, type, rows, weights, None if ready is None else ready.take(part, len(rows)))
 
     def _finish(self, journal: Journal) -> dict[str, Any]:
         plan = self.plan
@@ -385,56 +379,3 @@ class _Run:
             "file": None if self.text is None else IMATRIX_NAME,
             "coverage": self.coverage.values(),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    name: str
-    type: GGMLQuantizationType
-    rows: Tensor
-    importance: Tensor | None
-    ready: Tensor | None
-
-
-@dataclass(slots=True)
-class _Ready:
-    """A tensor's blocks that calibration has made, handed out in file order."""
-
-    layers: CalibratedLayers
-    tensor: GgufTensor
-    part: int = -1
-    data: Tensor = field(default_factory=lambda: torch.empty(0))
-    row: int = 0
-
-    @classmethod
-    def of(cls, layers: CalibratedLayers | None, tensor: GgufTensor) -> _Ready | None:
-        return cls(layers, tensor) if layers is not None and layers.holds(tensor) else None
-
-    def take(self, part: int, rows: int) -> Tensor:
-        """The next ``rows`` rows of a part."""
-        if part != self.part:
-            self.part, self.data, self.row = part, self.layers.blocks(self.tensor, part), 0
-        taken = self.data[self.row : self.row + rows]
-        self.row += rows
-        return taken
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    name: str
-    data: Tensor
-    weights: int
-    error: SquaredError
-    checksum: int
-
-
-def _encode(block: _Block) -> _Encoded:
-    data = encode(block.rows, encoder(block.type), block.importance) if block.ready is None else block.ready
-    reference = block.rows[:SAMPLED_ROWS].float().contiguous()
-    error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type))
-    return _Encoded(block.name, data, block.rows.numel(), error, _checksum(block))
-
-
-def _checksum(block: _Block) -> int:
-    rows = block.rows.contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(rows.numpy().data) if rows.numel() else 0

@@ -43,9 +43,8 @@ from qconv.folders.journal import WORK_FOLDER, Journal, locked
 from qconv.folders.ownership import remove_claimed
 from qconv.folders.readings import READ, SourceRecord, checksum
 from qconv.folders.state import CHECKSUMS_NAME, FolderState
-from qconv.grids import e4m3
+from qconv.grids import e4m3, integers
 from qconv.heap import return_freed_memory
-from qconv.methods import rtn
 from qconv.planning.plan import BuildPlan, Item, Module, Unit, make_plan, modelled_costs
 from qconv.planning.recipe import Recipe
 from qconv.verification.checksums import render_checksums
@@ -262,7 +261,7 @@ class _Run:
         """A linear's weight without calibration, made block by block unless all rows share a scale."""
         grid = self.plan.grid
         clip = self.recipe.clip if self.recipe.searches_clipping else None
-        rounded = e4m3.quantize if grid.is_float else rtn.quantize
+        rounded = e4m3.quantize if grid.is_float else integers.quantize
         if grid.block_rows == CHANNEL:
             return rounded(self.source.read(linear.weight), grid, clip)
         blocks = self.source.blocks(linear.weight, grid.block_rows)

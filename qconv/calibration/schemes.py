@@ -11,13 +11,13 @@ from torch import Tensor
 
 from qconv.calibration.statistics import block_width
 from qconv.core.grid import FittedGrid, Packed
+from qconv.core.hessian import Factor
 from qconv.core.qtensor import Grid
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.grids import e4m3
 from qconv.grids.elements import E4M3Grid, IntegerGrid
 from qconv.methods import awq, gptq
-from qconv.methods.compensated import Problem
-from qconv.methods.gptq import Factor
+from qconv.methods.compensated.problem import Problem
 from qconv.planning.recipe import Recipe
 
 

@@ -17,11 +17,10 @@ from qconv.core.grid import Fit, PackedT, Run, Surroundings
 from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.core.rounding import storable, to_codes
 from qconv.core.settings import ClipSettings
-from qconv.grids import e4m3
+from qconv.grids import e4m3, integers
 from qconv.grids.nearest import E4M3, Integers
 from qconv.grids.scales import Scales
 from qconv.grids.steps import StepFit
-from qconv.methods import rtn
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +49,12 @@ class IntegerGrid:
         Importance has no effect but one: with ``act_order`` groups are made of columns of falling importance.
         """
         if not self.grid.act_order:
-            return rtn.quantize(weight, self.grid, self.clip)
+            return integers.quantize(weight, self.grid, self.clip)
         columns = weight.shape[1]
         order = torch.arange(columns)
         if importance is not None:
             order = torch.argsort(importance, descending=True, stable=True)
-        return _in_place(rtn.quantize(weight.index_select(1, order), self.grid, self.clip), order)
+        return _in_place(integers.quantize(weight.index_select(1, order), self.grid, self.clip), order)
 
     def fit(self, weight: Tensor, encoded: QTensor) -> Fit[QTensor]:
         """See :class:`qconv.core.grid.FittedGrid`; ``encoded`` may be GPTQ's, too."""

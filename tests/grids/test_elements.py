@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from qconv.core.grid import Surroundings
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.core.settings import ClipSettings, GptqSettings
-from qconv.grids import e4m3
+from qconv.grids import e4m3, integers
 from qconv.grids.elements import E4M3Grid, IntegerGrid
-from qconv.methods import gptq, rtn
+from qconv.methods import gptq
 from tests.problems import ELEMENTS, random_hessian, random_weight, true_errors
 
 
@@ -36,7 +36,7 @@ def test_what_gptq_made_comes_back(ordering: Any, symmetric: bool, dtype: torch.
 def test_its_own_rounding_is_todays() -> None:
     weight = random_weight(8, 256, seed=2)
     grid, clip = Grid(4, 128, False, torch.float16), ClipSettings(steps=5)
-    assert torch.equal(IntegerGrid(grid, clip).encode(weight).codes, rtn.quantize(weight, grid, clip).codes)
+    assert torch.equal(IntegerGrid(grid, clip).encode(weight).codes, integers.quantize(weight, grid, clip).codes)
     blocks = Grid(8, 128, True, torch.bfloat16, "e4m3", 128)
     theirs = e4m3.quantize(weight, blocks, clip)
     assert torch.equal(E4M3Grid(blocks, clip).encode(weight).dequantize(), theirs.dequantize())
@@ -48,7 +48,7 @@ def test_act_order_makes_groups_of_columns_of_like_importance() -> None:
     assert encoded.group_index is not None
     order = torch.argsort(importance, descending=True)
     assert encoded.group_index[order].tolist() == [place // 32 for place in range(128)]
-    plain = rtn.quantize(random_weight(4, 128, seed=3)[:, order], Grid(4, 32, True, torch.float16))
+    plain = integers.quantize(random_weight(4, 128, seed=3)[:, order], Grid(4, 32, True, torch.float16))
     assert torch.equal(encoded.dequantize()[:, order], plain.dequantize())
 
 

@@ -15,7 +15,7 @@ from qconv import native
 from qconv.core.grid import Fit, Run
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.grids import turns
-from qconv.methods.compensated import Problem
+from qconv.methods.compensated.problem import Problem
 from tests.compiled import by_torch, compile_for, require
 from tests.problems import FITTED, LATTICES, random_hessian, random_weight
 
@@ -102,7 +102,8 @@ def test_threads_do_not_disturb_each_other(name: str) -> None:
     problem = Problem(hessian, GptqSettings(), RefineSettings(sweeps=1, refits=1), {})
 
     def rounded(weight: Tensor) -> Tensor:
-        return problem.quantize(weight, FITTED[name]).weight.dequantize()
+        found: Tensor = problem.quantize(weight, FITTED[name]).weight.dequantize()
+        return found
 
     expected = list(map(rounded, weights))
     with ThreadPoolExecutor(4) as threads:

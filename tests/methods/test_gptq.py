@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconv.core.hessian import factorize, row_errors
 from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.core.rounding import clip_ratios, round_to_nearest
 from qconv.core.settings import ClipSettings, GptqSettings
 from qconv.errors import QconvError, RecipeError, UsageError
-from qconv.methods import rtn
-from qconv.methods.gptq import GptqResult, factorize, quantize, row_errors
+from qconv.grids import integers
+from qconv.methods.gptq import GptqResult, quantize
 from qconv.planning.recipe import parse_recipe
 from tests.problems import HESSIANS, random_hessian, random_weight, rounding_noise, true_errors
 
@@ -76,7 +77,7 @@ def test_it_rounds_as_the_paper_does(ordering: Any, group_size: int, symmetric: 
     grid, settings = grid_of(bits, group_size, symmetric), GptqSettings(block_size=48, ordering=ordering)
     result = quantize(weight, grid, hessian, settings)
     assert (result.damp_percent, result.escalations, result.dead_columns) == (0.01, 0, 0)
-    theirs, nearest = reference(weight, grid, hessian, settings), rtn.quantize(weight, grid).dequantize()
+    theirs, nearest = reference(weight, grid, hessian, settings), integers.quantize(weight, grid).dequantize()
     worse = true_errors(nearest, weight, hessian) < true_errors(theirs, weight, hessian)
     assert result.kept_rtn == int(worse.sum()) <= 1
     theirs[worse] = nearest[worse].double()
@@ -150,9 +151,9 @@ def test_never_worse_than_rounding_to_nearest(
 def nearest_in_groups(weight: Tensor, like: QTensor) -> Tensor:
     """Plain rounding in the groups of ``like``."""
     if like.group_index is None:
-        return rtn.quantize(weight, like.grid).dequantize()
+        return integers.quantize(weight, like.grid).dequantize()
     order = torch.argsort(like.group_index, stable=True)
-    return rtn.quantize(weight[:, order], like.grid).dequantize()[:, torch.argsort(order)]
+    return integers.quantize(weight[:, order], like.grid).dequantize()[:, torch.argsort(order)]
 
 
 def assert_sound(result: GptqResult, grid: Grid, weight: Tensor) -> None:
@@ -239,7 +240,7 @@ def test_clipping_lowers_the_error() -> None:
 def test_uncorrelated_inputs_leave_rounding_to_nearest() -> None:
     weight, grid = random_weight(8, 64, seed=0), grid_of()
     result = quantize(weight, grid, torch.eye(64), GptqSettings())
-    assert torch.equal(result.qtensor.codes, rtn.quantize(weight, grid).codes)
+    assert torch.equal(result.qtensor.codes, integers.quantize(weight, grid).codes)
     assert result.error == result.rtn_error
 
 
@@ -257,7 +258,7 @@ def test_an_all_zero_weight_stays_zero(ordering: Any, symmetric: bool) -> None:
 def test_no_tokens_are_rounding_to_nearest(ordering: Any) -> None:
     weight, grid = random_weight(8, 64, seed=0), grid_of()
     result = quantize(weight, grid, torch.zeros(64, 64), GptqSettings(ordering=ordering))
-    assert torch.equal(result.qtensor.codes, rtn.quantize(weight, grid).codes)
+    assert torch.equal(result.qtensor.codes, integers.quantize(weight, grid).codes)
     assert (result.error, result.rtn_error, result.dead_columns, result.escalations) == (0.0, 0.0, 64, 0)
 
 
@@ -287,7 +288,7 @@ def test_rows_that_plain_rounding_serves_better_are_its_own(symmetric: bool) -> 
     # Compensation for other inputs misleads.
     misled = factorize(random_hessian(64, seed=60), settings)
     result = quantize(weight, grid, hessian, settings, None, misled)
-    nearest = rtn.quantize(weight, grid)
+    nearest = integers.quantize(weight, grid)
     same = (result.qtensor.codes == nearest.codes).all(1)
     assert 0 < result.kept_rtn <= int(same.sum())
     assert torch.equal(result.qtensor.scales[same], nearest.scales[same])

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from evals.peers.clients import expert
 from evals.peers.clients.expert import Expert, Record
 from qconv.calibration.statistics import InputStatistics
+from qconv.core.hessian import factorize
 from qconv.core.qtensor import Grid
 from qconv.core.settings import ClipSettings, GptqSettings
 from qconv.executors.threads import Workers
@@ -68,7 +69,7 @@ def rounded(
         statistics.update(window)
     accumulated = time.perf_counter()
     hessian = statistics.hessian
-    factor = gptq.factorize(hessian, SETTINGS)
+    factor = factorize(hessian, SETTINGS)
     factored = time.perf_counter()
     results = {
         name: gptq.quantize(weight, GRID, hessian, SETTINGS, clip, factor).qtensor for name, weight in weights.items()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qconv.core.grid import Fit, Run
-from qconv.methods.gptq import Factor
+from qconv.core.hessian import Factor
 
 
 def compensate(weight: Tensor, fit: Fit[Any], factor: Factor, block_size: int = 128) -> Tensor:

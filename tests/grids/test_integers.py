@@ -12,7 +12,7 @@ from qconv.core import rounding
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.core.rounding import clip_ratios, round_to_nearest
 from qconv.core.settings import ClipSettings
-from qconv.methods.rtn import mse_ratios, quantize
+from qconv.grids.integers import mse_ratios, quantize
 
 CLIP = ClipSettings(steps=8, max_shrink=0.6)
 GRIDS = st.builds(

@@ -1,4 +1,4 @@
-"""Round to nearest, with an optional search of each group's clipping range by mean squared error."""
+"""Rounding to nearest on integer grids, with an optional search of each group's range by mean squared error."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qconv.core.grid import Run
+from qconv.core.hessian import factorize
 from qconv.core.settings import GptqSettings
-from qconv.methods.compensation import compensate
-from qconv.methods.gptq import factorize
+from qconv.methods.compensated.columns import compensate
 from tests.problems import FITTED, LATTICES, STEPS, random_hessian, random_weight
 
 SOME = ["Q4_K", "Q6_K", "IQ4_XS", "int4 g128 zero points", "int4 act_order", "E4M3 128x128", "NVFP4"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qconv.core.grid import Fit, Run, Surroundings
-from qconv.methods.refinement import refine_
+from qconv.methods.compensated.refinement import refine_
 from tests.problems import FITTED, LATTICES, random_hessian, random_weight
 
 DAMP = 0.01

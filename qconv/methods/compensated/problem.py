@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from qconv.core.grid import Fit, FittedGrid, PackedT
+from qconv.core.hessian import Factor, factorize, is_finite, row_errors
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
-from qconv.methods.compensation import compensate
-from qconv.methods.gptq import Factor, factorize, is_finite, row_errors
-from qconv.methods.refinement import refine_
+from qconv.methods.compensated.columns import compensate
+from qconv.methods.compensated.refinement import refine_
 
 SCALE_EXPONENT = 0.5
 """Scales are searched with each column counting the root of its inputs' mean square, as encoders use an imatrix; which

@@ -14,7 +14,7 @@ from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
 from qconv.grids.elements import IntegerGrid
 from qconv.methods import gptq
-from qconv.methods.compensated import Problem
+from qconv.methods.compensated.problem import Problem
 from tests.problems import (
     FITTED,
     HESSIANS,

@@ -1,0 +1,76 @@
+"""Blocks of rows of a GGUF build: encoded, or made by calibration, and a few rows of each decoded again."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from qconv.artifacts.gguf_tensors import encoder
+from qconv.core.qtensor import SquaredError
+from qconv.formats.gguf.names import GgufTensor
+from qconv.grids.ggml import encode
+from qconv.verification.blocks import decoded
+
+if TYPE_CHECKING:
+    from qconv.building.gguf_layers import CalibratedLayers
+
+SAMPLED_ROWS = 4
+"""Of each block of rows, decoded again at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    name: str
+    type: GGMLQuantizationType
+    rows: Tensor
+    importance: Tensor | None
+    ready: Tensor | None
+
+
+@dataclass(slots=True)
+class Ready:
+    """A tensor's blocks that calibration has made, handed out in file order."""
+
+    layers: CalibratedLayers
+    tensor: GgufTensor
+    part: int = -1
+    data: Tensor = field(default_factory=lambda: torch.empty(0))
+    row: int = 0
+
+    @classmethod
+    def of(cls, layers: CalibratedLayers | None, tensor: GgufTensor) -> Ready | None:
+        return cls(layers, tensor) if layers is not None and layers.holds(tensor) else None
+
+    def take(self, part: int, rows: int) -> Tensor:
+        """The next ``rows`` rows of a part."""
+        if part != self.part:
+            self.part, self.data, self.row = part, self.layers.blocks(self.tensor, part), 0
+        taken = self.data[self.row : self.row + rows]
+        self.row += rows
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    name: str
+    data: Tensor
+    weights: int
+    error: SquaredError
+    checksum: int
+
+
+def encoded_block(block: Block) -> Encoded:
+    data = encode(block.rows, encoder(block.type), block.importance) if block.ready is None else block.ready
+    reference = block.rows[:SAMPLED_ROWS].float().contiguous()
+    error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type))
+    return Encoded(block.name, data, block.rows.numel(), error, block_checksum(block))
+
+
+def block_checksum(block: Block) -> int:
+    rows = block.rows.contiguous().view(-1).view(torch.uint8)
+    return zlib.crc32(rows.numpy().data) if rows.numel() else 0
