@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.layout import layout_of
-from qconv.artifacts.reported import has_report, read_report
+from qconv.artifacts.reported import has_report, read_report, says_matched
 from qconv.artifacts.source import WEIGHT_DTYPES, untied
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header
@@ -160,6 +160,15 @@ class Build:
             return None
         steps = read_report(self.path)["recipe"]["method"]
         return (steps,) if isinstance(steps, str) else tuple(steps)
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether a report says that matched calibration moved weights before they were rounded.
+
+        Raises:
+            CheckpointError: the report is damaged.
+        """
+        return self.is_ours and says_matched(read_report(self.path))
 
     def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the tensors that the build must hold, given which plain weights it lacks."""

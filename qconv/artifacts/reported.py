@@ -5,6 +5,7 @@ Whoever has the folder may have changed the file; a reader that believed it woul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.reader import read_json
+from qconv.core.settings import MATCHED
 from qconv.errors import CheckpointError
 from qconv.folders.state import REPORT_NAME
 
@@ -133,3 +135,10 @@ def read_report(folder: Path) -> dict[str, Any]:
             hint="Download the build again, or make it again with --restart.",
         ) from error
     return values
+
+
+def says_matched(report: Mapping[str, Any]) -> bool:
+    """Whether a report's recipe is one of matched calibration."""
+    recipe = report.get("recipe")
+    calibration = recipe.get("calibration") if isinstance(recipe, dict) else None
+    return isinstance(calibration, dict) and calibration.get("propagate") == MATCHED

@@ -22,6 +22,7 @@ from qconv.checkpoint.reader import Tensors
 from qconv.checkpoint.stream import TensorStream
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
 from qconv.core.architecture import Linear
+from qconv.core.settings import MATCHED
 from qconv.errors import VerificationError
 from qconv.executors.threads import Workers
 from qconv.folders.readings import combined
@@ -113,8 +114,9 @@ class UnitWriter:
             self._write_scales(scales)
         with output_errors(self._out):
             files = [self._sealed(writer) for writer in self._writers]
-            compensated = "gptq" in self._plan.recipe.method
-            comparison = Comparison(source.checkpoint, self._folds(scales), compensated)
+            recipe, folds = self._plan.recipe, self._folds(scales)
+            matched = recipe.calibration.propagate == MATCHED
+            comparison = Comparison(source.checkpoint, folds, "gptq" in recipe.method, matched)
             snr_db, read = self._check(shards, comparison, workers)
             for writer in self._writers[len(shards) :]:
                 writer.require_same(sha256_of(writer.temporary))

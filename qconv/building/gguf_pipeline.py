@@ -306,7 +306,8 @@ class _Run:
             errors: list[SquaredError] = []
             writer.write_blocks(name, self._counted(group, errors, checksums))
             snr = sum(errors, SquaredError()).snr_db
-            floor = floor_db(self.plan.types[name], self.importance is not None or self.layers is not None)
+            weighted, matched = self.importance is not None or self.layers is not None, self.recipe.is_matched
+            floor = floor_db(self.plan.types[name], weighted, matched)
             if not snr >= floor:
                 raise VerificationError(
                     f"{file.name}: {name} does not stand for the source: signal to noise {snr:.1f} dB, below "

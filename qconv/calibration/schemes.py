@@ -14,6 +14,7 @@ from qconv.core.grid import FittedGrid, Packed
 from qconv.core.hessian import Factor
 from qconv.core.qtensor import Grid
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
+from qconv.core.settings import MOST_MOVED
 from qconv.grids import e4m3
 from qconv.grids.elements import E4M3Grid, IntegerGrid
 from qconv.methods import awq, gptq
@@ -81,7 +82,7 @@ class SecondMoments:
 
         The least squares of ``|T x - W r|^2`` over tokens, r being the unquantized model's input, are ``T = W + W D
         H^-1`` with ``D`` the mean of ``(r - x) x^T`` (GPTAQ, Li et al. 2025, https://arxiv.org/abs/2504.02692, section
-        3, in closed form).
+        3, in closed form). No row moves by more than :data:`MOST_MOVED` of its norm.
 
         Args:
             weight: float32 [out_features, in_features]; not changed.
@@ -96,7 +97,11 @@ class SecondMoments:
         solved.div_(factor.costs).mul_(self._strength / scale)
         solved = torch.linalg.solve_triangular(factor.upper, solved, upper=True, left=False, unitriangular=True)
         moved: Tensor = solved.index_select(1, torch.argsort(factor.order))
-        return moved.add_(weight)
+        # Few tokens say little of what lies between them, and can ask for anything there.
+        length, most = torch.linalg.vector_norm(moved, dim=1), MOST_MOVED * torch.linalg.vector_norm(weight, dim=1)
+        return moved.mul_((most / length.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(max=1.0).unsqueeze(1)).add_(
+            weight
+        )
 
     @property
     def factor(self) -> Factor:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 GIGABYTE = 10**9
 
 
+MOST_MOVED = 0.3
+"""How far matched calibration moves an output row of a weight before it is rounded, as a share of its norm."""
 MATCHED = "matched"
 """A value of ``calibration.propagate``."""
 
@@ -26,6 +28,8 @@ class Section(BaseModel):
         return value
 
 
+MOST_MOVED = 0.3
+"""How far matched calibration moves an output row of a weight before it is rounded, as a share of its norm."""
 MATCHED = "matched"
 
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.boundary.patterns import Pattern, PatternError
-from qconv.core.settings import CalibrationSettings, GptqSettings, OutputSettings, RefineSettings, Section
+from qconv.core.settings import MATCHED, CalibrationSettings, GptqSettings, OutputSettings, RefineSettings, Section
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.names import GgufTensor
@@ -77,6 +77,11 @@ class GgufRecipe(Section):
         if self.method is None:
             return self.calibration is not None and not self.imatrix.files
         return self.method == ("gptq",)
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether they are moved toward the unquantized model's outputs first."""
+        return self.is_calibrated and self.calibrated().calibration.propagate == MATCHED
 
     def calibrated(self) -> Recipe:
         """How the layers of a calibrated build are calibrated."""

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from qconv.verification.floors import snr_floor_db
+from qconv.verification.floors import matched_floor_db, snr_floor_db
 
 _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 """Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""
@@ -44,13 +44,16 @@ _WHOLE = (T.I8, T.I16, T.I32, T.I64)
 _E8M0_INFINITE = 0xFF
 
 
-def floor_db(type: GGMLQuantizationType, weighted: bool) -> float:
+def floor_db(type: GGMLQuantizationType, weighted: bool, matched: bool = False) -> float:
     """The least credible signal to noise ratio of a tensor of a type, in decibels.
 
     Args:
         type: Its type.
-        weighted: Whether an importance may have moved errors between columns.
+        weighted: Whether an importance or compensation may have moved errors between columns.
+        matched: Whether matched calibration may have moved weights before they were rounded.
     """
+    if matched and type not in _FLOATS:
+        return matched_floor_db(floor_db(type, weighted))
     if type.name in _FLOAT_FLOORS:
         return _WEIGHTED_MXFP4_FLOOR if weighted and type.name == "MXFP4" else _FLOAT_FLOORS[type.name]
     if type.name in _LATTICE_FLOORS:

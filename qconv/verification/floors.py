@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from qconv.core.settings import MOST_MOVED
+
 
 def snr_floor_db(bits: int, compensated: bool) -> float:
     """The least credible signal to noise ratio of a linear with that many bits, in decibels.
@@ -15,6 +19,14 @@ def snr_floor_db(bits: int, compensated: bool) -> float:
     down to -2 dB for few bits.
     """
     return max(6.02 * bits - 20.0, -2.0) if compensated else 6.02 * bits - 14.0
+
+
+def matched_floor_db(floor_db: float) -> float:
+    """The floor of a weight that matched calibration moved before it was rounded, from that of its rounding.
+
+    Both errors may point the same way; the first is at most :data:`qconv.core.settings.MOST_MOVED` of the weight.
+    """
+    return max(-20.0 * math.log10(10.0 ** (-floor_db / 20.0) + MOST_MOVED), -2.0)
 
 
 def float_snr_floor_db(compensated: bool) -> float:

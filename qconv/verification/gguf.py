@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qconv.artifacts.gguf_tensors import parts
-from qconv.artifacts.reported import has_report, read_report
+from qconv.artifacts.reported import has_report, read_report, says_matched
 from qconv.artifacts.source import Source
 from qconv.core.qtensor import SquaredError
 from qconv.errors import CheckpointError
@@ -134,10 +134,10 @@ def _check_weights(
             result.problems.append(f"{name} is {list(made.entries[name].shape)}, not {list(expected[name].shape)}")
     if result.problems:
         return
-    weighted = _may_be_weighted(folder)
+    weighted, matched = _may_be_weighted(folder), has_report(folder) and says_matched(read_report(folder))
 
     def compare(tensor: GgufTensor) -> tuple[float, list[str]]:
-        return _compare(made, source, tensor, floor_db(made.entries[tensor.name].type, weighted))
+        return _compare(made, source, tensor, floor_db(made.entries[tensor.name].type, weighted, matched))
 
     for done, (tensor, (snr, problems)) in enumerate(zip(tensors, workers.map(compare, tensors), strict=True)):
         if progress is not None:

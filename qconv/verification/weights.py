@@ -20,7 +20,7 @@ from qconv.errors import CheckpointError
 from qconv.executors.threads import Workers
 from qconv.models.folding import Folds, folded_weight
 from qconv.planning.plan import Module
-from qconv.verification.floors import float_snr_floor_db, snr_floor_db
+from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
 from qconv.verification.values import bad_parameters
@@ -34,11 +34,13 @@ class Comparison:
         source: The source's tensors.
         folds: What was folded into the modules' layer.
         compensated: Whether weights may carry compensation for each other's errors.
+        matched: Whether they may have been moved before, by matched calibration.
     """
 
     source: Tensors
     folds: Folds
     compensated: bool
+    matched: bool = False
 
     def weight(self, linear: Linear, weight: QTensor) -> tuple[float, str | None]:
         """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
@@ -48,6 +50,7 @@ class Comparison:
             floor = float_snr_floor_db(self.compensated)
         else:
             floor = snr_floor_db(weight.grid.bits, self.compensated)
+        floor = matched_floor_db(floor) if self.matched else floor
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
         return snr, None if problem is None else f"{linear.name}: {problem}"
@@ -122,7 +125,7 @@ def check_weights(
         except CheckpointError as error:
             result.problems.append(error.message)
             continue
-        compare = partial(_compare, build, Comparison(source.checkpoint, folds, compensated))
+        compare = partial(_compare, build, Comparison(source.checkpoint, folds, compensated, build.is_matched))
         for module, (snr, problem) in zip(modules, workers.map(compare, modules), strict=True):
             if snr is not None:
                 result.snr_db[module.name] = snr

@@ -55,11 +55,24 @@ def test_only_stored_scales_of_inputs_need_calibration() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq"])
-def test_methods_that_round_to_integers_are_refused(kind: str, method: str) -> None:
-    with pytest.raises(RecipeError, match=r"^method: .* rounds to integers, and format fp8\w* holds floats") as caught:
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_scales_for_integers_are_refused(kind: str, method: str) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^method: .* searches scales for integers, and format fp8\w* holds"
+    ) as caught:
         plan(model(), kind, method=method)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compensation_needs_a_scale_that_no_other_linear_shares(kind: str) -> None:
+    if KINDS[kind][2].endswith("static activations"):
+        with pytest.raises(RecipeError, match="fp8_static is rounded to nearest"):
+            plan(model(), kind, method="gptq")
+    else:
+        assert plan(model(), kind, method="gptq").needs_calibration
+        with pytest.raises(RecipeError, match=r"gptq\.ordering: desc_act"):
+            plan(model(), kind, method="gptq", gptq={"ordering": "desc_act"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
