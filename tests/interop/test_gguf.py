@@ -21,9 +21,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 
 from qconv.artifacts.source import Source
+from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
+from qconv.grids.blocks import BlockGrid
+from qconv.grids.ggml import GgmlType
 from qconv.planning.gguf_plan import plan_gguf, write_file
+from qconv.planning.gguf_recipe import parse_gguf_recipe
+from qconv.runtime.loading import load
 from qconv.runtime.tokenizer import load_tokenizer
 from tests.conftest import random_model, save_model
 from tests.gguf_copies import copied
@@ -175,6 +180,29 @@ def test_every_file_type_loads_and_generates(file_type: str, llama: Llama, tmp_p
     assert len(answer.generated) == 16
     # Measured 0.08 for Q2_K and 0.10 for IQ2_XXS, without an imatrix; equal probabilities for all tokens are 2.8 away.
     assert divergence(bundled_logits(tokens), answer.logits) < 0.2
+
+
+@pytest.mark.parametrize("type", [type for type in GgmlType if BlockGrid(type).has_codes], ids=lambda type: type.name)
+def test_calibrated_files_of_every_type_load_generate_and_have_one_perplexity(
+    type: GgmlType, llama: Llama, tmp_path: Path
+) -> None:
+    values = {"type": "BF16", "tensor_types": {r"blk\..*(attn|ffn)": type.name}, "refine": {"sweeps": 1, "refits": 1}}
+    text = {"calibration": {"tokens": 1024, "sequence_length": 64, "propagate": "matched"}}
+    recipe = parse_gguf_recipe(values | text)
+    report = quantize_gguf(MODEL, tmp_path / "out", recipe, progress=lambda *_: None, log=lambda _: None).report
+    assert report["method"] == "gptq"
+    assert {one["type"] for name, one in report["tensors"].items() if "exps" in name} == {type.name}
+    file = tmp_path / "out" / report["files"][0]
+    ids = load_tokenizer(MODEL)((CHECKOUT / "evals/quality.py").read_text()).input_ids[:256]
+    answer = llama(file, [ids], generate=16)
+    assert len(answer.generated) == 16
+    with torch.no_grad():
+        ours = load(file, backend="reference")(torch.tensor([ids])).logits[0].float()
+    theirs, wanted = answer.logits[0], torch.tensor(ids[1:])
+    losses = [torch.nn.functional.cross_entropy(logits[:-1].double(), wanted).item() for logits in (ours, theirs)]
+    # llama.cpp rounds what a matrix is multiplied with to eight bits, in blocks of 32 or 256.
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert divergence([ours], [theirs]) < 0.005
 
 
 def test_rows_that_no_block_divides_load(llama: Llama, tmp_path: Path) -> None:
