@@ -41,7 +41,7 @@ ELEMENTS: dict[str, FittedGrid[Any]] = {
 FOURS: dict[str, FittedGrid[Any]] = {
     "NVFP4": Nvfp4Grid(),
     "NVFP4 plain": Nvfp4Grid(search=False),
-    "NVFP4 shared": Nvfp4Grid(global_scale=torch.tensor(3e-4)),
+    "NVFP4 shared": Nvfp4Grid(global_scale=torch.tensor(2e-3)),
     "MXFP4 searched": Mxfp4Grid(),
     "MXFP4 plain": Mxfp4Grid(search=False),
 }

@@ -31,7 +31,7 @@ def problem(hessian: torch.Tensor, sweeps: int = 0, refits: int = 0, **named: An
     return Problem(hessian, GptqSettings(**named), RefineSettings(sweeps=sweeps, refits=refits), {})
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(list(FITTED)),
     kind=st.sampled_from(WEIGHTS),
