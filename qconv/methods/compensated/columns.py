@@ -19,31 +19,27 @@ from qconv.core.grid import Fit, Run
 from qconv.core.hessian import Factor
 
 
-def compensate(weight: Tensor, fit: Fit[Any], factor: Factor, block_size: int = 128) -> Tensor:
-    """Round a weight on fixed scales.
+def compensate_(weight: Tensor, fit: Fit[Any], factor: Factor, block_size: int = 128) -> Tensor:
+    """Round a weight on fixed scales, in place; returns it.
 
     Args:
-        weight: float32 [in_features, out_features]; not changed.
+        weight: float32 [in_features, out_features].
         fit: Its scales.
         factor: Of the inputs' second moments, in an order that keeps runs of ``fit.width`` columns together.
         block_size: Columns after which the errors are handed on to all the others at once.
-
-    Returns:
-        The values, float32 [in_features, out_features].
     """
     order, width = factor.order, fit.width
-    target = weight.index_select(0, order)  # and values, where columns are done
+    target = weight.index_select(0, order)
     block = max(width, block_size // width * width)
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
         columns, own = order[start:stop], factor.upper[start:stop, start:stop]
         run = Run(columns.tolist(), target[start:stop], weight.index_select(0, columns), own, factor.costs[start:stop])
         values = fit.round_(run if width == 1 else _together(run, width))
-        target[start:stop] = values
-        if stop < len(order):
-            share = factor.upper[start:stop, stop:]
-            target[stop:].addmm_(share.t(), torch.sub(run.original, values, out=values))
-    return target.index_select(0, torch.argsort(order))
+        weight.index_copy_(0, columns, values)
+        share = factor.upper[start:stop, stop:]
+        target[stop:].addmm_(share.t(), torch.sub(run.original, values, out=values))
+    return weight
 
 
 def _together(run: Run, width: int) -> Run:

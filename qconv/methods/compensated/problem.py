@@ -14,7 +14,7 @@ from qconv.core.grid import Fit, FittedGrid, PackedT
 from qconv.core.hessian import Factor, factorize, is_finite, row_errors
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
-from qconv.methods.compensated.columns import compensate
+from qconv.methods.compensated.columns import compensate_
 from qconv.methods.compensated.refinement import refine_
 
 SCALE_EXPONENT = 0.5
@@ -116,10 +116,10 @@ class Problem:
 
     def _candidates(self, weight: Tensor, fit: Fit[PackedT], factor: Factor) -> Iterator[PackedT]:
         """What compensation finds, and what refinement makes of it."""
-        columns = weight.t().contiguous()
-        values = compensate(columns, fit, factor, self.settings.block_size)
+        values = compensate_(weight.t().contiguous(), fit, factor, self.settings.block_size)
         yield fit.pack(values)
         if self.refine.sweeps or self.refine.refits:
+            columns = weight.t().contiguous()
             refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
             yield fit.pack(values)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from qconv.core.grid import Run
 from qconv.core.hessian import factorize
 from qconv.core.settings import GptqSettings
-from qconv.methods.compensated.columns import compensate
+from qconv.methods.compensated.columns import compensate_
 from tests.problems import FITTED, LATTICES, STEPS, random_hessian, random_weight
 
 SOME = ["Q4_K", "Q6_K", "IQ4_XS", "int4 g128 zero points", "int4 act_order", "E4M3 128x128", "NVFP4"]
@@ -41,7 +41,7 @@ def test_it_rounds_as_the_paper_does(name: str, block_size: int) -> None:
     grid = FITTED[name]
     fit = grid.fit(weight, grid.encode(weight, hessian.diagonal().sqrt()))
     factor = factorize(hessian, GptqSettings(), fit.width)
-    ours = compensate(weight.t().contiguous(), fit, factor, block_size).t()
+    ours = compensate_(weight.t().contiguous(), fit, factor, block_size).t()
     theirs = eliminated(weight, fit, hessian, factor.order, fit.width)
     # Where float32 meets a tie the other way the row goes its own way from there.
     apart = (ours.double() - theirs).abs().amax(1) > 1e-6
@@ -54,7 +54,7 @@ def test_the_block_size_does_not_matter(name: str) -> None:
     weight, hessian = random_weight(24, 256, seed=2), random_hessian(256, seed=2)
     fit = FITTED[name].fit(weight, FITTED[name].encode(weight))
     factor = factorize(hessian, GptqSettings(), fit.width)
-    first, *others = (compensate(weight.t().contiguous(), fit, factor, size) for size in (8, 1, 100, 128, 1000))
+    first, *others = (compensate_(weight.t().contiguous(), fit, factor, size) for size in (8, 1, 100, 128, 1000))
     for other in others:
         assert int((other != first).any(0).sum()) <= 2
 
@@ -72,6 +72,6 @@ def test_uncorrelated_inputs_leave_the_nearest_values(name: str) -> None:
     weight = random_weight(3, 256, seed=4)
     fit = FITTED[name].fit(weight, FITTED[name].encode(weight))
     columns = weight.t().contiguous()
-    values = compensate(columns, fit, factorize(torch.eye(256), GptqSettings()))
+    values = compensate_(columns.clone(), fit, factorize(torch.eye(256), GptqSettings()))
     alone = Run(range(256), columns.clone(), columns, torch.zeros(256, 256), torch.ones(256))
     assert torch.equal(values, fit.round_(alone))
