@@ -78,6 +78,16 @@ def test_its_own_rounding_is_packed_to_the_same_bytes(name: str) -> None:
             assert not different.any() or (name.startswith("E4M3") and bool((theirs[different] == 128).all()))
 
 
+@pytest.mark.parametrize(
+    "name", ["Q8_0", "Q4_1", "Q4_K", "Q6_K", "IQ2_XS", "int4 g128 zero points", "E4M3 per row", "NVFP4"]
+)
+def test_many_rows_are_packed_as_few_are(name: str) -> None:
+    weight = random_weight(2100, 256, seed=6)  # more than are packed at a time
+    own = FITTED[name].encode(weight)
+    again = FITTED[name].fit(weight, own).pack(own.dequantize().t().contiguous())
+    assert torch.equal(again.dequantize(), own.dequantize())
+
+
 @given(
     name=st.sampled_from(list(FITTED)),
     kind=st.sampled_from(WEIGHTS),
