@@ -5,6 +5,9 @@ by the type's own search makes of it with an importance matrix; beside it stand 
 and both with matched calibration. Files are decoded and run in transformers in float32, on text that calibration has
 not seen; differences are paired over documents, with 95 % percentile bootstrap intervals.
 
+NVFP4 and MXFP4, whose files qconv does not write yet, are judged on the weights in memory: their baseline is plain
+rounding.
+
 ``--outliers`` measures a copy of the model whose norms have some channels sixteen times larger, which the linears that
 read them make up for exactly: the same function, harder to round.
 """
@@ -26,8 +29,27 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from evals.options import REPOSITORY, json_option, model_option, work_option
-from evals.quality import CALIBRATION, Difference, Measured, difference, held_out_text, load, log_probabilities, measure
+from evals.quality import (
+    CALIBRATION,
+    Difference,
+    Measured,
+    compare,
+    difference,
+    held_out_text,
+    load,
+    log_probabilities,
+    measure,
+)
+from qconv.artifacts.source import Source
+from qconv.calibration.corpus import build_tokens
+from qconv.calibration.run import Calibration
+from qconv.calibration.schemes import FittedScheme
+from qconv.core.settings import MATCHED, RefineSettings
 from qconv.errors import QconvError
+from qconv.executors.threads import Workers
+from qconv.folders.journal import Journal
+from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid
+from qconv.planning.recipe import Recipe
 
 TYPES = ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 OWN = "imatrix"
@@ -37,6 +59,7 @@ METHODS = {
     "refined": ("--method", "gptq", "--refine", "2"),
     "matched": ("--method", "gptq", "--refine", "1", "--propagate", "matched"),
 }
+IN_MEMORY: dict[str, type[Nvfp4Grid] | type[Mxfp4Grid]] = {"NVFP4": Nvfp4Grid, "MXFP4": Mxfp4Grid}
 FACTOR = 16.0
 """Of the outliers: a power of two, so that dividing by it loses no bit of a bf16 weight."""
 OUTLIERS = 6
@@ -82,7 +105,13 @@ def main(
         for type in types:
             measured = {}
             for method in dict.fromkeys((OWN, *methods)):
-                measured[method] = measure(source, build(model, type, method, work), held_out)
+                if type in IN_MEMORY:
+                    dense = write_rounded(
+                        model, IN_MEMORY[type], METHODS[method], work / f"{model.name}-{type}-{method}"
+                    )
+                    measured[method] = compare(source, log_probabilities(load(dense), held_out), held_out)
+                else:
+                    measured[method] = measure(source, build(model, type, method, work), held_out)
                 rows.append(row(type, method, measured))
                 if not as_json:
                     click.echo(shown(rows[-1]))
@@ -107,6 +136,45 @@ def build(model: Path, type: str, method: str, work: Path) -> Path:
     return next(file for file in out.glob("*.gguf") if file.name != "imatrix.gguf")
 
 
+def write_rounded(model: Path, kind: type[Nvfp4Grid] | type[Mxfp4Grid], options: Sequence[str], out: Path) -> Path:
+    """A float32 checkpoint of what rounding on a grid makes of all linears of the layers."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    source = Source.open(model)
+    weights = {name: source.read(name).float() for name, _ in source.architecture.tensors()}
+    if "gptq" in options:
+        refine = int(options[options.index("--refine") + 1]) if "--refine" in options else 0
+        calibration = CALIBRATION.model_copy(update={"propagate": MATCHED if MATCHED in options else True})
+        recipe = Recipe(method=("gptq",), refine=RefineSettings(sweeps=refine, refits=refine), calibration=calibration)
+        weights |= compensated(source, model, recipe, kind(search=True), out / "work")
+        shutil.rmtree(out / "work")
+    else:
+        for layer in source.architecture.layers:
+            for linear in layer.linears():
+                weights[linear.weight] = kind(search=False).encode(weights[linear.weight]).dequantize()
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def compensated(
+    source: Source, model: Path, recipe: Recipe, grid: Nvfp4Grid | Mxfp4Grid, work: Path
+) -> dict[str, torch.Tensor]:
+    """The weights of all linears of the layers after calibration, by name."""
+    work.mkdir()
+    found: dict[str, torch.Tensor] = {}
+    with Workers() as workers:
+        tokens = build_tokens(recipe.calibration, model)
+        calibration = Calibration(source, recipe, tokens, work, Journal.create(work / "journal.jsonl", {}), workers)
+        for layer in source.architecture.layers:
+            names = [linear.name for linear in layer.linears()]
+            context = calibration.context(layer, names, dict.fromkeys(names, FittedScheme(grid)))
+            for finished in calibration.modules(context):
+                if finished.weight is not None:
+                    found[finished.module.weight] = finished.weight.dequantize()
+            calibration.advance(context)
+    return found
+
+
 def with_outliers(model: Path, out: Path) -> Path:
     """A copy of a model, the same function, with a few channels of each norm :data:`FACTOR` times larger."""
     shutil.rmtree(out, ignore_errors=True)
@@ -122,7 +190,15 @@ def with_outliers(model: Path, out: Path) -> Path:
                 scales[name.removesuffix(".weight")] = scale
     readers = {
         "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "post_attention_layernorm": ("gate_proj", "up_proj", "mlp.gate", "shared_expert_gate", "w1", "w3"),
+        "post_attention_layernorm": (
+            "gate_proj",
+            "up_proj",
+            "mlp.gate",
+            "block_sparse_moe.gate",
+            "shared_expert_gate",
+            "w1",
+            "w3",
+        ),
     }
     for path in files:
         tensors = load_file(path)

@@ -59,6 +59,7 @@ def quantize(
         "parameters": report["parameters"],
         "bits_per_weight": report["bits_per_weight"],
         "bytes": sum((out / name).stat().st_size for name in report["files"]),
+        "method": report.get("method", "rtn"),
         "imatrix": report["imatrix"],
         "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -77,6 +78,8 @@ def _print_build(result: Mapping[str, Any]) -> None:
     say(console, f"files        {len(result['files'])}, the first {result['files'][0]}")
     say(console, f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight")
     say(console, f"types        {', '.join(f'{count} {name}' for name, count in result['types'].items())}")
+    if result["method"] == "gptq":
+        say(console, "method       gptq: layers calibrated, each linear on its own type's grid")
     if result["imatrix"] is not None:
         _print_imatrix(result["imatrix"])
     if result["least_snr"] is not None:

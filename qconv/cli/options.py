@@ -131,6 +131,13 @@ class RecipeOptions:
         for name in ("group_size", "skip"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
+        if not (self.calib or self.tokens or self.method == "gptq" or values.get("calibration")):
+            for name in ("routing", "no_propagate", "propagate", "refine"):
+                if getattr(self, name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')}: has no meaning with {said} alone, which is not calibrated.",
+                        hint="Give --calib, --tokens or --method gptq too.",
+                    )
         from qconv.planning.gguf_recipe import parse_gguf_recipe
 
         overrides: dict[str, Any] = {key: value for key, value in self._shared_overrides().items() if value is not None}
@@ -154,11 +161,6 @@ class RecipeOptions:
         overrides = self._shared_overrides() | {"grid.group_size": self.group_size}
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         plain = load_recipe(source)
-        if self.method is not None and "gptq" not in self.method:
-            # What only follows GPTQ goes with it, unless it was asked for.
-            given = {"refine": {}} | given
-            if plain.calibration.propagate == MATCHED:
-                given = {"calibration.propagate": True} | given
         if plain.format in COMPENSATED_BY_TEXT and not plain.looks_at_activations and self.method is None:
             # Text has no other use there.
             given |= {"method": "gptq"} if self.calib or self.tokens else {}

@@ -38,6 +38,12 @@ class ImatrixSettings(Section):
         return tuple(value) if isinstance(value, list) else value
 
 
+class GgufCalibrationSettings(CalibrationSettings):
+    """As of other builds, but matched unless said otherwise."""
+
+    propagate: bool | Literal["matched"] = "matched"
+
+
 class GgufRecipe(Section):
     """Everything that decides what a GGUF build contains, apart from the source weights."""
 
@@ -50,8 +56,8 @@ class GgufRecipe(Section):
     """``gptq``, or ``rtn`` for rounding by the encoder alone; null: gptq where there is calibration text and no imatrix
     is given."""
     gptq: GptqSettings = GptqSettings()
-    refine: RefineSettings = RefineSettings()
-    calibration: CalibrationSettings | None = None
+    refine: RefineSettings = RefineSettings(sweeps=1, refits=1)
+    calibration: GgufCalibrationSettings | None = None
     """The text of the calibration, and with ``rtn`` of an importance matrix; null: a matrix is collected only where the
     type needs it."""
     imatrix: ImatrixSettings = ImatrixSettings()
@@ -85,7 +91,7 @@ class GgufRecipe(Section):
 
     def calibrated(self) -> Recipe:
         """How the layers of a calibrated build are calibrated."""
-        calibration = CalibrationSettings() if self.calibration is None else self.calibration
+        calibration = GgufCalibrationSettings() if self.calibration is None else self.calibration
         return Recipe(method=("gptq",), gptq=self.gptq, refine=self.refine, calibration=calibration)
 
     @field_validator("tensor_types")

@@ -75,9 +75,12 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _matched_by_gptq(self) -> Self:
-        if self.calibration.propagate == MATCHED and "gptq" not in self.method:
-            raise ValueError(f"calibration.propagate: matched is for gptq, not for {self.method_name}")
+    def _by_gptq_alone(self) -> Self:
+        if "gptq" not in self.method:
+            if self.calibration.propagate == MATCHED:
+                raise ValueError(f"calibration.propagate: matched is for gptq, not for {self.method_name}")
+            if self.refine.sweeps or self.refine.refits:
+                raise ValueError(f"refine: follows gptq, not {self.method_name}")
         return self
 
     @property
@@ -119,6 +122,8 @@ def packaged_recipes() -> list[str]:
 def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by packaged name or file path, with single keys replaced.
 
+    Another method than the recipe's leaves behind what is for GPTQ alone, unless that is given too.
+
     Args:
         source: Name of a packaged recipe (``awq``) or path of a YAML file.
         overrides: Values by dotted key, e.g. ``{"calibration.tokens": 4096}``.
@@ -127,7 +132,12 @@ def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Reci
         RecipeError: no such recipe, not YAML, an unknown key, a value out of range; the message names file and key.
     """
     values, where = read_values(source)
-    return parse_recipe(replaced(values, overrides or {}), where)
+    given = dict(overrides or {})
+    if "method" in given and "gptq" not in given["method"]:
+        calibration = values.get("calibration")
+        matched = isinstance(calibration, dict) and calibration.get("propagate") == MATCHED
+        given = {"refine": {}, **({"calibration.propagate": True} if matched else {}), **given}
+    return parse_recipe(replaced(values, given), where)
 
 
 def read_values(source: str) -> tuple[dict[str, Any], str]:

@@ -96,8 +96,9 @@ def test_the_plan_of_the_480b_is_the_size_that_its_users_know(invoke: Invoke, tm
     [
         (("--fmt", "gguf:Q9_X"), "--fmt: gguf:Q9_X names no GGUF file type"),
         (("--fmt", "gguf"), "--fmt: gguf names no GGUF file type"),
-        (("--fmt", "gguf:Q8_0", "--method", "rtn"), "--method: has no meaning with --fmt gguf:Q8_0"),
+        (("--fmt", "gguf:Q8_0", "--method", "awq"), "method: awq is no method of a GGUF build"),
         (("--fmt", "gguf:Q8_0", "--no-propagate"), "--no-propagate: has no meaning"),
+        (("--fmt", "gguf:Q8_0", "--refine", "2"), "--refine: has no meaning"),
         (("--fmt", "gguf:Q8_0", "--recipe", "awq"), "--fmt and --recipe both name a recipe"),
         (("--fmt", "gguf:Q8_0", "--tensor-type", "ffn_down"), "--tensor-type: 'ffn_down' is not PATTERN=TYPE"),
         (("--fmt", "gguf:Q8_0", "--tensor-type", "attn_q=IQ1_S"), "IQ1_S has no encoder in qconv"),
@@ -136,8 +137,8 @@ def test_a_file_that_is_no_imatrix_is_refused(invoke: Invoke, tiny: Path, tmp_pa
     [
         ("format: gguf\ntype: Q9_X", "mine.yaml: type: 'Q9_X' is no GGUF file type"),
         ("format: gguf", "mine.yaml: type: "),
-        ("format: gguf\ntype: Q8_0\nmethod: rtn", "mine.yaml: method: unknown key"),
-        ("format: gguf\ntype: Q8_0\ncalibration: {routing: routed}", "calibration.routing: unknown key"),
+        ("format: gguf\ntype: Q8_0\nmethod: magic", "mine.yaml: method: magic is no method of a GGUF build"),
+        ("format: gguf\ntype: Q8_0\ncalibration: {rooting: routed}", "calibration.rooting: unknown key"),
         ("format: gguf\ntype: Q8_0\ntensor_types: {'ffn_(': Q8_0}", "tensor_types: 'ffn_(' is no regular expression"),
         ("format: gguf\ntype: Q8_0\ntensor_types: {ffn: Q9_K}", "tensor_types: ffn: 'Q9_K' is no type"),
         ("format: gguf\ntype: Q8_0\ntensor_types: {dwon: Q6_K}", "tensor_types.dwon: fits no weight"),
@@ -162,11 +163,14 @@ def test_options_replace_what_a_recipe_says(invoke: Invoke, tiny: Path, tmp_path
     result = invoke("quantize", tiny, *arguments, "--max-shard-size", "0.5", "-o", out, "--json")
     assert result.exit_code == 0, result.stderr
     used = json.loads((out / "qconv-report.json").read_text())["recipe"]
-    assert used["calibration"] == {"corpus": "python-stdlib", "tokens": 512, "sequence_length": 512, "seed": 3}
+    given = {"corpus": "python-stdlib", "tokens": 512, "sequence_length": 512, "seed": 3}
+    assert used["calibration"] == used["calibration"] | given
+    assert used["calibration"]["propagate"] == "matched"
     assert list(used["tensor_types"].items()) == [("blk.0.ffn_down", "Q6_K"), ("ffn_down", "Q5_0"), ("attn_v", "Q8_0")]
     assert used["output"] == {"max_shard_size": 500_000_000}
     values = json.loads(result.stdout)
     assert values["types"]["Q5_0"] == 3
+    assert values["method"] == "gptq"
     assert values["imatrix"]["coverage"]["experts"] == 64
     # A plan from config.json alone promises the same tensors.
     planned = json.loads(invoke("plan", tiny, *arguments, "--json").stdout)["tensors"]

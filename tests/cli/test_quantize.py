@@ -23,7 +23,7 @@ from qconv.errors import Interrupted
 from qconv.folders.journal import JOURNAL_NAME, WORK_FOLDER, locked
 from tests.cli.conftest import Invoke, Start
 
-CALIBRATED = ("--fmt", "awq", "--group-size", 32, "--tokens", 256, "--sequence-length", 64)
+CALIBRATED = ("--fmt", "awq", "--method", "awq", "--group-size", 32, "--tokens", 256, "--sequence-length", 64)
 ROUNDED = ("--fmt", "w4a16", "--method", "rtn", "--group-size", 32)
 DEADLINE = 120.0
 """Seconds after which a process is taken to hang; on a busy machine importing torch alone takes ten."""
