@@ -50,6 +50,10 @@ class CommandLine(click.Group):
             code = self._exit_code(arguments, prog_name, interrupts, extra)
         with contextlib.suppress(OSError):
             sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # what cannot be written was told; a captured stream may be closed
+            _drop_output()
         sys.exit(code)
 
     def _exit_code(
@@ -70,14 +74,19 @@ class CommandLine(click.Group):
                 print_error(known, as_json="--json" in arguments)
                 return known.exit_code
         except (ReaderGone, BrokenPipeError):
-            # That is no error, but the interpreter must not flush at exit.
-            with contextlib.suppress(OSError, io.UnsupportedOperation):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # That is no error.
+            _drop_output()
             return 128 + signal.SIGPIPE
         except Exception:
             traceback.print_exc()
             return 1
         return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """Let what was printed and not written go nowhere, or the interpreter fails to write it at exit, with code 120."""
+    with contextlib.suppress(OSError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _require_unicode(arguments: Sequence[str]) -> None:

@@ -144,12 +144,15 @@ def test_a_reader_that_goes_away_is_no_error(start: Start, tiny: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_stdout_is_told(start: Start) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_told(unbuffered: str, start: Start) -> None:
+    """Also where nothing is written before the interpreter ends."""
     with open("/dev/full", "w") as full:
-        process = start("--help", stdout=full)
+        process = start("--help", stdout=full, env={"PYTHONUNBUFFERED": unbuffered})
         _, complaints = process.communicate(timeout=60)
     assert process.returncode == 1
     assert complaints.startswith("error: No space left on device")
+    assert "Exception ignored" not in complaints
 
 
 def test_the_group_is_what_the_console_script_calls() -> None:

@@ -173,7 +173,7 @@ def test_signals_leave_a_folder_that_is_continued_to_the_same_bytes(
         assert process.returncode == 128 + number, log
         remedy = f"Run the same command again to continue {out}."
         if options:
-            assert log == ""
+            assert all("is left to torch" in line for line in log.splitlines())  # where there is no compiler
             told = {"kind": "Interrupted", "message": "interrupted", "hint": remedy, "exit_code": 128 + number}
             assert json.loads(result) == {"error": told}
         else:
