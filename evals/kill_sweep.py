@@ -139,7 +139,7 @@ def commands(model: Path, work: Path) -> list[Command]:
 
     groups = ("--group-size", "32")
     return [
-        quantize("awq", *TEXT, *groups),
+        quantize("awq", "--method", "awq", *TEXT, *groups),
         quantize("gptq", *TEXT, *groups),
         quantize("w4a16", *groups),
         quantize("fp8"),

@@ -42,12 +42,17 @@ class Case:
 
 CASES = {
     "rtn": Case(("--fmt", "w4a16", "--method", "rtn"), memory_limit=4, speed_limit=100e6),
-    "awq": Case(("--fmt", "awq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
-    "gptq": Case(("--fmt", "gptq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
+    "awq": Case(("--fmt", "awq", "--method", "awq", "--tokens", "16384"), memory_limit=8, speed_limit=0),
+    "gptq": Case(
+        ("--fmt", "gptq", "--propagate", "true", "--refine", "0", "--tokens", "16384"), memory_limit=8, speed_limit=0
+    ),
     "gguf": Case(("--fmt", "gguf:Q4_K_M"), memory_limit=4, speed_limit=0),
     "gguf-q8_0": Case(("--fmt", "gguf:Q8_0"), memory_limit=4, speed_limit=100e6),
     "gguf-q4_0": Case(("--fmt", "gguf:Q4_0"), memory_limit=4, speed_limit=100e6),
-    "gguf-imatrix": Case(("--fmt", "gguf:Q4_K_M", "--tokens", "16384"), memory_limit=4, speed_limit=0),
+    "gguf-imatrix": Case(
+        ("--fmt", "gguf:Q4_K_M", "--method", "rtn", "--tokens", "16384"), memory_limit=4, speed_limit=0
+    ),
+    "gguf-calibrated": Case(("--fmt", "gguf:Q4_K_M", "--tokens", "16384"), memory_limit=8, speed_limit=0),
 }
 
 

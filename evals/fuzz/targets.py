@@ -88,7 +88,7 @@ def build(folder: Path) -> None:
 def _make_build(folder: Path) -> None:
     model(folder)
     options = ("--group-size", 32, "--tokens", 512, "--sequence-length", 64)
-    called("quantize", folder / "model", "--fmt", "awq", *options, "-o", folder / "build")
+    called("quantize", folder / "model", "--fmt", "awq", "--method", "awq", *options, "-o", folder / "build")
 
 
 def unfinished(folder: Path) -> None:
