@@ -25,6 +25,16 @@ SAMPLED_ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class Block:
+    """Rows of a tensor that become blocks of its type.
+
+    Attributes:
+        name: Of the tensor.
+        type: Its type.
+        rows: As the source has them, [rows, columns].
+        importance: Of their columns, float [columns], or None.
+        ready: Their blocks where calibration has made them, uint8 [rows, bytes of a row]; else None.
+    """
+
     name: str
     type: GGMLQuantizationType
     rows: Tensor
@@ -44,6 +54,7 @@ class Ready:
 
     @classmethod
     def of(cls, layers: CalibratedLayers | None, tensor: GgufTensor) -> Ready | None:
+        """Of a tensor, or None where it is not calibrated."""
         return cls(layers, tensor) if layers is not None and layers.holds(tensor) else None
 
     def take(self, part: int, rows: int) -> Tensor:
@@ -57,6 +68,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
+    """Their blocks, how many weights they are, the error of a few rows, and the checksum of what was read."""
+
     name: str
     data: Tensor
     weights: int
@@ -65,6 +78,7 @@ class Encoded:
 
 
 def encoded_block(block: Block) -> Encoded:
+    """The block encoded, or as calibration has made it."""
     data = encode(block.rows, encoder(block.type), block.importance) if block.ready is None else block.ready
     reference = block.rows[:SAMPLED_ROWS].float().contiguous()
     error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type))
@@ -72,5 +86,6 @@ def encoded_block(block: Block) -> Encoded:
 
 
 def block_checksum(block: Block) -> int:
+    """CRC-32 of the rows as they are stored."""
     rows = block.rows.contiguous().view(-1).view(torch.uint8)
     return zlib.crc32(rows.numpy().data) if rows.numel() else 0

@@ -18,15 +18,14 @@ from torch import Tensor
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.artifacts.source import Source
 from qconv.calibration.corpus import TokenSet
-from qconv.calibration.imatrix import LayerSums, blocks_key, read_for, sums_key
+from qconv.calibration.imatrix import LayerSums, blocks_key, read_for, require_kept, sums_key
 from qconv.calibration.layer import LayerContext
 from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import FittedScheme, Scheme
 from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
 from qconv.checkpoint.reader import map_tensor
-from qconv.checkpoint.writer import ShardWriter, is_same
+from qconv.checkpoint.writer import ShardWriter
 from qconv.core.architecture import Layer, Linear
-from qconv.errors import VerificationError
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
 from qconv.folders.ownership import claim
@@ -194,11 +193,8 @@ class CalibratedLayers:
         return TensorSpec(linear.weight, torch.uint8, (linear.out_features, nbytes))
 
     def _opened(self, layer: Layer) -> dict[str, TensorEntry]:
-        path, record = _path(self._work, layer), self.journal.units[blocks_key(layer)]
-        if not is_same(path, record["size"], record["sha256"]):
-            raise VerificationError(
-                f"{path}: was made but is now missing or changed.", hint="Put it back, or start over with --restart."
-            )
+        path = _path(self._work, layer)
+        require_kept(path, self.journal.units[blocks_key(layer)], "made")
         return read_header(path)
 
 

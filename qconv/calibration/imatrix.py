@@ -213,9 +213,23 @@ def _path(work: Path, layer: Layer) -> Path:
 
 
 def _collected(work: Path, layer: Layer, journal: Journal) -> Imatrix:
-    path, record = _path(work, layer), journal.units[sums_key(layer)]
+    path = _path(work, layer)
+    require_kept(path, journal.units[sums_key(layer)], "collected")
+    return read_imatrix(path)
+
+
+def require_kept(path: Path, record: Mapping[str, Any], made: str) -> None:
+    """Check that a file of the work folder is what the journal says.
+
+    Args:
+        path: The file.
+        record: Its unit in the journal.
+        made: What was done to get it, for the message.
+
+    Raises:
+        VerificationError: it is not.
+    """
     if not is_same(path, record["size"], record["sha256"]):
         raise VerificationError(
-            f"{path}: was collected but is now missing or changed.", hint="Put it back, or start over with --restart."
+            f"{path}: was {made} but is now missing or changed.", hint="Put it back, or start over with --restart."
         )
-    return read_imatrix(path)

@@ -199,25 +199,14 @@ def _kind(type: GgmlType) -> _Kind:
         return _Kind(grid, search.subblocks, None, search.pack, _nearest_odd, unit=grid.unit)
     if isinstance(grid, AffineGrid):
         top = grid.top
-        nearest = None if top is None else _integers(0, top)
+        nearest = None if top is None else Integers(0.0, float(top))
         return _Kind(grid, search.subblocks, Integers(0.0, float(grid.levels)), search.pack, nearest, top)
-    nearest = None if grid.top is None else _integers(-grid.top, grid.top - 1)
-    return _Kind(grid, search.subblocks, _CODES[type], search.pack, nearest)
+    nearest = None if grid.top is None else Integers(float(-grid.top), float(grid.top - 1))
+    codes = grid.nearest if isinstance(grid.nearest, Integers) else _IQ4
+    return _Kind(grid, search.subblocks, codes, search.pack, nearest)
 
 
 _IQ4 = Codebook(torch.tensor(IQ4_NL.kvalues, dtype=torch.float32))
-_CODES: dict[GgmlType, Nearest] = {
-    GgmlType.Q4_0: Integers(-8.0, 7.0),
-    GgmlType.Q5_0: Integers(-16.0, 15.0),
-    GgmlType.Q3_K: Integers(-4.0, 3.0),
-    GgmlType.Q6_K: Integers(-32.0, 31.0),
-    GgmlType.IQ4_NL: _IQ4,
-    GgmlType.IQ4_XS: _IQ4,
-}
-
-
-def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
-    return lambda multiples: multiples.round_().clamp_(lowest, highest)
 
 
 def _nearest_odd(multiples: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from torch import Tensor
 from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.core.rounding import clip_ratios, row_blocks, storable
 from qconv.core.settings import ClipSettings
+from qconv.grids.nearest import E4M3
 
-MAX = 448.0
+MAX = E4M3.highest
 """The largest number."""
-_SMALLEST_NORMAL = 2.0**-6
-_FRACTION_BITS = 3
 
 
 def quantize(
@@ -62,15 +61,6 @@ def scale_ratios(clip: ClipSettings) -> list[float]:
     so instead of a clipping ratio r below 1, which cuts off the largest weights, 2r is tried, which cuts off nothing.
     """
     return [ratio if ratio == 1.0 else 2.0 * ratio for ratio in clip_ratios(clip)]
-
-
-def round_(values: Tensor) -> Tensor:
-    """Round numbers of at most 448 in magnitude to E4M3, ties to even, in place; float32, any shape."""
-    exponents = values.view(torch.int32) & 0x7F800000
-    power = exponents.view(torch.float32).clamp_(min=_SMALLEST_NORMAL)
-    # 1.5 * 2**23 steps added to a float32 leave room for whole steps alone: the processor rounds to them.
-    shift = power.mul_(1.5 * 2.0 ** (23 - _FRACTION_BITS))
-    return values.add_(shift).sub_(shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +112,7 @@ def _errors(tiles: Tensor, tried: Tensor) -> Tensor:
     errors = torch.empty(tried.shape)
     for scales, out in zip(tried, errors, strict=True):
         spread = _spread(scales)
-        rounded = round_((tiles / spread).clamp_(-MAX, MAX)).mul_(spread)
+        rounded = E4M3(tiles / spread).mul_(spread)
         out.copy_(rounded.sub_(tiles).square_().sum(3).sum(1))
     return errors
 

@@ -33,7 +33,7 @@ class Integers:
     highest: float
     zeros: Tensor | None = None
 
-    def __call__(self, multiples: Tensor, group: int) -> Tensor:
+    def __call__(self, multiples: Tensor, group: int = 0) -> Tensor:
         """See :class:`Nearest`."""
         if self.zeros is None:
             return multiples.round_().clamp_(self.lowest, self.highest)

@@ -14,7 +14,8 @@ from torch import Tensor
 from qconv.core import rounding
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.core.settings import ClipSettings
-from qconv.grids.e4m3 import activation_scale, quantize, round_, scale_ratios
+from qconv.grids.e4m3 import activation_scale, quantize, scale_ratios
+from qconv.grids.nearest import E4M3 as E4M3_FLOATS
 
 E4M3 = torch.float8_e4m3fn
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -65,7 +66,7 @@ def test_every_code_is_rounded_to_itself() -> None:
     finite = [code for code in range(256) if not math.isnan(value_of(code))]
     numbers = torch.tensor([value_of(code) for code in finite])
     assert codes_of(numbers).view(torch.uint8).tolist() == finite  # the sign of zero included
-    assert torch.equal(round_(numbers.clone()), numbers)
+    assert torch.equal(E4M3_FLOATS(numbers.clone()), numbers)
 
 
 def test_midpoints_go_to_the_even_neighbour_and_what_lies_beside_them_to_the_nearer() -> None:
@@ -76,14 +77,14 @@ def test_midpoints_go_to_the_even_neighbour_and_what_lies_beside_them_to_the_nea
     values = torch.cat([values, -values])
     expected = torch.tensor([nearest(value) for value in values.tolist()])
     assert torch.equal(codes_of(values).float(), expected)
-    assert torch.equal(round_(values.clone()), expected)
+    assert torch.equal(E4M3_FLOATS(values.clone()), expected)
 
 
 @given(st.lists(st.floats(-448.0, 448.0, width=32), min_size=1, max_size=20))
 def test_any_number_is_rounded_to_the_nearest(values: list[float]) -> None:
     expected = torch.tensor([nearest(value) for value in values])
     assert torch.equal(codes_of(torch.tensor(values)).float(), expected)
-    assert torch.equal(round_(torch.tensor(values)), expected)
+    assert torch.equal(E4M3_FLOATS(torch.tensor(values)), expected)
 
 
 def heavy_tailed(seed: int, rows: int, columns: int) -> Tensor:

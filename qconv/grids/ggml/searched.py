@@ -27,6 +27,7 @@ from qconv.grids.ggml.packing import (
 )
 from qconv.grids.ggml.scaled import ScaledGrid
 from qconv.grids.ggml.signed import SignedGrid
+from qconv.grids.nearest import Integers
 
 GridT = TypeVar("GridT", AffineGrid, ScaledGrid, SignedGrid)
 FoundT = TypeVar("FoundT", affine.Encoded, scaled.Encoded, signed.Encoded)
@@ -57,13 +58,6 @@ class Search(Generic[GridT, FoundT]):
         return self.pack(self.find(weights, importance, self.grid))
 
 
-def _integers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
-    def nearest(multiples: Tensor) -> Tensor:
-        return multiples.round_().clamp_(lowest, highest)
-
-    return nearest
-
-
 # Where the searches begin was chosen greedily, on normal and heavy-tailed weights and on trained experts: of many
 # starts each time the one by which the best of all those chosen improves most.
 _SPANS = (-0.7, 0.5, -2.5, 1.5)
@@ -79,10 +73,10 @@ _CODEBOOK_REACHES = (
 )
 IQ4_NL = ScaledGrid(codebook.nearest, top=None, reaches=_CODEBOOK_REACHES)
 IQ4_XS = ScaledGrid(codebook.nearest, top=32, reaches=_CODEBOOK_REACHES)
-Q4_0 = ScaledGrid(_integers(-8, 7), top=None, reaches=(-8.2, -9.6, -7.2, -11.0, 9.3, -6.0, -8.8, -12.0))
-Q5_0 = ScaledGrid(_integers(-16, 15), top=None, reaches=(-16.2, -15.0, -17.6, -14.0, -19.0, -13.0, -16.8, -20.0))
-Q3_K = ScaledGrid(_integers(-4, 3), top=32, reaches=(-4.2, -3.2, -4.8, -3.8, 3.8, -6.0, 5.2, -8.0))
-Q6_K = ScaledGrid(_integers(-32, 31), top=128, reaches=(-32.0, -31.0, -30.0, -29.0, -33.3, -34.5, -32.5, -36.0))
+Q4_0 = ScaledGrid(Integers(-8.0, 7.0), top=None, reaches=(-8.2, -9.6, -7.2, -11.0, 9.3, -6.0, -8.8, -12.0))
+Q5_0 = ScaledGrid(Integers(-16.0, 15.0), top=None, reaches=(-16.2, -15.0, -17.6, -14.0, -19.0, -13.0, -16.8, -20.0))
+Q3_K = ScaledGrid(Integers(-4.0, 3.0), top=32, reaches=(-4.2, -3.2, -4.8, -3.8, 3.8, -6.0, 5.2, -8.0))
+Q6_K = ScaledGrid(Integers(-32.0, 31.0), top=128, reaches=(-32.0, -31.0, -30.0, -29.0, -33.3, -34.5, -32.5, -36.0))
 
 
 def q4_0(found: scaled.Encoded) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic
 
@@ -107,12 +107,6 @@ class Problem:
         del columns
         after = before.or_better(self._rows(weight, fit.pack(values)))
         return after.weight, float(after.errors.sum())
-
-    def quantize_all(
-        self, weights: Mapping[str, Tensor], grids: Mapping[str, FittedGrid[PackedT]]
-    ) -> dict[str, Rounded[PackedT]]:
-        """:meth:`quantize` of linears by name."""
-        return {name: self.quantize(weight, grids[name]) for name, weight in weights.items()}
 
     def _candidates(self, weight: Tensor, fit: Fit[PackedT], factor: Factor) -> Iterator[PackedT]:
         """What compensation finds, and what refinement makes of it."""

@@ -127,7 +127,8 @@ def test_what_gptq_made_is_refined(ordering: Any, symmetric: bool) -> None:
 def test_linears_of_one_input_share_its_factor() -> None:
     weights = {"gate": random_weight(4, 256, seed=6), "up": random_weight(6, 256, seed=7)}
     shared = problem(random_hessian(256, seed=6))
-    found = shared.quantize_all(weights, {"gate": FITTED["Q4_K"], "up": FITTED["IQ3_S"]})
+    grids = {"gate": FITTED["Q4_K"], "up": FITTED["IQ3_S"]}
+    found = {name: shared.quantize(weight, grids[name]) for name, weight in weights.items()}
     assert found["gate"].factor is shared.factor(1)
     assert found["up"].factor is shared.factor(8)
     assert list(shared.factors) == [1, 8]
