@@ -72,7 +72,39 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
         CheckpointError: no tokenizer, or one whose ids do not fit config.json's ``vocab_size``.
     """
     vocabulary = Config(read_json(model_dir / "config.json")).integer("vocab_size")
-    tokenizer = load_tokenizer(model_dir)
+    rows, used = _rows(settings, load_tokenizer(model_dir), model_dir)
+    if rows.max() >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {model_dir} gives token {int(rows.max())}, but config.json has vocab_size {vocabulary}.",
+            hint="Tokenizer and weights are of different models: copy the model's own tokenizer files.",
+        )
+    count, length = rows.shape
+    return TokenSet(
+        ids=torch.from_numpy(rows),
+        digest=_digest(rows),
+        source=f"{settings.corpus}, seed {settings.seed}: {count} x {length} tokens of {len(used)} documents",
+        documents=used,
+    )
+
+
+def used_documents(settings: TextSettings, tokenizer: Any, model_dir: Path) -> tuple[str, ...]:
+    """Names of the documents that :func:`build_tokens` takes, in order of first use, for any model with that tokenizer.
+
+    Args:
+        settings: As for :func:`build_tokens`.
+        tokenizer: transformers' tokenizer.
+        model_dir: The model's folder or GGUF file, for its chat template.
+
+    Raises:
+        UsageError: as :func:`build_tokens`.
+    """
+    return _rows(settings, tokenizer, model_dir)[1]
+
+
+def _rows(
+    settings: TextSettings, tokenizer: Any, model_dir: Path
+) -> tuple[np.ndarray[Any, np.dtype[np.int32]], tuple[str, ...]]:
+    """The tokens, int32 [sequences, sequence_length], and the names of the documents that gave any."""
     length, count = settings.sequence_length, settings.tokens // settings.sequence_length
     bos = leading_bos(tokenizer)
     payload = length - len(bos)  # tokens of text in a sequence
@@ -89,18 +121,7 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
     if len(ids) < count * payload:
         raise _too_short(settings, len(ids), len(ids) // payload, len(used))
     rows = ids.reshape(count, payload)
-    rows = np.hstack([np.tile(np.array(bos, dtype=np.int32), (count, 1)), rows])
-    if rows.max() >= vocabulary:
-        raise CheckpointError(
-            f"the tokenizer of {model_dir} gives token {int(rows.max())}, but config.json has vocab_size {vocabulary}.",
-            hint="Tokenizer and weights are of different models: copy the model's own tokenizer files.",
-        )
-    return TokenSet(
-        ids=torch.from_numpy(rows),
-        digest=_digest(rows),
-        source=f"{settings.corpus}, seed {settings.seed}: {count} x {length} tokens of {len(used)} documents",
-        documents=tuple(used),
-    )
+    return np.hstack([np.tile(np.array(bos, dtype=np.int32), (count, 1)), rows]), tuple(used)
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -137,7 +137,7 @@ def _sequences(task: Task, build: Path, reference: Path, seed: int, tokens: int)
         TextSettings, {**task.settings, "kind": "text"}, f"{task.name}: its settings are damaged", AGAIN
     )
     shorter = settings.model_copy(update={"tokens": min(tokens, settings.tokens)})
-    text = windowed_text(shorter, reference, seed, exclude=calibrated_on(build, settings.corpus))
+    text = windowed_text(shorter, reference, seed, exclude=calibrated_on(build, settings.corpus, reference))
     found: list[torch.Tensor] = []
     for window in text.windows:
         found.append(torch.tensor(window.ids, dtype=torch.int64))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.artifacts.reported import read_report
-from qconv.calibration.corpus import build_tokens, render_chat
+from qconv.calibration.corpus import render_chat, used_documents
 from qconv.calibration.documents import STDLIB, Document, documents
 from qconv.chat.templates import ChatTemplates
 from qconv.checkpoint.tokenizer import leading_bos
@@ -30,6 +30,8 @@ HELD_BACK = 192
 """Documents of the standard library that are calibration's; the packaged recipes use 64."""
 SHORTEST = 64
 """Tokens of a document; less gives hardly any context."""
+_NO_DATA = "none"
+"""What a report calls the calibration data of a build without."""
 LARGE = 16 << 20
 """Bytes of a file of which only as much is measured as the task asks for, though no ``document_tokens`` say so."""
 
@@ -72,15 +74,37 @@ def windowed_text(settings: TextSettings, model_dir: Path, seed: int, exclude: C
     return text
 
 
-def calibrated_on(build: Path, corpus: str) -> frozenset[str]:
-    """Names of the documents of ``corpus`` that a build was calibrated on; empty if it tells of none."""
-    try:
-        recipe = read_report(build)["recipe"]
-        settings = CalibrationSettings.model_validate(recipe["calibration"])
-        calibrated = recipe["method"] != "rtn" and settings.corpus == corpus
-    except (QconvError, KeyError, TypeError, ValueError):
+def calibrated_on(build: Path, corpus: str, model_dir: Path) -> frozenset[str]:
+    """Names of the documents of ``corpus`` that a build was calibrated on; empty if it tells of none.
+
+    Args:
+        build: The build's folder, or a GGUF file in it.
+        corpus: The corpus that is evaluated.
+        model_dir: The model whose tokenizer counts, as for :func:`windowed_text`: tokens decide how many documents it
+            took.
+
+    Raises:
+        UsageError: the corpus cannot be read any more.
+        CheckpointError: no tokenizer.
+    """
+    settings = _calibration(build if build.is_dir() else build.parent)
+    if settings is None or settings.corpus != corpus:
         return frozenset()
-    return frozenset(build_tokens(settings, build).documents) if calibrated else frozenset()
+    return frozenset(used_documents(settings, load_tokenizer(model_dir), model_dir))
+
+
+def _calibration(folder: Path) -> CalibrationSettings | None:
+    """The text that a build's report says it, or its importance matrix, was made with; None where it says of none."""
+    try:
+        report = read_report(folder)
+        if report["fingerprints"]["calibration data"] == _NO_DATA:
+            return None
+        text, imatrix = report["recipe"]["calibration"], report["recipe"].get("imatrix")
+        if text is None and imatrix["files"]:
+            return None  # nothing but others' importance matrices
+        return CalibrationSettings.model_validate(text or {})
+    except (QconvError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _evaluated(corpus: str, seed: int) -> Iterator[Document]:

@@ -36,7 +36,7 @@ def require_text(settings: TextSettings, bench: Bench) -> None:
         UsageError: the corpus cannot be read or is too short.
         IncapableEngineError: there is no tokenizer here.
     """
-    overlap = calibrated_on(bench.build.path, settings.corpus)
+    overlap = calibrated_on(bench.build.path, settings.corpus, bench.tokenizer_folder())
     windowed_text(settings, bench.tokenizer_folder(), bench.seed, exclude=overlap)
 
 
@@ -49,7 +49,7 @@ def measure(settings: TextSettings, bench: Bench) -> Task:
         EngineError: an engine failed.
     """
     start = time.monotonic()
-    overlap = calibrated_on(bench.build.path, settings.corpus)
+    overlap = calibrated_on(bench.build.path, settings.corpus, bench.tokenizer_folder())
     text = windowed_text(settings, bench.tokenizer_folder(), bench.seed, exclude=overlap)
     bench.log(f"{settings.name}: {text.scored:,} tokens of {len(text.units)} {text.unit}s, {text.source}")
     noise: dict[str, Metric] = {}

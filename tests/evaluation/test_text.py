@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.calibration.corpus import build_tokens
 from qconv.evaluation import text as text_module
 from qconv.evaluation.suites import TextSettings
-from qconv.evaluation.text import windowed_text
+from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import WindowedText
+from qconv.planning.gguf_recipe import GgufCalibrationSettings, GgufRecipe
 from tests.conftest import BUNDLED
 
 BOS = 2
+QUIET: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None}
 
 
 @pytest.fixture
@@ -88,3 +93,32 @@ def test_of_a_long_document_only_what_is_of_use_is_read(tmp_path: Path, monkeypa
         for one, other in zip(found.windows, whole.windows, strict=True):
             np.testing.assert_array_equal(one.ids, other.ids)
             np.testing.assert_array_equal(one.nbytes, other.nbytes)
+
+
+@pytest.fixture
+def gguf_moe(moe_copy: Path, edit_json: Callable[..., None]) -> Path:
+    """A model that llama.cpp knows too."""
+    edit_json(moe_copy / "config.json", norm_topk_prob=True)
+    return moe_copy
+
+
+@pytest.mark.parametrize("method", [("gptq",), ("rtn",)])
+def test_a_gguf_build_s_own_calibration_text_is_left_out(
+    method: tuple[str, ...], gguf_moe: Path, tmp_path: Path
+) -> None:
+    """Whether it rounded by the text or took an importance matrix from it; the folder has no config.json to go by."""
+    text = GgufCalibrationSettings(tokens=256, sequence_length=32)
+    recipe = GgufRecipe(type="Q4_0", method=method, calibration=text)
+    quantize_gguf(gguf_moe, tmp_path / "out", recipe, **QUIET)
+    (file,) = (one for one in (tmp_path / "out").glob("*.gguf") if one.name != "imatrix.gguf")
+    used = set(build_tokens(text, gguf_moe).documents)
+    assert used
+    assert calibrated_on(tmp_path / "out", text.corpus, gguf_moe) == used
+    assert calibrated_on(file, text.corpus, file) == used
+    assert not calibrated_on(tmp_path / "out", "text:/elsewhere", gguf_moe)
+
+
+def test_a_build_without_calibration_leaves_nothing_out(rtn_build: Path, gguf_moe: Path, tmp_path: Path) -> None:
+    quantize_gguf(gguf_moe, tmp_path / "out", GgufRecipe(type="Q4_0"), **QUIET)
+    for build in (rtn_build, tmp_path / "out", gguf_moe):
+        assert not calibrated_on(build, GgufCalibrationSettings().corpus, gguf_moe)
