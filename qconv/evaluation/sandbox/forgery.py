@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from textwrap import dedent
 
@@ -24,7 +25,9 @@ FAIL, TIMEOUT, MEMORY, PROTOCOL = Status.FAIL, Status.TIMEOUT, Status.MEMORY, St
 
 
 LIMITS = Limits(cpu_seconds=1, wall_seconds=20.0)
-"""No forgery needs longer to succeed, and some use all they get."""
+"""No forgery needs longer to succeed, and some use all they get: those that are to end by a timeout."""
+AMPLE = Limits(cpu_seconds=20, wall_seconds=60.0)
+"""What all others get: a slow machine must not end them before they fail in their own way."""
 IDLE = Limits(cpu_seconds=1, wall_seconds=1.5)
 
 
@@ -40,11 +43,15 @@ class Forgery:
 
 def program(name: str, source: str, *expected: Status) -> Forgery:
     """A forger: wrong values that are to be accepted, or none at all."""
-    return Forgery(name, dedent(source), frozenset(expected or {FAIL}))
+    return Forgery(name, dedent(source), frozenset(expected or {FAIL}), _limits(expected))
 
 
 def escape(name: str, action: str, *expected: Status, before: str = "") -> Forgery:
     """Right values once ``action`` worked."""
     lines = [*dedent(before).strip().splitlines(), "def double(x):"]
     lines += [f"    {line}" for line in [*dedent(action).strip().splitlines(), "return x * 2"]]
-    return Forgery(name, "\n".join(lines) + "\n", frozenset(expected or {FAIL}))
+    return Forgery(name, "\n".join(lines) + "\n", frozenset(expected or {FAIL}), _limits(expected))
+
+
+def _limits(expected: Collection[Status]) -> Limits:
+    return LIMITS if TIMEOUT in expected else AMPLE
