@@ -116,7 +116,7 @@ class UnitWriter:
             files = [self._sealed(writer) for writer in self._writers]
             recipe, folds = self._plan.recipe, self._folds(scales)
             matched = recipe.calibration.propagate == MATCHED
-            comparison = Comparison(source.checkpoint, folds, "gptq" in recipe.method, matched)
+            comparison = Comparison(source.checkpoint, folds, recipe.rounding is not None, matched)
             snr_db, read = self._check(shards, comparison, workers)
             for writer in self._writers[len(shards) :]:
                 writer.require_same(sha256_of(writer.temporary))

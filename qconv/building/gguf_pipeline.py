@@ -341,7 +341,7 @@ class _Run:
             "format": f"gguf:{plan.file_type}",
             "fingerprints": lasting(journal.fingerprints),
             "recipe": self.recipe.model_dump(mode="json"),
-            "method": "gptq" if self.layers is not None else "rtn",
+            "method": self.recipe.rounding or "rtn",
             "imatrix": self._imatrix_values(),
             "parameters": self.weights,
             "bits_per_weight": round(plan.bits_per_weight, 4),

@@ -30,12 +30,12 @@ def calibrate_attention(context: LayerContext) -> Iterator[Finished]:
     """
     half = _AttentionHalf(context)
     half.collect()
-    if "awq" in context.recipe.method:
+    if context.recipe.searches_scales:
         half.search_scales()
     if context.static is not None:
         weights = half.with_static_inputs(context.static)
     else:
-        weights = half.compensated() if "gptq" in context.recipe.method else half.clipped()
+        weights = half.compensated() if context.recipe.rounding is not None else half.clipped()
     attention = context.layer.attention
     yield context.dense(context.layer.input_norm)
     for linear in attention.linears():

@@ -40,7 +40,7 @@ def calibrate_mlps(context: LayerContext) -> Iterator[Finished]:
     Yields the modules in the order of the plan: post-attention norm, routers, then each MLP's gate, up and down.
     """
     half = _MlpHalf(context)
-    if "awq" in context.recipe.method:
+    if context.recipe.searches_scales:
         half.search_shared_scale()
     yield context.dense(context.layer.post_attention_norm)
     for router in context.layer.routers():
@@ -217,7 +217,7 @@ class _MlpHalf:
         return replace(result, passing=None, source=None), outputs
 
     def _quantize(self, index: int) -> _Result:
-        context, mlp, method = self.context, self.context.layer.mlps()[index], self.context.recipe.method
+        context, mlp, recipe = self.context, self.context.layer.mlps()[index], self.context.recipe
         weights = GatedWeights.read(context.source, mlp, context.decoder.act)
         assignment, routed = self._calibration_tokens(index), self.routing.assignment(index)
         sample = self._sample(index, assignment, context.recipe.awq.search_tokens)
@@ -229,12 +229,12 @@ class _MlpHalf:
             "shrinkage": round(self.shrinkage / max(len(assignment.tokens) + self.shrinkage, 1), 6),
         }
         scales = FoldedScales(context.folds.input_scale(mlp.up), None)
-        inner = self._inner_statistics(subject, weights, self._clip_width(mlp)) if "awq" in method else None
+        inner = self._inner_statistics(subject, weights, self._clip_width(mlp)) if recipe.searches_scales else None
         if inner is not None and context.all_quantized((mlp.up, mlp.down)):
             scales = replace(scales, inner=self._search_inner_scale(subject, inner.magnitude, record))
         folded = scales.fold(weights)
         results: dict[str, Compensated] = {}
-        if "gptq" in method:
+        if recipe.rounding is not None:
             results = self._compensated(subject, folded, scales)
             quantized = {name: result.weight for name, result in results.items()}
         elif inner is not None:
@@ -253,7 +253,7 @@ class _MlpHalf:
 
     def _clip_width(self, mlp: Mlp) -> int:
         """The width of the second moments that clipping down needs; 0 where GPTQ follows, which collects its own."""
-        return 0 if "gptq" in self.context.recipe.method else statistics_width(self.context, (mlp.down,))
+        return 0 if self.context.recipe.rounding is not None else statistics_width(self.context, (mlp.down,))
 
     def _input_statistics(self, mlp: Mlp, assignment: Assignment) -> InputStatistics:
         """Statistics of gate's and up's input, shrunk toward the layer's."""

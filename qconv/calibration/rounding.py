@@ -17,7 +17,7 @@ def statistics_width(context: LayerContext, linears: Sequence[Linear]) -> int:
     in_features = linears[0].in_features
     if context.static is not None:
         return 0
-    if "gptq" in context.recipe.method:
+    if context.recipe.rounding is not None:
         return in_features
     widths = [context.schemes[one.name].gram_width(in_features) for one in linears if one.name in context.schemes]
     return max(widths, default=0)

@@ -17,14 +17,17 @@ from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.core.settings import MOST_MOVED
 from qconv.grids import e4m3
 from qconv.grids.elements import E4M3Grid, IntegerGrid
-from qconv.methods import awq, gptq
+from qconv.methods import awq, get_rounding, gptq
 from qconv.methods.compensated.problem import Problem
 from qconv.planning.recipe import Recipe
+
+GPTQ = "gptq"
+"""The rounding that chooses scales of integers on the way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compensated:
-    """A linear rounded by GPTQ: its weight, and what the report says of it."""
+    """A linear rounded by second moments: its weight, and what the report says of it."""
 
     weight: Packed
     record: dict[str, Any]
@@ -75,7 +78,7 @@ class SecondMoments:
         self.hessian = hessian
         self._drift = drift
         self._strength = recipe.calibration.matched_strength
-        self.problem = Problem(hessian, recipe.gptq, recipe.refine, {})
+        self.problem = Problem(hessian, recipe.gptq, recipe.refine, {}, get_rounding(recipe.rounding or GPTQ))
 
     def target(self, weight: Tensor) -> Tensor:
         """What a weight is best rounded from, so that its output on the drifted input is that on the true one.
@@ -147,6 +150,8 @@ class IntegerScheme:
     def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
         """See :class:`Scheme`."""
         clip = self.recipe.clip if self.recipe.searches_clipping else None
+        if self.recipe.rounding != GPTQ:
+            return _on_fixed_scales(weight, IntegerGrid(self.grid, clip), moments)
         found = gptq.quantize(weight, self.grid, moments.hessian, self.recipe.gptq, clip, moments.factor)
         quantized, error, refine = found.qtensor, found.error, self.recipe.refine
         if refine.sweeps or refine.refits:
@@ -184,9 +189,7 @@ class FittedScheme:
 
     def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
         """See :class:`Scheme`."""
-        found = moments.problem.quantize(weight, self.grid)
-        record = {"error": found.error, "rtn_error": found.own_error}
-        return Compensated(found.weight, record | extraordinary(found.factor, found.kept_own))
+        return _on_fixed_scales(weight, self.grid, moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +230,12 @@ def scheme_of(grid: Grid, recipe: Recipe) -> Scheme:
     if grid.is_float:
         return FittedScheme(E4M3Grid(grid, recipe.clip if recipe.searches_clipping else None))
     return IntegerScheme(grid, recipe)
+
+
+def _on_fixed_scales(weight: Tensor, grid: FittedGrid[Any], moments: SecondMoments) -> Compensated:
+    found = moments.problem.quantize(weight, grid)
+    record = {"error": found.error, "rtn_error": found.own_error}
+    return Compensated(found.weight, record | extraordinary(found.factor, found.kept_own))
 
 
 def extraordinary(factor: Factor, kept_rtn: int) -> dict[str, Any]:

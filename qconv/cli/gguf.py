@@ -78,8 +78,8 @@ def _print_build(result: Mapping[str, Any]) -> None:
     say(console, f"files        {len(result['files'])}, the first {result['files'][0]}")
     say(console, f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight")
     say(console, f"types        {', '.join(f'{count} {name}' for name, count in result['types'].items())}")
-    if result["method"] == "gptq":
-        say(console, "method       gptq: layers calibrated, each linear on its own type's grid")
+    if result["method"] != "rtn":
+        say(console, f"method       {result['method']}: layers calibrated, each linear on its own type's grid")
     if result["imatrix"] is not None:
         _print_imatrix(result["imatrix"])
     if result["least_snr"] is not None:

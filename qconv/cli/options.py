@@ -12,7 +12,16 @@ import click
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
 from qconv.core.settings import GIGABYTE, MATCHED
 from qconv.errors import UsageError
-from qconv.planning.recipe import METHODS, Recipe, load_recipe, packaged_recipes, read_values, replaced
+from qconv.planning.recipe import (
+    METHODS,
+    Recipe,
+    load_recipe,
+    packaged_recipes,
+    read_values,
+    replaced,
+    rounding_of,
+    steps,
+)
 
 if TYPE_CHECKING:
     from qconv.planning.gguf_recipe import GgufRecipe
@@ -131,7 +140,7 @@ class RecipeOptions:
         for name in ("group_size", "skip"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
-        if not (self.calib or self.tokens or self.method == "gptq" or values.get("calibration")):
+        if not (self.calib or self.tokens or rounding_of(steps(self.method)) is not None or values.get("calibration")):
             for name in ("routing", "no_propagate", "propagate", "refine"):
                 if getattr(self, name):
                     raise UsageError(

@@ -1,7 +1,35 @@
-"""Methods: pure functions that turn a weight and the statistics of its inputs into a QTensor.
+"""Methods: pure functions that choose a weight's values from what its inputs are like.
 
-``rtn`` rounds to nearest and can search clipping ranges; ``awq`` searches scales that are folded into the operation
-before; ``gptq`` rounds column by column, each column taking up the errors of those before it.
+``awq`` searches scales that are folded into the operation before. Every other module here is a rounding by its own
+name (:class:`qconv.core.method.Rounding`): ``gptq`` rounds column by column, each column taking up the errors of those
+before it. ``rtn``, which is no module, takes what a grid makes of a weight by itself. ``compensated`` is what roundings
+on any grid share: problems, columns, refinement.
 
-Methods know each other as little as files or architectures: what they share is :mod:`qconv.core.rounding`.
+Methods know each other as little as files or architectures.
 """
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qconv.core.method import Rounding  # which imports torch: names of methods are known without
+
+_SHARED = ("awq", "compensated")
+"""The modules that are no roundings."""
+
+
+def roundings() -> list[str]:
+    """The names of all roundings that look at second moments, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
+
+
+def get_rounding(name: str) -> Rounding:
+    """The rounding of that name, one of :func:`roundings`."""
+    found: Rounding = importlib.import_module(f"{__name__}.{name}").ROUNDING
+    return found
+
+
+__all__ = ["get_rounding", "roundings"]

@@ -42,6 +42,10 @@ from qconv.core.rounding import (
 )
 from qconv.core.settings import ClipSettings, GptqSettings
 from qconv.errors import QconvError, UsageError
+from qconv.methods.compensated.columns import by_gptq
+
+ROUNDING = by_gptq
+"""On any grid, its scales fixed; :func:`quantize` is for integers, whose groups may take their scales on the way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from qconv.core.settings import MATCHED, CalibrationSettings, GptqSettings, Outp
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.names import GgufTensor
-from qconv.planning.recipe import Recipe, parse_as, shown_steps, steps
+from qconv.methods import roundings
+from qconv.planning.recipe import Recipe, parse_as, rounding_of, shown_steps, steps
 
 FORMAT = "gguf"
 
@@ -73,16 +74,22 @@ class GgufRecipe(Section):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value not in (None, ("rtn",), ("gptq",)):
-            raise ValueError(f"{'+'.join(value or ())} is no method of a GGUF build; known are rtn and gptq")
+        known = ("rtn", *roundings())
+        if value is not None and (len(value) != 1 or value[0] not in known):
+            raise ValueError(f"{'+'.join(value)} is no method of a GGUF build; known are {', '.join(known)}")
         return value
 
     @property
+    def rounding(self) -> str | None:
+        """What chooses the codes of layers; None for the encoder alone."""
+        return (rounding_of(self.method) or "gptq") if self.is_calibrated else None
+
+    @property
     def is_calibrated(self) -> bool:
-        """Whether layers are rounded by GPTQ."""
+        """Whether layers are rounded by second moments of their inputs."""
         if self.method is None:
             return self.calibration is not None and not self.imatrix.files
-        return self.method == ("gptq",)
+        return rounding_of(self.method) is not None
 
     @property
     def is_matched(self) -> bool:
@@ -92,7 +99,7 @@ class GgufRecipe(Section):
     def calibrated(self) -> Recipe:
         """How the layers of a calibrated build are calibrated."""
         calibration = GgufCalibrationSettings() if self.calibration is None else self.calibration
-        return Recipe(method=("gptq",), gptq=self.gptq, refine=self.refine, calibration=calibration)
+        return Recipe(method=self.method or ("gptq",), gptq=self.gptq, refine=self.refine, calibration=calibration)
 
     @field_validator("tensor_types")
     @classmethod

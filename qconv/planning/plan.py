@@ -181,7 +181,7 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
     """
     output_format = get_format(recipe.format)
     grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
-    if grid.is_float and "awq" in recipe.method:
+    if grid.is_float and recipe.searches_scales:
         raise RecipeError(
             f"method: {recipe.method_name} searches scales for integers, and format {output_format.name} holds floats.",
             hint="Take method rtn or gptq, or an integer format.",
@@ -195,7 +195,7 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
         raise RecipeError(
             "gptq.ordering: desc_act orders the groups of integers, and this format has blocks of floats."
         )
-    if "gptq" in recipe.method and recipe.gptq.ordering == "desc_act":
+    if recipe.rounding is not None and recipe.gptq.ordering == "desc_act":
         grid = _in_act_order(grid, output_format)
     check_skips(architecture, recipe)
     check_shapes(architecture, recipe, output_format, grid)
@@ -312,7 +312,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
     window = 4 * 16384 * (hidden + 2 * widest)
     scratch = tokens * hidden * (2 + 2 + 2 + 4) * plan.recipe.calibration.streams
     working = 4 * 4 * max(attention, mlp)
-    if "gptq" in plan.recipe.method:
+    if plan.recipe.rounding is not None:
         working = max(
             4 * (3 * attention + hidden**2 + 3 * max(layer.attention.o.in_features for layer in layers) ** 2),
             4 * (hidden**2 + default_workers() * (3 * mlp + 4 * hidden**2)),

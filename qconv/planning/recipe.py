@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -25,11 +25,17 @@ from qconv.core.settings import (
     Section,
 )
 from qconv.errors import RecipeError
+from qconv.methods import roundings
 
 SectionT = TypeVar("SectionT", bound=Section)
 
-METHODS = (("rtn",), ("awq",), ("gptq",), ("awq", "gptq"))
-"""What ``method`` may be: one method, or AWQ's scales followed by GPTQ's rounding."""
+METHODS = (("rtn",), ("awq",), *((name,) for name in roundings()), *(("awq", name) for name in roundings()))
+"""What ``method`` may be: one method, or AWQ's scales followed by a rounding."""
+
+
+def rounding_of(method: Sequence[str] | None) -> str | None:
+    """The rounding among a method's steps that looks at second moments: ``gptq`` or another; None for none."""
+    return next((step for step in method or () if step not in ("rtn", "awq")), None)
 
 
 def steps(value: Any) -> Any:
@@ -75,8 +81,8 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _by_gptq_alone(self) -> Self:
-        if "gptq" not in self.method:
+    def _after_a_rounding_alone(self) -> Self:
+        if self.rounding is None:
             if self.calibration.propagate == MATCHED:
                 raise ValueError(f"calibration.propagate: matched is for gptq, not for {self.method_name}")
             if self.refine.sweeps or self.refine.refits:
@@ -87,6 +93,16 @@ class Recipe(Section):
     def method_name(self) -> str:
         """The method as one word: ``awq``, ``awq+gptq`` ..."""
         return "+".join(self.method)
+
+    @property
+    def rounding(self) -> str | None:
+        """What chooses codes by second moments: ``gptq`` or another; None where weights are rounded by themselves."""
+        return rounding_of(self.method)
+
+    @property
+    def searches_scales(self) -> bool:
+        """Whether scales are searched that are folded into the operations before."""
+        return "awq" in self.method
 
     @property
     def looks_at_activations(self) -> bool:
@@ -133,7 +149,7 @@ def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Reci
     """
     values, where = read_values(source)
     given = dict(overrides or {})
-    if "method" in given and "gptq" not in given["method"]:
+    if "method" in given and rounding_of(steps(given["method"])) is None:
         calibration = values.get("calibration")
         matched = isinstance(calibration, dict) and calibration.get("propagate") == MATCHED
         given = {"refine": {}, **({"calibration.propagate": True} if matched else {}), **given}

@@ -20,6 +20,7 @@ from qconv.errors import CheckpointError
 from qconv.executors.threads import Workers
 from qconv.models.folding import Folds, folded_weight
 from qconv.planning.plan import Module
+from qconv.planning.recipe import rounding_of
 from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
@@ -114,7 +115,7 @@ def check_weights(
     if model.lm_head is not None:
         ends.append(model.lm_head)
     method = build.method()
-    compensated = method is None or "gptq" in method
+    compensated = method is None or rounding_of(method) is not None
     groups: list[tuple[Layer | None, list[Module]]] = [(None, ends)]
     groups += [(layer, [*layer.norms(), *layer.routers(), *layer.linears()]) for layer in model.layers]
     for done, (layer, modules) in enumerate(groups):

@@ -10,6 +10,7 @@ Matrices are float32 and transposed, [in_features, out_features].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from torch import Tensor
 
 from qconv.core.grid import Fit, Run
 from qconv.core.hessian import Factor
+from qconv.core.settings import GptqSettings
+
+
+def by_gptq(
+    weight: Tensor, fit: Fit[Any], hessian: Tensor, factor: Callable[[int], Factor], settings: GptqSettings
+) -> Tensor:
+    """See :class:`qconv.core.method.Rounding`."""
+    return compensate_(weight, fit, factor(fit.width), settings.block_size)
 
 
 def compensate_(weight: Tensor, fit: Fit[Any], factor: Factor, block_size: int = 128) -> Tensor:

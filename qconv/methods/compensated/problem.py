@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qconv.core.grid import Fit, FittedGrid, PackedT
 from qconv.core.hessian import Factor, factorize, is_finite, row_errors
+from qconv.core.method import Rounding
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
-from qconv.methods.compensated.columns import compensate_
+from qconv.methods.compensated.columns import by_gptq
 from qconv.methods.compensated.refinement import refine_
 
 SCALE_EXPONENT = 0.5
@@ -50,12 +51,14 @@ class Problem:
         settings: How columns are worked through.
         refine: What follows.
         factors: By the number of columns that are rounded together.
+        rounding: What chooses the codes.
     """
 
     hessian: Tensor
     settings: GptqSettings
     refine: RefineSettings
     factors: dict[int, Factor]
+    rounding: Rounding = by_gptq
 
     def factor(self, together: int) -> Factor:
         """The factor whose order keeps runs of so many columns together."""
@@ -109,8 +112,8 @@ class Problem:
         return after.weight, float(after.errors.sum())
 
     def _candidates(self, weight: Tensor, fit: Fit[PackedT], factor: Factor) -> Iterator[PackedT]:
-        """What compensation finds, and what refinement makes of it."""
-        values = compensate_(weight.t().contiguous(), fit, factor, self.settings.block_size)
+        """What the method finds, and what refinement makes of it."""
+        values = self.rounding(weight.t().contiguous(), fit, self.hessian, self.factor, self.settings)
         yield fit.pack(values)
         if self.refine.sweeps or self.refine.refits:
             columns = weight.t().contiguous()
