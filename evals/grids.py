@@ -42,6 +42,7 @@ from evals.quality import (
 )
 from qconv.artifacts.source import Source
 from qconv.calibration.corpus import build_tokens
+from qconv.calibration.layer import LayerBuild
 from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import FittedScheme
 from qconv.core.settings import MATCHED, RefineSettings
@@ -164,11 +165,14 @@ def compensated(
     found: dict[str, torch.Tensor] = {}
     with Workers() as workers:
         tokens = build_tokens(recipe.calibration, model)
-        calibration = Calibration(source, recipe, tokens, work, Journal.create(work / "journal.jsonl", {}), workers)
+        calibration = Calibration(
+            source, recipe.calibration, tokens, work, Journal.create(work / "journal.jsonl", {}), workers
+        )
         for layer in source.architecture.layers:
             names = [linear.name for linear in layer.linears()]
-            context = calibration.context(layer, names, dict.fromkeys(names, FittedScheme(grid)))
-            for finished in calibration.modules(context):
+            made = LayerBuild.of(source, layer, recipe, names, dict.fromkeys(names, FittedScheme(grid)))
+            context = calibration.context(layer, [made])
+            for _, finished in calibration.modules(context):
                 if finished.weight is not None:
                     found[finished.module.weight] = finished.weight.dequantize()
             calibration.advance(context)

@@ -19,7 +19,7 @@ from qconv.artifacts.gguf_tensors import encoder
 from qconv.artifacts.source import Source
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.imatrix import LayerSums, blocks_key, read_for, require_kept, sums_key
-from qconv.calibration.layer import LayerContext
+from qconv.calibration.layer import LayerBuild
 from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import FittedScheme, Scheme
 from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
@@ -152,7 +152,7 @@ class CalibratedLayers:
     def _begun(self) -> Calibration:
         if self._calibration is None:
             self._calibration = Calibration(
-                self._source, self._recipe, self._tokens, self._work, self.journal, self._workers
+                self._source, self._recipe.calibration, self._tokens, self._work, self.journal, self._workers
             )
         return self._calibration
 
@@ -160,7 +160,8 @@ class CalibratedLayers:
         calibration, what = self._begun(), f"calibrating layer {layer.index}"
         linears = [linear for linear in layer.linears() if linear.weight in self._grids]
         schemes: dict[str, Scheme] = {linear.name: FittedScheme(self._grids[linear.weight]) for linear in linears}
-        context = calibration.context(layer, schemes.keys(), schemes)
+        made = LayerBuild.of(self._source, layer, self._recipe, schemes.keys(), schemes)
+        context = calibration.context(layer, [made])
         done, total = 0, sum(linear.numel for linear in layer.linears())
         self._progress(what, done, total)
         if committed:
@@ -171,21 +172,21 @@ class CalibratedLayers:
             path = claim(_path(self._work, layer))
             specs = [self._spec(linear) for linear in linears]
             with ShardWriter(path, specs, self.journal.staged(path.name)) as writer:
-                for finished in calibration.modules(context):
+                for _, finished in calibration.modules(context):
                     if isinstance(finished.weight, BlockTensor) and isinstance(finished.module, Linear):
                         writer.write(finished.module.weight, finished.weight.data)
                     done += finished.module.numel if isinstance(finished.module, Linear) else 0
                     self._progress(what, min(done, total), total)
                 written = writer.finish()
                 writer.publish()
-            self._commit(layer, context, {"size": written.size, "sha256": written.sha256})
+            self._commit(layer, made, {"size": written.size, "sha256": written.sha256})
         calibration.advance(context)
 
-    def _commit(self, layer: Layer, context: LayerContext, values: dict[str, Any]) -> None:
+    def _commit(self, layer: Layer, made: LayerBuild, values: dict[str, Any]) -> None:
         read = checksum(self._source.checkpoint, read_for(self._source, layer), self._workers)
-        seen = {f"{name}.weight": squares for name, squares in context.squares.items()}
+        seen = {f"{name}.weight": squares for name, squares in made.squares.items()}
         self.journal.commit(sums_key(layer), self._sums.keep(layer, seen))
-        report = {"experts": context.report.experts, "compensations": context.report.compensations}
+        report = {"experts": made.report.experts, "compensations": made.report.compensations}
         self._record.commit(blocks_key(layer), values | {READ: read, "report": report})
 
     def _spec(self, linear: Linear) -> TensorSpec:

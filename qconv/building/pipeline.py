@@ -33,7 +33,7 @@ from qconv.building.output import (
 from qconv.building.report import Report
 from qconv.building.scale_range import check_scales
 from qconv.calibration.corpus import TokenSet, build_tokens
-from qconv.calibration.layer import Finished, LayerReport
+from qconv.calibration.layer import Finished, LayerBuild, LayerReport
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.core.architecture import Linear
 from qconv.core.qtensor import CHANNEL, QTensor
@@ -221,7 +221,7 @@ class _Run:
         from qconv.calibration.run import Calibration
         from qconv.calibration.schemes import StaticScheme, scheme_of
 
-        calibration = Calibration(self.source, self.recipe, self.tokens, self.work, journal, self.workers)
+        calibration = Calibration(self.source, self.recipe.calibration, self.tokens, self.work, journal, self.workers)
         grid = self.plan.grid
         static = StaticScheme(grid, self.recipe) if grid.activations == "static" else None
 
@@ -234,15 +234,16 @@ class _Run:
                 return
             quantized = [item.module.name for item in unit.items if item.quantized]
             schemes = {} if static else dict.fromkeys(quantized, scheme_of(grid, self.recipe))
-            context = calibration.context(unit.layer, quantized, schemes, static)
-            modules = calibration.modules(context)
+            made = LayerBuild.of(self.source, unit.layer, self.recipe, quantized, schemes, static)
+            context = calibration.context(unit.layer, [made])
+            modules = (finished for _, finished in calibration.modules(context))
             if committed:
                 self.log(f"{unit.key}: committed before its outputs were; computing them again")
                 for _ in self._shown(unit, modules):
                     pass
             else:
                 packed = self.workers.map(self._pack, modules)
-                self._commit(unit, packed, context.scales, context.report, record)
+                self._commit(unit, packed, made.scales, made.report, record)
             # A layer's outputs may only count as made once the layer itself is safe.
             self._await_commit()
             calibration.advance(context)

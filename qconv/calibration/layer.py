@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Architecture, Layer, Linear, Norm
 from qconv.core.grid import Packed
+from qconv.core.settings import CalibrationSettings
 from qconv.executors.threads import Workers
 from qconv.methods.awq import Choice
 from qconv.models.folding import Folds
@@ -99,29 +100,26 @@ def inputs_file(folder: Path, layer: int, tokens: int, hidden: int) -> Activatio
 
 
 @dataclass(frozen=True, slots=True)
-class LayerContext:
-    """What the two halves of a layer share.
+class LayerBuild:
+    """One build's part in a layer: how its linears are rounded, and what came of it.
 
     Attributes:
+        source: The model.
+        recipe: The method and its settings; of its calibration, what the context says counts.
         schemes: How each quantized linear is rounded, by name; empty where inputs have stored scales.
         static: How they are rounded then, else None.
         quantized: Names of the linears that are quantized.
-        is_last: Whether no layer follows that would need this one's output.
+        report: What happened.
         scales: What is folded, filled in by the searches; by producer's module name.
         folds: A view of ``scales`` that always shows its present state.
         squares: The squared inputs of linears, routers included, by name, filled in where second moments are kept.
     """
 
     source: Source
-    decoder: Decoder
     recipe: Recipe
-    layer: Layer
-    work: Workspace
-    workers: Workers
     schemes: Mapping[str, Scheme]
     static: StaticScheme | None
     quantized: frozenset[str]
-    is_last: bool
     report: LayerReport
     scales: dict[str, Tensor]
     folds: Folds
@@ -131,46 +129,25 @@ class LayerContext:
     def of(
         cls,
         source: Source,
-        decoder: Decoder,
-        recipe: Recipe,
         layer: Layer,
-        work: Workspace,
-        workers: Workers,
+        recipe: Recipe,
+        quantized: Collection[str],
         schemes: Mapping[str, Scheme],
-        *,
-        static: StaticScheme | None,
-        quantized: frozenset[str],
-        is_last: bool,
-    ) -> LayerContext:
-        """The context of a layer, nothing folded yet."""
+        static: StaticScheme | None = None,
+    ) -> LayerBuild:
+        """Of a layer, nothing folded yet.
+
+        Args:
+            source: The model.
+            layer: The layer.
+            recipe: The method and its settings.
+            quantized: Names of the linears that are quantized.
+            schemes: How each of them is, by name.
+            static: How all of them are where inputs have stored scales; then ``schemes`` are not looked at.
+        """
         scales: dict[str, Tensor] = {}
         folds = Folds.of(source.architecture, layer, scales)
-        return cls(
-            source,
-            decoder,
-            recipe,
-            layer,
-            work,
-            workers,
-            schemes,
-            static,
-            quantized,
-            is_last,
-            LayerReport(),
-            scales,
-            folds,
-            {},
-        )
-
-    @property
-    def model(self) -> Architecture:
-        """The architecture."""
-        return self.source.architecture
-
-    def generator(self, salt: int) -> torch.Generator:
-        """A random stream that depends on the seed, the layer and ``salt`` alone."""
-        seed = (self.recipe.calibration.seed * 1_000_003 + self.layer.index) * 1_000_003 + salt
-        return torch.Generator().manual_seed(seed % 2**63)
+        return cls(source, recipe, schemes, static, frozenset(quantized), LayerReport(), scales, folds, {})
 
     def all_quantized(self, linears: Sequence[Linear]) -> bool:
         """Whether every one of them is quantized."""
@@ -193,3 +170,43 @@ class LayerContext:
         names = [name for name, _ in linear.tensors() if name != linear.weight]
         biases = tuple((name, [self.folds.expected(linear, name, self.source.read(name))]) for name in names)
         return Finished(linear, weight, biases)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """What the two halves of a layer share, and all builds that are made of it.
+
+    Attributes:
+        calibration: How the layer is looked at.
+        is_last: Whether no layer follows that would need this one's output.
+        builds: What is made of the layer. Where the next one sees its quantized outputs, it is one build.
+        seen: By linear, routers included, the sums of squared inputs of the unquantized model, filled in as an
+            importance matrix collected by itself would have them; None where nobody asks.
+    """
+
+    source: Source
+    decoder: Decoder
+    calibration: CalibrationSettings
+    layer: Layer
+    work: Workspace
+    workers: Workers
+    is_last: bool
+    builds: tuple[LayerBuild, ...]
+    seen: dict[str, InputSquares] | None
+
+    @property
+    def model(self) -> Architecture:
+        """The architecture."""
+        return self.source.architecture
+
+    def generator(self, salt: int) -> torch.Generator:
+        """A random stream that depends on the seed, the layer and ``salt`` alone."""
+        seed = (self.calibration.seed * 1_000_003 + self.layer.index) * 1_000_003 + salt
+        return torch.Generator().manual_seed(seed % 2**63)
+
+    def see(self, linears: Iterable[Linear], squares: InputSquares) -> None:
+        """Add to what was seen of the linears that read an input."""
+        if self.seen is not None:
+            for linear in linears:
+                before = self.seen.get(linear.name, InputSquares.empty(linear.in_features))
+                self.seen[linear.name] = before + squares

@@ -1,42 +1,61 @@
-"""Rounding of a layer's linears by the recipe's method, given the statistics of their common input."""
+"""Rounding of a layer's linears by a build's method, given the statistics of their common input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
-from qconv.calibration.layer import LayerContext
+from qconv.calibration.layer import LayerBuild
 from qconv.calibration.schemes import Compensated, SecondMoments
 from qconv.calibration.statistics import InputStatistics
 from qconv.core.architecture import Linear
+from qconv.core.hessian import Factor
+from qconv.core.settings import GptqSettings
+
+Factors: TypeAlias = dict[GptqSettings, dict[int, Factor]]
+"""Of one input's second moments, as builds that fold nothing into it share them."""
 
 
-def statistics_width(context: LayerContext, linears: Sequence[Linear]) -> int:
+def statistics_width(build: LayerBuild, linears: Sequence[Linear]) -> int:
     """The width of the blocks of second moments that rounding linears of one input needs; 0 for none."""
     in_features = linears[0].in_features
-    if context.static is not None:
+    if build.static is not None:
         return 0
-    if context.recipe.rounding is not None:
+    if build.recipe.rounding is not None:
         return in_features
-    widths = [context.schemes[one.name].gram_width(in_features) for one in linears if one.name in context.schemes]
+    widths = [build.schemes[one.name].gram_width(in_features) for one in linears if one.name in build.schemes]
     return max(widths, default=0)
 
 
+def empty_statistics(in_features: int, widths: Iterable[int], *, drift: bool = False) -> dict[int, InputStatistics]:
+    """Statistics of one input in every width that builds ask for, by width; drift goes with second moments."""
+    return {width: InputStatistics.empty(in_features, width, drift=drift and bool(width)) for width in {*widths}}
+
+
 def compensate(
-    context: LayerContext, statistics: InputStatistics, weights: Mapping[str, Tensor]
+    build: LayerBuild,
+    statistics: InputStatistics,
+    weights: Mapping[str, Tensor],
+    scale: Tensor | None = None,
+    factors: Factors | None = None,
 ) -> dict[str, Compensated]:
     """Quantize by GPTQ the linears that share an input.
 
     Args:
-        context: The layer.
+        build: Whose they are.
         statistics: Of the input, second moments as one block.
         weights: Their folded weights, float32 [out_features, in_features], by module name.
+        scale: What the input is divided by, float32 [in_features]; None for nothing.
+        factors: Those of the input as it is that other builds have made, or will need.
 
     Raises:
         QconvError: the second moments are not finite.
     """
     if not weights:
         return {}
-    moments = SecondMoments(statistics.hessian, context.recipe, statistics.drift)
-    return {name: context.schemes[name].compensate(moments.target(weight), moments) for name, weight in weights.items()}
+    seen = statistics if scale is None else statistics.rescaled(scale)
+    known = None if factors is None or scale is not None else factors.setdefault(build.recipe.gptq, {})
+    moments = SecondMoments(seen.hessian, build.recipe, seen.drift, known)
+    return {name: build.schemes[name].compensate(moments.target(weight), moments) for name, weight in weights.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,14 +12,13 @@ from qconv.calibration.attention import calibrate_attention
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.experts import calibrate_mlps
 from qconv.calibration.forward import Decoder
-from qconv.calibration.layer import Finished, LayerContext
-from qconv.calibration.schemes import Scheme, StaticScheme
+from qconv.calibration.layer import Finished, LayerBuild, LayerContext
+from qconv.calibration.statistics import InputSquares
 from qconv.calibration.stream import LayerStream
 from qconv.core.architecture import Layer
-from qconv.core.settings import MATCHED
+from qconv.core.settings import MATCHED, CalibrationSettings
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
-from qconv.planning.recipe import Recipe
 
 
 class Calibration:
@@ -29,7 +28,13 @@ class Calibration:
     """
 
     def __init__(
-        self, source: Source, recipe: Recipe, tokens: TokenSet, work: Path, journal: Journal, workers: Workers
+        self,
+        source: Source,
+        settings: CalibrationSettings,
+        tokens: TokenSet,
+        work: Path,
+        journal: Journal,
+        workers: Workers,
     ) -> None:
         """Find the activations to go on from, or make those of layer 0.
 
@@ -37,11 +42,11 @@ class Calibration:
             OutputError: the disk is full or the work folder cannot be written.
         """
         self._source = source
-        self._recipe = recipe
+        self._settings = settings
         self._workers = workers
         self._decoder = Decoder(source.checkpoint.path)
         with torch.no_grad():
-            matched = recipe.calibration.propagate == MATCHED
+            matched = settings.propagate == MATCHED
             self._stream = LayerStream(source, tokens.ids, work, journal, reference=matched)
 
     @property
@@ -50,35 +55,31 @@ class Calibration:
         return self._stream.next_layer
 
     def context(
-        self,
-        layer: Layer,
-        quantized: Collection[str],
-        schemes: Mapping[str, Scheme],
-        static: StaticScheme | None = None,
+        self, layer: Layer, builds: Sequence[LayerBuild], seen: dict[str, InputSquares] | None = None
     ) -> LayerContext:
         """What the calibration of a layer works on.
 
         Args:
             layer: The layer.
-            quantized: Names of the linears that are quantized.
-            schemes: How each of them is, by name.
-            static: How all of them are where inputs have stored scales; then ``schemes`` are not looked at.
+            builds: What is made of it; one, where the next layer sees its quantized outputs.
+            seen: See :class:`LayerContext`.
         """
-        return LayerContext.of(
+        if self._settings.propagate and len(builds) != 1:
+            raise ValueError("the next layer can only see the quantized outputs of one build")
+        return LayerContext(
             self._source,
             self._decoder,
-            self._recipe,
+            self._settings,
             layer,
             self._stream.workspace(layer.index),
             self._workers,
-            schemes,
-            static=static,
-            quantized=frozenset(quantized),
-            is_last=self._stream.is_last(layer.index),
+            self._stream.is_last(layer.index),
+            tuple(builds),
+            seen,
         )
 
-    def modules(self, context: LayerContext) -> Iterator[Finished]:
-        """The layer's modules, quantized, in the order of the plan; afterwards its running output is complete.
+    def modules(self, context: LayerContext) -> Iterator[tuple[LayerBuild, Finished]]:
+        """Each build's modules of the layer, quantized, in the order of the plan; then its running output is complete.
 
         Raises:
             CheckpointError: a weight is not finite.

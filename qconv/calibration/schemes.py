@@ -73,12 +73,22 @@ class Scheme(Protocol):
 class SecondMoments:
     """Of the input that several linears share, and what they make of it once for all."""
 
-    def __init__(self, hessian: Tensor, recipe: Recipe, drift: Tensor | None = None) -> None:
-        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``, and of the input's drift."""
+    def __init__(
+        self,
+        hessian: Tensor,
+        recipe: Recipe,
+        drift: Tensor | None = None,
+        factors: dict[int, Factor] | None = None,
+    ) -> None:
+        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``, and of the input's drift.
+
+        ``factors`` are those that are known, or shared with whoever rounds on the same second moments.
+        """
         self.hessian = hessian
         self._drift = drift
         self._strength = recipe.calibration.matched_strength
-        self.problem = Problem(hessian, recipe.gptq, recipe.refine, {}, get_rounding(recipe.rounding or GPTQ))
+        known = {} if factors is None else factors
+        self.problem = Problem(hessian, recipe.gptq, recipe.refine, known, get_rounding(recipe.rounding or GPTQ))
 
     def target(self, weight: Tensor) -> Tensor:
         """What a weight is best rounded from, so that its output on the drifted input is that on the true one.

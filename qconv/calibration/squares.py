@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qconv.artifacts.source import Source
-from qconv.calibration.experts import WINDOW_TOKENS
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Workspace
 from qconv.calibration.mlp import GatedWeights
+from qconv.calibration.mlp_inputs import WINDOW_TOKENS
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputSquares
 from qconv.core.architecture import Layer, Linear, Mlp, Norm

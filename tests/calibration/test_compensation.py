@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.build import Build
-from qconv.calibration import experts, rounding
+from qconv.calibration import attention, mlp_build, rounding
 from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputStatistics
 from qconv.errors import RecipeError
@@ -61,11 +61,11 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], InputS
     calls: list[tuple[tuple[str, ...], InputStatistics]] = []
     real = rounding.compensate
 
-    def spy(context: Any, statistics: InputStatistics, weights: Weights) -> dict[str, Compensated]:
+    def spy(made: Any, statistics: InputStatistics, weights: Weights, *more: Any) -> dict[str, Compensated]:
         calls.append((tuple(name.removeprefix("model.layers.") for name in weights), statistics))
-        return real(context, statistics, weights)
+        return real(made, statistics, weights, *more)
 
-    for module in (experts, __import__("qconv.calibration.attention", fromlist=["attention"])):
+    for module in (attention, mlp_build):
         monkeypatch.setattr(module, "compensate", spy)
     return calls
 

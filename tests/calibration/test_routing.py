@@ -13,6 +13,7 @@ from qconv.artifacts.source import Source
 from qconv.calibration import layer as layer_module
 from qconv.calibration.attention import calibrate_attention
 from qconv.calibration.corpus import build_tokens
+from qconv.calibration.layer import LayerBuild
 from qconv.calibration.routing import Routing
 from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import IntegerScheme
@@ -40,11 +41,12 @@ def routing_of(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Rout
     with Workers(1) as workers:
         tokens = build_tokens(RECIPE.calibration, model)
         journal = Journal.create(work / "journal.jsonl", {})
-        calibration = Calibration(source, RECIPE, tokens, work, journal, workers)
+        calibration = Calibration(source, RECIPE.calibration, tokens, work, journal, workers)
         unit = plan.units[1]
         assert unit.layer is not None
         names = [linear.name for linear in unit.layer.linears()]
-        context = calibration.context(unit.layer, names, dict.fromkeys(names, IntegerScheme(plan.grid, RECIPE)))
+        schemes = dict.fromkeys(names, IntegerScheme(plan.grid, RECIPE))
+        context = calibration.context(unit.layer, [LayerBuild.of(source, unit.layer, RECIPE, names, schemes)])
         with torch.no_grad():
             for _ in calibrate_attention(context):
                 pass

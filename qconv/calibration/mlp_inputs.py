@@ -1,0 +1,187 @@
+"""What the MLPs of a layer see: the tokens that are routed to each, their inputs, and statistics of those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconv.calibration.layer import LayerBuild, LayerContext, Workspace
+from qconv.calibration.mlp import GatedWeights
+from qconv.calibration.rounding import empty_statistics, statistics_width
+from qconv.calibration.routing import Assignment, Routing
+from qconv.calibration.statistics import InputSquares, InputStatistics
+from qconv.core.architecture import Linear, Mlp, Moe
+
+WINDOW_TOKENS = 2048
+POOL_TOKENS = 256
+"""Tokens of the layer as a whole that stand in for an expert's missing ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Inputs on which losses are measured, float32 [n, hidden], and the weight of each token's squared error, [n]."""
+
+    inputs: Tensor
+    weights: Tensor
+
+    def loss(self, output: Tensor, target: Tensor) -> float:
+        """The weighted squared distance of two outputs, float32 [n, hidden]."""
+        return float(((output - target).square_().sum(-1) * self.weights).sum(dtype=torch.float64))
+
+
+class MlpInputs:
+    """The inputs of a layer's MLPs, which all builds of it share.
+
+    Attributes:
+        layer: Statistics of the MLPs' common input over all tokens, by the width that builds ask for.
+        reference: The activations of the unquantized model, where they are compared.
+        reference_routing: Where its router sends the tokens; None where nobody needs its outputs.
+    """
+
+    def __init__(self, context: LayerContext) -> None:
+        """Route all tokens and look at the common input."""
+        self.context = context
+        norm = context.layer.post_attention_norm
+        self.norm_weight = context.source.read(norm.weight)
+        self._norm = context.decoder.norm(context.layer, norm, self.norm_weight)
+        self.routing = self._routed(context.work)
+        self.reference = context.work.reference
+        self.reference_routing: Routing | None = None
+        if self.reference is not None and not context.is_last:
+            self.reference_routing = self._routed(self.reference)
+        self.shrinkage = context.calibration.shrinkage_tokens
+        self.layer = self._layer_inputs()
+        for build in context.builds:
+            build.keep_squares(self.layer[self.width(build)], context.layer.routers())
+        count = min(POOL_TOKENS, context.work.tokens)
+        picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
+        self.pool = self.normed(picks)
+
+    def _routed(self, work: Workspace) -> Routing:
+        return Routing(self.context.source, self.context.decoder, self.context.layer, work, self._norm)
+
+    def _layer_inputs(self) -> dict[int, InputStatistics]:
+        context = self.context
+        found = empty_statistics(context.model.hidden_size, map(self.width, context.builds))
+        for start, stop in context.work.middle.windows(WINDOW_TOKENS):
+            normed = self._norm(context.work.middle.read(start, stop))
+            for statistics in found.values():
+                statistics.update(normed)
+            if context.seen is not None:
+                context.see(context.layer.routers(), InputSquares.of(normed))
+        return found
+
+    def _readers(self) -> list[Linear]:
+        """The linears that read the normed stream."""
+        return [linear for mlp in self.context.layer.mlps() for linear in (mlp.gate, mlp.up)]
+
+    def width(self, build: LayerBuild) -> int:
+        """The width of the second moments that a build asks for of the inputs of gate and up."""
+        return statistics_width(build, self._readers())
+
+    def normed(self, tokens: Tensor, work: Workspace | None = None) -> Tensor:
+        """The MLPs' inputs for chosen tokens, float32 [n, hidden]; in the quantized model."""
+        normed: Tensor = self._norm((work or self.context.work).middle.gather(tokens))
+        return normed
+
+    def assignment(self, index: int) -> Assignment:
+        """The tokens that the statistics of an MLP are made of."""
+        routed = self.routing.assignment(index)
+        if self.context.calibration.routing == "routed":
+            return routed
+        tokens = self.context.work.tokens
+        weights = torch.full((tokens,), self._mean_weight(routed))
+        weights[routed.tokens] = routed.weights
+        return Assignment(torch.arange(tokens), weights)
+
+    def _mean_weight(self, assignment: Assignment) -> float:
+        """The usual factor on an expert's output, for tokens that were not routed to it."""
+        if len(assignment.weights):
+            return float(assignment.weights.mean())
+        mlp = self.context.layer.mlp
+        return 1.0 / mlp.top_k if isinstance(mlp, Moe) else 1.0
+
+    def sample(self, index: int, assignment: Assignment, size: int) -> Sample:
+        """About ``size`` tokens of an MLP, mixed with the layer's pool in the proportion of the shrinkage.
+
+        Each token stands for its share of the population: n own tokens and k of the layer's.
+        """
+        own, k = len(assignment.tokens), float(self.shrinkage)
+        shared = 0 if own + k == 0 else min(len(self.pool), round(size * k / (own + k)))
+        if own == 0:
+            shared = max(shared, min(size, len(self.pool)))
+        picks = torch.randperm(own, generator=self.context.generator(1 + index))[: size - shared].sort().values
+        inputs = torch.cat([self.normed(assignment.tokens[picks]), self.pool[:shared]])
+        own_weights = assignment.weights[picks].square() * (own / max(len(picks), 1))
+        shared_weight = self._mean_weight(assignment) ** 2 * (max(k, 1.0) / max(shared, 1))
+        return Sample(inputs, torch.cat([own_weights, torch.full((shared,), shared_weight)]))
+
+    def statistics(
+        self, mlp: Mlp, assignment: Assignment, asked: Sequence[tuple[LayerBuild, int]]
+    ) -> dict[int, InputStatistics]:
+        """Statistics of gate's and up's input, shrunk toward the layer's, by width.
+
+        Args:
+            mlp: Whose.
+            assignment: On which tokens.
+            asked: Builds, and the width of the second moments that each asks for.
+        """
+        if not asked:
+            return {}
+        hidden, widths = self.context.model.hidden_size, [width for _, width in asked]
+        found = empty_statistics(hidden, widths, drift=self.reference is not None)
+        for normed, counts, unquantized in self.windows(assignment):
+            for statistics in found.values():
+                statistics.update(normed, counts, unquantized)
+        for build, width in asked:
+            build.keep_squares(found[width], (mlp.gate, mlp.up))
+        return {width: found.pop(width).shrunk(self.layer[width], float(self.shrinkage)) for width in [*found]}
+
+    def inner_statistics(
+        self,
+        mlp: Mlp,
+        weights: tuple[GatedWeights, GatedWeights],
+        assignment: Assignment,
+        asked: Sequence[tuple[LayerBuild, int]],
+    ) -> dict[int, InputStatistics]:
+        """Statistics of down's input, shrunk toward those of the layer's pool, by width.
+
+        Args:
+            mlp: Whose.
+            weights: Those of the source, and what computes down's input from the unfolded norm's output.
+            assignment: On which tokens.
+            asked: Builds, and the width of the second moments that each asks for.
+        """
+        if not asked:
+            return {}
+        source, passing = weights
+        in_features, widths = mlp.down.in_features, [width for _, width in asked]
+        found = empty_statistics(in_features, widths, drift=self.reference is not None)
+        for normed, counts, unquantized in self.windows(assignment):
+            reference = None if unquantized is None else source.inner(unquantized)
+            inner = passing.inner(normed)
+            for statistics in found.values():
+                statistics.update(inner, counts, reference)
+        pooled, inner = empty_statistics(in_features, widths), passing.inner(self.pool)
+        for statistics in pooled.values():
+            statistics.update(inner)
+        for build, width in asked:
+            build.keep_squares(found[width], (mlp.down,))
+        return {width: found.pop(width).shrunk(pooled.pop(width), float(self.shrinkage)) for width in [*found]}
+
+    def windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """An MLP's inputs, float32 [n, hidden], what each token counts, float32 [n] or None for 1, and the unquantized
+        model's inputs, where they are compared.
+        """
+        counts: Tensor | None = None
+        if self.context.calibration.token_weights == "router" and len(assignment.weights):
+            squares = assignment.weights.square()
+            counts = squares / squares.mean()
+        for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
+            stop = start + WINDOW_TOKENS
+            tokens = assignment.tokens[start:stop]
+            unquantized = None if self.reference is None else self.normed(tokens, self.reference)
+            yield self.normed(tokens), None if counts is None else counts[start:stop], unquantized
