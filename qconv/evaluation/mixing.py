@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qconv.core.architecture import Architecture, Layer, Linear, Norm
 from qconv.models.folding import Folds
+from qconv.runtime.activations import InputRounding
 from qconv.runtime.files import ModelFiles
 from qconv.runtime.packed import DenseWeight, PackedWeight
 
@@ -100,6 +101,10 @@ class Mixed:
     def gather(self, linear: Linear, ids: Tensor) -> Tensor:
         """Rows of the embedding: the reference's."""
         return self.reference.gather(linear, ids)
+
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """None: weights alone are looked at."""
+        return None
 
     def inverse_frequency_divisors(self) -> Tensor | None:
         """The reference's."""

@@ -252,16 +252,23 @@ def _bench(
 def subjects_of(request: Request, build: Artifact, reference: Artifact | None) -> tuple[Subject, Subject | None]:
     """The build on the engine that was asked for; the reference on the local one, or streamed if the build is."""
 
-    def opener(name: str, path: Path, dtype: str | None, rows: int | None) -> Engine:
+    def opener(name: str, path: Path, dtype: str | None, rows: int | None, *, round_inputs: bool = False) -> Engine:
         return open_engine(
             name,
             path,
             dtype=dtype or _dtype(request),
             device=request.device,
             rows=rows or request.suite.engine.rows,
+            round_inputs=round_inputs,
         )
 
-    made = Subject(request.build, build, partial(opener, request.engine, request.build))
+    rounded = partial(opener, request.engine, request.build, None, None, round_inputs=True)
+    made = Subject(
+        request.build,
+        build,
+        partial(opener, request.engine, request.build),
+        rounded if request.engine in ("local", "stream") and build.kind == "build" else None,
+    )
     if reference is None or request.reference is None:
         return made, None
     return made, Subject(

@@ -40,11 +40,14 @@ class Subject:
         path: Where it lies.
         artifact: What it is, with its hashes.
         open: Makes an engine; takes another dtype and rows for the noise floor, None for the suite's.
+        open_rounded: Makes one that rounds inputs as engines do that compute in FP8; None where the engine is another
+            program, which does as it does.
     """
 
     path: Path
     artifact: Artifact
     open: Callable[[str | None, int | None], Engine]
+    open_rounded: Callable[[], Engine] | None = None
     _engine: Engine | None = field(default=None)
 
     @property

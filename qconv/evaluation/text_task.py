@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,11 @@ from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import Window, WindowedText
+from qconv.runtime.files import open_files, rounds_inputs
 
 SETTINGS = TextSettings
+ROUNDED_INPUTS = ("ppl", "ppl.ratio", "kld.mean", "top1.flips", "top1.agreement")
+"""What is said once more of a build whose inputs engines round, too."""
 
 
 def require_text(settings: TextSettings, bench: Bench) -> None:
@@ -63,6 +67,7 @@ def measure(settings: TextSettings, bench: Bench) -> Task:
         bench.reference.close()  # one model at a time in memory
         scores = _beside(bench, reference)
     items = text_items(text, scores)
+    rounded = _with_rounded_inputs(bench, text, None if scores.beside is None else reference)
     return Task(
         name=settings.name,
         kind=settings.kind,
@@ -70,7 +75,7 @@ def measure(settings: TextSettings, bench: Bench) -> Task:
         source=text.source,
         unit=text.unit,
         settings=_plain(settings),
-        metrics={**text_metrics(items, scores), **noise},
+        metrics={**text_metrics(items, scores), **rounded, **noise},
         items=items,
         files={"tokens": store_arrays(bench.folder, _arrays(text, scores))},
         details={"by_confidence": by_confidence(scores), "excluded_documents": [*sorted(overlap)]},
@@ -103,7 +108,22 @@ def open_reference(bench: Bench, subject: Subject, text: WindowedText) -> Refere
     return ReferenceText.open(bench.cache, subject, text, vocabulary)
 
 
-def _beside(bench: Bench, reference: ReferenceText) -> Scores:
+def _with_rounded_inputs(bench: Bench, text: WindowedText, reference: ReferenceText | None) -> dict[str, Metric]:
+    """The same of the build with inputs rounded as engines do that compute in FP8; empty where none are."""
+    build, open_rounded = bench.build, bench.build.open_rounded
+    if open_rounded is None or not rounds_inputs(open_files(build.path)):
+        return {}
+    build.close()  # one model at a time in memory
+    bench.log("once more with inputs rounded to FP8, as the engines do that compute in it")
+    opened = replace(bench, build=Subject(build.path, build.artifact, lambda *_: open_rounded()))
+    kind = "rounded-"
+    scores = _alone(opened, text, kind) if reference is None else _beside(opened, reference, kind)
+    opened.build.close()
+    found = text_metrics(text_items(text, scores), scores)
+    return {f"rounded_inputs.{name}": found[name] for name in ROUNDED_INPUTS if name in found}
+
+
+def _beside(bench: Bench, reference: ReferenceText, kind: str = "") -> Scores:
     work = Entry(bench.work)
     text, parts = reference.text, []
     for index, windows in enumerate(reference.parts):
@@ -120,13 +140,13 @@ def _beside(bench: Bench, reference: ReferenceText) -> Scores:
                 offset += window.scored
             return TokenScores.joined(found).arrays()
 
-        parts.append(TokenScores.from_arrays(work.arrays(_work_name(reference.entry.path.name, index), make)))
+        parts.append(TokenScores.from_arrays(work.arrays(kind + _work_name(reference.entry.path.name, index), make)))
     bench.progress("build", len(text.windows), len(text.windows))
     joined = TokenScores.joined(parts)
     return Scores(joined.nll, joined)
 
 
-def _alone(bench: Bench, text: WindowedText) -> Scores:
+def _alone(bench: Bench, text: WindowedText, kind: str = "") -> Scores:
     work = Entry(bench.work)
     parts = []
     for index, windows in enumerate(part_ranges(text.windows, bench.build.engine.rows, 1 << 12)):
@@ -136,7 +156,7 @@ def _alone(bench: Bench, text: WindowedText) -> Scores:
             chosen = [text.windows[one] for one in windows]
             return {"nll": np.concatenate(list(_likelihoods(bench.build.engine, chosen)))}
 
-        parts.append(work.arrays(_work_name("alone", index), make)["nll"])
+        parts.append(work.arrays(kind + _work_name("alone", index), make)["nll"])
     return Scores(np.concatenate(parts), None)
 
 

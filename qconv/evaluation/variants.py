@@ -224,7 +224,7 @@ class Variants:
         installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
             name = experts_name(layer.mlp)
-            experts = StreamedExperts(files, layer.mlp, self.backend, installer.activation(name))
+            experts = StreamedExperts(files, layer.mlp, self.backend, installer.activation(name), installer.rounding)
             installer.replace(name, PackedExperts(experts))
         yield self.model.model.layers[layer.index]
         self.model.model.layers[layer.index] = pristine

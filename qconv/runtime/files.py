@@ -28,6 +28,7 @@ from qconv.errors import CheckpointError
 from qconv.formats.base import read_tensors
 from qconv.formats.w4a16 import IntQuantizedFormat
 from qconv.models import architecture
+from qconv.runtime.activations import ActivationScheme, InputRounding
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
 
 _PACKED = "w4a16"
@@ -85,6 +86,9 @@ class ModelFiles(Protocol):
             CheckpointError: as :meth:`weight`.
         """
 
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """How engines round a linear's inputs before they multiply; None where they do not."""
+
     def inverse_frequency_divisors(self) -> Tensor | None:
         """What rotary frequencies are divided by besides what ``config`` says, float32 [head_dim / 2], or None."""
 
@@ -141,6 +145,10 @@ class DenseFiles:
         name = f"{linear.name}.bias"
         if linear.bias or name in self.checkpoint.entries:
             return self.tensor(name, (linear.out_features,))
+        return None
+
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """None: weights alone are quantized, or nothing is."""
         return None
 
     def inverse_frequency_divisors(self) -> Tensor | None:
@@ -220,6 +228,15 @@ class FloatFiles(DenseFiles):
     """A safetensors build of E4M3 codes."""
 
     codes: Fp8Checkpoint
+    activations: ActivationScheme | None
+
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """What config.json says of inputs, with the stored scale where they are static."""
+        if self.activations is None or linear.weight not in self.codes.scales:
+            return None
+        entry = self.codes.stored.entries.get(f"{linear.name}.input_scale")
+        scale = self.mapped(entry) if entry is not None and entry.numel == 1 else None
+        return self.activations.of(scale, linear.in_features)
 
     def weight(self, linear: Linear) -> PackedWeight:
         """The packed weight, or the dense one of a linear that the build leaves alone."""
@@ -284,6 +301,10 @@ class Dequantized:
         """The same rows."""
         return self.files.gather(linear, ids)
 
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """The same rounding: of inputs, not of weights."""
+        return self.files.input_rounding(linear)
+
     def inverse_frequency_divisors(self) -> Tensor | None:
         """The same divisors."""
         return self.files.inverse_frequency_divisors()
@@ -314,10 +335,16 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
         return DenseFiles(checkpoint, config, model, mapped)
     if layout.scheme is not None:
         codes = Fp8Checkpoint.of(checkpoint, layout.scheme, weight_dtype(path, config))
-        return FloatFiles(checkpoint, config, model, mapped, codes)
+        return FloatFiles(checkpoint, config, model, mapped, codes, ActivationScheme.parse(layout.section))
     build = Build.of(checkpoint)
     kind = WholeNumberFiles if isinstance(build.format, IntQuantizedFormat) else IntegerFiles
     return kind(checkpoint, config, model, mapped, build)
+
+
+def rounds_inputs(files: ModelFiles) -> bool:
+    """Whether engines round the inputs of any linear in the layers."""
+    linears = (linear for layer in files.architecture.layers for linear in layer.linears())
+    return any(files.input_rounding(linear) is not None for linear in linears)
 
 
 def require_no_bias(files: ModelFiles, linear: Linear) -> None:

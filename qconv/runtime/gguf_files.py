@@ -22,6 +22,7 @@ from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.reader import GgufModel
 from qconv.formats.gguf.rope import ROTATES_BY_FACTORS
 from qconv.models import architecture
+from qconv.runtime.activations import InputRounding
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedWeight, dequantized_rows, is_decoded, row_bytes
 
 _DENSE = {
@@ -107,6 +108,10 @@ class GgufFiles:
         whole = _bytes(entry, 0, linear.out_features, row_bytes(entry.type, linear.in_features))
         rows = Tensors({entry.name: whole}).gather(entry.name, ids)
         return rows.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(rows, entry.type)
+
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """None: how llama.cpp rounds inputs depends on the machine."""
+        return None
 
     def inverse_frequency_divisors(self) -> Tensor | None:
         """``rope_freqs.weight``, in which Llama 3.1's scaling is stated."""

@@ -28,6 +28,7 @@ def load(
     backend: str = "auto",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    round_inputs: bool = False,
 ) -> Any:
     """Load a model.
 
@@ -39,6 +40,7 @@ def load(
         backend: ``cpu``, ``cuda``, ``reference``, or ``auto`` for what suits the device.
         dtype: The dtype of activations and of what is not packed; by default config.json's.
         device: By default a GPU where there is one.
+        round_inputs: Round the inputs of linears as engines do that compute in FP8, where config.json says so.
 
     Returns:
         transformers' model of the architecture for causal language modelling, in evaluation mode.
@@ -51,7 +53,7 @@ def load(
     placed = get_backend(backend, device)
     chosen = chosen_dtype(files, dtype)
     model = empty_model(files, chosen)
-    Installer(model, files, placed, chosen).everything()
+    Installer(model, files, placed, chosen, round_inputs).everything()
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
     if left:
         raise UsageError(f"{path}: nothing was loaded for {left[0]!r} and {len(left) - 1} others.")

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from qconv.boundary.printable import one_line
 from qconv.core.architecture import Layer, Linear, Moe, Norm
 from qconv.errors import CheckpointError
+from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends.base import Activation, Backend
 from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
+from qconv.runtime.rounded import RoundedExperts, RoundedLinear, RoundedMlp
 
 _SPARSE_BLOCK = re.compile(r"(?<=\.)block_sparse_moe(?=\.|$)")
 
@@ -63,12 +65,14 @@ class Installer:
         files: Where weights come from.
         backend: What multiplies with them.
         dtype: The dtype of everything that is not packed.
+        round_inputs: Whether inputs are rounded as engines round them.
     """
 
     model: nn.Module
     files: ModelFiles
     backend: Backend
     dtype: torch.dtype
+    round_inputs: bool = False
 
     def everything(self) -> None:
         """The whole model.
@@ -117,8 +121,20 @@ class Installer:
         """The experts of a sparse block."""
         name = experts_name(moe)
         self.check_experts(moe)
+        act = self.activation(name)
+        if any(self.rounding(linear) is not None for mlp in moe.experts for linear in mlp.linears()):
+            rounded = [RoundedMlp(*map(self._rounded, mlp.linears())) for mlp in moe.experts]
+            self.replace(name, PackedExperts(RoundedExperts(rounded, act)))
+            return
         mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in moe.experts]
-        self.replace(name, PackedExperts(self.backend.experts(mlps, self.activation(name))))
+        self.replace(name, PackedExperts(self.backend.experts(mlps, act)))
+
+    def rounding(self, linear: Linear) -> InputRounding | None:
+        """How a linear's inputs are rounded here."""
+        return self.files.input_rounding(linear) if self.round_inputs else None
+
+    def _rounded(self, linear: Linear) -> RoundedLinear:
+        return RoundedLinear(self.backend.linear(self._weight(linear)), self.rounding(linear))
 
     def check_experts(self, moe: Moe) -> None:
         """Experts have no place for biases.
@@ -157,6 +173,10 @@ class Installer:
             self._assign(linear.name, weight=weight.weight, **({} if bias is None else {"bias": bias}))
         else:
             self._packed(linear.name, weight, bias)
+        rounding = self.rounding(linear)
+        if rounding is not None:
+            placed = self.model.get_submodule(module_path(linear.name))
+            placed.register_forward_pre_hook(lambda _, arguments: (rounding(arguments[0]),))
 
     def norm(self, norm: Norm) -> None:
         """A norm."""

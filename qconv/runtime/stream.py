@@ -23,14 +23,16 @@ from torch.nn import functional
 
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import AttentionBlock, attention_window
-from qconv.core.architecture import Layer, Moe
+from qconv.core.architecture import Layer, Linear, Moe
 from qconv.errors import UsageError
+from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends import Backend, get_backend
 from qconv.runtime.backends.base import Activation
 from qconv.runtime.backends.routing import routed
 from qconv.runtime.files import Dequantized, ModelFiles, open_files
 from qconv.runtime.loading import chosen_dtype
 from qconv.runtime.modules import PackedExperts
+from qconv.runtime.rounded import RoundedLinear
 from qconv.runtime.skeleton import Installer, empty_model, experts_name
 
 WINDOW_TOKENS = 4096
@@ -82,6 +84,7 @@ def stream_windows(
     device: torch.device | str | None = None,
     scratch: Path | None = None,
     progress: Progress | None = None,
+    round_inputs: bool = False,
 ) -> Iterator[LogitWindow]:
     """Score sequences; nothing is computed before the first window is asked for.
 
@@ -94,6 +97,7 @@ def stream_windows(
         scratch: A folder with room for all activations, ``tokens * hidden_size`` of the dtype; by default the system's
             folder for temporary files.
         progress: Told after each layer.
+        round_inputs: As of ``load``.
 
     Raises:
         CheckpointError: the files are damaged, incomplete or of a kind that qconv does not run.
@@ -102,19 +106,19 @@ def stream_windows(
     """
     files = open_files(Path(path))
     placed = get_backend(backend, device)
-    scorer = _Scorer(files, placed, chosen_dtype(files, dtype))
+    scorer = _Scorer(files, placed, chosen_dtype(files, dtype), round_inputs)
     _check_ids(sequences, files.architecture.embedding.out_features)
     with tempfile.TemporaryDirectory(prefix="qconv-", dir=scratch) as folder:
         yield from scorer.windows(sequences, Path(folder) / "activations", progress)
 
 
 class _Scorer:
-    def __init__(self, files: ModelFiles, backend: Backend, dtype: torch.dtype) -> None:
+    def __init__(self, files: ModelFiles, backend: Backend, dtype: torch.dtype, round_inputs: bool) -> None:
         self.files = files
         self.backend = backend
         self.dtype = dtype
         self.model = empty_model(files, dtype)
-        self.installer = Installer(self.model, Dequantized(files, dtype), backend, dtype)
+        self.installer = Installer(self.model, Dequantized(files, dtype), backend, dtype, round_inputs)
         self.model.model.rotary_emb.to(backend.device)
 
     @torch.no_grad()
@@ -152,7 +156,7 @@ class _Scorer:
             name = experts_name(layer.mlp)
             self.installer.check_experts(layer.mlp)
             act = self.installer.activation(name)
-            experts = StreamedExperts(self.files, layer.mlp, self.backend, act)
+            experts = StreamedExperts(self.files, layer.mlp, self.backend, act, self.installer.rounding)
             self.installer.replace(name, PackedExperts(experts))
         installed: nn.Module = self.model.model.layers[layer.index]
         return installed
@@ -187,15 +191,18 @@ class StreamedExperts:
     moe: Moe
     backend: Backend
     act: Activation
+    rounding: Callable[[Linear], InputRounding | None]
 
     def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return routed(inputs, chosen, weights, len(self.moe.experts), self._expert)
 
     def _expert(self, expert: int, inputs: Tensor) -> Tensor:
         mlp = self.moe.experts[expert]
-        gate = self.backend.linear(self.files.weight(mlp.gate))(inputs)
-        up = self.backend.linear(self.files.weight(mlp.up))(inputs)
-        return self.backend.linear(self.files.weight(mlp.down))(self.act(gate) * up)
+        gate, up = self._linear(mlp.gate)(inputs), self._linear(mlp.up)(inputs)
+        return self._linear(mlp.down)(self.act(gate) * up)
+
+    def _linear(self, linear: Linear) -> RoundedLinear:
+        return RoundedLinear(self.backend.linear(self.files.weight(linear)), self.rounding(linear))
 
     def tensors(self) -> Iterator[Tensor]:
         """None: nothing stays in memory."""

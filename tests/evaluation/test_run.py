@@ -24,6 +24,7 @@ from qconv.evaluation.standing import measured_before
 from qconv.evaluation.suites import Suite, load_suite, packaged_names
 from qconv.evaluation.tasks import settings_of
 from qconv.folders.journal import WORK_FOLDER
+from qconv.planning.recipe import load_recipe
 from qconv.runtime.loading import load
 from tests.conftest import build, folder_bytes, small_recipe
 
@@ -101,6 +102,40 @@ def test_numbers_are_those_of_the_definition(rtn_build: Path, moe: Path, run: Ev
     nbytes = sum(int(window.nbytes.sum()) for window in text.windows)
     assert metrics["bits_per_byte"].value == pytest.approx(np.sum(nll) / np.log(2) / nbytes, rel=1e-5)
     assert sum(item.values["tokens"] for item in task.items) == len(kl)
+
+
+def test_a_build_for_engines_that_round_inputs_is_measured_with_that_too(
+    rtn_build: Path, moe: Path, run: Evaluate, tmp_path: Path
+) -> None:
+    out = tmp_path / "fp8"
+    build(moe, out, load_recipe("fp8-dynamic"))
+    plain = run(out, gates=None).tasks[0].metrics
+    exact, rounded_kl = plain["kld.mean"].value, plain["rounded_inputs.kld.mean"].value
+    assert exact is not None
+    assert rounded_kl is not None
+    assert rounded_kl > 1.05 * exact > 0.0
+    # By the definition, as above, the model rounding inputs.
+    from qconv.evaluation.suites import TextSettings
+    from qconv.evaluation.text import windowed_text
+
+    text = windowed_text(TextSettings.model_validate(run(out, gates=None).tasks[0].settings), moe, seed=0)
+    reference = load(moe, dtype=torch.float32, device="cpu")
+    rounded = load(out, dtype=torch.float32, device="cpu", round_inputs=True)
+    kl: list[float] = []
+    with torch.inference_mode():
+        for window in text.windows:
+            ids = torch.tensor(window.ids.tolist())[None]
+            p, q = (
+                torch.log_softmax(model(ids).logits[0].double(), -1)[window.first - 1 : -1]
+                for model in (reference, rounded)
+            )
+            kl += (p.exp() * (p - q)).sum(-1).tolist()
+    assert plain["rounded_inputs.kld.mean"].value == pytest.approx(np.mean(kl), rel=0.02)
+    streamed = run(out, gates=None, engine="stream").tasks[0].metrics
+    assert streamed["rounded_inputs.kld.mean"].value == pytest.approx(np.mean(kl), rel=0.02)
+    alone = run(out, gates=None, reference=None).tasks[0].metrics
+    assert set(alone) == {"ppl", "bits_per_byte", "rounded_inputs.ppl"}
+    assert not [name for name in run(rtn_build, gates=None).tasks[0].metrics if name.startswith("rounded")]
 
 
 def test_a_build_that_is_the_reference_passes_with_nothing_to_show(moe: Path, run: Evaluate) -> None:

@@ -29,7 +29,7 @@ def is_engine(name: str) -> bool:
     return name in ("local", "stream", "llamacpp") or (is_endpoint(name) and bool(name.partition(":")[2]))
 
 
-def open_engine(name: str, path: Path, *, dtype: str, device: str, rows: int) -> Engine:
+def open_engine(name: str, path: Path, *, dtype: str, device: str, rows: int, round_inputs: bool = False) -> Engine:
     """An engine; models are loaded when they are first needed.
 
     Args:
@@ -38,6 +38,7 @@ def open_engine(name: str, path: Path, *, dtype: str, device: str, rows: int) ->
         dtype: In which arithmetic is done, where the engine has a choice.
         device: On which torch device, where the engine has a choice.
         rows: Sequences or prompts of one batch.
+        round_inputs: Whether this process rounds inputs as engines do that compute in FP8, where the build says so.
 
     Raises:
         UsageError: no such engine.
@@ -47,11 +48,11 @@ def open_engine(name: str, path: Path, *, dtype: str, device: str, rows: int) ->
     if name == "local":
         from qconv.evaluation.engines.local import LocalEngine
 
-        return LocalEngine(path, dtype=dtype, device=device, rows=rows)
+        return LocalEngine(path, dtype=dtype, device=device, rows=rows, round_inputs=round_inputs)
     if name == "stream":
         from qconv.evaluation.engines.streamed import StreamEngine
 
-        return StreamEngine(path, dtype=dtype, device=device, rows=rows)
+        return StreamEngine(path, dtype=dtype, device=device, rows=rows, round_inputs=round_inputs)
     if name == "llamacpp":
         from qconv.evaluation.engines.llamacpp import LlamaCppEngine
 

@@ -33,7 +33,9 @@ class LocalEngine:
     The model is loaded when it is first needed: what is in a cache needs none.
     """
 
-    def __init__(self, path: Path, *, dtype: str = "float32", device: str = "cpu", rows: int = 8) -> None:
+    def __init__(
+        self, path: Path, *, dtype: str = "float32", device: str = "cpu", rows: int = 8, round_inputs: bool = False
+    ) -> None:
         """Say what is to be loaded.
 
         Args:
@@ -41,10 +43,11 @@ class LocalEngine:
             dtype: In which all arithmetic is done: a name of :data:`DTYPES`.
             device: A torch device.
             rows: Sequences of one batch.
+            round_inputs: Whether inputs are rounded as engines do that compute in FP8, where the build says so.
         """
         self.path = path
         self.rows = rows
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._round_inputs = dtype, device, round_inputs
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -59,6 +62,7 @@ class LocalEngine:
             "dtype": self._dtype,
             "device": device_name(self._device, self._thread_count),
             "rows": str(self.rows),
+            **({"inputs": "rounded"} if self._round_inputs else {}),
         }
 
     @torch.inference_mode()
@@ -114,7 +118,9 @@ class LocalEngine:
             CheckpointError: damaged weights.
         """
         if self._model is None:
-            self._model = load(self.path, dtype=DTYPES[self._dtype], device=self._device)
+            self._model = load(
+                self.path, dtype=DTYPES[self._dtype], device=self._device, round_inputs=self._round_inputs
+            )
         return self._model
 
 
