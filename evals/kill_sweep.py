@@ -50,6 +50,7 @@ IMPORTED = (
     "qconv.evaluation.run",
     "qconv.building.gguf_pipeline",
     "qconv.building.imatrix_pipeline",
+    "qconv.building.sensitivity_pipeline",
     "qconv.nightly.run",
     "qconv.building.pipeline",
 )
@@ -148,6 +149,7 @@ def commands(model: Path, work: Path) -> list[Command]:
         quantize("gguf:Q8_0", "--max-shard-size", "0.001"),
         quantize("gguf:Q4_0", *TEXT, "--max-shard-size", "0.001"),
         Command("imatrix", lambda out: ["imatrix", str(model), *TEXT, "-o", str(out)]),
+        Command("sensitivity", lambda out: ["sensitivity", str(model), *TEXT, "-o", str(out)]),
         Command("eval run", evaluate, measured),
         # A night that says "regression" or "inconclusive" of these random weights is through all the same.
         Command("nightly", nightly, measured, codes=(0, 3, 4)),

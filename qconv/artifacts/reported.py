@@ -111,20 +111,28 @@ class _ImatrixReport(_Report):
     coverage: _ImatrixCoverage
 
 
+class _SensitivityReport(_Report):
+    tokens: Count
+    text: str
+
+
+_OTHERS: dict[str, type[_Report]] = {"imatrix": _ImatrixReport, "sensitivity": _SensitivityReport}
+
+
 def has_report(folder: Path) -> bool:
     """Whether a folder holds a report, which makes it a build of qconv's."""
     return (folder / REPORT_NAME).is_file()
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a build, an importance matrix or a GGUF build.
+    """The report of a build, an importance matrix, a sensitivity or a GGUF build.
 
     Raises:
         CheckpointError: it is missing, cannot be read, or lacks something; names it.
     """
     values = read_json(folder / REPORT_NAME)
     kind = str(values.get("format"))
-    model = _GgufReport if kind.startswith("gguf:") else _ImatrixReport if kind == "imatrix" else _BuildReport
+    model = _GgufReport if kind.startswith("gguf:") else _OTHERS.get(kind, _BuildReport)
     try:
         model.model_validate(values)
     except ValidationError as error:

@@ -29,7 +29,9 @@ from qconv.verification.checksums import parse_checksums
 
 _LONGEST_NAME = 255
 """Bytes; of every common file system on Linux."""
-_FIXED_NAMES = frozenset({INDEX_NAME, "config.json", "README.md", REPORT_NAME, CHECKSUMS_NAME, "imatrix.gguf"})
+_FIXED_NAMES = frozenset(
+    {INDEX_NAME, "config.json", "README.md", REPORT_NAME, CHECKSUMS_NAME, "imatrix.gguf", "sensitivity.safetensors"}
+)
 _NUMBERED_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + SCALES_FOLDER + r"/layer-\d{5}\.safetensors")
 
 

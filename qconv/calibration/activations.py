@@ -26,18 +26,35 @@ WINDOW_TOKENS = 4096
 class ActivationFile:
     """A matrix [tokens, width] in a file, or some of the rows of one."""
 
-    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype, first: int = 0) -> None:
-        """Describe a file that exists or that :meth:`create` will make; it holds ``first`` rows before these."""
+    def __init__(
+        self,
+        path: Path,
+        tokens: int,
+        width: int,
+        dtype: torch.dtype,
+        first: int = 0,
+        computed: torch.dtype = torch.float32,
+    ) -> None:
+        """Describe a file that exists or that :meth:`create` will make.
+
+        Args:
+            path: The file.
+            tokens, width: Of the matrix.
+            dtype: In which the file holds it.
+            first: Rows that it holds before these.
+            computed: In which rows are handed out.
+        """
         self.path = path
         self.tokens = tokens
         self.width = width
         self.dtype = dtype
+        self.computed = computed
         self._first = first
         self._row_bytes = width * dtype.itemsize
 
     def part(self, first: int, tokens: int) -> ActivationFile:
         """So many of its rows, from ``first`` on; the file is made and sealed as a whole."""
-        return ActivationFile(self.path, tokens, self.width, self.dtype, self._first + first)
+        return ActivationFile(self.path, tokens, self.width, self.dtype, self._first + first, self.computed)
 
     @property
     def nbytes(self) -> int:
@@ -57,16 +74,16 @@ class ActivationFile:
         return self
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` as float32 [stop - start, width], a copy."""
-        return self._window(start, stop).to(torch.float32, copy=True)
+        """Rows ``start:stop`` in the dtype of computation, [stop - start, width], a copy."""
+        return self._window(start, stop).to(self.computed, copy=True)
 
     def write(self, start: int, rows: Tensor) -> None:
         """Store rows from ``start`` on, rounded to the file's dtype."""
         self._window(start, start + len(rows)).copy_(rows)
 
     def gather(self, index: Tensor) -> Tensor:
-        """Chosen rows as float32 [len(index), width]; ``index`` is int64."""
-        return self._window(0, self.tokens).index_select(0, index).float()
+        """Chosen rows in the dtype of computation, [len(index), width]; ``index`` is int64."""
+        return self._window(0, self.tokens).index_select(0, index).to(self.computed)
 
     def add(self, index: Tensor, rows: Tensor) -> None:
         """Add ``rows`` to chosen rows, each at most once."""
@@ -104,14 +121,17 @@ class SetAside:
     before them.
     """
 
-    def __init__(self, folder: Path, width: int, windows: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Write windows of tokens, int64 [n], and their rows, float32 [n, width].
+    def __init__(
+        self, folder: Path, width: int, windows: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write windows of tokens, int64 [n], and their rows, [n, width] of a dtype.
 
         Raises:
             OutputError: the disk is full or the folder cannot be written.
         """
         self._folder = folder
         self._width = width
+        self._dtype = dtype
         self._tokens: list[Tensor] = []
         with output_errors(folder):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - read later
@@ -126,7 +146,7 @@ class SetAside:
         """The windows as they came."""
         self._file.seek(0)
         for tokens in self._tokens:
-            rows = torch.empty(len(tokens), self._width)
+            rows = torch.empty(len(tokens), self._width, dtype=self._dtype)
             with output_errors(self._folder):
                 self._file.readinto(rows.numpy().data)
             yield tokens, rows

@@ -24,10 +24,14 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Decoder:
-    """transformers' modules of one model, made real layer by layer. Everything computes in float32."""
+    """transformers' modules of one model, made real layer by layer. Everything computes in one dtype."""
 
-    def __init__(self, model_path: Path) -> None:
+    def __init__(self, model_path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Build the skeleton from config.json.
+
+        Args:
+            model_path: The checkpoint's folder.
+            dtype: In which is computed.
 
         Raises:
             CheckpointError: transformers does not accept the config.
@@ -35,12 +39,14 @@ class Decoder:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.activations import ACT2FN
 
+        self.dtype = dtype
+
         try:
             self.config = AutoConfig.from_pretrained(model_path, local_files_only=True)
             self.config._attn_implementation = "sdpa"
             with torch.device("meta"):
                 skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    self.config, dtype=torch.float32
+                    self.config, dtype=dtype
                 )
             self._skeleton = skeleton.eval().model
             # Rotary frequencies are computed, not loaded, so the module is built again off the meta device.
@@ -56,6 +62,10 @@ class Decoder:
     def norm(self, layer: Layer, norm: Norm, weight: Tensor) -> nn.Module:
         """A norm of a layer with its weight, [hidden]."""
         return self._real(layer, norm.name.removeprefix(f"{layer.name}."), {"weight": weight})
+
+    def final_norm(self, weight: Tensor) -> nn.Module:
+        """The norm after the last layer with its weight, [hidden]."""
+        return self._loaded(self._skeleton.norm, {"weight": weight})
 
     def router(self, layer: Layer, weight: Tensor) -> nn.Module:
         """A sparse layer's router with its weight, [experts, hidden]."""
@@ -75,8 +85,11 @@ class Decoder:
         )
 
     def _real(self, layer: Layer, name: str, state: Mapping[str, Tensor]) -> nn.Module:
-        module: nn.Module = copy.deepcopy(self._skeleton.layers[layer.index].get_submodule(name))
-        module.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        return self._loaded(self._skeleton.layers[layer.index].get_submodule(name), state)
+
+    def _loaded(self, empty: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        module = copy.deepcopy(empty)
+        module.load_state_dict({key: tensor.to(self.dtype) for key, tensor in state.items()}, assign=True)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return module

@@ -1,0 +1,81 @@
+"""``qconv sensitivity``: how much a model's output cares about each of its linears."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qconv.cli.console import duration, print_json, say, size, stdout
+from qconv.cli.numbers import COUNT, SEED, THREADS
+from qconv.cli.options import json_option, model_argument, out_option
+from qconv.cli.progress import reporting
+from qconv.core.settings import TextSettings
+from qconv.planning.recipe import parse_as
+
+
+@click.command(short_help="Measure how much the output cares about each linear.")
+@model_argument
+@out_option("The folder that gets sensitivity.safetensors.")
+@click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")
+@click.option("--tokens", type=COUNT, help="Tokens of the text.")
+@click.option("--sequence-length", type=COUNT, help="Tokens of one sequence.")
+@click.option("--seed", type=SEED, help="Seed of the text's samples and of the labels.")
+@click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
+@click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
+@json_option
+def command(
+    model: str,
+    out: Path,
+    calib: str | None,
+    tokens: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    restart: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure, for every linear of MODEL, a folder or a Hub id, the squared gradients of its outputs.
+
+    Labels are drawn from the model's own distribution: what comes of it is the diagonal of the Fisher information. One
+    pass forward and one back, layer by layer, experts one by one; the same command continues an interrupted run.
+    """
+    given = {"corpus": calib, "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
+    text = parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
+    start = time.monotonic()
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
+        reporter.log(f"{model}: reading")
+        from qconv.building.sensitivity_pipeline import SENSITIVITY_NAME, measure_sensitivity
+        from qconv.checkpoint.hub import resolve_model
+
+        outcome = measure_sensitivity(
+            resolve_model(model),
+            out,
+            text,
+            restart=restart,
+            threads=threads,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
+    path = out / SENSITIVITY_NAME
+    result: dict[str, Any] = {
+        "path": str(path),
+        "already_complete": outcome.already_complete,
+        "bytes": path.stat().st_size,
+        "tokens": outcome.report["tokens"],
+        "text": outcome.report["text"],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    if as_json:
+        print_json(result)
+        return
+    console = stdout()
+    say(console, f"{result['path']}: {'already complete; nothing to do' if result['already_complete'] else 'done'}")
+    say(console, f"size         {size(result['bytes'])}")
+    say(console, f"text         {result['text']}")
+    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
+    say(console, f"time         {duration(result['seconds'])}")

@@ -1,0 +1,312 @@
+"""A gradient taken back through one layer, with what it says of each linear's outputs.
+
+The layer is computed again from its inputs with its real weights, experts one by one, each for the tokens that the
+router sent it. An expert's factor is a function of the router's logits: what the outputs say of it goes back through
+the router, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qconv.artifacts.source import Source
+from qconv.calibration.activations import SetAside
+from qconv.calibration.forward import Decoder
+from qconv.core.architecture import Layer, Linear, Mlp, Moe, Norm
+from qconv.executors.threads import Workers
+from qconv.sensitivity.files import LayerFiles
+
+WINDOW_TOKENS = 2048
+
+
+@dataclass(slots=True)
+class OutputSquares:
+    """Squared gradients with regard to a linear's outputs.
+
+    Attributes:
+        sums: Over the tokens that it saw, float64 [out_features].
+        tokens: How many.
+    """
+
+    sums: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> OutputSquares:
+        """Of a gradient, [tokens, out_features]."""
+        return cls(gradient.square().sum(0, dtype=torch.float64), len(gradient))
+
+    def __add__(self, other: OutputSquares) -> OutputSquares:
+        return OutputSquares(self.sums + other.sums, self.tokens + other.tokens)
+
+
+Seen = dict[str, OutputSquares]
+"""By a linear's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBackward:
+    """One layer, and where its activations are.
+
+    Attributes:
+        source: The model.
+        decoder: transformers' modules of it, in the dtype in which is computed.
+        layer: The layer.
+        files: Its inputs, and the gradient with regard to its outputs, which becomes that of its inputs.
+        workers: Threads; each holds one expert.
+    """
+
+    source: Source
+    decoder: Decoder
+    layer: Layer
+    files: LayerFiles
+    workers: Workers
+
+    def run(self) -> Seen:
+        """Take the gradient back; what it says of every linear of the layer but routers.
+
+        Raises:
+            CheckpointError: a weight cannot be read or is not finite.
+            OutputError: the disk is full.
+        """
+        with torch.no_grad():
+            attention = _Attention(self)
+            attention.forward()
+            seen = _Mlps(self).backward()
+            return seen | attention.backward()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the dtype in which is computed."""
+        return self.source.read(name).to(self.decoder.dtype)
+
+
+class _Attention:
+    def __init__(self, work: LayerBackward) -> None:
+        layer, attention = work.layer, work.layer.attention
+        self.work, self.files = work, work.files
+        modules: tuple[Linear | Norm, ...] = (*attention.linears(), *attention.head_norms)
+        tensors = {name: work.source.read(name) for module in modules for name, _ in module.tensors()}
+        self.block = work.decoder.attention(layer, tensors)
+        self.norm = work.decoder.norm(layer, layer.input_norm, work.source.read(layer.input_norm.weight))
+        self.kept = threading.local()
+        for linear in (attention.q, attention.k, attention.v):
+            leaf = linear.name.rpartition(".")[2]
+            self.block.module.get_submodule(leaf).register_forward_hook(self._keeps(linear.name))
+
+    def _keeps(self, name: str) -> Any:
+        def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            self.kept.__dict__[name] = output
+
+        return keep
+
+    def forward(self) -> None:
+        """Write the middle of the layer."""
+
+        def attend(window: tuple[int, int]) -> None:
+            hidden = self.files.inputs.read(*window)
+            hidden.add_(self._attended(hidden).view_as(hidden))
+            self.files.middle.write(window[0], hidden)
+
+        for _ in self.work.workers.map(attend, self.files.sequence_windows(WINDOW_TOKENS)):
+            pass
+
+    def _attended(self, hidden: Tensor) -> Tensor:
+        normed: Tensor = self.norm(hidden)
+        return self.block(normed.view(-1, self.files.sequence_length, normed.shape[-1]))
+
+    def backward(self) -> Seen:
+        """From the gradient of the middle to that of the inputs."""
+        attention = self.work.layer.attention
+        inner = [attention.q.name, attention.k.name, attention.v.name]
+
+        def pull(window: tuple[int, int]) -> Seen:
+            above = self.files.gradient.read(*window)
+            with torch.enable_grad():
+                leaf = self.files.inputs.read(*window).requires_grad_(True)
+                output = self._attended(leaf)
+            outputs = [self.kept.__dict__.pop(name) for name in inner]
+            *slopes, below = torch.autograd.grad(output, (*outputs, leaf), above.view_as(output))
+            self.files.gradient.write(window[0], below.add_(above))
+            found = {name: OutputSquares.of(one.flatten(0, -2)) for name, one in zip(inner, slopes, strict=True)}
+            return found | {attention.o.name: OutputSquares.of(above)}
+
+        seen: Seen = {}
+        for part in self.work.workers.map(pull, self.files.sequence_windows(WINDOW_TOKENS)):
+            _add(seen, part)
+        return seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What an MLP sees.
+
+    Attributes:
+        tokens: int64 [n], ascending.
+        factors: On its output for each, [n]; None for 1.
+        pairs: Where its factors stand among those of all tokens and choices, int64 [n]; None for the shared expert's.
+    """
+
+    tokens: Tensor
+    factors: Tensor | None
+    pairs: Tensor | None
+
+    def windows(self) -> Iterator[_Tokens]:
+        """The same, some tokens at a time."""
+        for start in range(0, len(self.tokens), WINDOW_TOKENS):
+            part = slice(start, start + WINDOW_TOKENS)
+            yield _Tokens(*(None if one is None else one[part] for one in (self.tokens, self.factors, self.pairs)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    """A gradient taken back through an MLP: of its inputs, of the factors on its output, and what was seen."""
+
+    inputs: SetAside
+    factors: tuple[tuple[_Tokens, Tensor], ...]
+    seen: Seen
+
+
+class _Mlps:
+    def __init__(self, work: LayerBackward) -> None:
+        self.work, self.files, layer = work, work.files, work.layer
+        norm = layer.post_attention_norm
+        self.norm = work.decoder.norm(layer, norm, work.source.read(norm.weight))
+        self.moe = layer.mlp if isinstance(layer.mlp, Moe) else None
+        self.router: nn.Module | None = None
+        self.shared_gate: Tensor | None = None
+        if self.moe is not None:
+            self.router = work.decoder.router(layer, work.source.read(self.moe.router.weight))
+            gate = self.moe.shared_expert_gate
+            self.shared_gate = None if gate is None else work.read(gate.weight)
+            self._route(self.router)
+
+    def _route(self, router: nn.Module) -> None:
+        chosen, factors, shared = [], [], []
+        for start, stop in self.files.middle.windows(WINDOW_TOKENS):
+            normed = self._normed(start, stop)
+            _, scores, indices = router(normed)
+            chosen.append(indices)
+            factors.append(scores.to(normed.dtype))
+            if self.shared_gate is not None:
+                shared.append(torch.sigmoid(normed @ self.shared_gate.t()).squeeze(-1))
+        experts = torch.cat(chosen)
+        self.choices = experts.shape[1]
+        self.factors = torch.cat(factors).flatten()
+        self.factor_slopes = torch.zeros_like(self.factors)
+        self.shared_factors = torch.cat(shared) if shared else None
+        self.shared_slopes = torch.zeros_like(self.shared_factors) if self.shared_factors is not None else None
+        flat = experts.flatten()
+        self.order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.moe.experts) if self.moe else 0)
+        self.ends = counts.cumsum(0)
+        self.counts = counts
+
+    def _normed(self, start: int, stop: int) -> Tensor:
+        normed: Tensor = self.norm(self.files.middle.read(start, stop))
+        return normed
+
+    def _tokens(self, index: int) -> _Tokens:
+        """Of the layer's MLP of that number: experts, the shared one after them, or the dense one."""
+        if self.moe is None or index >= len(self.moe.experts):
+            return _Tokens(torch.arange(self.files.tokens), getattr(self, "shared_factors", None), None)
+        end = int(self.ends[index])
+        pairs = self.order[end - int(self.counts[index]) : end]
+        return _Tokens(pairs // self.choices, self.factors[pairs], pairs)
+
+    def backward(self) -> Seen:
+        """From the gradient of the layer's outputs to that of its middle."""
+        files, mlps = self.files, self.work.layer.mlps()
+        files.normed.create()
+        seen: Seen = {}
+        for pulled in self.work.workers.map(
+            lambda index: self._pull(mlps[index], self._tokens(index)), range(len(mlps))
+        ):
+            # In the order of the experts, so that sums come out the same however the threads ran.
+            for tokens, rows in pulled.inputs:
+                files.normed.add(tokens, rows)
+            for part, slopes in pulled.factors:
+                self._keep_slopes(part, slopes)
+            seen |= pulled.seen
+        for start, stop in files.middle.windows(WINDOW_TOKENS):
+            above = files.gradient.read(start, stop)
+            with torch.enable_grad():
+                leaf = files.middle.read(start, stop).requires_grad_(True)
+                normed: Tensor = self.norm(leaf)
+            slope = files.normed.read(start, stop).add_(self._through_routers(normed.detach(), start, stop))
+            (below,) = torch.autograd.grad(normed, leaf, slope)
+            files.gradient.write(start, below.add_(above))
+        return seen
+
+    def _keep_slopes(self, part: _Tokens, slopes: Tensor) -> None:
+        if part.pairs is not None:
+            self.factor_slopes[part.pairs] = slopes
+        elif self.shared_slopes is not None:
+            self.shared_slopes[part.tokens] = slopes
+
+    def _through_routers(self, normed: Tensor, start: int, stop: int) -> Tensor:
+        """What the factors say of the normed stream, [tokens, hidden]."""
+        if self.router is None:
+            return torch.zeros_like(normed)
+        with torch.enable_grad():
+            leaf = normed.requires_grad_(True)
+            _, scores, _ = self.router(leaf)
+            slopes = self.factor_slopes.view(-1, self.choices)[start:stop]
+            total = (scores.to(slopes.dtype) * slopes).sum()
+            if self.shared_gate is not None and self.shared_slopes is not None:
+                factors = torch.sigmoid(leaf @ self.shared_gate.t()).squeeze(-1)
+                total = total + (factors * self.shared_slopes[start:stop]).sum()
+        (found,) = torch.autograd.grad(total, leaf)
+        return found
+
+    def _pull(self, mlp: Mlp, tokens: _Tokens) -> _Pulled:
+        seen: Seen = {linear.name: _none(linear) for linear in mlp.linears()}
+        factors: list[tuple[_Tokens, Tensor]] = []
+        weights = {name: self.work.read(name) for linear in mlp.linears() for name, _ in linear.tensors()}
+
+        def windows() -> Iterator[tuple[Tensor, Tensor]]:
+            for part in tokens.windows():
+                inputs, slopes, found = self._pull_window(mlp, weights, part)
+                _add(seen, found)
+                if part.factors is not None:
+                    factors.append((part, slopes))
+                yield part.tokens, inputs
+
+        aside = SetAside(self.files.normed.path.parent, self.files.normed.width, windows(), self.work.decoder.dtype)
+        return _Pulled(aside, tuple(factors), seen)
+
+    def _pull_window(self, mlp: Mlp, weights: Mapping[str, Tensor], part: _Tokens) -> tuple[Tensor, Tensor, Seen]:
+        above = self.files.gradient.gather(part.tokens)
+        normed: Tensor = self.norm(self.files.middle.gather(part.tokens))
+
+        def linear(which: Linear, inputs: Tensor) -> Tensor:
+            return functional.linear(inputs, weights[which.weight], weights.get(f"{which.name}.bias"))
+
+        with torch.enable_grad():
+            leaf = normed.requires_grad_(True)
+            gate, up = linear(mlp.gate, leaf), linear(mlp.up, leaf)
+            output = linear(mlp.down, self.work.decoder.act(gate) * up)
+        slopes = (above * output.detach()).sum(-1)
+        scaled = above if part.factors is None else above * part.factors.unsqueeze(-1)
+        of_gate, of_up, of_inputs = torch.autograd.grad(output, (gate, up, leaf), scaled)
+        found = {
+            mlp.gate.name: OutputSquares.of(of_gate),
+            mlp.up.name: OutputSquares.of(of_up),
+            mlp.down.name: OutputSquares.of(scaled),
+        }
+        return of_inputs, slopes, found
+
+
+def _none(linear: Linear) -> OutputSquares:
+    return OutputSquares(torch.zeros(linear.out_features, dtype=torch.float64), 0)
+
+
+def _add(seen: Seen, part: Seen) -> None:
+    for name, squares in part.items():
+        seen[name] = seen[name] + squares if name in seen else squares
