@@ -17,7 +17,7 @@ from qconv.grids.ggml import encode
 from qconv.verification.blocks import decoded
 
 if TYPE_CHECKING:
-    from qconv.building.gguf_layers import CalibratedLayers
+    from qconv.building.gguf_stages import StagedLayers
 
 SAMPLED_ROWS = 4
 """Of each block of rows, decoded again at once."""
@@ -46,14 +46,14 @@ class Block:
 class Ready:
     """A tensor's blocks that calibration has made, handed out in file order."""
 
-    layers: CalibratedLayers
+    layers: StagedLayers
     tensor: GgufTensor
     part: int = -1
     data: Tensor = field(default_factory=lambda: torch.empty(0))
     row: int = 0
 
     @classmethod
-    def of(cls, layers: CalibratedLayers | None, tensor: GgufTensor) -> Ready | None:
+    def of(cls, layers: StagedLayers | None, tensor: GgufTensor) -> Ready | None:
         """Of a tensor, or None where it is not calibrated."""
         return cls(layers, tensor) if layers is not None and layers.holds(tensor) else None
 

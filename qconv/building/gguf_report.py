@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
 from qconv.errors import UsageError
 from qconv.formats.gguf.imatrix import Imatrix
+from qconv.formats.gguf.mixture import needs_importance
 from qconv.formats.gguf.names import GgufTensor
+from qconv.planning.gguf_plan import GgufPlan
 
 WEAKEST = 10
 """Experts that a report names."""
@@ -110,6 +112,31 @@ class Coverage:
     def values(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
+
+
+def needing_importance(plan: GgufPlan) -> Iterator[GgufTensor]:
+    """The tensors that are useless without an importance."""
+    for tensor in plan.tensors.values():
+        if needs_importance(plan.file_type, tensor, plan.types[tensor.name]):
+            yield tensor
+
+
+def require_coverage(plan: GgufPlan, shrinkage_tokens: float, matrix: Imatrix, *, complete: bool) -> Coverage:
+    """How far a matrix covers the model; if ``complete``, it must cover all that needs it.
+
+    Raises:
+        UsageError: it is of another model, or lacks what a type needs.
+    """
+    coverage = Coverage.of(matrix, plan.tensors.values(), shrinkage_tokens)
+    for tensor in needing_importance(plan) if complete else ():
+        entry = matrix.entry(tensor.name, len(tensor.sources), tensor.columns)
+        if entry is None or not bool(entry.seen.any()):
+            raise UsageError(
+                f"gguf:{plan.file_type}: {tensor.name} becomes {plan.types[tensor.name].name}, which is useless "
+                "without an importance, and the imatrix has none for it.",
+                hint="Give --calib to collect one, or another type for this tensor.",
+            )
+    return coverage
 
 
 def model_card(report: Mapping[str, Any]) -> str:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qconv import __version__
 from qconv.artifacts.source import Source
+from qconv.building.collecting import Collecting, unquantized
 from qconv.building.completion import already_complete
 from qconv.building.gguf_report import Coverage
 from qconv.building.inputs import fingerprints, lasting
-from qconv.building.output import Outcome, begin, enter, publish, require_apart
-from qconv.calibration.corpus import build_tokens
-from qconv.calibration.imatrix import IMATRIX_NAME, Progress, collect_imatrix, layer_readings, scratch_bytes
-from qconv.checkpoint.writer import output_errors, sha256_of
-from qconv.core.settings import TextSettings
+from qconv.building.output import Outcome, publish, require_apart
+from qconv.building.run import make_builds
+from qconv.building.target import LayerSink, Log, Means
+from qconv.calibration.corpus import TokenSet
+from qconv.calibration.imatrix import IMATRIX_NAME, LayerSums, layer_readings, layer_weights, sums_bytes
+from qconv.checkpoint.writer import sha256_of
+from qconv.core.architecture import Layer
+from qconv.core.settings import CalibrationSettings, TextSettings
 from qconv.executors.threads import Workers
-from qconv.folders.journal import WORK_FOLDER, locked
-from qconv.folders.ownership import remove_claimed
-from qconv.folders.readings import SourceRecord
-from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState
-from qconv.formats.gguf.imatrix import read_imatrix
+from qconv.folders.part import Part
+from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
+from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.metadata import require_expressible
 from qconv.formats.gguf.names import gguf_tensors
 from qconv.planning.gguf_recipe import ImatrixSettings
 from qconv.verification.checksums import render_checksums
-
-Log = Callable[[str], None]
+from qconv.verification.outcome import Progress
 
 
 def write_model_imatrix(
@@ -60,45 +63,155 @@ def write_model_imatrix(
     """
     require_apart(model, out)
     source = Source.open(model)
-    name = source.name
+    _ = source.name  # refused now, if no report can hold it
     for notice in source.notices():
         log(f"source: {notice}")
-    described = source.architecture
-    require_expressible(source.checkpoint.config, described)
-    tensors = gguf_tensors(described)
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out), Workers(threads) as workers:
-        state = enter(out)
-        tokens = build_tokens(text, source.checkpoint.path)
-        log(f"imatrix: {tokens.ids.numel():,} tokens of {tokens.source}")
-        belongs = fingerprints(source, "imatrix", tokens, adds_up=True, companions="left out")
-        if state is FolderState.COMPLETE and not restart:
-            return already_complete(out, belongs, [IMATRIX_NAME], workers, progress)
-        work = out / WORK_FOLDER
+    require_expressible(source.checkpoint.config, source.architecture)
+    target = ImatrixTarget(source, text, out)
+    return make_builds(source, [target], out, restart=restart, threads=threads, progress=progress, log=log)[0]
 
-        def needed(committed: Collection[str]) -> int:
-            return 0 if IMATRIX_NAME in committed else scratch_bytes(described, tokens, work)
 
-        journal, resumed = begin(out, belongs, [IMATRIX_NAME, REPORT_NAME], needed, restart=restart)
-        if resumed:
-            log(f"resuming: {len(journal.units)} of {len(described.layers)} layers are collected")
-        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers))
-        record.require_unchanged(progress)
-        path = collect_imatrix(source, tokens, out, work, journal, record, workers, progress)
-        record.require_unchanged(progress)
-        coverage = Coverage.of(read_imatrix(path), tensors, ImatrixSettings().shrinkage_tokens)
+@dataclass(frozen=True, slots=True)
+class ImatrixTarget:
+    """See :class:`qconv.building.target.Target`."""
+
+    source: Source
+    text: TextSettings
+    folder: Path
+    name: str = ""
+
+    @property
+    def weights(self) -> int:
+        """The weights that the pass goes through."""
+        return sum(map(layer_weights, self.source.architecture.layers))
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        """How layers are looked at."""
+        return unquantized(self.text)
+
+    @property
+    def calibrates(self) -> bool:
+        """No."""
+        return False
+
+    def allowance(self, workers: int) -> float:
+        """No bound."""
+        return math.inf
+
+    def names(self) -> list[str]:
+        """Every file that gets a name."""
+        return [IMATRIX_NAME, REPORT_NAME]
+
+    def fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
+        """What the matrix belongs to."""
+        return fingerprints(self.source, "imatrix", tokens, adds_up=True, companions="left out")
+
+    def check(self, means: Means) -> None:
+        """Nothing."""
+
+    def needed(self, committed: Collection[str], work: Path) -> int:
+        """Bytes of what is seen of the layers."""
+        if not self.looks_again(committed):
+            return 0
+        present = sum(file.stat().st_size for file in work.glob("*.gguf"))
+        return max(0, sums_bytes(self.source.architecture) - present)
+
+    def looks_again(self, committed: Collection[str]) -> bool:
+        """Whether the matrix is not there."""
+        return IMATRIX_NAME not in committed
+
+    def readings(self, workers: Workers) -> dict[str, Callable[[], str]]:
+        """By layer what reads its part of the source again."""
+        return layer_readings(self.source, workers)
+
+    def standing(self, committed: Collection[str]) -> str:
+        """How many layers are collected."""
+        layers = self.source.architecture.layers
+        return f"{min(len(committed), len(layers))} of {len(layers)} layers are collected"
+
+    def complete(self, belongs: Mapping[str, str], means: Means) -> Outcome:
+        """The finished matrix."""
+        return already_complete(self.folder, belongs, [IMATRIX_NAME], means.workers, means.progress)
+
+    def begin(
+        self,
+        part: Part,
+        tokens: TokenSet | None,
+        belongs: Mapping[str, str],
+        means: Means,
+        show: Callable[[str], None],
+    ) -> ImatrixWriter:
+        """Go to work."""
+        assert tokens is not None
+        return ImatrixWriter(self, part, tokens, belongs, means)
+
+
+class ImatrixWriter:
+    """See :class:`qconv.building.target.Writer`."""
+
+    def __init__(
+        self, target: ImatrixTarget, part: Part, tokens: TokenSet, belongs: Mapping[str, str], means: Means
+    ) -> None:
+        """See :meth:`qconv.building.target.Target.begin`."""
+        self.target = target
+        self.out = target.folder
+        self.part = part
+        self.tokens = tokens
+        self.belongs = belongs
+        self.means = means
+        self.sums = LayerSums(target.source, tokens, part)
+        self.layers = Collecting(target.source, self.sums, part, means.workers)
+        self.matrix: Imatrix | None = None
+
+    @property
+    def done(self) -> int:
+        """Weights of the layers that are behind."""
+        return self.layers.done
+
+    def pending(self, layer: Layer) -> bool:
+        """Whether the layer's sums are to be collected yet."""
+        return self.layers.pending(layer)
+
+    def doing(self, layer: Layer) -> str:
+        """For progress."""
+        return self.layers.doing(layer)
+
+    def build(self, layer: Layer) -> None:
+        """Nothing: layers are looked at only."""
+
+    def sink(self, layer: Layer) -> LayerSink:
+        """What takes the layer."""
+        return self.layers.sink(layer)
+
+    def before_layers(self) -> None:
+        """Nothing."""
+
+    def after_layer(self, layer: Layer) -> None:
+        """Count it."""
+        self.layers.pass_by(layer)
+
+    def after_layers(self) -> None:
+        """The matrix of all layers."""
+        self.matrix = self.sums.merge(self.out)
+
+    def settle(self) -> None:
+        """Nothing is handed over that is not safe."""
+
+    def finish(self) -> Outcome:
+        """Complete the folder."""
+        assert self.matrix is not None
+        tensors = gguf_tensors(self.target.source.architecture)
         report: dict[str, Any] = {
             "qconv": __version__,
-            "source": name,
+            "source": self.target.source.name,
             "format": "imatrix",
-            "fingerprints": lasting(journal.fingerprints),
-            "calibration": text.model_dump(mode="json"),
-            "datasets": [tokens.source],
-            "coverage": coverage.values(),
+            "fingerprints": lasting(self.belongs),
+            "calibration": self.target.text.model_dump(mode="json"),
+            "datasets": [self.tokens.source],
+            "coverage": Coverage.of(self.matrix, tensors, ImatrixSettings().shrinkage_tokens).values(),
         }
-        publish(out, journal, {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode()})
-        sums = {name: sha256_of(out / name) for name in (IMATRIX_NAME, REPORT_NAME)}
-        publish(out, journal, {CHECKSUMS_NAME: render_checksums(sums).encode()})
-        remove_claimed(work)
-        return Outcome(out, report, already_complete=False)
+        publish(self.out, self.part, {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode()})
+        sums = {name: sha256_of(self.out / name) for name in self.target.names()}
+        publish(self.out, self.part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        return Outcome(self.out, report, already_complete=False)

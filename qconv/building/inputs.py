@@ -21,6 +21,7 @@ from qconv.calibration.corpus import TokenSet
 from qconv.folders.journal import COMPANIONS, PROCESSOR
 
 ARITHMETIC = "arithmetic"
+RECIPE = "recipe"
 Companions = Literal["copied", "embedded", "left out"]
 
 
@@ -50,7 +51,7 @@ def fingerprints(
         data.append(tokens.digest)
     found = {
         "weights": source.checkpoint.fingerprint(),
-        "recipe": recipe,
+        RECIPE: recipe,
         "calibration data": "+".join(data) or "none",
         "versions": " ".join(f"{name}={number}" for name, number in sorted(versions.items())),
     }
@@ -65,11 +66,27 @@ def fingerprints(
     return found
 
 
+def merged(belongs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What a run of several builds belongs to, given each one's fingerprints by its name; of one, that one's.
+
+    What differs from build to build by its nature is named after it; of the rest the different values stand together.
+    """
+    if len(belongs) == 1:
+        return dict(*belongs.values())
+    found: dict[str, list[str]] = {}
+    for name, one in belongs.items():
+        for key, value in one.items():
+            values = found.setdefault(f"{key} of {name}" if key == RECIPE else key, [])
+            if value not in values:
+                values.append(value)
+    return {key: " ".join(values) for key, values in found.items()}
+
+
 def _pairs(values: Mapping[str, str]) -> str:
     """``name=value`` pairs, the values cut to 16 characters; no character in them divides pairs."""
     return " ".join(f"{quote(name, safe='')}={quote(value[:16], safe='')}" for name, value in values.items())
 
 
-def lasting(found: dict[str, str]) -> dict[str, str]:
+def lasting(found: Mapping[str, str]) -> dict[str, str]:
     """Of a run's fingerprints those that a build's report keeps: the same on every processor of the same arithmetic."""
     return {key: value for key, value in found.items() if key != PROCESSOR}

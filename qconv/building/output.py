@@ -23,6 +23,7 @@ from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError, VerificationError
 from qconv.folders.journal import JOURNAL_NAME, Journal
 from qconv.folders.ownership import WORK_FOLDER, claimed, recover, replaced, require_free, require_own, within
+from qconv.folders.part import Part
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState, folder_state
 from qconv.planning.plan import BuildPlan
 from qconv.verification.checksums import parse_checksums
@@ -77,6 +78,7 @@ def begin(
     needed: Callable[[Collection[str]], int],
     *,
     restart: bool,
+    builds: Collection[str] = (),
 ) -> tuple[Journal, bool]:
     """The journal of a run, whose whole request is known to be good, and whether it goes on from an earlier one.
 
@@ -86,6 +88,7 @@ def begin(
         names: Every file that it will give a name to, relative to ``out``.
         needed: Bytes of disk that it still needs, given the keys of what is committed.
         restart: Discard what ``out`` holds; until the new run has begun nothing of it is lost.
+        builds: The folders within ``out`` that are builds of the run, where it makes several.
 
     Raises:
         UsageError: a file's name would be too long.
@@ -98,6 +101,8 @@ def begin(
     _require_storable(wanted)
     if restart:
         owned = owned_files(out)
+        for name in builds:
+            owned |= within(name, owned_files(out / name))
         require_own(out, owned)
         with output_errors(out):
             freed = sum((out / name).stat().st_size for name in owned if (out / name).is_file())
@@ -239,30 +244,30 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     }
 
 
-def remove_vanished(out: Path, journal: Journal, kept: Collection[str]) -> None:
+def remove_vanished(out: Path, part: Part, kept: Collection[str]) -> None:
     """Remove companions that the run wrote before it was interrupted and that its source has no longer.
 
     Raises:
         OutputError: one cannot be removed.
     """
     with output_errors(out):
-        for name, digests in journal.files.items():
+        for name, digests in part.files.items():
             path = out / name
             if is_companion(name) and name not in kept and path.is_file() and sha256_of(path) in digests:
                 path.unlink()
 
 
-def publish(out: Path, journal: Journal, files: Mapping[str, bytes]) -> None:
+def publish(out: Path, part: Part | Journal, files: Mapping[str, bytes]) -> None:
     """Write small files, announced in the journal before they get their names.
 
     Raises:
         OutputError: a file cannot be written.
     """
-    journal.announce(ShardRecord(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
+    part.announce(ShardRecord(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
     for name, data in files.items():
         with output_errors(out / name):
             (out / name).parent.mkdir(exist_ok=True)
-        write_atomically(out / name, data, journal.staged(name))
+        write_atomically(out / name, data, part.staged(name))
 
 
 def _json(values: object) -> bytes:

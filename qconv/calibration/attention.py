@@ -78,8 +78,6 @@ class _AttentionHalf:
 
     def collect(self) -> None:
         """Statistics of both inputs over all tokens; the probes on which losses are measured."""
-        if not self.parts and self.context.seen is None:
-            return
 
         def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None, list[InputSquares]]:
             _, normed = self._normed(*window)

@@ -99,7 +99,7 @@ def inputs_file(folder: Path, layer: int, tokens: int, hidden: int) -> Activatio
     return ActivationFile(folder / f"inputs-{layer:05d}.bin", tokens, hidden, torch.bfloat16)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerBuild:
     """One build's part in a layer: how its linears are rounded, and what came of it.
 

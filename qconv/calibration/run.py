@@ -13,9 +13,10 @@ from qconv.calibration.corpus import TokenSet
 from qconv.calibration.experts import calibrate_mlps
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Finished, LayerBuild, LayerContext
+from qconv.calibration.squares import LayerPass, collect_squares
 from qconv.calibration.statistics import InputSquares
 from qconv.calibration.stream import LayerStream
-from qconv.core.architecture import Layer
+from qconv.core.architecture import Layer, Linear
 from qconv.core.settings import MATCHED, CalibrationSettings
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
@@ -54,6 +55,11 @@ class Calibration:
         """The index of the first layer whose outputs are not safe yet."""
         return self._stream.next_layer
 
+    @property
+    def propagates(self) -> bool:
+        """Whether the next layer sees a layer's quantized outputs."""
+        return bool(self._settings.propagate)
+
     def context(
         self, layer: Layer, builds: Sequence[LayerBuild], seen: dict[str, InputSquares] | None = None
     ) -> LayerContext:
@@ -64,7 +70,7 @@ class Calibration:
             builds: What is made of it; one, where the next layer sees its quantized outputs.
             seen: See :class:`LayerContext`.
         """
-        if self._settings.propagate and len(builds) != 1:
+        if self.propagates and len(builds) != 1:
             raise ValueError("the next layer can only see the quantized outputs of one build")
         return LayerContext(
             self._source,
@@ -88,6 +94,18 @@ class Calibration:
         with torch.no_grad():
             yield from calibrate_attention(context)
             yield from calibrate_mlps(context)
+
+    def linears(self, context: LayerContext) -> Iterator[Linear]:
+        """Pass the tokens through an unquantized layer of which nothing is made; each linear once its inputs were seen.
+
+        Raises:
+            CheckpointError: a weight cannot be read or is not finite.
+            OutputError: the disk is full.
+        """
+        layer_pass = LayerPass(self._source, self._decoder, context.layer, context.work, self._workers, context.is_last)
+        for linear, squares in collect_squares(layer_pass):
+            context.see((linear,), squares)
+            yield linear
 
     def advance(self, context: LayerContext) -> None:
         """Make the layer's output the next layer's input, on disk and in the journal.

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class Journal:
     activations: dict[int, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, frozenset[str]] = field(default_factory=dict)
     source: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def create(cls, path: Path, fingerprints: Mapping[str, str]) -> Journal:
@@ -129,6 +131,11 @@ class Journal:
         """Record that a unit's shards are published."""
         self._append({"kind": "unit", "unit": key, **record})
 
+    def committed(self) -> dict[str, dict[str, Any]]:
+        """The units as they are now, whatever another thread commits meanwhile."""
+        with self._lock:
+            return dict(self.units)
+
     def commit_activations(self, layer: int, size: int, sha256: str, read: int | None = None) -> None:
         """Record that the inputs of a layer are on disk; those of earlier layers count as gone.
 
@@ -144,13 +151,17 @@ class Journal:
         self._append({"kind": "source", "stamp": stamp})
 
     def _append(self, record: dict[str, Any]) -> None:
+        with self._lock:
+            self._write(record)
+            if record["kind"] != "start":
+                self._apply(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         with output_errors(self.path), self.path.open("ab") as file:
             line = json.dumps(record, separators=(",", ":")).encode()
             file.write((line if record["kind"] == "start" else _sealed(line)) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if record["kind"] != "start":
-            self._apply(record)
 
     def _apply(self, record: dict[str, Any]) -> None:
         if record["kind"] == "files":

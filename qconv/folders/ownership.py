@@ -304,6 +304,9 @@ def _empty(trash: Path) -> None:
             path.unlink()
     for parent in sorted({parent for name in listing["files"] for parent in PurePath(name).parents}, reverse=True):
         _remove_if_empty(contents / parent)
+    for name in listing["entries"]:  # a folder that nothing had been written to
+        _remove_if_empty(contents / str(name))
+    _remove_if_empty(contents)
     if not contents.exists():
         (trash / _LISTING).unlink()
         _remove_if_empty(trash)

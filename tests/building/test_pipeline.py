@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qconv.building import output, pipeline
+from qconv.building import output, run, safetensors_target
 from qconv.building.committer import UnitWriter
 from qconv.calibration.stream import LayerStream
 from qconv.checkpoint import reader
@@ -223,12 +223,12 @@ def test_a_crash_while_finishing_or_tidying_up_is_resumed(
     out = tmp_path / "out"
     for name in ("companion_files", "render_checksums"):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, name, crash)
+            patch.setattr(safetensors_target, name, crash)
             with pytest.raises(Stop):
                 build(moe, out, RTN)
         assert not (out / CHECKSUMS_NAME).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "remove_claimed", crash)
+        patch.setattr(run, "remove_claimed", crash)
         with pytest.raises(Stop):
             build(moe, out, RTN)
     assert (out / WORK_FOLDER).exists()

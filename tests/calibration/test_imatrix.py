@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconv.artifacts.source import Source
+from qconv.building.imatrix_pipeline import ImatrixTarget
+from qconv.building.run import make_builds
 from qconv.calibration import layer as layer_module
 from qconv.calibration import squares
-from qconv.calibration.corpus import TokenSet, build_tokens
-from qconv.calibration.imatrix import IMATRIX_NAME, collect_imatrix, layer_readings
+from qconv.calibration.corpus import build_tokens
+from qconv.calibration.imatrix import IMATRIX_NAME
 from qconv.calibration.stream import LayerStream
 from qconv.core.architecture import Mlp, Moe
 from qconv.core.settings import TextSettings
 from qconv.errors import VerificationError
-from qconv.executors.threads import Workers
-from qconv.folders.journal import Journal
-from qconv.folders.readings import SourceRecord
+from qconv.folders.journal import WORK_FOLDER
 from qconv.formats.gguf.imatrix import Entry, Imatrix, read_imatrix
+from qconv.verification.outcome import Progress
 from tests.calibration.test_forward import Float32File
-from tests.conftest import BUNDLED, random_model, save_model
+from tests.conftest import BUNDLED, folder_bytes, random_model, save_model
 
 TEXT = TextSettings(tokens=128, sequence_length=32)
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -37,16 +38,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def collect(model: Path, out: Path, text: TextSettings = TEXT, threads: int = 2) -> Path:
-    """The matrix of a model, collected without interruption."""
+def collect(
+    model: Path, out: Path, text: TextSettings = TEXT, threads: int = 2, progress: Progress = lambda *_: None
+) -> Path:
+    """The matrix of a model, also of one that llama.cpp could not run; a run that was stopped goes on."""
     source = Source.open(model)
-    work = out / "work"
-    work.mkdir(parents=True)
-    journal = Journal.create(work / "journal.jsonl", {})
-    with Workers(threads) as workers:
-        tokens = build_tokens(text, model)
-        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers))
-        return collect_imatrix(source, tokens, out, work, journal, record, workers, lambda *_: None)
+    target = ImatrixTarget(source, text, out)
+    make_builds(source, [target], out, restart=False, threads=threads, progress=progress, log=lambda _: None)
+    return out / IMATRIX_NAME
 
 
 @pytest.fixture
@@ -186,49 +185,28 @@ class Stop(Exception):
 
 def test_stopped_anywhere_and_resumed_the_bytes_are_the_same(tmp_path: Path) -> None:
     model = save_model(random_model("qwen3_moe", norm_topk_prob=True), tmp_path / "model")
-    source, tokens = Source.open(model), build_tokens(TEXT, model)
-    whole = collect(model, tmp_path / "whole").read_bytes()
-    calls = 0
+    whole = folder_bytes(collect(model, tmp_path / "whole").parent)
+    shown: list[str] = []
+    collect(model, tmp_path / "count", progress=lambda what, *_: shown.append(what))
+    assert folder_bytes(tmp_path / "count") == whole
+    assert shown[-1] == "finishing"
+    for stop_at in range(0, len(shown), 3):
+        out, left = tmp_path / str(stop_at), iter(range(stop_at))
 
-    def run(out: Path, stop_at: int | None) -> Path:
-        """Collect into a folder, or go on; pull the plug at that call of progress."""
-        nonlocal calls
-        calls = 0
-
-        def progress(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
+        def progress(*_: object, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
                 raise Stop
 
-        return resume(source, tokens, out, progress)
-
-    assert run(tmp_path / "count", None).read_bytes() == whole
-    for stop_at in range(1, calls + 1, 3):
-        out = tmp_path / str(stop_at)
         with pytest.raises(Stop):
-            run(out, stop_at)
-        assert not (out / IMATRIX_NAME).exists()
-        assert run(out, None).read_bytes() == whole
-        assert sorted(file.name for file in (out / "work").iterdir()) == [".qconv-files", "journal.jsonl"]
-    assert run(out, None).read_bytes() == whole
-    assert calls == 0, "what is finished is left alone"
-
-
-def resume(source: Source, tokens: TokenSet, out: Path, progress: Any) -> Path:
-    """Collect with the journal that is there, if any."""
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "journal.jsonl"
-    journal = Journal.load(path) or Journal.create(path, {})
-    with Workers(2) as workers:
-        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers))
-        return collect_imatrix(source, tokens, out, work, journal, record, workers, progress)
+            collect(model, out, progress=progress)
+        assert (out / IMATRIX_NAME).exists() == (shown[stop_at] == "finishing")
+        collect(model, out)
+        assert folder_bytes(out) == whole
+        assert not (out / WORK_FOLDER).exists()
 
 
 def test_a_crash_between_sums_and_outputs_repeats_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(random_model("qwen3_moe", norm_topk_prob=True), tmp_path / "model")
-    source, tokens = Source.open(model), build_tokens(TEXT, model)
     whole = collect(model, tmp_path / "whole").read_bytes()
 
     def pull(*_: object) -> None:
@@ -237,22 +215,21 @@ def test_a_crash_between_sums_and_outputs_repeats_the_layer(tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(LayerStream, "advance", pull)
         with pytest.raises(Stop):
-            resume(source, tokens, tmp_path / "out", lambda *_: None)
-    assert (tmp_path / "out/work/imatrix-00000.gguf").exists()
-    assert resume(source, tokens, tmp_path / "out", lambda *_: None).read_bytes() == whole
+            collect(model, tmp_path / "out")
+    assert (tmp_path / "out" / WORK_FOLDER / "imatrix-00000.gguf").exists()
+    assert collect(model, tmp_path / "out").read_bytes() == whole
 
 
 def test_sums_that_were_changed_are_not_used(tmp_path: Path) -> None:
     model = save_model(random_model("qwen3_moe", norm_topk_prob=True), tmp_path / "model")
-    source, tokens = Source.open(model), build_tokens(TEXT, model)
 
     def damage(what: str, done: int, total: int) -> None:
         if what == "imatrix layer 1" and done == total:
-            path = tmp_path / "out/work/imatrix-00000.gguf"
+            path = tmp_path / "out" / WORK_FOLDER / "imatrix-00000.gguf"
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)
 
     with pytest.raises(VerificationError, match=r"imatrix-00000\.gguf: was collected but is now missing or changed"):
-        resume(source, tokens, tmp_path / "out", damage)
+        collect(model, tmp_path / "out", progress=damage)
     assert not (tmp_path / "out" / IMATRIX_NAME).exists()

@@ -57,7 +57,7 @@ def code(tokens: int) -> list[list[int]]:
     """Token ids of code that the model was not calibrated on."""
     from transformers import AutoTokenizer
 
-    text = (CHECKOUT / "qconv/building/pipeline.py").read_text()
+    text = (CHECKOUT / "qconv/building/run.py").read_text()
     ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
     return [ids[:tokens], ids[tokens : 2 * tokens]]
 

@@ -1,0 +1,209 @@
+"""Layers of a GGUF build that are calibrated: each one's blocks are a file of the work folder until they are written.
+
+A layer is what is committed: its blocks, then what an importance matrix says of it, then its outputs, on which the next
+layer is calibrated. A file of the build is written of the layers that it holds; once it is committed, those of them
+that no later file needs are removed. So a run goes on from the layer at which it was stopped, and needs the disk of
+one file more than the build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from qconv.artifacts.gguf_tensors import encoder
+from qconv.artifacts.source import Source
+from qconv.building.target import PackedModule
+from qconv.calibration.imatrix import LayerSums, blocks_key, layer_weights, read_for, require_kept, sums_key
+from qconv.calibration.layer import Finished, LayerBuild
+from qconv.calibration.schemes import FittedScheme, Scheme
+from qconv.calibration.statistics import InputSquares
+from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
+from qconv.checkpoint.reader import map_tensor
+from qconv.checkpoint.writer import ShardWriter
+from qconv.core.architecture import Layer, Linear
+from qconv.executors.threads import Workers
+from qconv.folders.ownership import claim
+from qconv.folders.part import Part
+from qconv.folders.readings import READ, checksum
+from qconv.formats.gguf.container import FileLayout
+from qconv.formats.gguf.names import GgufTensor, permute_heads
+from qconv.grids.blocks import BlockGrid, BlockTensor
+from qconv.planning.gguf_plan import GgufPlan
+from qconv.planning.recipe import Recipe
+
+
+class StagedLayers:
+    """The blocks of calibrated linears, until files hold them.
+
+    Attributes:
+        done: Weights of the layers that are behind.
+    """
+
+    def __init__(
+        self, source: Source, plan: GgufPlan, recipe: Recipe, sums: LayerSums, part: Part, workers: Workers
+    ) -> None:
+        """Say how the layers of a build are calibrated; nothing is done yet.
+
+        Args:
+            source: The model.
+            plan: The build.
+            recipe: The method and its settings.
+            sums: Of the importance matrix that falls off.
+            part: The build's part of the journal and the work folder.
+            workers: Threads.
+        """
+        self.source = source
+        self.sums = sums
+        self.part = part
+        self.workers = workers
+        self.done = 0
+        self._plan = plan
+        self._recipe = recipe
+        self._grids = _grids(plan)
+        self._stages: dict[int, dict[str, TensorEntry]] = {}
+
+    def pending(self, layer: Layer) -> bool:
+        """Whether the layer is to be calibrated yet; one without codes too, since the importance matrix is of all."""
+        return blocks_key(layer) not in self.part.units
+
+    def doing(self, layer: Layer) -> str:
+        """For progress."""
+        return f"calibrating layer {layer.index}"
+
+    def build(self, layer: Layer) -> LayerBuild:
+        """How the layer's linears are rounded."""
+        schemes: dict[str, Scheme] = {one.name: FittedScheme(self._grids[one.weight]) for one in self._linears(layer)}
+        return LayerBuild.of(self.source, layer, self._recipe, schemes.keys(), schemes)
+
+    def sink(self, layer: Layer) -> _StageSink:
+        """What takes the layer."""
+        specs = [self._spec(linear) for linear in self._linears(layer)]
+        return _StageSink(self, layer, specs)
+
+    def pass_by(self, layer: Layer) -> None:
+        """Count the layers up to this one as done."""
+        self.done = sum(layer_weights(one) for one in self.sums.layers if one.index <= layer.index)
+
+    def _linears(self, layer: Layer) -> list[Linear]:
+        """Those that have codes to choose."""
+        return [linear for linear in layer.linears() if linear.weight in self._grids]
+
+    def ready(self, file: FileLayout) -> bool:
+        """Whether all layers are calibrated of which a file that is not committed holds tensors."""
+        units = self.part.units
+        return all(blocks_key(layer) in units for layer in self.sums.layers if layer.index in self._needed(file))
+
+    def open(self, file: FileLayout) -> None:
+        """Check and open the blocks that a file is made of.
+
+        Raises:
+            VerificationError: a layer's blocks are gone or damaged.
+        """
+        for layer in self.sums.layers:
+            if layer.index in self._needed(file) and layer.index not in self._stages:
+                path = self.path(layer)
+                require_kept(path, self.part.units[blocks_key(layer)], "made")
+                self._stages[layer.index] = read_header(path)
+
+    def release(self, pending: Iterable[FileLayout]) -> None:
+        """Remove the blocks of layers of which no file that is yet to come holds a tensor."""
+        kept = {layer for file in pending for layer in self._needed(file)}
+        for layer in self.sums.layers:
+            if layer.index not in kept and blocks_key(layer) in self.part.units:
+                self._stages.pop(layer.index, None)
+                self.path(layer).unlink(missing_ok=True)
+
+    def holds(self, tensor: GgufTensor) -> bool:
+        """Whether a tensor's blocks come from here."""
+        return bool(tensor.sources) and tensor.sources[0] in self._grids
+
+    def blocks(self, tensor: GgufTensor, part: int) -> Tensor:
+        """The blocks of one part of a tensor, uint8 [rows, bytes of a row], in file order."""
+        assert tensor.layer is not None
+        data = map_tensor(self._stages[tensor.layer][tensor.sources[part]])
+        return permute_heads(data, tensor.heads) if tensor.heads else data
+
+    def report(self) -> list[dict[str, Any]]:
+        """What happened in each layer, in their order."""
+        return [self.part.units[blocks_key(layer)]["report"] for layer in self.sums.layers]
+
+    def commit(self, layer: Layer, made: LayerBuild, values: Mapping[str, Any]) -> None:
+        """Record that a layer's blocks are safe, and what an importance matrix says of it."""
+        read = checksum(self.source.checkpoint, read_for(self.source, layer), self.workers)
+        self.part.note(sums_key(layer), self.sums.keep(layer, made.squares))
+        report = {"experts": made.report.experts, "compensations": made.report.compensations}
+        self.part.commit(blocks_key(layer), {**values, READ: read, "report": report})
+
+    def path(self, layer: Layer) -> Path:
+        """Of a layer's blocks."""
+        return self.part.scratch(f"{blocks_key(layer)}.safetensors")
+
+    def _needed(self, file: FileLayout) -> set[int]:
+        """The layers of which a file that is not committed holds calibrated tensors."""
+        if file.name in self.part.units:
+            return set()
+        tensors = (self._plan.tensors[info.name] for info in file.tensors)
+        return {tensor.layer for tensor in tensors if tensor.layer is not None and self.holds(tensor)}
+
+    def _spec(self, linear: Linear) -> TensorSpec:
+        nbytes = self._grids[linear.weight].type.row_bytes(linear.in_features)
+        return TensorSpec(linear.weight, torch.uint8, (linear.out_features, nbytes))
+
+
+class _StageSink:
+    def __init__(self, owner: StagedLayers, layer: Layer, specs: list[TensorSpec]) -> None:
+        self._owner = owner
+        self._layer = layer
+        path = claim(owner.path(layer))
+        self._stack = contextlib.ExitStack()
+        self._writer = ShardWriter(path, specs, owner.part.staged(f"{blocks_key(layer)}.safetensors"))
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._writer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def pack(self, finished: Finished) -> PackedModule:
+        """See :class:`qconv.building.target.LayerSink`."""
+        module, weight = finished.module, finished.weight
+        if isinstance(weight, BlockTensor) and isinstance(module, Linear):
+            return PackedModule(module, ((module.weight, [weight.data]),))
+        return PackedModule(module, ())
+
+    def add(self, packed: PackedModule) -> None:
+        """See :class:`qconv.building.target.LayerSink`."""
+        for name, blocks in packed.tensors:
+            self._writer.write_blocks(name, blocks)
+        if isinstance(packed.module, Linear):
+            self._owner.done += packed.module.numel
+
+    def see(self, linear: Linear) -> None:
+        """See :class:`qconv.building.target.LayerSink`."""
+
+    def commit(self, build: LayerBuild | None, seen: Mapping[str, InputSquares]) -> None:
+        """See :class:`qconv.building.target.LayerSink`."""
+        assert build is not None
+        written = self._writer.finish()
+        self._writer.publish()
+        self._owner.commit(self._layer, build, {"size": written.size, "sha256": written.sha256})
+
+
+def _grids(plan: GgufPlan) -> dict[str, BlockGrid]:
+    """The grids of the linears in layers that have codes to choose, by the name of their weight."""
+    found: dict[str, BlockGrid] = {}
+    for tensor in plan.tensors.values():
+        grid = BlockGrid(encoder(plan.types[tensor.name]))
+        if tensor.layer is not None and tensor.quantizable and grid.has_codes:
+            found |= dict.fromkeys(tensor.sources, grid)
+    return found

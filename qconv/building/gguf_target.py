@@ -1,0 +1,379 @@
+"""A GGUF build straight to the final type: file by file, each resumable.
+
+A file of the set is what is committed: written under a temporary name, read back from disk, and only then given its
+name and journalled. Every block of rows is decoded again as it is encoded, a few rows of it, so that an encoder that
+does not stand for its weights is found before its file is published; ``verify`` decodes all of them. A file is written
+as soon as the layers that it holds are calibrated; without calibration before any layer, or where it needs their
+importance after all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qconv import __version__
+from qconv.artifacts.gguf_tensors import Importance, importance_of, uniform, weighted_blocks
+from qconv.artifacts.source import Source
+from qconv.building.collecting import Collecting, unquantized
+from qconv.building.completion import already_complete
+from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, encoded_block
+from qconv.building.gguf_report import Coverage, model_card, require_coverage
+from qconv.building.gguf_stages import StagedLayers
+from qconv.building.inputs import fingerprints, lasting
+from qconv.building.output import Outcome, publish, require_published
+from qconv.building.target import LayerSink, Means
+from qconv.calibration.corpus import TokenSet
+from qconv.calibration.imatrix import (
+    IMATRIX_NAME,
+    LayerSums,
+    blocks_key,
+    layer_readings,
+    layer_weights,
+    sums_bytes,
+    sums_key,
+)
+from qconv.calibration.layer import LayerBuild
+from qconv.checkpoint.writer import sha256_of
+from qconv.core.architecture import Layer
+from qconv.core.qtensor import SquaredError
+from qconv.core.settings import CalibrationSettings, TextSettings
+from qconv.errors import VerificationError
+from qconv.executors.threads import Workers
+from qconv.folders.part import Part
+from qconv.folders.readings import READ, combined
+from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
+from qconv.formats.gguf.container import FileLayout, GgufWriter
+from qconv.formats.gguf.imatrix import Imatrix, merge
+from qconv.planning.gguf_plan import GgufPlan
+from qconv.planning.gguf_recipe import GgufRecipe
+from qconv.verification.blocks import floor_db
+from qconv.verification.checksums import render_checksums
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTarget:
+    """See :class:`qconv.building.target.Target`.
+
+    Attributes:
+        text: What layers are looked at on, if they are.
+        given: Importance matrices that exist already.
+    """
+
+    source: Source
+    plan: GgufPlan
+    recipe: GgufRecipe
+    text: TextSettings | None
+    given: tuple[Imatrix, ...]
+    folder: Path
+    name: str = ""
+
+    @property
+    def weights(self) -> int:
+        """The weights of all tensors, and those of the layers that are looked at before."""
+        layers = () if self.text is None else self.source.architecture.layers
+        return sum(tensor.numel for tensor in self.plan.tensors.values()) + sum(map(layer_weights, layers))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers are rounded by what is seen."""
+        return self.recipe.is_calibrated
+
+    @property
+    def calibration(self) -> CalibrationSettings | None:
+        """How layers are looked at, if they are: unquantized ones, where an importance matrix is all that is asked."""
+        if self.calibrates:
+            return self.recipe.calibrated().calibration
+        return None if self.text is None else unquantized(self.text)
+
+    def allowance(self, workers: int) -> float:
+        """No bound: blocks of rows are small."""
+        return math.inf
+
+    def files(self) -> list[str]:
+        """The importance matrix, if one is collected, and the files of the model."""
+        return [*([] if self.text is None else [IMATRIX_NAME]), *(file.name for file in self.plan.files)]
+
+    def names(self) -> list[str]:
+        """Every file that gets a name."""
+        return [*self.files(), REPORT_NAME, "README.md"]
+
+    def fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
+        """What the build belongs to."""
+        files = [sha256_of(Path(file)) for file in self.recipe.imatrix.files]
+        # Encoders add up in an order of their own.
+        return fingerprints(self.source, self.recipe.digest(), tokens, files, adds_up=False, companions="embedded")
+
+    def check(self, means: Means) -> None:
+        """Nothing: blocks hold scales of every size."""
+
+    def needed(self, committed: Collection[str], work: Path) -> int:
+        """Bytes of the files that are not committed, and of what is seen of the layers."""
+        needed = sum(file.size for file in self.plan.files if file.name not in committed)
+        if self.looks_again(committed):
+            present = sum(file.stat().st_size for file in work.glob(f"{self.name}*.gguf"))
+            needed += max(0, sums_bytes(self.source.architecture) - present)
+        return needed
+
+    def looks_again(self, committed: Collection[str]) -> bool:
+        """Whether the importance matrix, which is made last, is not there."""
+        return self.text is not None and IMATRIX_NAME not in committed
+
+    def readings(self, workers: Workers) -> dict[str, Callable[[], str]]:
+        """By the journal's keys what reads again that of which a file was made."""
+
+        def read(file: FileLayout) -> str:
+            checksums = workers.map(block_checksum, self.blocks(file, uniform, None))
+            return combined((str(number), one) for number, one in enumerate(checksums))
+
+        key = blocks_key if self.calibrates else sums_key
+        collected = {} if self.text is None else layer_readings(self.source, workers, key)
+        return collected | {file.name: partial(read, file) for file in self.plan.files}
+
+    def standing(self, committed: Collection[str]) -> str:
+        """How many files are committed."""
+        return (
+            f"{sum(file.name in committed for file in self.plan.files)} of {len(self.plan.files)} files are committed"
+        )
+
+    def complete(self, belongs: Mapping[str, str], means: Means) -> Outcome:
+        """The finished build."""
+        return already_complete(self.folder, belongs, self.files(), means.workers, means.progress)
+
+    def begin(
+        self,
+        part: Part,
+        tokens: TokenSet | None,
+        belongs: Mapping[str, str],
+        means: Means,
+        show: Callable[[str], None],
+    ) -> GgufBuilder:
+        """Go to work."""
+        return GgufBuilder(self, part, tokens, belongs, means, show)
+
+    def blocks(self, file: FileLayout, columns: Importance, staged: StagedLayers | None) -> Iterator[Block]:
+        """A file's blocks of rows in their order.
+
+        Args:
+            file: The file.
+            columns: The importance of their columns.
+            staged: Has the blocks that calibration has made, if it has.
+        """
+        for info in file.tensors:
+            tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
+            importance = columns if tensor.quantizable else uniform
+            ready = Ready.of(staged, tensor)
+            for part, rows, weights in weighted_blocks(self.source, tensor, importance):
+                yield Block(tensor.name, type, rows, weights, None if ready is None else ready.take(part, len(rows)))
+
+
+class GgufBuilder:
+    """See :class:`qconv.building.target.Writer`."""
+
+    def __init__(
+        self,
+        target: GgufTarget,
+        part: Part,
+        tokens: TokenSet | None,
+        belongs: Mapping[str, str],
+        means: Means,
+        show: Callable[[str], None],
+    ) -> None:
+        """See :meth:`qconv.building.target.Target.begin`."""
+        self.target, self.plan, self.out = target, target.plan, target.folder
+        self.part = part
+        self.belongs = belongs
+        self.means = means
+        self.show = show
+        self.importance: Imatrix | None = None
+        self.coverage: Coverage | None = None
+        self.columns: Importance = uniform
+        self.written = 0
+        """Weights of the files that are behind."""
+        self.left = list(self.plan.files)
+        self.sums: LayerSums | None = None
+        self.staged: StagedLayers | None = None
+        self.collecting: Collecting | None = None
+        if tokens is not None:
+            self.sums = LayerSums(target.source, tokens, part)
+            if target.calibrates:
+                recipe = target.recipe.calibrated()
+                self.staged = StagedLayers(target.source, self.plan, recipe, self.sums, part, means.workers)
+            else:
+                self.collecting = Collecting(target.source, self.sums, part, means.workers)
+
+    @property
+    def layers(self) -> StagedLayers | Collecting:
+        """What is done to layers that are looked at."""
+        found = self.staged or self.collecting
+        assert found is not None
+        return found
+
+    @property
+    def done(self) -> int:
+        """Weights that are behind."""
+        return self.written + (self.layers.done if self.sums is not None else 0)
+
+    def pending(self, layer: Layer) -> bool:
+        """Whether nothing of the layer is kept yet."""
+        return self.layers.pending(layer)
+
+    def doing(self, layer: Layer) -> str:
+        """For progress."""
+        return self.layers.doing(layer)
+
+    def build(self, layer: Layer) -> LayerBuild | None:
+        """How the layer's linears are rounded, if they are calibrated."""
+        return None if self.staged is None else self.staged.build(layer)
+
+    def sink(self, layer: Layer) -> LayerSink:
+        """What takes the layer."""
+        return self.layers.sink(layer)
+
+    def before_layers(self) -> None:
+        """All files, where no layer is looked at; else those that hold no calibrated one."""
+        if self.sums is None and self.target.given:
+            self._take_importance(self.target.given)
+        self._write_ready()
+
+    def after_layer(self, layer: Layer) -> None:
+        """The files that hold no later layer."""
+        if self.sums is not None:
+            self.layers.pass_by(layer)
+        self._write_ready()
+
+    def after_layers(self) -> None:
+        """The importance matrix of what was seen, and the files that needed it."""
+        if self.sums is not None:
+            matrix = self.sums.merge(self.out)
+            require_published(self.out / IMATRIX_NAME, self.part.units[IMATRIX_NAME]["size"])
+            self._take_importance([*self.target.given, matrix] if self.staged is None else [matrix])
+        self._write_ready()
+
+    def settle(self) -> None:
+        """Nothing is handed over that is not safe."""
+
+    def _take_importance(self, matrices: Sequence[Imatrix]) -> None:
+        self.importance = matrices[0] if len(matrices) == 1 else merge(matrices)
+        settings = self.target.recipe.imatrix
+        self.columns = importance_of(self.importance, float(settings.shrinkage_tokens), settings.exponent)
+        self.coverage = require_coverage(self.plan, settings.shrinkage_tokens, self.importance, complete=True)
+        self.means.log(f"imatrix: {self.coverage.sentence()}")
+
+    def _write_ready(self) -> None:
+        """Write the files, in their order, as far as what they need is there."""
+        while self.left and self._is_ready(self.left[0]):
+            if self.staged is not None:
+                self.staged.open(self.left[0])
+            self._file(self.left.pop(0))
+            if self.staged is not None:
+                self.staged.release(self.left)
+
+    def _is_ready(self, file: FileLayout) -> bool:
+        if self.staged is not None:
+            return self.staged.ready(file)
+        return self.collecting is None or self.importance is not None
+
+    def _file(self, file: FileLayout) -> None:
+        self.show(file.name)
+        committed = self.part.units.get(file.name)
+        if committed is not None:
+            require_published(self.out / file.name, committed["size"])
+            self.written += sum(math.prod(tensor.shape) for tensor in file.tensors)
+            return
+        with GgufWriter(self.out, file, self.part.staged(file.name)) as writer:
+            snr_db, read = self._write(file, writer)
+            written = writer.finish()
+            self.part.announce([written])
+            writer.publish()
+        self.part.commit(file.name, {"size": written.size, "sha256": written.sha256, "snr_db": snr_db, READ: read})
+
+    def _write(self, file: FileLayout, writer: GgufWriter) -> tuple[dict[str, float | None], str]:
+        """Encode and write a file's tensors.
+
+        Gives each one's signal to noise on the sampled rows, in decibels, and the checksum of what was read.
+        """
+        snr_db: dict[str, float | None] = {}
+        checksums: list[int] = []
+        encoded = self.means.workers.map(encoded_block, self.target.blocks(file, self.columns, self.staged))
+        for name, group in itertools.groupby(encoded, key=lambda one: one.name):
+            errors: list[SquaredError] = []
+            writer.write_blocks(name, self._counted(group, errors, checksums))
+            snr = sum(errors, SquaredError()).snr_db
+            weighted, matched = self.importance is not None or self.staged is not None, self.target.recipe.is_matched
+            floor = floor_db(self.plan.types[name], weighted, matched)
+            if not snr >= floor:
+                raise VerificationError(
+                    f"{file.name}: {name} does not stand for the source: signal to noise {snr:.1f} dB, below "
+                    f"{floor:.1f}.",
+                    hint="Nothing of this file was kept. If memory is sound, this is a bug.",
+                )
+            snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
+        return snr_db, combined((str(number), one) for number, one in enumerate(checksums))
+
+    def _counted(self, group: Iterator[Encoded], errors: list[SquaredError], checksums: list[int]) -> Iterator[Tensor]:
+        for one in group:
+            errors.append(one.error)
+            checksums.append(one.checksum)
+            yield one.data
+            self.written += one.weights
+            self.show(one.name)
+
+    def finish(self) -> Outcome:
+        """Complete the folder."""
+        report, units, files = self._report(), self.part.units, self.target.files()
+        small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
+        publish(self.out, self.part, small)
+        names = sorted({*small, *files})
+        sums = dict(zip(names, self.means.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
+        for name in files:
+            if sums.get(name) != units[name]["sha256"]:
+                raise VerificationError(
+                    f"{self.out / name}: changed since it was committed.", hint="Start over with --restart."
+                )
+        publish(self.out, self.part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        return Outcome(self.out, report, already_complete=False)
+
+    def _report(self) -> dict[str, Any]:
+        plan, units = self.plan, self.part.units
+        return {
+            "qconv": __version__,
+            "source": self.target.source.name,
+            "format": f"gguf:{plan.file_type}",
+            "fingerprints": lasting(self.belongs),
+            "recipe": self.target.recipe.model_dump(mode="json"),
+            "method": self.target.recipe.rounding or "rtn",
+            "imatrix": self._imatrix_values(),
+            "parameters": sum(tensor.numel for tensor in plan.tensors.values()),
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "files": [file.name for file in plan.files],
+            "layers": [] if self.staged is None else self.staged.report(),
+            "tensors": {
+                name: {"type": plan.types[name].name, **self._replaced(name), "snr_db": snr}
+                for file in plan.files
+                for name, snr in units[file.name]["snr_db"].items()
+            },
+        }
+
+    def _replaced(self, name: str) -> dict[str, str]:
+        """The type that a tensor was to have, where it has another."""
+        wanted = self.plan.wanted[name]
+        return {} if wanted == self.plan.types[name] else {"wanted": wanted.name}
+
+    def _imatrix_values(self) -> dict[str, Any] | None:
+        """What the report says of the importance matrix."""
+        if self.importance is None or self.coverage is None:
+            return None
+        return {
+            "datasets": list(self.importance.datasets),
+            "file": None if self.target.text is None else IMATRIX_NAME,
+            "coverage": self.coverage.values(),
+        }

@@ -1,0 +1,331 @@
+"""A build of safetensors shards: units in their order, each written, read back, checked and published together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from qconv.artifacts.build import Build
+from qconv.artifacts.source import Source
+from qconv.building.committer import UnitWriter
+from qconv.building.completion import already_complete
+from qconv.building.inputs import fingerprints, lasting
+from qconv.building.output import (
+    Outcome,
+    companion_files,
+    companion_names,
+    planned_files,
+    publish,
+    remove_vanished,
+    require_published,
+)
+from qconv.building.report import Report
+from qconv.building.scale_range import check_scales
+from qconv.building.target import Means, PackedModule
+from qconv.calibration.corpus import TokenSet
+from qconv.calibration.layer import Finished, LayerBuild, LayerReport
+from qconv.calibration.schemes import StaticScheme, scheme_of
+from qconv.calibration.statistics import InputSquares
+from qconv.checkpoint.writer import sha256_of
+from qconv.core.architecture import Layer, Linear
+from qconv.core.qtensor import CHANNEL, QTensor
+from qconv.core.rounding import assemble
+from qconv.core.settings import CalibrationSettings
+from qconv.executors.threads import Workers
+from qconv.folders.part import Part
+from qconv.folders.readings import READ, checksum
+from qconv.folders.state import CHECKSUMS_NAME
+from qconv.grids import e4m3, integers
+from qconv.heap import return_freed_memory
+from qconv.planning.plan import BuildPlan, Item, Unit
+from qconv.verification.checksums import render_checksums
+from qconv.verification.outcome import Verification
+from qconv.verification.structure import check_structure
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SafetensorsTarget:
+    """See :class:`qconv.building.target.Target`."""
+
+    source: Source
+    plan: BuildPlan
+    folder: Path
+    name: str = ""
+
+    @property
+    def weights(self) -> int:
+        """The number of parameters of the source."""
+        return self.plan.weights
+
+    @property
+    def calibration(self) -> CalibrationSettings | None:
+        """How layers are looked at, if the method does."""
+        return self.plan.recipe.calibration if self.plan.needs_calibration else None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers are rounded by what is seen."""
+        return self.plan.needs_calibration
+
+    def allowance(self, workers: int) -> float:
+        """How many weights may be in flight."""
+        return self.plan.allowance(workers)
+
+    def names(self) -> list[str]:
+        """Every file that gets a name."""
+        return [*planned_files(self.plan), *companion_names(self.source)]
+
+    def fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
+        """What the build belongs to."""
+        # The search of clipping ranges compares sums, whose order is torch's.
+        adds_up = self.plan.recipe.searches_clipping
+        return fingerprints(self.source, self.plan.recipe.digest(), tokens, adds_up=adds_up, companions="copied")
+
+    def check(self, means: Means) -> None:
+        """Refuse scales that the format cannot hold."""
+        if self.plan.needs_calibration:
+            means.progress("scales", 0, self.plan.weights)
+            check_scales(self.source, self.plan.quantized, self.plan.grid, means.workers)
+
+    def needed(self, committed: Collection[str], work: Path) -> int:
+        """Bytes of the units that are not committed."""
+        return sum(unit.nbytes for unit in self.plan.units if unit.key not in committed)
+
+    def looks_again(self, committed: Collection[str]) -> bool:
+        """Whether there are such units, and activations are looked at."""
+        return self.plan.needs_calibration and any(unit.key not in committed for unit in self.plan.units)
+
+    def readings(self, workers: Workers) -> dict[str, Callable[[], str]]:
+        """By unit what reads its part of the source again."""
+
+        def read(unit: Unit) -> str:
+            names = (name for item in unit.items for name, _ in item.module.tensors())
+            return checksum(self.source.checkpoint, names, workers)
+
+        return {unit.key: partial(read, unit) for unit in self.plan.units}
+
+    def standing(self, committed: Collection[str]) -> str:
+        """How many units are committed."""
+        return f"{len(committed)} of {len(self.plan.units)} units are committed"
+
+    def complete(self, belongs: Mapping[str, str], means: Means) -> Outcome:
+        """The finished build, with the companions that the source has now."""
+
+        def renew(report: dict[str, Any]) -> dict[str, bytes]:
+            return companion_files(self.source, self.plan, Report(report))
+
+        shards = [shard for unit in self.plan.units for shard, _ in unit.shards]
+        return already_complete(self.folder, belongs, shards, means.workers, means.progress, renew)
+
+    def begin(
+        self,
+        part: Part,
+        tokens: TokenSet | None,
+        belongs: Mapping[str, str],
+        means: Means,
+        show: Callable[[str], None],
+    ) -> SafetensorsWriter:
+        """Go to work."""
+        return SafetensorsWriter(self, part, tokens, belongs, means, show)
+
+
+class SafetensorsWriter:
+    """See :class:`qconv.building.target.Writer`.
+
+    Attributes:
+        done: Weights that are behind.
+    """
+
+    def __init__(
+        self,
+        target: SafetensorsTarget,
+        part: Part,
+        tokens: TokenSet | None,
+        belongs: Mapping[str, str],
+        means: Means,
+        show: Callable[[str], None],
+    ) -> None:
+        """See :meth:`qconv.building.target.Target.begin`."""
+        self.source, self.plan, self.out = target.source, target.plan, target.folder
+        self.part = part
+        self.tokens = tokens
+        self.belongs = belongs
+        self.means = means
+        self.show = show
+        self.done = 0
+        self.committing: Future[None] | None = None
+        self.units = {unit.layer.index: unit for unit in self.plan.units if unit.layer is not None}
+
+    def pending(self, layer: Layer) -> bool:
+        """Whether the layer is not committed."""
+        return self.units[layer.index].key not in self.part.units
+
+    def doing(self, layer: Layer) -> str:
+        """The unit's key."""
+        return self.units[layer.index].key
+
+    def build(self, layer: Layer) -> LayerBuild:
+        """How the layer's linears are rounded."""
+        recipe, grid, unit = self.plan.recipe, self.plan.grid, self.units[layer.index]
+        quantized = [item.module.name for item in unit.items if item.quantized]
+        static = StaticScheme(grid, recipe) if grid.activations == "static" else None
+        schemes = {} if static else dict.fromkeys(quantized, scheme_of(grid, recipe))
+        return LayerBuild.of(self.source, layer, recipe, quantized, schemes, static)
+
+    def sink(self, layer: Layer) -> _UnitSink:
+        """What takes the layer."""
+        return _UnitSink(self, self.units[layer.index])
+
+    def before_layers(self) -> None:
+        """The embeddings."""
+        self._write(self.plan.units[0])
+
+    def after_layer(self, layer: Layer) -> None:
+        """A layer that is not calibrated."""
+        self._write(self.units[layer.index])
+
+    def after_layers(self) -> None:
+        """The head."""
+        self._write(self.plan.units[-1])
+
+    def _write(self, unit: Unit) -> None:
+        behind = sum(one.weights for one in self.plan.units[: self.plan.units.index(unit)])
+        committed = self.part.units.get(unit.key)
+        if committed is not None:
+            for file in committed["files"]:
+                require_published(self.out / file["name"], file["size"])
+        else:
+            self.done = behind
+            self.show(unit.key)
+            with _UnitSink(self, unit) as sink:
+                sizes = (item.size for item in unit.items)
+                packed = self.means.workers.map(lambda item: sink.pack(self._rounded(item)), unit.items, sizes)
+                with contextlib.closing(packed):
+                    for one in packed:
+                        sink.add(one)
+                        self.show(unit.key)
+                    sink.commit(None, {})
+        self.done = behind + unit.weights
+        return_freed_memory()
+
+    def _rounded(self, item: Item) -> Finished:
+        """A module without calibration."""
+        names, weight = [name for name, _ in item.module.tensors()], None
+        if item.quantized and isinstance(item.module, Linear):
+            weight = self._round(item.module)
+            names.remove(item.module.weight)
+        return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
+
+    def _round(self, linear: Linear) -> QTensor:
+        """A linear's weight without calibration, made block by block unless all rows share a scale."""
+        grid, recipe = self.plan.grid, self.plan.recipe
+        clip = recipe.clip if recipe.searches_clipping else None
+        rounded = e4m3.quantize if grid.is_float else integers.quantize
+        if grid.block_rows == CHANNEL:
+            return rounded(self.source.read(linear.weight), grid, clip)
+        blocks = self.source.blocks(linear.weight, grid.block_rows)
+        return assemble((rounded(block, grid, clip) for block in blocks), linear.out_features)
+
+    def settle(self) -> None:
+        """Wait until the unit before is published; its error is raised here."""
+        if self.committing is not None:
+            self.committing.result()
+            self.committing = None
+
+    def finish(self) -> Outcome:
+        """Complete the folder."""
+        corpus, units = None if self.tokens is None else self.tokens.source, self.part.units
+        report = Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units)
+        small = companion_files(self.source, self.plan, report)
+        publish(self.out, self.part, small)
+        remove_vanished(self.out, self.part, small)
+        names = sorted({*small, *(file["name"] for record in units.values() for file in record["files"])})
+        digests = self.means.workers.map(lambda name: sha256_of(self.out / name), names)
+        sums = dict(zip(names, digests, strict=True))
+        self._check_whole(units, sums)
+        publish(self.out, self.part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        return Outcome(self.out, report.values, already_complete=False)
+
+    def _check_whole(self, units: Mapping[str, Mapping[str, Any]], sums: Mapping[str, str]) -> None:
+        """Check the build as it now lies on disk.
+
+        Every file was checked against the source when it was committed, weight by weight; here it must still be that
+        file to the last bit, and all of them together must be the whole model.
+
+        Raises:
+            VerificationError: they are not.
+        """
+        result = Verification()
+        for record in units.values():
+            for file in record["files"]:
+                if sums.get(file["name"]) != file["sha256"]:
+                    result.problems.append(f"{file['name']}: changed since it was committed")
+        build = Build.open(self.out)
+        check_structure(build, result)
+        quantized = {linear.name for linear in self.plan.quantized}
+        measured = {name for record in units.values() for name in record["snr_db"]}
+        for name in sorted(quantized ^ measured):
+            result.problems.append(f"{name}: planned and measured do not agree")
+        result.raise_if_bad(self.out)
+
+
+class _UnitSink:
+    """Writes a unit; it is checked and published while the next one is worked on, one unit at a time."""
+
+    def __init__(self, owner: SafetensorsWriter, unit: Unit) -> None:
+        self._owner = owner
+        self._unit = unit
+        self._stack = contextlib.ExitStack()
+        self._writer = UnitWriter(owner.out, owner.plan, unit, owner.part.staged)
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._writer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def pack(self, finished: Finished) -> PackedModule:
+        """See :class:`qconv.building.target.LayerSink`."""
+        weight = finished.weight
+        assert weight is None or isinstance(weight, QTensor)
+        packed: Iterable[tuple[str, Tensor]] = ()
+        if weight is not None:
+            packed = self._owner.plan.format.pack(finished.module.name, weight)
+        return PackedModule(finished.module, (*((name, [tensor]) for name, tensor in packed), *finished.dense))
+
+    def add(self, packed: PackedModule) -> None:
+        """See :class:`qconv.building.target.LayerSink`."""
+        for name, blocks in packed.tensors:
+            self._writer.add(name, blocks)
+        self._owner.done += packed.module.numel
+
+    def see(self, linear: Linear) -> None:
+        """See :class:`qconv.building.target.LayerSink`."""
+
+    def commit(self, build: LayerBuild | None, seen: Mapping[str, InputSquares]) -> None:
+        """See :class:`qconv.building.target.LayerSink`."""
+        owner, writer, key = self._owner, self._writer, self._unit.key
+        scales, report = ({}, LayerReport()) if build is None else (build.scales, build.report)
+        owner.settle()
+        written = self._stack.pop_all()
+
+        def publish() -> None:
+            with written:
+                committed = writer.commit(owner.source, scales, owner.means.workers, owner.part.announce)
+            files = [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in committed.files]
+            outcome = dataclasses.asdict(report)
+            made = {"files": files, "snr_db": committed.snr_db, "report": outcome, READ: committed.read}
+            owner.part.commit(key, made)
+
+        owner.committing = owner.means.committer.submit(publish)
