@@ -77,7 +77,9 @@ class _Run:
         self.out = out
         self.work = out / WORK_FOLDER
         self.means = means
-        self.settings = next((one.calibration for one in targets if one.calibration is not None), None)
+        # Those of a target that rounds by what is seen, if there is one: to others the text is all that counts.
+        looking = sorted(targets, key=lambda target: not target.calibrates)
+        self.settings = next((one.calibration for one in looking if one.calibration is not None), None)
 
     def run(self, restart: bool) -> list[Outcome]:
         means, log = self.means, self.means.log
