@@ -144,12 +144,13 @@ def check(path: Path) -> None:
         QconvError: it does not; builds of other linears or grids would not be comparable.
     """
     build = Build.open(path)
-    plain = [linear.name for layer in build.architecture.layers for linear in layer.linears()]
-    plain = [name for name in plain if f"{name}.weight" in build.checkpoint.entries]
+    linears = [linear for layer in build.architecture.layers for linear in layer.linears()]
+    plain = [linear.name for linear in linears if linear.weight in build.checkpoint.entries]
     if plain:
         raise QconvError(f"{path}: {len(plain)} linears are not quantized, the first is {plain[0]}.")
-    if build.grid != Grid(BITS, GROUP_SIZE, symmetric=True, scale_dtype=build.grid.scale_dtype):
-        raise QconvError(f"{path}: quantized on another grid: {build.grid}.")
+    for grid in {build.grid_of(linear) for linear in linears}:
+        if grid != Grid(BITS, GROUP_SIZE, symmetric=True, scale_dtype=grid.scale_dtype):
+            raise QconvError(f"{path}: quantized on another grid: {grid}.")
     differing = {name for name, _ in build.expected_tensors()} ^ build.checkpoint.entries.keys()
     if differing:
         raise QconvError(f"{path}: tensors are missing or superfluous: {', '.join(sorted(differing)[:3])} ...")

@@ -1,8 +1,8 @@
-"""A build opened for reading: a quantized checkpoint with its format, grid and folded scales."""
+"""A build opened for reading: a quantized checkpoint with its format, grids and folded scales."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Checkpoint, in_config, map_tensor
 from qconv.checkpoint.rope import in_both_spellings
-from qconv.core.architecture import Architecture, Layer, Linear
+from qconv.core.architecture import HEAD, Architecture, Layer, Linear
 from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError
 from qconv.formats import Format
+from qconv.formats.base import Described
+from qconv.methods import rounding_of
 from qconv.models import architecture
 from qconv.models.folding import SCALE_SUFFIX, output_channels
 
@@ -40,15 +42,15 @@ class Build:
         checkpoint: Its tensors.
         architecture: The model that it is a build of.
         format: Its format.
-        grid: The grid of its quantized linears.
-        skipped: The skip list of its config.json.
+        described: What its config.json says of grids and exceptions.
+        grids: The grid of each linear by that, by name; those that no config group targets have none.
     """
 
     checkpoint: Checkpoint
     architecture: Architecture
     format: Format
-    grid: Grid
-    skipped: tuple[str, ...]
+    described: Described
+    grids: Mapping[str, Grid]
 
     @classmethod
     def open(cls, path: Path) -> Build:
@@ -76,9 +78,13 @@ class Build:
         with in_config(path):
             model = architecture(checkpoint.config)
             embedding = checkpoint.entry(model.embedding.weight).dtype
-            grid, skipped = layout.format.read_config(layout.section, embedding)
-        build = cls(checkpoint, model, layout.format, grid, tuple(skipped))
-        for linear in (linear for layer in model.layers for linear in layer.linears()):
+            described = layout.format.read_config(layout.section, embedding)
+        linears = [linear for layer in model.layers for linear in layer.linears()]
+        routers = [router for layer in model.layers for router in layer.routers()]
+        grids = described.grids([HEAD, *(one.name for one in (*linears, *routers))])
+        build = cls(checkpoint, model, layout.format, described, grids)
+        for linear in linears:
+            grid = grids.get(linear.name, described.grid)
             problem = layout.format.check(linear.out_features, linear.in_features, grid)
             if problem is not None and build.is_quantized(linear):
                 raise CheckpointError(
@@ -97,23 +103,32 @@ class Build:
         entry = self.checkpoint.entries.get(linear.weight)
         return entry is None or entry.dtype in _CODES
 
-    def qtensor(self, linear: Linear) -> QTensor:
+    def qtensor(self, linear: Linear, mapped: MapTensor = map_tensor) -> QTensor:
         """A quantized linear's weight.
 
         Raises:
             CheckpointError: tensors absent or misshapen.
         """
         shape = (linear.out_features, linear.in_features)
-        return self.format.unpack(linear.name, shape, partial(self.part, linear), self.grid_of(linear))
+        return self.format.unpack(linear.name, shape, partial(self.part, linear, mapped=mapped), self.grid_of(linear))
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The skip list of config.json."""
+        return self.described.skipped
+
+    def is_skipped(self, name: str) -> bool:
+        """Whether readers leave a linear unquantized by what config.json says."""
+        return name not in self.grids or self.format.is_skipped(name, self.skipped)
 
     def grid_of(self, linear: Linear) -> Grid:
         """The grid of a linear's weight: other tools store scales in a dtype of their own."""
-        entries = self.checkpoint.entries
-        for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid):
+        grid, entries = self.grids.get(linear.name, self.described.grid), self.checkpoint.entries
+        for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, grid):
             scales = entries.get(spec.name) if spec.name.endswith(_SCALES) else None
             if scales is not None and scales.dtype in WEIGHT_DTYPES:
-                return replace(self.grid, scale_dtype=scales.dtype)
-        return self.grid
+                return replace(grid, scale_dtype=scales.dtype)
+        return grid
 
     def part(self, linear: Linear, name: str, mapped: MapTensor = map_tensor) -> Tensor:
         """One of a weight's tensors. ``g_idx`` may be absent where inputs are grouped in their order.
@@ -124,8 +139,9 @@ class Build:
         entry = self.checkpoint.entries.get(name)
         if entry is not None:
             return mapped(entry)
-        if self._may_lack(name):
-            return torch.arange(linear.in_features, dtype=torch.int32) // self.grid.width(linear.in_features)
+        if self._may_lack(linear, name):
+            grid = self.grid_of(linear)
+            return torch.arange(linear.in_features, dtype=torch.int32) // grid.width(linear.in_features)
         raise CheckpointError(
             f"{self.path}: tensor {name!r} is missing.",
             hint="The build is incomplete, or config.json belongs to another one.",
@@ -142,8 +158,8 @@ class Build:
             raise CheckpointError(f"{linear.name}.input_scale: {list(scale.shape)}, not one number.")
         return float(scale)
 
-    def _may_lack(self, name: str) -> bool:
-        return name.endswith(".g_idx") and not self.grid.act_order
+    def _may_lack(self, linear: Linear, name: str) -> bool:
+        return name.endswith(".g_idx") and not self.grid_of(linear).act_order
 
     @property
     def is_ours(self) -> bool:
@@ -160,6 +176,21 @@ class Build:
             return None
         steps = read_report(self.path)["recipe"]["method"]
         return (steps,) if isinstance(steps, str) else tuple(steps)
+
+    def compensated(self) -> Callable[[str], bool]:
+        """Whether linears, by name, may carry compensation for errors: those that a report lists, or all where none is.
+
+        Raises:
+            CheckpointError: the report is damaged.
+        """
+        method = self.method()
+        if method is None:
+            return lambda name: True
+        report = read_report(self.path)
+        if not report["recipe"].get("rules"):
+            return lambda name: rounding_of(method) is not None
+        listed = frozenset(name for layer in report["layers"] for name in layer["compensations"])
+        return lambda name: name in listed
 
     @property
     def is_matched(self) -> bool:
@@ -180,8 +211,8 @@ class Build:
             if linear is None or not self.is_quantized(linear):
                 yield name, shape
                 continue
-            for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid):
-                if spec.name in self.checkpoint.entries or not self._may_lack(spec.name):
+            for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid_of(linear)):
+                if spec.name in self.checkpoint.entries or not self._may_lack(linear, spec.name):
                     yield spec.name, spec.shape
 
     def fold_scales(self, layer: Layer) -> dict[str, Tensor]:

@@ -23,8 +23,9 @@ from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.checkpoint.reader import Checkpoint
-from qconv.errors import UnreadLayoutError
+from qconv.errors import CheckpointError, UnreadLayoutError
 from qconv.folders.state import require_finished
+from qconv.formats.base import by_target
 from qconv.models import families
 
 SKIP_KEYS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "llm_int8_skip_modules")
@@ -179,14 +180,16 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
     section, layout = quantization_section(path, config), None
     with suppress(UnreadLayoutError):
         layout = layout_of(path, config)
-    bits = _bits(section or {})
+    bits, bits_of = _bits(section or {}), _bits_by_group(section or {}, {split_name(name)[0] for name in entries})
     classes: dict[str, ModuleClass] = {}
     layers: dict[str, LayerSummary] = {}
     modules = set()
     for entry in entries.values():
         module, leaf = split_name(entry.name)
         # A dtype whose elements share bytes counts elements in its shapes.
-        weights = entry.numel if entry.packed else logical_weights(leaf, entry.dtype, entry.shape, bits)
+        weights = (
+            entry.numel if entry.packed else logical_weights(leaf, entry.dtype, entry.shape, bits_of.get(module, bits))
+        )
         dtype = entry.dtype_name
         one = classes.setdefault(name_class(module), ModuleClass(name_class(module)))
         one.modules += module not in modules
@@ -253,6 +256,21 @@ def _bits(section: Mapping[str, Any]) -> int:
         if leaf in ("bits", "w_bit", "num_bits") and isinstance(value, int) and 1 <= value <= 16:
             return value
     return 4
+
+
+def _bits_by_group(section: Mapping[str, Any], modules: Iterable[str]) -> dict[str, int]:
+    """Bits of a packed weight of each module that one of several config groups targets; empty for one group."""
+    groups = section.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) < 2:
+        return {}
+    said = []
+    for group in groups.values():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        if isinstance(targets, list) and all(isinstance(one, str) for one in targets):
+            said.append((targets, _bits(group)))
+    with suppress(CheckpointError):
+        return by_target(said, modules)
+    return {}
 
 
 def _skip_list(section: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,6 @@ that is not read is no damage, and is named.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,22 +63,24 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout:
     if section is None:
         return Layout(None)
     found = detect({"quantization_config": section})
+    problem: CheckpointError | None = None
     try:
         with in_config(folder):
             scheme = Fp8Scheme.parse(section)
-            if scheme is None and found is not None:
+    except CheckpointError as error:  # FP8 of several schemes at once is no source, and yet may be a build
+        scheme, problem = None, error
+    if found is not None:
+        try:
+            with in_config(folder):
                 found.read_config(section, torch.bfloat16)
-    except CheckpointError as error:
-        raise UnreadLayoutError(error.message, hint=error.hint) from error
-    if scheme is not None:
-        with suppress(CheckpointError):  # FP8 that is read, though in the words of no format of qconv's own
-            if found is not None:
-                found.read_config(section, torch.bfloat16)
-                return Layout(section, found, scheme)
+            return Layout(section, found, scheme)
+        except CheckpointError as error:
+            problem = problem or error
+    if scheme is not None:  # FP8 that is read, though in the words of no format of qconv's own
         return Layout(section, None, scheme)
-    if found is None:
-        raise _unread(folder, f"quantization_config is of a kind that qconv does not run: {_described(section)}")
-    return Layout(section, found, scheme)
+    if problem is not None:
+        raise UnreadLayoutError(problem.message, hint=problem.hint) from problem
+    raise _unread(folder, f"quantization_config is of a kind that qconv does not run: {_described(section)}")
 
 
 def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

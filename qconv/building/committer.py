@@ -26,6 +26,7 @@ from qconv.core.settings import MATCHED
 from qconv.errors import VerificationError
 from qconv.executors.threads import Workers
 from qconv.folders.readings import combined
+from qconv.methods import rounding_of
 from qconv.models.folding import SCALE_SUFFIX, Folds
 from qconv.planning.plan import BuildPlan, Item, Unit
 from qconv.verification.weights import Comparison
@@ -114,9 +115,8 @@ class UnitWriter:
             self._write_scales(scales)
         with output_errors(self._out):
             files = [self._sealed(writer) for writer in self._writers]
-            recipe, folds = self._plan.recipe, self._folds(scales)
-            matched = recipe.calibration.propagate == MATCHED
-            comparison = Comparison(source.checkpoint, folds, recipe.rounding is not None, matched)
+            matched = self._plan.recipe.calibration.propagate == MATCHED
+            comparison = Comparison(source.checkpoint, self._folds(scales), matched)
             snr_db, read = self._check(shards, comparison, workers)
             for writer in self._writers[len(shards) :]:
                 writer.require_same(sha256_of(writer.temporary))
@@ -190,8 +190,10 @@ class UnitWriter:
             found = None
             if read.item.quantized and isinstance(module, Linear) and name == module.weight:
                 shape = (module.out_features, module.in_features)
-                weight = self._plan.format.unpack(module.name, shape, read.tensors.__getitem__, self._plan.grid)
-                snr, found = comparison.weight(module, weight)
+                assert read.item.scheme is not None
+                grid, method = read.item.scheme.grid, read.item.scheme.method
+                weight = self._plan.format.unpack(module.name, shape, read.tensors.__getitem__, grid)
+                snr, found = comparison.weight(module, weight, compensated=rounding_of(method) is not None)
                 if found is not None:
                     require_storable(comparison.source, self._plan.architecture, module, weight)
             elif name in read.tensors:

@@ -79,7 +79,10 @@ class StagedLayers:
 
     def build(self, layer: Layer) -> LayerBuild:
         """How the layer's linears are rounded."""
-        schemes: dict[str, Scheme] = {one.name: FittedScheme(self._grids[one.weight]) for one in self._linears(layer)}
+        method = self._recipe.method
+        schemes: dict[str, Scheme] = {
+            one.name: FittedScheme(self._grids[one.weight], method) for one in self._linears(layer)
+        }
         return LayerBuild.of(self.source, layer, self._recipe, schemes.keys(), schemes)
 
     def sink(self, layer: Layer) -> _StageSink:

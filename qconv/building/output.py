@@ -232,9 +232,7 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
     config = with_both_spellings(source.checkpoint.config)
-    config["quantization_config"] = plan.format.config(
-        plan.grid, plan.skipped, [linear.name for linear in plan.quantized]
-    )
+    config["quantization_config"] = plan.format.config(plan.grids(), plan.skipped)
     return {
         INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
         "config.json": _json(config),

@@ -16,6 +16,7 @@ import yaml
 from qconv import __version__
 from qconv.boundary.printable import markdown_block, markdown_text
 from qconv.planning.plan import BuildPlan
+from qconv.planning.schemes import LinearScheme, in_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Report:
                 "source": name,
                 "format": plan.format.name,
                 "scheme": plan.scheme,
+                **_schemes(plan),
                 "recipe": plan.recipe.model_dump(mode="json"),
                 "fingerprints": dict(fingerprints),
                 "calibration_corpus": corpus,
@@ -84,6 +86,7 @@ class Report:
             f"{values['bits_per_weight']:.2f} bits per weight over all {values['parameters']:,} parameters, "
             f"{values['quantized_bits_per_weight']:.2f} over the quantized ones. "
             "Routers, norms, embeddings and the output head are not quantized.",
+            *_scheme_lines(values.get("schemes", ())),
             "## Error",
             "Signal to noise ratio of the dequantized weights against the source, in decibels, read back from the "
             "finished files.",
@@ -131,6 +134,23 @@ class Report:
         if compensated:
             lines.append(_compensation_line(compensated))
         return lines
+
+
+def _schemes(plan: BuildPlan) -> dict[str, Any]:
+    """Where linears have different grids or methods, what became of how many; else nothing."""
+    names: dict[LinearScheme, list[str]] = {}
+    for name, scheme in plan.schemes.items():
+        names.setdefault(scheme, []).append(name)
+    rows = [
+        {"linears": len(of), "first": of[0], "scheme": in_full(one.grid), "method": one.method_name}
+        for one, of in names.items()
+    ]
+    return {"schemes": rows} if len(rows) > 1 else {}
+
+
+def _scheme_lines(schemes: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [(f"{one['linears']:,}", f"`{one['first']}`", one["scheme"], one["method"]) for one in schemes]
+    return ["## Schemes", _table(("linears", "the first", "scheme", "method"), rows)] if rows else []
 
 
 def _coverage_lines(coverage: Mapping[str, Any]) -> list[str]:

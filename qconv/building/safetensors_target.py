@@ -46,6 +46,7 @@ from qconv.folders.state import CHECKSUMS_NAME
 from qconv.grids import e4m3, integers
 from qconv.heap import return_freed_memory
 from qconv.planning.plan import BuildPlan, Item, Unit
+from qconv.planning.schemes import LinearScheme
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Verification
 from qconv.verification.structure import check_structure
@@ -93,7 +94,7 @@ class SafetensorsTarget:
         """Refuse scales that the format cannot hold."""
         if self.plan.needs_calibration:
             means.progress("scales", 0, self.plan.weights)
-            check_scales(self.source, self.plan.quantized, self.plan.grid, means.workers)
+            check_scales(self.source, self.plan, means.workers)
 
     def needed(self, committed: Collection[str], work: Path) -> int:
         """Bytes of the units that are not committed."""
@@ -174,11 +175,13 @@ class SafetensorsWriter:
 
     def build(self, layer: Layer) -> LayerBuild:
         """How the layer's linears are rounded."""
-        recipe, grid, unit = self.plan.recipe, self.plan.grid, self.units[layer.index]
-        quantized = [item.module.name for item in unit.items if item.quantized]
-        static = StaticScheme(grid, recipe) if grid.activations == "static" else None
-        schemes = {} if static else dict.fromkeys(quantized, scheme_of(grid, recipe))
-        return LayerBuild.of(self.source, layer, recipe, quantized, schemes, static)
+        recipe, unit = self.plan.recipe, self.units[layer.index]
+        planned = {item.module.name: item.scheme for item in unit.items if item.scheme is not None}
+        if self.plan.is_static:
+            static = StaticScheme(next(iter(self.plan.grids())), recipe)
+            return LayerBuild.of(self.source, layer, recipe, planned, {}, static)
+        schemes = {name: scheme_of(scheme, recipe) for name, scheme in planned.items()}
+        return LayerBuild.of(self.source, layer, recipe, planned, schemes)
 
     def sink(self, layer: Layer) -> _UnitSink:
         """What takes the layer."""
@@ -219,15 +222,15 @@ class SafetensorsWriter:
     def _rounded(self, item: Item) -> Finished:
         """A module without calibration."""
         names, weight = [name for name, _ in item.module.tensors()], None
-        if item.quantized and isinstance(item.module, Linear):
-            weight = self._round(item.module)
+        if item.scheme is not None and isinstance(item.module, Linear):
+            weight = self._round(item.module, item.scheme)
             names.remove(item.module.weight)
         return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
 
-    def _round(self, linear: Linear) -> QTensor:
+    def _round(self, linear: Linear, scheme: LinearScheme) -> QTensor:
         """A linear's weight without calibration, made block by block unless all rows share a scale."""
-        grid, recipe = self.plan.grid, self.plan.recipe
-        clip = recipe.clip if recipe.searches_clipping else None
+        grid, recipe = scheme.grid, self.plan.recipe
+        clip = recipe.clip if recipe.clips(scheme.method) else None
         rounded = e4m3.quantize if grid.is_float else integers.quantize
         if grid.block_rows == CHANNEL:
             return rounded(self.source.read(linear.weight), grid, clip)

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Tensors
 from qconv.core.architecture import Architecture, Linear
-from qconv.core.qtensor import Grid, QTensor
+from qconv.core.qtensor import QTensor
 from qconv.core.rounding import group_scales
 from qconv.errors import RecipeError
 from qconv.executors.threads import Workers
 from qconv.planning.fitting import skip_patterns
+from qconv.planning.plan import BuildPlan
 
 
-def check_scales(source: Source, linears: Iterable[Linear], grid: Grid, workers: Workers) -> None:
+def check_scales(source: Source, plan: BuildPlan, workers: Workers) -> None:
     """Check that float16 holds the scales of weights that are to be rounded to integers; reads each of them once.
 
     Raises:
         CheckpointError: one is not finite.
         RecipeError: one needs scales beyond float16, or none of its scales is as large as float16's normal numbers.
     """
-    if grid.scale_dtype is not torch.float16 or grid.is_float:
-        return
+    pending = []
+    for linear in plan.quantized:
+        grid = plan.schemes[linear.name].grid
+        if grid.scale_dtype is torch.float16 and not grid.is_float:
+            pending.append(linear)
 
     def extremes(linear: Linear) -> tuple[float, float]:
         peak, largest = 0.0, 0.0
         for block in source.blocks(linear.weight):
-            largest = max(largest, float(group_scales(block, grid).max()))
+            largest = max(largest, float(group_scales(block, plan.schemes[linear.name].grid).max()))
             peak = max(peak, float(block.abs().max()))
         return peak, largest
 
-    pending = list(linears)
     for linear, (peak, largest) in zip(pending, workers.map(extremes, pending), strict=True):
         limits = torch.finfo(torch.float16)
         if largest > limits.max or 0.0 < largest < limits.smallest_normal:

@@ -131,12 +131,9 @@ class _AttentionHalf:
     def quantize(self) -> None:
         """Give each build its quantized projections."""
         for part in self.parts:
-            if part.build.recipe.searches_scales:
-                part.search_scales(self._block)
-        self._compensate([part for part in self.parts if part.is_compensated])
-        for part in self.parts:
-            if not part.is_compensated:
-                part.round(self._block)
+            part.search_scales(self._block)
+            part.round(self._block)
+        self._compensate([part for part in self.parts if part.compensates((*self.qkv, *self.o))])
 
     def _compensate(self, parts: Sequence[AttentionBuild]) -> None:
         """Quantize by GPTQ; q, k and v share one Hessian, and builds what they make of it."""
@@ -163,6 +160,8 @@ class _AttentionHalf:
             return
         for part, one in zip(parts, solve(qkv), strict=True):
             part.keep(one)
+            if not part.compensates(self.o):
+                continue
             o_inputs = {part.width(self.o): self._collect_o(part, self.reference)}
             part.keep(solve((self.o, o_inputs))[0])
 

@@ -55,10 +55,9 @@ class AttentionBuild:
         self.norm_weight = norm_weight
         self.weights: dict[str, Packed] = {}
 
-    @property
-    def is_compensated(self) -> bool:
-        """Whether GPTQ rounds the projections."""
-        return self.build.static is None and self.build.recipe.rounding is not None
+    def compensates(self, linears: Sequence[Linear]) -> bool:
+        """Whether second moments decide about the codes of any of them."""
+        return any(self.build.rounding(linear) is not None for linear in linears)
 
     def width(self, linears: Sequence[Linear]) -> int:
         """See :func:`statistics_width`; 0 where none of them is quantized."""
@@ -76,14 +75,14 @@ class AttentionBuild:
         """Choose what is folded into the input norm and into v."""
         context, build, attention = self.context, self.build, self.context.layer.attention
         points = build.recipe.awq.alpha_points
-        if build.all_quantized(attention.linears()[:3]):
+        if build.searches_scales(attention.linears()[:3]):
             candidates = awq.candidate_scales(self.qkv_inputs.magnitude, points)
             scales = [norm_scale(self.norm_weight, scale) for scale in candidates]
             choice = awq.choose(list(context.workers.map(lambda scale: self._qkv_loss(block, scale), scales)))
             build.report.search(context.layer.input_norm.name, choice)
             if choice.index:
                 build.scales[context.layer.input_norm.name] = scales[choice.index]
-        if build.all_quantized((attention.v, attention.o)):
+        if build.searches_scales((attention.v, attention.o)):
             self._search_v_scale(points)
 
     def _qkv_loss(self, block: BlockOf, scale: Tensor) -> float:
@@ -112,20 +111,20 @@ class AttentionBuild:
             build.scales[attention.v.name] = scales[choice.index]
 
     def folded(self, linears: Sequence[Linear]) -> dict[str, Tensor]:
-        """The folded weights of those that are quantized, by name."""
-        return {linear.name: self._folded(linear) for linear in linears if linear.name in self.build.quantized}
+        """The folded weights of those whose codes second moments decide about, by name."""
+        return {linear.name: self._folded(linear) for linear in linears if self.build.rounding(linear) is not None}
 
     def _folded(self, linear: Linear) -> Tensor:
         folds = self.build.folds
         return folded_weight(self.source_weights[linear.name], folds.input_scale(linear), folds.output_scale(linear))
 
     def keep(self, results: Mapping[str, Compensated]) -> None:
-        """Take projections that GPTQ has rounded."""
+        """Take projections that second moments have decided about."""
         self.weights |= {name: result.weight for name, result in results.items()}
         self.build.report.compensations.update({name: result.record for name, result in results.items()})
 
     def round(self, block: BlockOf) -> None:
-        """Round the projections to nearest, with what the method adds to that."""
+        """Round the other projections to nearest, with what the method adds to that."""
         self.weights = self._clipped(block) if self.build.static is None else self._with_static_inputs()
 
     def _with_static_inputs(self) -> dict[str, Packed]:
@@ -144,7 +143,8 @@ class AttentionBuild:
         q and k are never clipped: their errors meet in a product, which the clipping loss does not see.
         """
         context, attention = self.context, self.context.layer.attention
-        linears = [linear for linear in attention.linears() if linear.name in self.build.quantized]
+        quantized = [linear for linear in attention.linears() if linear.name in self.build.quantized]
+        linears = [linear for linear in quantized if self.build.rounding(linear) is None]
         rounded = list(context.workers.map(self._round, linears))
         plain = {linear.name: pair[0] for linear, pair in zip(linears, rounded, strict=True)}
         clipped = {linear.name: pair[1] for linear, pair in zip(linears, rounded, strict=True) if pair[1] is not None}
@@ -168,8 +168,8 @@ class AttentionBuild:
         if linear not in (attention.v, attention.o):
             return plain, None
         inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
-        gram = (inputs if in_scale is None else inputs.rescaled(in_scale)).gram
-        return plain, scheme.clipped(weight, gram)
+        seen = inputs if in_scale is None else inputs.rescaled(in_scale)
+        return plain, scheme.clipped(weight, seen.diagonal(scheme.gram_width(linear.in_features)))
 
     def _output_loss(self, block: BlockOf, weights: Mapping[str, Packed]) -> float:
         return _squared_distance(block(self._effective(weights))(self.probe.inputs), self.probe.target)

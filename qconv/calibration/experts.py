@@ -33,8 +33,7 @@ def calibrate_mlps(context: LayerContext) -> Iterator[tuple[LayerBuild, Finished
     """
     half = _MlpHalf(context)
     for build in context.builds:
-        if build.recipe.searches_scales:
-            search_shared_scale(half.inputs, build)
+        search_shared_scale(half.inputs, build)
         yield build, build.dense(context.layer.post_attention_norm)
         for router in context.layer.routers():
             yield build, build.dense(router)
@@ -148,17 +147,16 @@ class _MlpHalf:
         factors: Factors = {}
         for part in parts:
             seen = None if part.input_width is None else statistics[part.input_width]
-            if part.inner_width is not None and not part.is_compensated:
+            if part.inner_width is not None:
                 part.round(seen, inner[part.inner_width])
-            elif seen is not None:
+            if seen is not None:
                 part.compensate_inputs(seen, factors)
         # They are the largest by far, and down has its own.
         statistics.clear()
         factors.clear()
         seen = None
         for part in parts:
-            if part.is_compensated:
-                part.compensate_down()
+            part.compensate_down()
             part.measure()
 
     def _passed(self, passed: _Passed, work: Workspace, routed: Assignment, weights: GatedWeights) -> None:

@@ -19,6 +19,7 @@ from qconv.core.architecture import Architecture, Layer, Linear, Norm
 from qconv.core.grid import Packed
 from qconv.core.settings import CalibrationSettings
 from qconv.executors.threads import Workers
+from qconv.methods import rounding_of
 from qconv.methods.awq import Choice
 from qconv.models.folding import Folds
 from qconv.planning.recipe import Recipe
@@ -149,9 +150,13 @@ class LayerBuild:
         folds = Folds.of(source.architecture, layer, scales)
         return cls(source, recipe, schemes, static, frozenset(quantized), LayerReport(), scales, folds, {})
 
-    def all_quantized(self, linears: Sequence[Linear]) -> bool:
-        """Whether every one of them is quantized."""
-        return all(linear.name in self.quantized for linear in linears)
+    def rounding(self, linear: Linear) -> str | None:
+        """What chooses a linear's codes by second moments; None where nothing does, or it is not quantized."""
+        return rounding_of(self.schemes[linear.name].method) if linear.name in self.schemes else None
+
+    def searches_scales(self, linears: Sequence[Linear]) -> bool:
+        """Whether AWQ's scales are searched for linears together: all of them are quantized, and by AWQ."""
+        return all(one.name in self.schemes and "awq" in self.schemes[one.name].method for one in linears)
 
     def keep_squares(self, statistics: InputStatistics, linears: Iterable[Linear]) -> None:
         """Keep what an importance matrix says of the linears that read an input, where its second moments are known."""

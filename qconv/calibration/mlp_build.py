@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ SHARED_SEARCH_TOKENS = 4096
 def search_shared_scale(inputs: MlpInputs, build: LayerBuild) -> None:
     """Choose what is folded into the post-attention norm, by the loss of all MLPs' outputs together."""
     context, mlps = inputs.context, inputs.context.layer.mlps()
-    if not build.all_quantized([linear for mlp in mlps for linear in (mlp.gate, mlp.up)]):
+    if not build.searches_scales([linear for mlp in mlps for linear in (mlp.gate, mlp.up)]):
         return
     magnitude = inputs.layer[inputs.width(build)].magnitude
     candidates = awq.candidate_scales(magnitude, build.recipe.awq.alpha_points)
@@ -89,38 +89,40 @@ class MlpBuild:
         self.compensations: dict[str, dict[str, Any]] = {}
 
     @property
-    def is_compensated(self) -> bool:
-        """Whether GPTQ rounds it."""
-        return self.build.static is None and self.build.recipe.rounding is not None
-
-    @property
     def inner_width(self) -> int | None:
         """The width of the second moments that it asks for of down's unquantized input; None if it does not look.
 
         Clipping down needs some; GPTQ collects its own.
         """
+        mlp = self.subject.mlp
         if self.build.static is not None:
             return 0
-        if not self.build.recipe.searches_scales:
+        if not self._rounded(*mlp.linears()) and not self.build.searches_scales((mlp.up, mlp.down)):
             return None
-        return 0 if self.is_compensated else statistics_width(self.build, (self.subject.mlp.down,))
+        return 0 if self._compensated(mlp.down) else statistics_width(self.build, (mlp.down,))
 
     @property
     def input_width(self) -> int | None:
         """The same of the input of gate and up."""
         mlp = self.subject.mlp
-        if self.build.static is not None or (self.is_compensated and not self._quantized(mlp.gate, mlp.up)):
+        if self.build.static is not None or self.build.quantized.isdisjoint((mlp.gate.name, mlp.up.name)):
             return None
         return self.inputs.width(self.build)
 
-    def _quantized(self, *linears: Linear) -> list[Linear]:
-        return [linear for linear in linears if linear.name in self.build.quantized]
+    def _compensated(self, *linears: Linear) -> list[Linear]:
+        """Those whose codes second moments decide about."""
+        return [linear for linear in linears if self.build.rounding(linear) is not None]
 
-    def _folded(self, *linears: Linear) -> dict[str, Tensor]:
-        """Folded weights of those that are quantized, by name."""
+    def _rounded(self, *linears: Linear) -> list[Linear]:
+        """The others that are quantized."""
+        quantized = (linear for linear in linears if linear.name in self.build.quantized)
+        return [linear for linear in quantized if self.build.rounding(linear) is None]
+
+    def _folded(self, linears: Sequence[Linear]) -> dict[str, Tensor]:
+        """Folded weights by name."""
         mlp, folded = self.subject.mlp, self.folded
         weights = {mlp.gate: folded.gate, mlp.up: folded.up, mlp.down: folded.down}
-        return {linear.name: weights[linear] for linear in self._quantized(*linears)}
+        return {linear.name: weights[linear] for linear in linears}
 
     def search(self, inner: InputStatistics) -> None:
         """Choose what is folded into up, whose output feeds down alone: its groups run along its input, so it is free.
@@ -129,7 +131,7 @@ class MlpBuild:
             inner: Statistics of down's input.
         """
         mlp, build, weights, sample = self.subject.mlp, self.build, self.subject.weights, self.subject.sample
-        if not build.recipe.searches_scales or not build.all_quantized((mlp.up, mlp.down)):
+        if not build.searches_scales((mlp.up, mlp.down)):
             return
         scales = awq.candidate_scales(inner.magnitude, build.recipe.awq.alpha_points)
         activations = weights.inner(sample.inputs)
@@ -143,34 +145,34 @@ class MlpBuild:
         self.folded = self.scales.fold(weights)
 
     def compensate_inputs(self, inputs: InputStatistics, factors: Factors) -> None:
-        """Quantize by GPTQ gate and up, which share a Hessian."""
-        mlp = self.subject.mlp
-        self._keep(compensate(self.build, inputs, self._folded(mlp.gate, mlp.up), self.scales.shared, factors))
+        """Quantize gate and up by second moments, which they share; those of them that ask for it."""
+        weights = self._folded(self._compensated(self.subject.mlp.gate, self.subject.mlp.up))
+        self._keep(compensate(self.build, inputs, weights, self.scales.shared, factors))
 
     def compensate_down(self) -> None:
-        """Quantize by GPTQ down, on what the quantized gate and up pass to it."""
+        """Quantize down by second moments, if it asks for it, on what the quantized gate and up pass to it."""
         subject, mlp = self.subject, self.subject.mlp
-        if not self._quantized(mlp.down):
+        if not self._compensated(mlp.down):
             return
         width = mlp.down.in_features
         weights, asked = (subject.weights, self.passing()), [(self.build, width)]
         inner = self.inputs.inner_statistics(mlp, weights, subject.assignment, asked)[width]
-        self._keep(compensate(self.build, inner, self._folded(mlp.down)))
+        self._keep(compensate(self.build, inner, self._folded([mlp.down])))
 
     def _keep(self, results: Mapping[str, Compensated]) -> None:
         self.weights |= {name: result.weight for name, result in results.items()}
         self.compensations |= {name: result.record for name, result in results.items()}
 
     def round(self, inputs: InputStatistics | None, inner: InputStatistics) -> None:
-        """Round the folded weights to nearest, with what the method adds to that.
+        """Round the other folded weights to nearest, with what the method adds to that.
 
         Args:
-            inputs: Statistics of the input of gate and up; not looked at where inputs have stored scales.
+            inputs: Statistics of the input of gate and up; None where nobody has asked for them.
             inner: Of down's.
         """
         if self.build.static is not None:
             self._with_static_inputs(inner.peak)
-        elif inputs is not None:
+        elif self._rounded(*self.subject.mlp.linears()):
             self._clip(inputs, inner)
 
     def _with_static_inputs(self, inner_peak: float) -> None:
@@ -178,23 +180,24 @@ class MlpBuild:
         mlp, static = self.subject.mlp, self.build.static
         assert static is not None
         peak = self.inputs.layer[self.inputs.width(self.build)].peak
-        self.weights |= static.together(self._folded(mlp.gate, mlp.up), peak)
-        self.weights |= static.together(self._folded(mlp.down), inner_peak)
+        self.weights |= static.together(self._folded(self._rounded(mlp.gate, mlp.up)), peak)
+        self.weights |= static.together(self._folded(self._rounded(mlp.down)), inner_peak)
 
-    def _clip(self, inputs: InputStatistics, inner: InputStatistics) -> None:
+    def _clip(self, inputs: InputStatistics | None, inner: InputStatistics) -> None:
         """Round with clipping where that helps the MLP's output."""
         mlp, scales = self.subject.mlp, self.scales
         plain: dict[str, Packed] = {}
         clipped: dict[str, Packed] = {}
-        if scales.shared is not None:
+        if scales.shared is not None and inputs is not None:
             inputs = inputs.rescaled(scales.shared)
         if scales.inner is not None:
             inner = inner.rescaled(scales.inner)
         seen_by = {mlp.gate.name: inputs, mlp.up.name: inputs, mlp.down.name: inner}
-        for name, weight in self._folded(*mlp.linears()).items():
-            scheme = self.build.schemes[name]
+        for name, weight in self._folded(self._rounded(*mlp.linears())).items():
+            scheme, seen = self.build.schemes[name], seen_by[name]
             plain[name] = scheme.round(weight)
-            found = scheme.clipped(weight, seen_by[name].gram)
+            width = scheme.gram_width(weight.shape[1])
+            found = None if seen is None else scheme.clipped(weight, seen.diagonal(width))
             if found is not None:
                 clipped[name] = found
         clipped = {**plain, **clipped} if clipped else {}

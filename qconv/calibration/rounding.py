@@ -8,11 +8,12 @@ from typing import TypeAlias
 from torch import Tensor
 
 from qconv.calibration.layer import LayerBuild
-from qconv.calibration.schemes import Compensated, SecondMoments
+from qconv.calibration.schemes import GPTQ, Compensated, SecondMoments
 from qconv.calibration.statistics import InputStatistics
 from qconv.core.architecture import Linear
 from qconv.core.hessian import Factor
 from qconv.core.settings import GptqSettings
+from qconv.methods import rounding_of
 
 Factors: TypeAlias = dict[GptqSettings, dict[int, Factor]]
 """Of one input's second moments, as builds that fold nothing into it share them."""
@@ -23,10 +24,12 @@ def statistics_width(build: LayerBuild, linears: Sequence[Linear]) -> int:
     in_features = linears[0].in_features
     if build.static is not None:
         return 0
-    if build.recipe.rounding is not None:
+    if any(build.rounding(one) is not None for one in linears):
         return in_features
-    widths = [build.schemes[one.name].gram_width(in_features) for one in linears if one.name in build.schemes]
-    return max(widths, default=0)
+    widths = {build.schemes[one.name].gram_width(in_features) for one in linears if one.name in build.schemes}
+    widest = max(widths, default=0)
+    # Narrower blocks are cut out of wider ones.
+    return in_features if any(width and widest % width for width in widths) else widest
 
 
 def empty_statistics(in_features: int, widths: Iterable[int], *, drift: bool = False) -> dict[int, InputStatistics]:
@@ -41,7 +44,7 @@ def compensate(
     scale: Tensor | None = None,
     factors: Factors | None = None,
 ) -> dict[str, Compensated]:
-    """Quantize by GPTQ the linears that share an input.
+    """Quantize by second moments the linears that share an input.
 
     Args:
         build: Whose they are.
@@ -57,5 +60,13 @@ def compensate(
         return {}
     seen = statistics if scale is None else statistics.rescaled(scale)
     known = None if factors is None or scale is not None else factors.setdefault(build.recipe.gptq, {})
-    moments = SecondMoments(seen.hessian, build.recipe, seen.drift, known)
-    return {name: build.schemes[name].compensate(moments.target(weight), moments) for name, weight in weights.items()}
+    known = {} if known is None else known
+    moments: dict[str | None, SecondMoments] = {}
+    found = {}
+    for name, weight in weights.items():
+        scheme = build.schemes[name]
+        rounding = rounding_of(scheme.method)
+        if rounding not in moments:
+            moments[rounding] = SecondMoments(seen.hessian, build.recipe, seen.drift, known, rounding or GPTQ)
+        found[name] = scheme.compensate(moments[rounding].target(weight), moments[rounding])
+    return found

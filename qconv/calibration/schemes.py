@@ -14,12 +14,13 @@ from qconv.core.grid import FittedGrid, Packed
 from qconv.core.hessian import Factor
 from qconv.core.qtensor import Grid
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
-from qconv.core.settings import MOST_MOVED
-from qconv.grids import e4m3
+from qconv.core.settings import MOST_MOVED, ClipSettings
+from qconv.grids import e4m3, integers
 from qconv.grids.elements import E4M3Grid, IntegerGrid
-from qconv.methods import awq, get_rounding, gptq
+from qconv.methods import awq, get_rounding, gptq, rounding_of
 from qconv.methods.compensated.problem import Problem
 from qconv.planning.recipe import Recipe
+from qconv.planning.schemes import LinearScheme
 
 GPTQ = "gptq"
 """The rounding that chooses scales of integers on the way."""
@@ -35,6 +36,10 @@ class Compensated:
 
 class Scheme(Protocol):
     """How one linear is rounded."""
+
+    @property
+    def method(self) -> tuple[str, ...]:
+        """By which steps: a member of :data:`qconv.planning.steps.METHODS`."""
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The weight after plain rounding, float32 [out_features, in_features]."""
@@ -79,16 +84,18 @@ class SecondMoments:
         recipe: Recipe,
         drift: Tensor | None = None,
         factors: dict[int, Factor] | None = None,
+        rounding: str = GPTQ,
     ) -> None:
         """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``, and of the input's drift.
 
-        ``factors`` are those that are known, or shared with whoever rounds on the same second moments.
+        ``factors`` are those that are known, or shared with whoever rounds on the same second moments; ``rounding`` is
+        the name of what chooses codes.
         """
         self.hessian = hessian
         self._drift = drift
         self._strength = recipe.calibration.matched_strength
         known = {} if factors is None else factors
-        self.problem = Problem(hessian, recipe.gptq, recipe.refine, known, get_rounding(recipe.rounding or GPTQ))
+        self.problem = Problem(hessian, recipe.gptq, recipe.refine, known, get_rounding(rounding))
 
     def target(self, weight: Tensor) -> Tensor:
         """What a weight is best rounded from, so that its output on the drifted input is that on the true one.
@@ -129,10 +136,21 @@ class IntegerScheme:
     Attributes:
         grid: The grid.
         recipe: Clipping and how GPTQ works.
+        method: By which steps.
     """
 
     grid: Grid
     recipe: Recipe
+    method: tuple[str, ...]
+
+    @property
+    def rounding(self) -> str | None:
+        """What chooses its codes by second moments."""
+        return rounding_of(self.method)
+
+    @property
+    def _clip(self) -> ClipSettings | None:
+        return self.recipe.clip if self.recipe.clips(self.method) else None
 
     def nearest(self, weight: Tensor) -> Tensor:
         """See :class:`Scheme`."""
@@ -143,26 +161,27 @@ class IntegerScheme:
         return rounded_linear(inputs, weight, self.grid, scale)
 
     def round(self, weight: Tensor) -> Packed:
-        """See :class:`Scheme`."""
-        return round_to_nearest(weight, self.grid)
+        """See :class:`Scheme`. A linear whose method is rounding has its clipping ranges searched here, if at all."""
+        return integers.quantize(weight, self.grid, self._clip if self.method == ("rtn",) else None)
 
     def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
         """See :class:`Scheme`."""
-        if not self.recipe.searches_clipping:
+        if not self.gram_width(weight.shape[1]):
             return None
         ratios = awq.output_clip_ratios(weight, self.grid, gram, self.recipe.clip)
         return round_to_nearest(weight, self.grid, ratios)
 
     def gram_width(self, in_features: int) -> int:
         """See :class:`Scheme`."""
+        if self._clip is None or self.method == ("rtn",):
+            return 0
         return block_width(in_features, self.grid.width(in_features))
 
     def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
         """See :class:`Scheme`."""
-        clip = self.recipe.clip if self.recipe.searches_clipping else None
-        if self.recipe.rounding != GPTQ:
-            return _on_fixed_scales(weight, IntegerGrid(self.grid, clip), moments)
-        found = gptq.quantize(weight, self.grid, moments.hessian, self.recipe.gptq, clip, moments.factor)
+        if self.rounding != GPTQ:
+            return _on_fixed_scales(weight, IntegerGrid(self.grid, self._clip), moments)
+        found = gptq.quantize(weight, self.grid, moments.hessian, self.recipe.gptq, self._clip, moments.factor)
         quantized, error, refine = found.qtensor, found.error, self.recipe.refine
         if refine.sweeps or refine.refits:
             quantized, error = moments.problem.refined(weight, IntegerGrid(self.grid), quantized)
@@ -175,6 +194,7 @@ class FittedScheme:
     """On a grid that fits scales by a search of its own."""
 
     grid: FittedGrid[Any]
+    method: tuple[str, ...] = ("gptq",)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """See :class:`Scheme`."""
@@ -194,8 +214,8 @@ class FittedScheme:
         return None
 
     def gram_width(self, in_features: int) -> int:
-        """See :class:`Scheme`."""
-        return 0
+        """See :class:`Scheme`. The squares of the inputs alone, for an importance matrix."""
+        return 1
 
     def compensate(self, weight: Tensor, moments: SecondMoments) -> Compensated:
         """See :class:`Scheme`."""
@@ -225,7 +245,7 @@ class StaticScheme:
         """
         if not weights:
             return {}
-        clip = self.recipe.clip if self.recipe.searches_clipping else None
+        clip = self.recipe.clip if self.recipe.clips(("rtn",)) else None
         scale = e4m3.activation_scale(torch.tensor(peak))
         fused = e4m3.quantize(torch.cat(list(weights.values())), self.grid, clip, scale)
         found, start = {}, 0
@@ -235,11 +255,12 @@ class StaticScheme:
         return dict(found)
 
 
-def scheme_of(grid: Grid, recipe: Recipe) -> Scheme:
+def scheme_of(planned: LinearScheme, recipe: Recipe) -> Scheme:
     """How linears on a grid of integers, or of floats whose inputs have no stored scale, are rounded."""
+    grid, method = planned.grid, planned.method
     if grid.is_float:
-        return FittedScheme(E4M3Grid(grid, recipe.clip if recipe.searches_clipping else None))
-    return IntegerScheme(grid, recipe)
+        return FittedScheme(E4M3Grid(grid, recipe.clip if recipe.clips(method) else None), method)
+    return IntegerScheme(grid, recipe, method)
 
 
 def _on_fixed_scales(weight: Tensor, grid: FittedGrid[Any], moments: SecondMoments) -> Compensated:

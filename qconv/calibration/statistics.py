@@ -88,6 +88,14 @@ class InputStatistics:
         """float32 [in_features, in_features], the second moments as a whole, where one block holds them."""
         return self.gram.squeeze(0)
 
+    def diagonal(self, width: int) -> Tensor:
+        """The second moments in blocks of ``width``, which divides those that are kept; of width 0, none."""
+        blocks, kept, _ = self.gram.shape
+        if width in (kept, 0):
+            return self.gram if width else self.gram[:0]
+        parts = self.gram.view(blocks, kept // width, width, kept // width, width)
+        return parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, width, width)
+
     @property
     def squares(self) -> InputSquares:
         """The sums of squares that an importance matrix holds; there must be second moments."""
@@ -152,8 +160,10 @@ class InputStatistics:
     def rescaled(self, scale: Tensor) -> InputStatistics:
         """Statistics of ``x / scale``, scale float32 [in_features]; their peak is not known."""
         blocks, width, _ = self.gram.shape
-        inverse = scale.reciprocal().view(blocks, width)
-        gram = (self.gram * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+        gram = self.gram
+        if gram.numel():
+            inverse = scale.reciprocal().view(blocks, width)
+            gram = (gram * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
         drift = self.drift
         if drift is not None:
             drift = (drift / scale.unsqueeze(-1)).div_(scale)

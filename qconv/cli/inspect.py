@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +145,21 @@ def _quantization(inspection: Inspection) -> str:
         return "none"
     method = str(values.get("quant_method", "not named"))
     ours = f"format {inspection.format}" if inspection.format else "a layout that qconv does not read"
+    groups = _groups(values)
+    if len(groups) > 1:
+        return f"{method} ({ours}), {len(groups)} groups: {'; '.join(groups)}"
     details = {key.rpartition(".")[2]: value for key, value in values.items() if "activations" not in key}
     shown = [f"{key} {details[key]}" for key in _TELLING if key in details]
     return ", ".join([f"{method} ({ours})", *shown])
+
+
+def _groups(values: Mapping[str, Any]) -> list[str]:
+    """How compressed-tensors' config groups quantize weights, in a few words each."""
+    prefix = "config_groups."
+    names = dict.fromkeys(key.removeprefix(prefix).partition(".")[0] for key in values if key.startswith(prefix))
+    telling = ("num_bits", "type", "strategy", "group_size", "block_structure")
+    said = ([values.get(f"{prefix}{name}.weights.{key}") for key in telling] for name in names)
+    return [" ".join(str(value) for value in group if value is not None) for group in said]
 
 
 def _skip_summary(skipped: tuple[str, ...]) -> str:

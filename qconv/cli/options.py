@@ -12,16 +12,9 @@ import click
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
 from qconv.core.settings import GIGABYTE, MATCHED
 from qconv.errors import UsageError
-from qconv.planning.recipe import (
-    METHODS,
-    Recipe,
-    load_recipe,
-    packaged_recipes,
-    read_values,
-    replaced,
-    rounding_of,
-    steps,
-)
+from qconv.methods import rounding_of
+from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, read_values, replaced
+from qconv.planning.steps import METHODS, steps
 
 if TYPE_CHECKING:
     from qconv.planning.gguf_recipe import GgufRecipe
@@ -77,6 +70,13 @@ _RECIPE_OPTIONS = (
         "--skip", metavar="PATTERN", multiple=True, help="Leave modules of that name unquantized too; repeatable."
     ),
     click.option(
+        "--rule",
+        metavar="PATTERN=SCHEME",
+        multiple=True,
+        help="Another grid for linears of that name, from any dot on: int8-channel, int4-g32, fp8-block, skip ...; "
+        "repeatable, the first counts, before the recipe's own.",
+    ),
+    click.option(
         "--imatrix",
         type=click.Path(exists=True, dir_okay=False),
         multiple=True,
@@ -109,6 +109,7 @@ class RecipeOptions:
     refine: int | None
     max_shard_size: float | None
     skip: Sequence[str]
+    rule: Sequence[str]
     imatrix: Sequence[str]
     tensor_type: Sequence[str]
 
@@ -137,7 +138,7 @@ class RecipeOptions:
                 return None
         else:
             return None
-        for name in ("group_size", "skip"):
+        for name in ("group_size", "skip", "rule"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
         if not (self.calib or self.tokens or rounding_of(steps(self.method)) is not None or values.get("calibration")):
@@ -153,11 +154,14 @@ class RecipeOptions:
         if self.imatrix:
             overrides["imatrix.files"] = list(self.imatrix)
         if self.tensor_type:
-            overrides["tensor_types"] = dict(map(_rule, self.tensor_type)) | dict(values.get("tensor_types") or {})
+            overrides["tensor_types"] = {
+                **dict(_pair("--tensor-type", option, "ffn_down_exps=Q6_K") for option in self.tensor_type),
+                **dict(values.get("tensor_types") or {}),
+            }
         return parse_gguf_recipe(replaced(values, overrides), where)
 
     def load(self) -> Recipe:
-        """The recipe, with the given options in place of its own values; ``--skip`` adds to its list.
+        """The recipe, with the given options in place of its own values; ``--skip`` and ``--rule`` add to its lists.
 
         Raises:
             UsageError: no recipe, two of them, or a packaged one that does not exist.
@@ -175,6 +179,8 @@ class RecipeOptions:
             given |= {"method": "gptq"} if self.calib or self.tokens else {}
         if self.skip:
             given["skip"] = [*plain.skip, *self.skip]
+        if self.rule:
+            given["rules"] = [*self._rules(), *(rule.model_dump(mode="json") for rule in plain.rules)]
         return load_recipe(source, given)
 
     def _shared_overrides(self) -> dict[str, Any]:
@@ -199,6 +205,10 @@ class RecipeOptions:
             return False
         return {"true": True, "false": False}.get(self.propagate or "", self.propagate)
 
+    def _rules(self) -> list[dict[str, str]]:
+        pairs = (_pair("--rule", option, "'self_attn.*=int8-channel'") for option in self.rule)
+        return [{"match": pattern, "grid": scheme} for pattern, scheme in pairs]
+
     def _source(self) -> str:
         names = ", ".join(packaged_recipes())
         if self.fmt is not None and self.recipe is not None:
@@ -212,16 +222,17 @@ class RecipeOptions:
         return self.fmt
 
 
-def _rule(option: str) -> tuple[str, str]:
-    """Pattern and type of ``--tensor-type``.
+def _pair(name: str, option: str, example: str) -> tuple[str, str]:
+    """The two sides of an option.
 
     Raises:
-        UsageError: it is not PATTERN=TYPE.
+        UsageError: it has no two sides.
     """
-    pattern, found, name = option.rpartition("=")
-    if not (found and pattern and name):
-        raise UsageError(f"--tensor-type: {option!r} is not PATTERN=TYPE.", hint="Write ffn_down_exps=Q6_K.")
-    return pattern, name
+    pattern, found, value = option.rpartition("=")
+    if not (found and pattern and value):
+        what = "TYPE" if name == "--tensor-type" else "SCHEME"
+        raise UsageError(f"{name}: {option!r} is not PATTERN={what}.", hint=f"Write {example}.")
+    return pattern, value
 
 
 def out_option(text: str) -> Callable[[Function], Function]:

@@ -43,7 +43,7 @@ def command(model: str, tp: int | None, units: bool, as_json: bool, **options: A
     recipe = given.load()
     from qconv.checkpoint.hub import resolve_model
     from qconv.planning.estimate import estimate
-    from qconv.planning.plan import topology_group_sizes, topology_problems
+    from qconv.planning.topology import topology_group_sizes, topology_problems
 
     result = estimate(resolve_model(model, weights=False), recipe)
     problems = [] if tp is None else topology_problems(result.plan, tp)

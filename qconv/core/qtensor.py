@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qconv.errors import UsageError
 
+Number: TypeAlias = Literal["int", "e4m3"]
+"""What a code is: an unsigned integer, or an E4M3 float."""
 CHANNEL = -1
 """``group_size`` of a grid whose one scale covers a whole output row, ``block_rows`` of one whose covers all rows."""
 
@@ -45,7 +47,7 @@ class Grid:
     group_size: int
     symmetric: bool
     scale_dtype: torch.dtype
-    number: Literal["int", "e4m3"] = "int"
+    number: Number = "int"
     block_rows: int = 1
     act_order: bool = False
     activations: Literal["none", "dynamic", "static"] = "none"

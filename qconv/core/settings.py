@@ -33,6 +33,17 @@ MOST_MOVED = 0.3
 MATCHED = "matched"
 
 
+def positive_or_channel(value: int) -> int:
+    """A group size that there can be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value != -1 and value < 8:
+        raise ValueError("must be -1 (one scale a row) or at least 8")
+    return value
+
+
 class GridSettings(Section):
     """The quantization grid. ``symmetric: null`` takes the format's own default."""
 
@@ -43,9 +54,7 @@ class GridSettings(Section):
     @field_validator("group_size")
     @classmethod
     def _positive_or_channel(cls, value: int) -> int:
-        if value != -1 and value < 8:
-            raise ValueError("must be -1 (one scale a row) or at least 8")
-        return value
+        return positive_or_channel(value)
 
 
 class ClipSettings(Section):

@@ -2,8 +2,8 @@
 
 ``awq``, ``gptq``, ``w4a16``, ``fp8``, ``fp8_dynamic`` and ``fp8_static`` each say which grids they can hold, which
 tensors stand for a linear, how words are packed and unpacked, and what config.json says of it; ``base`` is what a
-format must be able to do. ``compressed_tensors`` and ``float8`` are words and layouts that several share. ``gguf`` is
-llama.cpp's container, with rules of its own.
+format must be able to do. ``compressed_tensors``, ``packed`` and ``float8`` are words and layouts that several share.
+``gguf`` is llama.cpp's container, with rules of its own.
 
 A format knows no method and no statistics: it is given codes and scales, and gives them back.
 """
@@ -18,13 +18,18 @@ from typing import Any
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
 
-_SHARED = ("base", "compressed_tensors", "float8", "gguf")
+_SHARED = ("base", "compressed_tensors", "float8", "gguf", "packed")
 """The modules that are no formats of safetensors: what formats have in common, and GGUF."""
 
 
 def formats() -> list[str]:
     """The names of all formats, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
+
+
+def mixing_formats() -> list[str]:
+    """The names of those that hold linears on different grids, sorted."""
+    return [name for name in formats() if get_format(name).mixes]
 
 
 def get_format(name: str) -> Format:
@@ -44,8 +49,7 @@ def known_formats() -> Iterator[Format]:
     for name in formats():
         module = importlib.import_module(f"{__name__}.{name}")
         yield module.FORMAT
-        if hasattr(module, "READ_ALONE"):
-            yield module.READ_ALONE
+        yield from getattr(module, "READ_ALONE", ())
 
 
 def detect(config: dict[str, Any]) -> Format | None:
@@ -56,4 +60,4 @@ def detect(config: dict[str, Any]) -> Format | None:
     return next((found for found in known_formats() if found.recognizes(section)), None)
 
 
-__all__ = ["Format", "detect", "formats", "get_format"]
+__all__ = ["Format", "detect", "formats", "get_format", "mixing_formats"]

@@ -7,7 +7,7 @@ GPTQModel's default, says how they were chosen: ``qzeros`` is stored, and read, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
 from qconv.core.architecture import HEAD
-from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.qtensor import CHANNEL, Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, by_rows, read_tensors, skip_list
+from qconv.formats.base import Described, Group, TensorReader, by_rows, read_tensors, require_number, skip_list
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each nibble holds, lowest nibble first."""
@@ -60,13 +60,15 @@ class AwqFormat:
     name = "awq"
     pack_columns = 8
     act_order = False
+    mixes = False
 
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """4 bits, asymmetric, float16 scales.
 
         Raises:
             RecipeError: other bits, a symmetric grid, or one scale a row.
         """
+        require_number(number, "int", self.name)
         if settings.bits != 4:
             raise RecipeError(f"grid.bits: the awq format holds 4 bits, not {settings.bits}.")
         if settings.symmetric:
@@ -113,14 +115,15 @@ class AwqFormat:
             unpack_words(tensors["qzeros"]).t().contiguous(),
         )
 
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+    def config(self, quantized: Mapping[Grid, Sequence[str]], skipped: Sequence[str]) -> dict[str, Any]:
         """AutoAWQ's own keys; readers match ``modules_to_not_convert`` by substring.
 
         AutoAWQ matches against names relative to a layer, engines against full names, so both forms are listed: the
         relative one only where it is no part of a quantized linear's name (``mlp.gate`` is part of ``mlp.gate_proj``).
         """
+        ((grid, names),) = quantized.items()
         relative = {name.split(".", 3)[3] for name in skipped if name.startswith("model.layers.")}
-        safe = sorted(name for name in relative if not any(name in other for other in quantized))
+        safe = sorted(name for name in relative if not any(name in other for other in names))
         return {
             "quant_method": "awq",
             "bits": grid.bits,
@@ -134,7 +137,7 @@ class AwqFormat:
         """``quant_method`` is awq."""
         return section.get("quant_method") == "awq"
 
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> Described:
         """Grid and skipped modules.
 
         Raises:
@@ -154,7 +157,8 @@ class AwqFormat:
                 f"{CHANNEL} for a whole row.",
                 hint="Repair config.json.",
             )
-        return Grid(4, group_size, False, torch.float16), skip_list(section, "modules_to_not_convert")
+        group = Group(Grid(4, group_size, False, torch.float16))
+        return Described((group,), tuple(skip_list(section, "modules_to_not_convert")))
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Substring match; the head is nobody's to quantize, listed or not."""

@@ -1,20 +1,130 @@
-"""What a format must be able to do."""
+"""What a format must be able to do, and what it tells of a file: which linears are on which grid."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from qconv.boundary.patterns import Pattern, PatternError
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorSpec
-from qconv.core.qtensor import Grid, QTensor
+from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
-from qconv.errors import CheckpointError
+from qconv.errors import CheckpointError, RecipeError
 
 TensorReader = Callable[[str], Tensor]
 """Gives a tensor by its full name."""
+LINEAR = "Linear"
+"""A target that every linear fits which fits no other."""
+EXPRESSION = "re:"
+"""What a regular expression begins with, among names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears on one grid, as a ``quantization_config`` tells of them.
+
+    Attributes:
+        grid: Theirs.
+        targets: Their names, regular expressions after ``re:``, or :data:`LINEAR`.
+    """
+
+    grid: Grid
+    targets: tuple[str, ...] = (LINEAR,)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a ``quantization_config`` tells.
+
+    Attributes:
+        groups: At least one.
+        skipped: Its list of exceptions.
+    """
+
+    groups: tuple[Group, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def grid(self) -> Grid:
+        """The only grid, or the first."""
+        return self.groups[0].grid
+
+    def grids(self, modules: Iterable[str]) -> dict[str, Grid]:
+        """The grid of each module that a group targets, exceptions or not.
+
+        See :func:`by_target`.
+        """
+        return by_target(((group.targets, group.grid) for group in self.groups), modules)
+
+
+Value = TypeVar("Value")
+
+
+def by_target(groups: Iterable[tuple[Sequence[str], Value]], modules: Iterable[str]) -> dict[str, Value]:
+    """What a group gives to each module that it targets.
+
+    A name goes before a regular expression, and that before :data:`LINEAR`; of several expressions the first by its
+    text counts, as in compressed-tensors.
+
+    Raises:
+        CheckpointError: a regular expression that is not read.
+    """
+    values = {target: value for targets, value in groups for target in targets}
+    expressions = sorted(target for target in values if target.startswith(EXPRESSION))
+    found = {}
+    for module in modules:
+        fitting = module if module in values else next((one for one in expressions if matches(module, one)), LINEAR)
+        if fitting in values:
+            found[module] = values[fitting]
+    return found
+
+
+def matches(module: str, entry: str) -> bool:
+    """Whether an entry of a list of names is a module's, or a regular expression that fits its beginning."""
+    if entry.startswith(EXPRESSION):
+        return _pattern(entry.removeprefix(EXPRESSION)).match(module)
+    return entry == module
+
+
+def require_readable(entries: Iterable[str]) -> None:
+    """Check that the regular expressions among a list of names are of a kind that is read.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for entry in entries:
+        if entry.startswith(EXPRESSION):
+            _pattern(entry.removeprefix(EXPRESSION))
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(text: str) -> Pattern:
+    try:
+        return Pattern.parse(text)
+    except PatternError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config: {name_of(text)!r} is no regular expression that is read: {error}.",
+            hint="Write it with groups, sets, repeats and look-ahead alone.",
+        ) from error
+
+
+def require_number(number: Number | None, own: Number, name: str) -> None:
+    """Check that a format whose codes are all of one kind is asked for no other.
+
+    Raises:
+        RecipeError: it is.
+    """
+    if number not in (None, own):
+        held = "integers" if own == "int" else "E4M3 floats"
+        raise RecipeError(
+            f"grid.number: the {name} format holds {held} alone.", hint="Take format w4a16 or fp8_dynamic for both."
+        )
 
 
 def skip_list(section: dict[str, Any], key: str) -> list[str]:
@@ -83,9 +193,11 @@ class Format(Protocol):
     """Output features that one packed word holds; a tensor-parallel rank must own whole words."""
     act_order: bool
     """Whether it can say which group each input belongs to."""
+    mixes: bool
+    """Whether linears of one build may be on different grids."""
 
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
-        """The grid for a recipe's settings.
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
+        """The grid for a recipe's settings, of codes of a kind, or of the format's own.
 
         Raises:
             RecipeError: the format cannot express the settings.
@@ -107,14 +219,14 @@ class Format(Protocol):
             CheckpointError: a tensor is absent or has another shape or dtype than the format says.
         """
 
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json, from the linears left alone and those quantized, by name."""
+    def config(self, quantized: Mapping[Grid, Sequence[str]], skipped: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of config.json, from the linears quantized, by grid, and those left alone."""
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """Whether a ``quantization_config`` is of this format."""
 
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
-        """Grid and skipped modules from a ``quantization_config``.
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> Described:
+        """Grids and skipped modules from a ``quantization_config``.
 
         Raises:
             CheckpointError: a key is missing or has an unsupported value.

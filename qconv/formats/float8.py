@@ -1,4 +1,4 @@
-"""What the FP8 formats share: E4M3 weights with their scales beside them, and compressed-tensors' words for them.
+"""What the FP8 formats share: E4M3 weights with their scales beside them; and compressed-tensors' layout of them.
 
 ``weight`` is F8_E4M3 [out, in]. Its scales multiply, whatever they are called; the one scale of a whole weight is [1],
 those of rows are [out, 1], those of blocks [blocks down, blocks across]. A static ``input_scale`` is float32 [1].
@@ -6,7 +6,7 @@ those of rows are [out, 1], those of blocks [blocks down, blocks across]. A stat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats import compressed_tensors
 from qconv.formats.base import TensorReader, read_tensors
 
 BLOCK = 128
@@ -30,11 +29,8 @@ FLOAT_QUANTIZED = "float-quantized"
 class Float8Layout:
     """The tensors of an FP8 linear; a format adds its own config.json."""
 
-    name: str
     scale_leaf: str
     """What the scales' tensor is called."""
-    pack_columns = 1
-    act_order = False
 
     def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
         """Every shape: blocks may be ragged at the edges."""
@@ -80,40 +76,51 @@ class Float8Layout:
         return QTensor(replace(grid, scale_dtype=scales.dtype), codes, scales, None, input_scale=input_scale)
 
 
-class CompressedFloat8(Float8Layout):
-    """The same as compressed-tensors describes it; a format adds its grid and what it recognizes."""
+class FloatLayout(Float8Layout):
+    """compressed-tensors' float-quantized: scales by row, block or tensor, and how inputs are quantized beside them."""
 
+    kind = FLOAT_QUANTIZED
     scale_leaf = "weight_scale"
 
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """As compressed-tensors says it."""
-        weights = _arguments(False, **_weight_strategy(grid))
-        activations = _arguments(grid.activations == "dynamic", **_activation_strategy(grid))
-        return compressed_tensors.quantization_config(FLOAT_QUANTIZED, weights, activations, skipped)
-
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
-        """Grid and skipped modules.
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+        """Inputs quantized as they come; one scale a row for group size -1, blocks of 128 x 128 for 128.
 
         Raises:
-            CheckpointError: not exactly one group of E4M3 weights by tensor, row or block, with activations to match.
+            RecipeError: other bits, zero points, or another group size.
         """
-        weights, activations = _group(section)
+        require_eight_bits(settings, "fp8_dynamic")
+        if settings.group_size not in (CHANNEL, BLOCK):
+            raise RecipeError(
+                f"grid.group_size: the fp8_dynamic format has one scale a row ({CHANNEL}) or blocks of {BLOCK}, not "
+                f"{settings.group_size}."
+            )
+        rows = 1 if settings.group_size == CHANNEL else BLOCK
+        return Grid(8, settings.group_size, True, weight_dtype, "e4m3", rows, activations="dynamic")
+
+    def describe(self, grid: Grid) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What a config group says of weights and of activations."""
+        weights = _arguments(False, **_weight_strategy(grid))
+        return weights, _arguments(grid.activations == "dynamic", **_activation_strategy(grid))
+
+    def read(self, group: Mapping[str, Any], weight_dtype: torch.dtype) -> Grid:
+        """The grid of a config group.
+
+        Raises:
+            CheckpointError: not E4M3 weights by tensor, row or block, with activations to match.
+        """
+        weights, activations = _parts(group)
         grid = _weight_grid(weights, weight_dtype)
         if grid is not None:
             grid = replace(grid, activations="static" if activations.get("dynamic") is False else "dynamic")
             expected = _arguments(grid.activations == "dynamic", **_activation_strategy(grid))
             if all(activations.get(key) == value for key, value in expected.items()):
-                return grid, compressed_tensors.exceptions(section)
+                return grid
         raise CheckpointError(
             "config.json: quantization_config is of an FP8 scheme that is not known: "
             f"weights {_shown(weights)}, input_activations {_shown(activations)}.",
-            hint="Known are one config group with weights by tensor, channel or block and activations by tensor "
+            hint="Known are config groups with weights by tensor, channel or block and activations by tensor "
             "(static), token or group (dynamic).",
         )
-
-    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
-        """compressed-tensors' own matching."""
-        return compressed_tensors.is_skipped(module, skipped)
 
 
 def _input_spec(module: str) -> TensorSpec:
@@ -141,24 +148,10 @@ def require_eight_bits(settings: GridSettings, name: str) -> None:
         raise RecipeError(f"grid.symmetric: the {name} format has no zero points.", hint="Leave it out.")
 
 
-def is_float_quantized(section: dict[str, Any]) -> bool:
-    """Whether a ``quantization_config`` is compressed-tensors' of plain FP8."""
-    return compressed_tensors.is_of_kind(section, FLOAT_QUANTIZED)
-
-
-def is_static(section: dict[str, Any]) -> bool:
-    """Whether the one config group of a ``quantization_config`` has static activations."""
-    _, activations = _group(section)
-    return activations.get("dynamic") is False
-
-
-def _group(section: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the one config group says of weights and activations; empty where it says nothing."""
-    groups = section.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
-    parts = [group.get(part) if isinstance(group, dict) else None for part in ("weights", "input_activations")]
-    weights, activations = (part if isinstance(part, dict) else {} for part in parts)
-    return weights, activations
+def _parts(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a config group says of weights and activations; empty where it says nothing."""
+    weights, activations = (group.get(part) for part in ("weights", "input_activations"))
+    return weights if isinstance(weights, dict) else {}, activations if isinstance(activations, dict) else {}
 
 
 def _arguments(dynamic: bool, **strategy: Any) -> dict[str, Any]:
@@ -202,3 +195,6 @@ def _shown(arguments: dict[str, Any]) -> str:
     """The telling ones of a config group's arguments."""
     keys = ("num_bits", "type", "symmetric", "strategy", "block_structure", "group_size", "dynamic")
     return repr({key: arguments[key] for key in keys if key in arguments})
+
+
+FLOATS = FloatLayout()

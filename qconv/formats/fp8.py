@@ -7,16 +7,16 @@ its name; engines quantize activations by groups of 128 as they come. Scales in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from qconv.core.architecture import HEAD
-from qconv.core.qtensor import Grid
+from qconv.core.qtensor import Grid, Number
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import skip_list
+from qconv.formats.base import Described, Group, require_number, skip_list
 from qconv.formats.float8 import BLOCK, Float8Layout, block_sides, require_eight_bits
 
 SKIP_KEY = "modules_to_not_convert"
@@ -29,13 +29,17 @@ class Fp8Format(Float8Layout):
 
     name = "fp8"
     scale_leaf = "weight_scale_inv"
+    pack_columns = 1
+    act_order = False
+    mixes = False
 
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """Blocks of 128 x 128.
 
         Raises:
             RecipeError: other bits, zero points, or another group size.
         """
+        require_number(number, "e4m3", self.name)
         require_eight_bits(settings, self.name)
         if settings.group_size != BLOCK:
             raise RecipeError(
@@ -44,21 +48,22 @@ class Fp8Format(Float8Layout):
             )
         return _grid(BLOCK, BLOCK)
 
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+    def config(self, quantized: Mapping[Grid, Sequence[str]], skipped: Sequence[str]) -> dict[str, Any]:
         """Qwen's keys; the head, and of every layer its norms and what else is not converted."""
+        ((grid, names),) = quantized.items()
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [grid.block_rows, grid.group_size],
-            SKIP_KEY: list(_not_converted(skipped, quantized)),
+            SKIP_KEY: list(_not_converted(skipped, names)),
         }
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """``quant_method`` is fp8."""
         return section.get("quant_method") == "fp8"
 
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> Described:
         """Grid and skipped modules.
 
         Raises:
@@ -74,7 +79,8 @@ class Fp8Format(Float8Layout):
                 hint="FP8 is verified in blocks; other FP8 checkpoints can be the source of a build.",
             )
         # Without a list transformers leaves the head alone; with one that lacks it, it does not.
-        return _grid(*block), [HEAD] if section.get(SKIP_KEY) is None else skip_list(section, SKIP_KEY)
+        skipped = [HEAD] if section.get(SKIP_KEY) is None else skip_list(section, SKIP_KEY)
+        return Described((Group(_grid(*block)),), tuple(skipped))
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """The module itself or what it is a part of."""

@@ -8,37 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from qconv.core.qtensor import CHANNEL, Grid
-from qconv.core.settings import GridSettings
-from qconv.errors import RecipeError
-from qconv.formats.float8 import BLOCK, CompressedFloat8, is_float_quantized, is_static, require_eight_bits
+from qconv.formats.compressed_tensors import CompressedTensors, is_of_kind, is_static
+from qconv.formats.float8 import FLOAT_QUANTIZED
 
 
-class Fp8DynamicFormat(CompressedFloat8):
-    """FP8 weights with scales by row or block, activations quantized as they come."""
+class Fp8DynamicFormat(CompressedTensors):
+    """FP8 weights with scales by row or block, activations quantized as they come; by rules also integers."""
 
     name = "fp8_dynamic"
-
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
-        """One scale a row for group size -1, blocks of 128 x 128 for 128.
-
-        Raises:
-            RecipeError: other bits, zero points, or another group size.
-        """
-        require_eight_bits(settings, self.name)
-        if settings.group_size not in (CHANNEL, BLOCK):
-            raise RecipeError(
-                f"grid.group_size: the fp8_dynamic format has one scale a row ({CHANNEL}) or blocks of {BLOCK}, not "
-                f"{settings.group_size}."
-            )
-        rows = 1 if settings.group_size == CHANNEL else BLOCK
-        return Grid(8, settings.group_size, True, weight_dtype, "e4m3", rows, activations="dynamic")
+    number = "e4m3"
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors' float-quantized, unless its activations are static."""
-        return is_float_quantized(section) and not is_static(section)
+        return is_of_kind(section, FLOAT_QUANTIZED) and not is_static(section)
 
 
 FORMAT = Fp8DynamicFormat()

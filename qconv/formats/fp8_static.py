@@ -10,23 +10,28 @@ from typing import Any
 
 import torch
 
-from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.qtensor import CHANNEL, Grid, Number
 from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
-from qconv.formats.float8 import CompressedFloat8, is_float_quantized, is_static, require_eight_bits
+from qconv.formats.base import require_number
+from qconv.formats.compressed_tensors import CompressedTensors, is_of_kind, is_static
+from qconv.formats.float8 import FLOAT_QUANTIZED, require_eight_bits
 
 
-class Fp8StaticFormat(CompressedFloat8):
+class Fp8StaticFormat(CompressedTensors):
     """FP8 weights and activations, one stored scale for each."""
 
     name = "fp8_static"
+    number = "e4m3"
+    mixes = False
 
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """One scale for the whole weight.
 
         Raises:
             RecipeError: other bits, zero points, or groups.
         """
+        require_number(number, self.number, self.name)
         require_eight_bits(settings, self.name)
         if settings.group_size != CHANNEL:
             raise RecipeError(
@@ -36,7 +41,7 @@ class Fp8StaticFormat(CompressedFloat8):
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors' float-quantized with static activations."""
-        return is_float_quantized(section) and is_static(section)
+        return is_of_kind(section, FLOAT_QUANTIZED) and is_static(section)
 
 
 FORMAT = Fp8StaticFormat()

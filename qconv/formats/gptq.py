@@ -26,10 +26,10 @@ from torch import Tensor
 from qconv import __version__
 from qconv.boundary.patterns import Pattern, PatternError
 from qconv.checkpoint.header import TensorSpec
-from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.qtensor import CHANNEL, Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, by_rows, read_tensors
+from qconv.formats.base import Described, Group, TensorReader, by_rows, read_tensors, require_number
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -117,13 +117,15 @@ class GptqFormat:
     name = "gptq"
     pack_columns = 8
     act_order = True
+    mixes = False
 
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """Symmetric unless the recipe says otherwise; float16 scales.
 
         Raises:
             RecipeError: bits that no reader knows.
         """
+        require_number(number, "int", self.name)
         if settings.bits not in BITS:
             raise RecipeError(f"grid.bits: the gptq format holds 2, 3, 4 or 8 bits, not {settings.bits}.")
         symmetric = True if settings.symmetric is None else settings.symmetric
@@ -177,11 +179,12 @@ class GptqFormat:
             _group_index(f"{module}.g_idx", tensors["g_idx"], grid),
         )
 
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+    def config(self, quantized: Mapping[Grid, Sequence[str]], skipped: Sequence[str]) -> dict[str, Any]:
         """AutoGPTQ's keys, with what is left alone as GPTQModel's ``dynamic``, which vLLM reads too.
 
         Both match the regular expression after ``-:`` at the beginning of a module's full name.
         """
+        (grid,) = quantized
         return {
             "quant_method": "gptq",
             "bits": grid.bits,
@@ -199,7 +202,7 @@ class GptqFormat:
         """``quant_method`` is gptq."""
         return section.get("quant_method") == "gptq"
 
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
+    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> Described:
         """Grid and the regular expressions of the skipped modules.
 
         Raises:
@@ -227,7 +230,7 @@ class GptqFormat:
         as_written = layout == (V1 if symmetric else V2)
         kind = Grid if as_written else ForeignGrid
         grid = kind(bits, group_size, symmetric, torch.float16, act_order=act_order)
-        return grid, ["^lm_head$", *_exclusions(section.get("dynamic"))]
+        return Described((Group(grid),), ("^lm_head$", *_exclusions(section.get("dynamic"))))
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Regular expressions, matched at the beginning of the name."""

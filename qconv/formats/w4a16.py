@@ -1,241 +1,45 @@
-"""compressed-tensors' ``pack-quantized`` layout: integer weights, 16-bit activations, symmetric by default.
-
-``weight_packed`` int32 [out, in*bits/32], low bits first along the input dimension, values offset to unsigned;
-``weight_scale`` [out, groups] in the weight's dtype; ``weight_shape`` int64 [2]; asymmetric builds add
-``weight_zero_point`` int32 [out*bits/32, groups], packed along the output dimension. Builds with ``actorder: group``,
-which compressed-tensors wrote until 2026 and qconv only reads, add ``weight_g_idx`` int32 [in], each input's group;
-codes keep the inputs' own order.
-"""
+"""compressed-tensors' integers: ``pack-quantized`` weights, 16-bit activations, symmetric by default."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from qconv.checkpoint.header import TensorSpec
-from qconv.core.qtensor import CHANNEL, Grid, QTensor
-from qconv.core.settings import GridSettings
-from qconv.errors import CheckpointError, RecipeError
-from qconv.formats import compressed_tensors
-from qconv.formats.base import TensorReader, by_rows, read_tensors
-
-PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
-_SIGN = 0x80
-ACT_ORDER = ("group", "dynamic", True)
-"""How ``actorder`` says that groups are of inputs in an order of their own; other values leave groups as they are."""
+from qconv.formats.compressed_tensors import MIXED_PRECISION, CompressedTensors, is_of_kind
+from qconv.formats.packed import INT_QUANTIZED, PACK_QUANTIZED
 
 
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """Pack 4- or 8-bit values, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
-    rows, columns = values.shape
-    packed = values.reshape(-1)
-    if bits == 4:
-        # Two neighbours are one 16-bit word, low byte first: its nibbles move together by one shift.
-        pairs = packed.view(torch.int16)
-        packed = (pairs | (pairs >> 4)).to(torch.uint8)
-    return packed.view(torch.int32).view(rows, columns * bits // 32)
-
-
-def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """The inverse of :func:`pack_rows`: int32 [rows, words] to uint8 [rows, words*32/bits]."""
-    rows, count = words.shape
-    values = words.reshape(-1).view(torch.uint8)
-    if bits == 4:
-        wide = values.to(torch.int16)
-        values = (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
-    return values.view(rows, count * 32 // bits)
-
-
-class PackQuantizedFormat:
-    """compressed-tensors pack-quantized with 4 or 8 bits."""
+class PackQuantizedFormat(CompressedTensors):
+    """compressed-tensors pack-quantized with 4 or 8 bits; by rules also with FP8."""
 
     name = "w4a16"
-    pack_columns = 1
-    act_order = False
-
-    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
-        """Symmetric unless the recipe says otherwise; scales in the weight's dtype.
-
-        Raises:
-            RecipeError: bits that the layout does not pack into whole words.
-        """
-        if settings.bits not in (4, 8):
-            raise RecipeError(f"grid.bits: the w4a16 format holds 4 or 8 bits, not {settings.bits}.")
-        symmetric = True if settings.symmetric is None else settings.symmetric
-        return Grid(settings.bits, settings.group_size, symmetric, weight_dtype)
-
-    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
-        """Whole words and whole groups along the input, and along the output where zero points are packed."""
-        per_word = 32 // grid.bits
-        if grid.group_size != CHANNEL and in_features % grid.group_size:
-            return f"group size {grid.group_size} does not divide its {in_features} input features"
-        if in_features % per_word:
-            return f"its {in_features} input features are not a multiple of {per_word}"
-        if not grid.symmetric and out_features % per_word:
-            return f"its {out_features} output features are not a multiple of {per_word}"
-        return None
-
-    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
-        """weight_packed, weight_scale, weight_zero_point (asymmetric), weight_shape, weight_g_idx (act-order)."""
-        per_word, groups = 32 // grid.bits, grid.groups(in_features)
-        specs = [
-            TensorSpec(f"{module}.weight_packed", torch.int32, (out_features, in_features // per_word)),
-            TensorSpec(f"{module}.weight_scale", grid.scale_dtype, (out_features, groups)),
-        ]
-        if not grid.symmetric:
-            specs.append(TensorSpec(f"{module}.weight_zero_point", torch.int32, (out_features // per_word, groups)))
-        specs.append(TensorSpec(f"{module}.weight_shape", torch.int64, (2,)))
-        if grid.act_order:
-            specs.append(TensorSpec(f"{module}.weight_g_idx", torch.int32, (in_features,)))
-        return specs
-
-    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of :meth:`specs`."""
-        bits = weight.grid.bits
-        yield f"{module}.weight_packed", by_rows(partial(pack_rows, bits=bits), weight.codes)
-        yield f"{module}.weight_scale", weight.scales
-        if weight.zero_points is not None:
-            yield f"{module}.weight_zero_point", pack_rows(weight.zero_points.t(), bits).t().contiguous()
-        yield f"{module}.weight_shape", torch.tensor(weight.shape, dtype=torch.int64)
-        if weight.group_index is not None:
-            yield f"{module}.weight_g_idx", weight.group_index
-
-    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
-        """Codes, scales and zero points of a linear of ``shape``.
-
-        Raises:
-            CheckpointError: a tensor is absent or misshapen, weight_shape says something else, or weight_g_idx names
-                no group.
-        """
-        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
-        if tensors["weight_shape"].tolist() != list(shape):
-            raise CheckpointError(f"{module}.weight_shape: {tensors['weight_shape'].tolist()}, not {list(shape)}.")
-        zero_points = None
-        if not grid.symmetric:
-            zero_points = unpack_rows(tensors["weight_zero_point"].t(), grid.bits).t().contiguous()
-        codes = by_rows(partial(unpack_rows, bits=grid.bits), tensors["weight_packed"], growth=32 // grid.bits)
-        index = tensors.get("weight_g_idx")
-        if index is not None and bool(((index < 0) | (index >= grid.groups(shape[1]))).any()):
-            raise CheckpointError(
-                f"{module}.weight_g_idx: names a group that there is not; there are {grid.groups(shape[1])}.",
-                hint="The build is damaged, or was saved before it was quantized.",
-            )
-        return QTensor(grid, codes, tensors["weight_scale"], zero_points, index)
-
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """As compressed-tensors says it."""
-        per_channel = grid.group_size == CHANNEL
-        weights = {
-            "num_bits": grid.bits,
-            "type": "int",
-            "symmetric": grid.symmetric,
-            "strategy": "channel" if per_channel else "group",
-            "group_size": None if per_channel else grid.group_size,
-            "dynamic": False,
-        }
-        return compressed_tensors.quantization_config(PACK_QUANTIZED, weights, None, skipped)
+    number = "int"
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors in its pack-quantized format."""
-        return compressed_tensors.is_of_kind(section, PACK_QUANTIZED)
-
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
-        """Grid and skipped modules.
-
-        Raises:
-            CheckpointError: not exactly one group of integer weights, or of a kind that is not read.
-        """
-        groups = section.get("config_groups")
-        if not isinstance(groups, dict) or len(groups) != 1:
-            raise _not_read("config_groups", "not exactly one group: linears that are quantized in different ways")
-        group = next(iter(groups.values()))
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise _not_read("config_groups", "a group that describes no weights")
-        bits, strategy, number = weights.get("num_bits"), weights.get("strategy"), weights.get("type", "int")
-        if number != "int" or bits not in (4, 8):
-            raise _not_read("weights", f"{bits}-bit {number}; integers of 4 and 8 bits are read")
-        if strategy not in ("group", "channel"):
-            raise _not_read("weights.strategy", f"{strategy!r}; group and channel are read")
-        # Rotated or pruned weights are not the model's own, whatever their codes say.
-        for key, plain in (("transform_config", (None, {})), ("sparsity_config", (None, {}, {"format": "dense"}))):
-            if section.get(key) not in plain:
-                raise _not_read(key, repr(section[key]))
-        group_size = CHANNEL if strategy == "channel" else weights.get("group_size")
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
-            raise _not_read("weights.group_size", repr(group_size))
-        symmetric, act_order = bool(weights.get("symmetric", True)), weights.get("actorder") in ACT_ORDER
-        grid = Grid(bits, group_size, symmetric, weight_dtype, act_order=act_order and group_size != CHANNEL)
-        return grid, compressed_tensors.exceptions(section)
-
-    def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
-        """compressed-tensors' own matching."""
-        return compressed_tensors.is_skipped(module, skipped)
+        return is_of_kind(section, PACK_QUANTIZED)
 
 
-def _not_read(key: str, value: str) -> CheckpointError:
-    return CheckpointError(
-        f"config.json: quantization_config.{key} is {value}.",
-        hint="Quantize the original model in a way that is read, or give the unquantized checkpoint.",
-    )
-
-
-class IntQuantizedFormat(PackQuantizedFormat):
-    """compressed-tensors ``int-quantized``, W8A8's weights: int8 [out, in], where ``pack-quantized`` has words of four.
-
-    Read alone: qconv writes ``pack-quantized``, which holds the same numbers.
-    """
+class IntQuantizedFormat(CompressedTensors):
+    """compressed-tensors ``int-quantized``, W8A8's weights, which is read alone."""
 
     name = "int_quantized"
-
-    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
-        """weight, weight_scale."""
-        return [
-            TensorSpec(f"{module}.weight", torch.int8, (out_features, in_features)),
-            TensorSpec(f"{module}.weight_scale", grid.scale_dtype, (out_features, grid.groups(in_features))),
-        ]
-
-    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of :meth:`specs`."""
-        yield f"{module}.weight", weight.codes.bitwise_xor(_SIGN).view(torch.int8)
-        yield f"{module}.weight_scale", weight.scales
-
-    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
-        """Codes, each 128 more than the number in the file, and scales.
-
-        Raises:
-            CheckpointError: a tensor is absent or misshapen.
-        """
-        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
-        return QTensor(grid, tensors["weight"].view(torch.uint8).bitwise_xor(_SIGN), tensors["weight_scale"], None)
-
-    def config(self, grid: Grid, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """As compressed-tensors says it, of weights alone."""
-        return super().config(grid, skipped, quantized) | {"format": INT_QUANTIZED}
+    number = "int"
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors in its int-quantized format."""
-        return compressed_tensors.is_of_kind(section, INT_QUANTIZED)
+        return is_of_kind(section, INT_QUANTIZED)
 
-    def read_config(self, section: dict[str, Any], weight_dtype: torch.dtype) -> tuple[Grid, list[str]]:
-        """Grid and skipped modules.
 
-        Raises:
-            CheckpointError: not exactly one group of weights of 8 bits without zero points.
-        """
-        grid, skipped = super().read_config(section, weight_dtype)
-        if not grid.symmetric or grid.bits != 8:
-            raise CheckpointError(
-                f"config.json: int-quantized weights of {grid.bits} bits, symmetric {grid.symmetric}; they are read "
-                "with 8 bits and without zero points.",
-                hint="Quantize the original model in a way that is read.",
-            )
-        return grid, skipped
+class MixedPrecisionFormat(CompressedTensors):
+    """compressed-tensors ``mixed-precision``: what :class:`PackQuantizedFormat` becomes where layouts are mixed."""
+
+    name = "mixed_precision"
+    number = "int"
+
+    def recognizes(self, section: dict[str, Any]) -> bool:
+        """compressed-tensors in its mixed-precision format."""
+        return is_of_kind(section, MIXED_PRECISION)
 
 
 FORMAT = PackQuantizedFormat()
-READ_ALONE = IntQuantizedFormat()
+READ_ALONE = (IntQuantizedFormat(), MixedPrecisionFormat())

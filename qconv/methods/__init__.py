@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,10 +27,15 @@ def roundings() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
+def rounding_of(method: Sequence[str] | None) -> str | None:
+    """The rounding among a method's steps that looks at second moments: ``gptq`` or another; None for none."""
+    return next((step for step in method or () if step not in ("rtn", "awq")), None)
+
+
 def get_rounding(name: str) -> Rounding:
     """The rounding of that name, one of :func:`roundings`."""
     found: Rounding = importlib.import_module(f"{__name__}.{name}").ROUNDING
     return found
 
 
-__all__ = ["get_rounding", "roundings"]
+__all__ = ["get_rounding", "rounding_of", "roundings"]

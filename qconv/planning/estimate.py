@@ -24,6 +24,7 @@ from qconv.formats.base import skip_list
 from qconv.models import architecture
 from qconv.planning.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
 from qconv.planning.recipe import Recipe
+from qconv.planning.schemes import LinearScheme
 
 
 @dataclass(slots=True)
@@ -167,14 +168,16 @@ def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[st
 
 
 def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
-    quantized = _scheme(plan.grid)
-    rows: dict[tuple[str, bool], PlannedClass] = {}
+    methods = {scheme.method for scheme in plan.schemes.values()}
+    rows: dict[tuple[str, LinearScheme | None], PlannedClass] = {}
     for item in plan.items():
         name = name_class(item.module.name)
-        row = rows.get((name, item.quantized))
+        row = rows.get((name, item.scheme))
         if row is None:
-            row = PlannedClass(name, quantized if item.quantized else DTYPE_NAMES[stored.dtype], [])
-            rows[name, item.quantized] = row
+            said = DTYPE_NAMES[stored.dtype] if item.scheme is None else _scheme(item.scheme.grid)
+            if item.scheme is not None and len(methods) > 1:
+                said = f"{said}, {item.scheme.method_name}"
+            row = rows[name, item.scheme] = PlannedClass(name, said, [])
         _add(row, item, stored)
     return tuple(rows.values())
 

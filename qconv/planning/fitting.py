@@ -2,82 +2,49 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Moe
+from qconv.core.architecture import Architecture, Linear
 from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
-from qconv.planning.recipe import Recipe
+from qconv.planning.schemes import LinearScheme, fused
 
 GROUP_SIZES = (128, 64, 32, CHANNEL)
 """What is proposed instead of a group size that does not fit."""
 
 
-def fused(layer: Layer) -> Iterator[tuple[str, tuple[Linear, ...]]]:
-    """What engines hold as one tensor: q, k, v; gate, up; a layer's experts as a whole. Each with what it is called."""
-    yield "q, k and v", layer.attention.linears()[:3]
-    if not isinstance(layer.mlp, Moe):
-        yield "gate and up", (layer.mlp.gate, layer.mlp.up)
-        return
-    yield "the experts", tuple(linear for mlp in layer.mlp.experts for linear in mlp.linears())
-    shared = layer.mlp.shared_expert
-    if shared is not None:
-        yield "the shared expert's gate and up", (shared.gate, shared.up)
-
-
-def check_skips(architecture: Architecture, recipe: Recipe) -> None:
-    """Every pattern names something, something is left to quantize, and what engines fuse is skipped as one.
-
-    Raises:
-        RecipeError: it is not so.
-    """
-    modules = [*(name.rpartition(".")[0] for name, _ in architecture.tensors()), HEAD]
-    for pattern in recipe.skip:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
-            raise RecipeError(
-                f"skip: {pattern!r} matches no module of the model.",
-                hint=f"Patterns match whole names, such as {architecture.layers[-1].attention.q.name!r}.",
-            )
-    if all(recipe.skips(linear.name) for layer in architecture.layers for linear in layer.linears()):
-        raise RecipeError("skip: leaves no linear to quantize.", hint="Skip less.")
-    for layer in architecture.layers:
-        for what, linears in fused(layer):
-            skipped = [linear.name for linear in linears if recipe.skips(linear.name)]
-            if skipped and len(skipped) != len(linears):
-                raise RecipeError(
-                    f"skip: {skipped[0]} is skipped but others of {what} of layer {layer.index} are not; engines load "
-                    "them as one.",
-                    hint="Skip all of them or none.",
-                )
-
-
-def check_shapes(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> None:
+def check_shapes(architecture: Architecture, schemes: Mapping[str, LinearScheme], output_format: Format) -> None:
     """Every linear that is quantized can be stored, and be read by an engine.
 
     Raises:
         RecipeError: one does not fit; says what would.
     """
-    linears = [one for layer in architecture.layers for one in layer.linears() if not recipe.skips(one.name)]
-    for linear in linears:
+    for linear in _quantized(architecture, schemes):
+        grid = schemes[linear.name].grid
         problem = output_format.check(linear.out_features, linear.in_features, grid)
         if problem is not None:
             key = "grid.group_size" if "group size" in problem else "format"
             raise RecipeError(
                 f"{key}: {linear.name} does not fit format {output_format.name}: {problem}.",
-                hint=_remedy(architecture, recipe, output_format, grid),
+                hint=_remedy(architecture, schemes, output_format, grid),
             )
-    _check_blocks(architecture, recipe, output_format, grid)
+    _check_blocks(architecture, schemes)
 
 
-def group_sizes(linears: Sequence[Linear], output_format: Format, recipe: Recipe, grid: Grid) -> list[int]:
+def _quantized(architecture: Architecture, schemes: Mapping[str, LinearScheme]) -> list[Linear]:
+    return [one for layer in architecture.layers for one in layer.linears() if one.name in schemes]
+
+
+def group_sizes(linears: Sequence[Linear], output_format: Format, grid: Grid) -> list[int]:
     """Of :data:`GROUP_SIZES` those with which the format holds all of the linears, on an integer grid."""
     fitting = []
     for size in GROUP_SIZES if not grid.is_float else ():
+        settings = GridSettings(bits=grid.bits, group_size=size, symmetric=grid.symmetric)
         try:
-            tried = output_format.grid(recipe.grid.model_copy(update={"group_size": size}), grid.scale_dtype)
+            tried = output_format.grid(settings, grid.scale_dtype, grid.number)
         except RecipeError:
             continue
         if all(output_format.check(one.out_features, one.in_features, tried) is None for one in linears):
@@ -90,10 +57,10 @@ def shown_sizes(sizes: Sequence[int]) -> str:
     return ", ".join("-1 (one scale a row)" if size == CHANNEL else str(size) for size in sizes)
 
 
-def _remedy(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> str:
+def _remedy(architecture: Architecture, schemes: Mapping[str, LinearScheme], output_format: Format, grid: Grid) -> str:
     """What fits instead: other group sizes, and patterns that skip what does not."""
-    linears = [one for layer in architecture.layers for one in layer.linears() if not recipe.skips(one.name)]
-    sizes = group_sizes(linears, output_format, recipe, grid)
+    linears = [one for one in _quantized(architecture, schemes) if schemes[one.name].grid == grid]
+    sizes = group_sizes(linears, output_format, grid)
     misfits = {one.name for one in linears if output_format.check(one.out_features, one.in_features, grid) is not None}
     remedies = [f"Group sizes that fit every linear: {shown_sizes(sizes)}"] if sizes else []
     patterns = skip_patterns(architecture, misfits)
@@ -102,32 +69,31 @@ def _remedy(architecture: Architecture, recipe: Recipe, output_format: Format, g
     return "; or ".join(remedies) if remedies else "Take another format."
 
 
-def _check_blocks(architecture: Architecture, recipe: Recipe, output_format: Format, grid: Grid) -> None:
+def _check_blocks(architecture: Architecture, schemes: Mapping[str, LinearScheme]) -> None:
     """Blocks of FP8 that engines can read.
 
     Engines hold q, k, v and gate, up as one matrix, whose scales they place by whole blocks of rows: vLLM 0.32 loads
     rows that no block divides and computes with others' scales (run: perplexity +27 %), and refuses them in experts
     (read). They quantize inputs in whole groups (vLLM 0.32 asserts it, read; transformers 5.23 refuses, run).
     """
-    if not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
-        return
-    misfits: dict[str, str] = {}
+    misfits: dict[str, tuple[Grid, str]] = {}
     for layer in architecture.layers:
-        rows = {one.name for _, linears in fused(layer) for one in linears if one.out_features % grid.block_rows}
+        fused_ones = {one.name for _, linears in fused(layer) for one in linears}
         # down of an expert stands alone: its rows are no part of another matrix.
-        rows -= {mlp.down.name for mlp in layer.mlps()}
+        fused_ones -= {mlp.down.name for mlp in layer.mlps()}
         for one in layer.linears():
-            if recipe.skips(one.name):
+            grid = schemes[one.name].grid if one.name in schemes else None
+            if grid is None or not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
                 continue
-            if one.name in rows:
-                misfits[one.name] = f"its {one.out_features} rows"
+            if one.name in fused_ones and one.out_features % grid.block_rows:
+                misfits[one.name] = grid, f"its {one.out_features} rows"
             elif one.in_features % grid.group_size:
-                misfits[one.name] = f"its {one.in_features} inputs"
+                misfits[one.name] = grid, f"its {one.in_features} inputs"
     if not misfits:
         return
-    first, what = next(iter(misfits.items()))
+    first, (grid, what) = next(iter(misfits.items()))
     patterns = skip_patterns(architecture, misfits)
-    other = "Take --fmt fp8-dynamic, one scale a row, which holds every shape"
+    other = "Take --fmt fp8-dynamic or fp8-channel in a rule, one scale a row, which holds every shape"
     raise RecipeError(
         f"format: {first} does not fit blocks of {grid.block_rows} x {grid.group_size}: {what} are no multiple "
         f"({len(misfits)} such linears). Engines that fuse linears compute with other scales there, or refuse them.",

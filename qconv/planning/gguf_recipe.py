@@ -16,8 +16,9 @@ from qconv.core.settings import MATCHED, CalibrationSettings, GptqSettings, Outp
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.names import GgufTensor
-from qconv.methods import roundings
-from qconv.planning.recipe import Recipe, parse_as, rounding_of, shown_steps, steps
+from qconv.methods import rounding_of, roundings
+from qconv.planning.recipe import Recipe, parse_as
+from qconv.planning.steps import shown_steps, steps
 
 FORMAT = "gguf"
 

@@ -7,8 +7,8 @@ files are modelled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,12 +16,12 @@ from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Norm
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.engines.rules import TRANSFORMERS, limits
-from qconv.errors import RecipeError
 from qconv.executors.threads import default_workers
 from qconv.formats import get_format
 from qconv.formats.base import Format
-from qconv.planning.fitting import check_shapes, check_skips, group_sizes
+from qconv.planning.fitting import check_shapes
 from qconv.planning.recipe import Recipe
+from qconv.planning.schemes import LinearScheme, in_full, in_words, resolve
 
 Module = Linear | Norm
 DtypeOf = Callable[[str], torch.dtype]
@@ -30,11 +30,16 @@ DtypeOf = Callable[[str], torch.dtype]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One source module and the tensors it becomes."""
+    """One source module, the scheme of its weight if that is quantized, and the tensors it becomes."""
 
     module: Module
-    quantized: bool
+    scheme: LinearScheme | None
     specs: tuple[TensorSpec, ...]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its weight is quantized."""
+        return self.scheme is not None
 
     @property
     def size(self) -> int:
@@ -69,42 +74,58 @@ class BuildPlan:
     architecture: Architecture
     recipe: Recipe
     format: Format
-    grid: Grid
+    schemes: Mapping[str, LinearScheme]
+    """Of each linear that is quantized, by name."""
     units: tuple[Unit, ...]
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether activations are looked at: by the method, or for the stored scales of static activations."""
-        return self.recipe.looks_at_activations or self.grid.activations == "static"
+        """Whether activations are looked at: by a method, or for the stored scales of static activations."""
+        return any(one.method != ("rtn",) or one.grid.activations == "static" for one in set(self.schemes.values()))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether inputs have stored scales."""
+        return any(grid.activations == "static" for grid in self.grids())
+
+    def grids(self) -> dict[Grid, list[str]]:
+        """The linears that are quantized, by grid, in file order."""
+        found: dict[Grid, list[str]] = {}
+        for linear in self.quantized:
+            found.setdefault(self.schemes[linear.name].grid, []).append(linear.name)
+        return found
+
+    @property
+    def method_name(self) -> str:
+        """The method as one word; of several the recipe's, and those of rules."""
+        used = dict.fromkeys((self.recipe.method, *(scheme.method for scheme in self.schemes.values())))
+        return ", ".join("+".join(method) for method in used)
 
     @property
     def scheme(self) -> str:
-        """What quantized weights become, in words: ``4 bits in groups of 128``."""
-        grid = self.grid
-        if not grid.is_float:
-            spread = ", one scale a row" if grid.group_size == CHANNEL else f" in groups of {grid.group_size}"
-            return f"{grid.bits} bits{spread}"
-        if grid.group_size != CHANNEL:
-            spread = f" in blocks of {grid.block_rows} x {grid.group_size}"
-        else:
-            spread = f", one scale a {'weight' if grid.block_rows == CHANNEL else 'row'}"
-        return f"FP8 (E4M3){spread}, {grid.activations} activations"
+        """What quantized weights become, in words: ``4 bits in groups of 128``; of several grids for how many."""
+        grids = self.grids()
+        if len(grids) == 1:
+            return in_words(next(iter(grids)))
+        return "; ".join(f"{len(names):,} linears {in_full(grid)}" for grid, names in grids.items())
 
     def notices(self) -> list[str]:
         """What a reader of the build may stumble over, as sentences."""
-        experts = any(".experts." in linear.name for linear in self.quantized)
-        sentences = [str(limit) for limit in limits(self.format.name, self.grid, experts=experts)]
-        grid = self.grid
-        if not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
-            return sentences
-        ragged = [linear for linear in self.quantized if linear.out_features % grid.block_rows]
-        if ragged:
-            first = ragged[0]
-            sentences.append(
-                f"{len(ragged)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
+        grids = self.grids()
+        sentences: dict[str, None] = {}
+        for grid, names in grids.items():
+            experts = any(".experts." in name for name in names)
+            sentences |= dict.fromkeys(map(str, limits(self.format.name, grid, experts=experts)))
+        blocks = [one for one in self.quantized if self.schemes[one.name].grid.is_float]
+        blocks = [one for one in blocks if one.out_features % max(1, self.schemes[one.name].grid.block_rows)]
+        blocks = [one for one in blocks if self.schemes[one.name].grid.group_size != CHANNEL]
+        if blocks:
+            first, grid = blocks[0], self.schemes[blocks[0].name].grid
+            sentences[
+                f"{len(blocks)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
                 f"{first.name} of {first.out_features} x {first.in_features}: {TRANSFORMERS} refuses or misreads them"
-            )
-        return sentences
+            ] = None
+        return list(sentences)
 
     def allowance(self, workers: int) -> float:
         """How many weights may be in flight, in the unit that is made and the one that is checked together.
@@ -176,41 +197,24 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
         dtype_of: The stored dtype of each source tensor.
 
     Raises:
-        RecipeError: the format cannot hold the grid or a linear, engines cannot read one, or what is skipped does not
-            fit the model.
+        RecipeError: the format cannot hold a grid or a linear, engines cannot read one, or what is skipped or ruled
+            does not fit the model.
     """
     output_format = get_format(recipe.format)
-    grid = output_format.grid(recipe.grid, dtype_of(architecture.layers[0].attention.q.weight))
-    if grid.is_float and recipe.searches_scales:
-        raise RecipeError(
-            f"method: {recipe.method_name} searches scales for integers, and format {output_format.name} holds floats.",
-            hint="Take method rtn or gptq, or an integer format.",
-        )
-    if grid.activations == "static" and recipe.looks_at_activations:
-        raise RecipeError(
-            f"method: {output_format.name} is rounded to nearest, with one scale for all linears that engines fuse.",
-            hint="Take method rtn, or format fp8_dynamic.",
-        )
-    if grid.is_float and recipe.gptq.ordering == "desc_act":
-        raise RecipeError(
-            "gptq.ordering: desc_act orders the groups of integers, and this format has blocks of floats."
-        )
-    if recipe.rounding is not None and recipe.gptq.ordering == "desc_act":
-        grid = _in_act_order(grid, output_format)
-    check_skips(architecture, recipe)
-    check_shapes(architecture, recipe, output_format, grid)
+    schemes = resolve(architecture, recipe, output_format, dtype_of(architecture.layers[0].attention.q.weight))
+    check_shapes(architecture, schemes, output_format)
 
-    def item(module: Module, quantizable: bool = False) -> Item:
+    def item(module: Module) -> Item:
         dense = tuple(TensorSpec(name, dtype_of(name), shape) for name, shape in module.tensors())
-        if not isinstance(module, Linear) or not quantizable or recipe.skips(module.name):
-            return Item(module, False, dense)
-        packed = output_format.specs(module.name, module.out_features, module.in_features, grid)
-        return Item(module, True, (*packed, *dense[1:]))
+        if not isinstance(module, Linear) or module.name not in schemes:
+            return Item(module, None, dense)
+        scheme = schemes[module.name]
+        packed = output_format.specs(module.name, module.out_features, module.in_features, scheme.grid)
+        return Item(module, scheme, (*packed, *dense[1:]))
 
     groups: list[tuple[str, Layer | None, list[Item]]] = [("embeddings", None, [item(architecture.embedding)])]
     for layer in architecture.layers:
-        routers = layer.routers()
-        items = [item(module, module not in routers) for module in layer_modules(layer)]
+        items = [item(module) for module in layer_modules(layer)]
         groups.append((f"layer-{layer.index:05d}", layer, items))
     head = [item(architecture.final_norm)]
     if architecture.lm_head is not None:
@@ -227,7 +231,7 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
             number += 1
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
         units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
-    return BuildPlan(architecture, recipe, output_format, grid, tuple(units))
+    return BuildPlan(architecture, recipe, output_format, schemes, tuple(units))
 
 
 def layer_modules(layer: Layer) -> Iterator[Module]:
@@ -239,48 +243,6 @@ def layer_modules(layer: Layer) -> Iterator[Module]:
     yield from layer.routers()
     for mlp in layer.mlps():
         yield from mlp.linears()
-
-
-def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
-    """Why a tensor-parallel serving topology of that many ranks cannot hold the build; empty if it can.
-
-    q, k, v, gate and up are split along their output, o and down along their input; a rank must own whole heads, whole
-    packed words, and whole groups or blocks. Where there are fewer key-value heads than ranks, each rank owns one.
-    """
-    model, problems = plan.architecture, []
-    if model.num_attention_heads % ranks:
-        problems.append(f"{model.num_attention_heads} attention heads do not split over {ranks} ranks")
-    if model.num_key_value_heads % ranks and ranks % model.num_key_value_heads:
-        problems.append(f"{model.num_key_value_heads} key-value heads neither split over nor repeat on {ranks} ranks")
-    quantized = {linear.name for linear in plan.quantized}
-    width = plan.grid.group_size
-    height = max(plan.format.pack_columns, plan.grid.block_rows)
-    owners = min(ranks, model.num_key_value_heads)
-    seen: set[str] = set()
-    for layer in model.layers:
-        mlps, attention = layer.mlps(), layer.attention
-        columns = [(attention.q, ranks), (attention.k, owners), (attention.v, owners)]
-        columns += [(linear, ranks) for mlp in mlps for linear in (mlp.gate, mlp.up)]
-        rows = [attention.o, *(mlp.down for mlp in mlps)]
-        for linear, parts, size, unit, what in (
-            *((one, parts, one.out_features, height, "output features") for one, parts in columns),
-            *((one, ranks, one.in_features, max(width, 1), "input features") for one in rows),
-        ):
-            if size % parts == 0 and (linear.name not in quantized or (size // parts) % unit == 0):
-                continue
-            kind = linear.name.rpartition(".")[2]
-            problem = f"{kind}: {size} {what} over {parts} ranks are {size / parts:g} each, not a multiple of {unit}"
-            if problem not in seen:
-                seen.add(problem)
-                problems.append(f"{problem} (first in {linear.name})")
-    return problems
-
-
-def topology_group_sizes(plan: BuildPlan, ranks: int) -> list[int]:
-    """The group sizes with which that topology can hold the build; empty where none helps."""
-    sizes = group_sizes(plan.quantized, plan.format, plan.recipe, plan.grid)
-    others = {size: replace(plan, grid=replace(plan.grid, group_size=size)) for size in sizes}
-    return [size for size, other in others.items() if not topology_problems(other, ranks)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +274,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
     window = 4 * 16384 * (hidden + 2 * widest)
     scratch = tokens * hidden * (2 + 2 + 2 + 4) * plan.recipe.calibration.streams
     working = 4 * 4 * max(attention, mlp)
-    if plan.recipe.rounding is not None:
+    if any(scheme.rounding is not None for scheme in plan.schemes.values()):
         working = max(
             4 * (3 * attention + hidden**2 + 3 * max(layer.attention.o.in_features for layer in layers) ** 2),
             4 * (hidden**2 + default_workers() * (3 * mlp + 4 * hidden**2)),
@@ -337,12 +299,3 @@ def _cut(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
         shard.append(spec)
         size += spec.nbytes
     yield shard
-
-
-def _in_act_order(grid: Grid, output_format: Format) -> Grid:
-    if not output_format.act_order:
-        raise RecipeError(
-            f"gptq.ordering: format {output_format.name} has no place for desc_act's column order.",
-            hint="Take ordering static, which needs none and is about as good, or format gptq.",
-        )
-    return replace(grid, act_order=True)

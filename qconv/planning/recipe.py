@@ -6,11 +6,20 @@ import copy
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from qconv.boundary.reading import read_yaml
 from qconv.core.settings import (
@@ -25,31 +34,11 @@ from qconv.core.settings import (
     Section,
 )
 from qconv.errors import RecipeError
-from qconv.methods import roundings
+from qconv.methods import rounding_of
+from qconv.planning.rules import SKIP, Rule
+from qconv.planning.steps import known_method, shown_steps, steps
 
 SectionT = TypeVar("SectionT", bound=Section)
-
-METHODS = (("rtn",), ("awq",), *((name,) for name in roundings()), *(("awq", name) for name in roundings()))
-"""What ``method`` may be: one method, or AWQ's scales followed by a rounding."""
-
-
-def rounding_of(method: Sequence[str] | None) -> str | None:
-    """The rounding among a method's steps that looks at second moments: ``gptq`` or another; None for none."""
-    return next((step for step in method or () if step not in ("rtn", "awq")), None)
-
-
-def steps(value: Any) -> Any:
-    """A list of names, one name, or names joined by ``+``."""
-    if isinstance(value, list):
-        return tuple(value)
-    return tuple(value.split("+")) if isinstance(value, str) else value
-
-
-def shown_steps(value: tuple[str, ...] | None) -> str | list[str] | None:
-    """As a recipe writes it."""
-    if value is None:
-        return None
-    return value[0] if len(value) == 1 else list(value)
 
 
 class Recipe(Section):
@@ -58,6 +47,8 @@ class Recipe(Section):
     format: str = "awq"
     method: Annotated[tuple[str, ...], BeforeValidator(steps), PlainSerializer(shown_steps)] = ("awq",)
     grid: GridSettings = GridSettings()
+    rules: tuple[Rule, ...] = ()
+    """For single linears; the first that fits counts, but ``skip`` before all."""
     clip: ClipSettings = ClipSettings()
     awq: AwqSettings = AwqSettings()
     gptq: GptqSettings = GptqSettings()
@@ -67,7 +58,7 @@ class Recipe(Section):
     """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""
     output: OutputSettings = OutputSettings()
 
-    @field_validator("skip", mode="before")
+    @field_validator("skip", "rules", mode="before")
     @classmethod
     def _from_list(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -75,14 +66,17 @@ class Recipe(Section):
     @field_validator("method")
     @classmethod
     def _known_combination(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if value not in METHODS:
-            known = ", ".join("+".join(method) for method in METHODS)
-            raise ValueError(f"{'+'.join(value)} is no method; known are {known}")
-        return value
+        return known_method(value)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_rules(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without rules is the one that it was before there were any."""
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if key != "rules" or value}
 
     @model_validator(mode="after")
     def _after_a_rounding_alone(self) -> Self:
-        if self.rounding is None:
+        if all(rounding_of(method) is None for method in self.methods):
             if self.calibration.propagate == MATCHED:
                 raise ValueError(f"calibration.propagate: matched is for gptq, not for {self.method_name}")
             if self.refine.sweeps or self.refine.refits:
@@ -100,23 +94,34 @@ class Recipe(Section):
         return rounding_of(self.method)
 
     @property
-    def searches_scales(self) -> bool:
-        """Whether scales are searched that are folded into the operations before."""
-        return "awq" in self.method
+    def methods(self) -> tuple[tuple[str, ...], ...]:
+        """The method, and those of rules."""
+        return self.method, *(rule.method for rule in self.rules if rule.method is not None)
 
     @property
     def looks_at_activations(self) -> bool:
-        """Whether the method does."""
-        return self.method != ("rtn",)
+        """Whether a method does."""
+        return any(method != ("rtn",) for method in self.methods)
 
     @property
     def searches_clipping(self) -> bool:
-        """Whether clipping ranges are searched: by default for every method but plain rounding."""
-        return self.looks_at_activations if self.clip.enabled is None else self.clip.enabled
+        """Whether clipping ranges are searched of any linear."""
+        return any(map(self.clips, self.methods))
+
+    def clips(self, method: tuple[str, ...]) -> bool:
+        """Whether a method searches clipping ranges: by default every one but plain rounding."""
+        return method != ("rtn",) if self.clip.enabled is None else self.clip.enabled
+
+    def rule(self, module: str) -> Rule | None:
+        """The first rule that fits a module's full name."""
+        return next((rule for rule in self.rules if rule.fits(module)), None)
 
     def skips(self, module: str) -> bool:
-        """Whether a pattern of ``skip`` matches the module's full name."""
-        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.skip)
+        """Whether a pattern of ``skip`` matches the module's full name, or its rule says so."""
+        if any(fnmatch.fnmatchcase(module, pattern) for pattern in self.skip):
+            return True
+        rule = self.rule(module)
+        return rule is not None and rule.grid == SKIP
 
     def digest(self) -> str:
         """sha256 of the recipe's canonical JSON, hexadecimal."""

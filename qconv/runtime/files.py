@@ -5,7 +5,7 @@ Names are always those of the checkpoint that transformers reads, whatever the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,8 @@ from qconv.core.architecture import Architecture, Linear
 from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.errors import CheckpointError
 from qconv.formats.base import read_tensors
-from qconv.formats.w4a16 import IntQuantizedFormat
+from qconv.formats.compressed_tensors import CompressedTensors
+from qconv.formats.packed import WholeNumberGrid
 from qconv.models import architecture
 from qconv.runtime.activations import ActivationScheme, InputRounding
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
@@ -157,8 +158,8 @@ class DenseFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class IntegerFiles(DenseFiles):
-    """A safetensors build of integer codes."""
+class BuildFiles(DenseFiles):
+    """A safetensors build: of integer codes, or of linears on different grids."""
 
     build: Build
 
@@ -167,9 +168,24 @@ class IntegerFiles(DenseFiles):
         if not self.build.is_quantized(linear):
             return DenseFiles.weight(self, linear)
         shape, grid = (linear.out_features, linear.in_features), self.build.grid_of(linear)
+        if grid.is_float:
+            return FloatWeight(linear.name, self.build.qtensor(linear, self.mapped))
+        if isinstance(grid, WholeNumberGrid):
+            return self._whole_numbers(linear, grid)
         specs = self.build.format.specs(linear.name, *shape, grid)
         read = partial(self.build.part, linear, mapped=self.mapped)
-        return IntegerWeight(linear.name, shape, self.build.format.name, grid, read_tensors(specs, linear.name, read))
+        layout = _PACKED if isinstance(self.build.format, CompressedTensors) else self.build.format.name
+        return IntegerWeight(linear.name, shape, layout, grid, read_tensors(specs, linear.name, read))
+
+    def input_rounding(self, linear: Linear) -> InputRounding | None:
+        """What config.json says of the inputs of FP8 weights, with the stored scale where they are static."""
+        grid = self.build.grid_of(linear)
+        if grid.activations == "none" or not self.build.is_quantized(linear):
+            return None
+        entry = self.checkpoint.entries.get(f"{linear.name}.input_scale")
+        scale = self.mapped(entry) if entry is not None and entry.numel == 1 else None
+        group = None if grid.group_size == CHANNEL else grid.group_size
+        return ActivationScheme(group, grid.activations == "static").of(scale, linear.in_features)
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
         """Packed rows of a quantized head, where a row's words stand together, or dense ones.
@@ -180,8 +196,7 @@ class IntegerFiles(DenseFiles):
         if not self.build.is_quantized(linear):
             return DenseFiles.rows(self, linear, start, stop)
         weight = self.weight(linear)
-        assert isinstance(weight, IntegerWeight)
-        if weight.format != _PACKED:
+        if not isinstance(weight, IntegerWeight) or weight.format != _PACKED:
             raise CheckpointError(
                 f"{self.path}: {linear.name} is quantized in a format that is not read row by row.",
                 hint="Load the model as a whole.",
@@ -195,17 +210,12 @@ class IntegerFiles(DenseFiles):
         parts |= whole | {"weight_shape": torch.tensor(shape)}
         return IntegerWeight(linear.name, shape, weight.format, weight.grid, parts)
 
-
-@dataclass(frozen=True, slots=True)
-class WholeNumberFiles(IntegerFiles):
-    """A safetensors build of int8 numbers: as a packed one of 8 bits, whose words are four codes with 128 added."""
-
-    def weight(self, linear: Linear) -> PackedWeight:
-        """The weight, packed in memory, or the dense one of a linear that the build leaves alone."""
+    def _whole_numbers(self, linear: Linear, grid: Grid) -> PackedWeight:
+        """int8 numbers as packed words of 8 bits: four codes, with 128 added, in each."""
         entry, shape = self.checkpoint.entries.get(linear.weight), (linear.out_features, linear.in_features)
         if entry is None or entry.dtype != torch.int8:
             return DenseFiles.weight(self, linear)
-        problem = self.build.format.check(*shape, self.build.grid)
+        problem = self.build.format.check(*shape, grid)
         if entry.shape != shape or problem is not None:
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.name!r} is int8 {list(entry.shape)}, config.json implies {list(shape)}"
@@ -213,14 +223,14 @@ class WholeNumberFiles(IntegerFiles):
                 hint="config.json belongs to another model, or the shard is wrong.",
             )
         codes = self.mapped(entry).view(torch.uint8).bitwise_xor(0x80)
-        scale = self.tensor(f"{linear.name}.weight_scale", (shape[0], self.build.grid.groups(shape[1])))
+        scale = self.tensor(f"{linear.name}.weight_scale", (shape[0], grid.groups(shape[1])))
         parts = {
             "weight_packed": codes.view(torch.int32),
             "weight_scale": scale,
             "weight_shape": torch.tensor(shape),
         }
-        grid = replace(self.build.grid, scale_dtype=scale.dtype)
-        return IntegerWeight(linear.name, shape, _PACKED, grid, parts)
+        packed = Grid(grid.bits, grid.group_size, grid.symmetric, scale.dtype)
+        return IntegerWeight(linear.name, shape, _PACKED, packed, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,9 +346,7 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     if layout.scheme is not None:
         codes = Fp8Checkpoint.of(checkpoint, layout.scheme, weight_dtype(path, config))
         return FloatFiles(checkpoint, config, model, mapped, codes, ActivationScheme.parse(layout.section))
-    build = Build.of(checkpoint)
-    kind = WholeNumberFiles if isinstance(build.format, IntQuantizedFormat) else IntegerFiles
-    return kind(checkpoint, config, model, mapped, build)
+    return BuildFiles(checkpoint, config, model, mapped, Build.of(checkpoint))
 
 
 def rounds_inputs(files: ModelFiles) -> bool:

@@ -64,7 +64,7 @@ def unused_tensors(build: Build) -> set[str]:
 def _is_unused(build: Build, linear: Linear, leaf: str) -> bool:
     if leaf == "bias":
         return not linear.bias and _is_zero(build, f"{linear.name}.bias")
-    return leaf in _ACTIVATIONS or (leaf in ("g_idx", "weight_g_idx") and not build.grid.act_order)
+    return leaf in _ACTIVATIONS or (leaf in ("g_idx", "weight_g_idx") and not build.grid_of(linear).act_order)
 
 
 def _linears(build: Build) -> Iterator[Linear]:
@@ -84,7 +84,7 @@ def _differences(build: Build) -> Iterator[str]:
     # A tied head has no tensor of its own, and is a linear to readers all the same.
     quantized[HEAD] = head is not None and build.is_quantized(head)
     for name, is_quantized in quantized.items():
-        skipped = build.format.is_skipped(name, build.skipped)
+        skipped = build.is_skipped(name)
         if skipped == is_quantized:
             state, listed = ("quantized", "is") if skipped else ("not quantized", "is not")
             yield f"{name} is {state} but {listed} on the skip list"

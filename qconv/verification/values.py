@@ -124,7 +124,7 @@ def input_scale_problems(build: Build, layer: Layer) -> Iterator[str]:
     What a norm passes on is at most the root of its size times its largest weight; what an attention or an MLP passes
     to its last linear is bounded by that and by the lengths of its rows.
     """
-    if build.grid.activations != "static":
+    if not any(_has_input_scale(build, linear) for linear in layer.linears()):
         return
     hidden = build.architecture.hidden_size
     norms = {norm.name: _plain(build, norm) for norm in (layer.input_norm, layer.post_attention_norm)}
@@ -137,13 +137,13 @@ def input_scale_problems(build: Build, layer: Layer) -> Iterator[str]:
     length = math.sqrt(hidden) * float(inputs.abs().max())
     yield from _normalized(build, [one for mlp in layer.mlps() for one in (mlp.gate, mlp.up)], inputs, length)
     for mlp in layer.mlps():
-        if build.is_quantized(mlp.down):
+        if _has_input_scale(build, mlp.down):
             yield from _bounded(build, mlp.down, _largest(build, mlp.gate, length) * _largest(build, mlp.up, length))
 
 
 def _normalized(build: Build, linears: Sequence[Linear], norm: Tensor, length: float) -> Iterator[str]:
     """Linears that share the output of a norm: engines want one scale for all of them."""
-    found = {linear.name: build.input_scale(linear) for linear in linears if build.is_quantized(linear)}
+    found = {linear.name: build.input_scale(linear) for linear in linears if _has_input_scale(build, linear)}
     if not found:
         return
     name, scale = next(iter(found.items()))
@@ -159,11 +159,15 @@ def _normalized(build: Build, linears: Sequence[Linear], norm: Tensor, length: f
 
 
 def _bounded(build: Build, linear: Linear, most: float) -> Iterator[str]:
-    if build.is_quantized(linear) and build.input_scale(linear) * MAX > _ROOM * most:
+    if _has_input_scale(build, linear) and build.input_scale(linear) * MAX > _ROOM * most:
         yield (
             f"{linear.name}: the scale of its inputs says that they reach "
             f"{build.input_scale(linear) * MAX:.3g}; no text makes them larger than {_ROOM * most:.3g}"
         )
+
+
+def _has_input_scale(build: Build, linear: Linear) -> bool:
+    return build.is_quantized(linear) and build.grid_of(linear).activations == "static"
 
 
 def _largest(build: Build, linear: Linear, length: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,6 @@ from qconv.errors import CheckpointError
 from qconv.executors.threads import Workers
 from qconv.models.folding import Folds, folded_weight
 from qconv.planning.plan import Module
-from qconv.planning.recipe import rounding_of
 from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
@@ -34,24 +34,26 @@ class Comparison:
     Attributes:
         source: The source's tensors.
         folds: What was folded into the modules' layer.
-        compensated: Whether weights may carry compensation for each other's errors.
-        matched: Whether they may have been moved before, by matched calibration.
+        matched: Whether weights that are compensated may have been moved before, by matched calibration.
     """
 
     source: Tensors
     folds: Folds
-    compensated: bool
     matched: bool = False
 
-    def weight(self, linear: Linear, weight: QTensor) -> tuple[float, str | None]:
-        """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None."""
+    def weight(self, linear: Linear, weight: QTensor, *, compensated: bool) -> tuple[float, str | None]:
+        """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None.
+
+        Args:
+            linear: Which.
+            weight: As the build holds it.
+            compensated: Whether its elements may carry compensation for each other's errors.
+        """
         snr = self._error(linear, weight).snr_db
         problem = bad_parameters(weight)
-        if weight.grid.is_float:
-            floor = float_snr_floor_db(self.compensated)
-        else:
-            floor = snr_floor_db(weight.grid.bits, self.compensated)
-        floor = matched_floor_db(floor) if self.matched else floor
+        grid = weight.grid
+        floor = float_snr_floor_db(compensated) if grid.is_float else snr_floor_db(grid.bits, compensated)
+        floor = matched_floor_db(floor) if self.matched and compensated else floor
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"
         return snr, None if problem is None else f"{linear.name}: {problem}"
@@ -114,8 +116,7 @@ def check_weights(
     ends: list[Module] = [model.embedding, model.final_norm]
     if model.lm_head is not None:
         ends.append(model.lm_head)
-    method = build.method()
-    compensated = method is None or rounding_of(method) is not None
+    compensated = build.compensated()
     groups: list[tuple[Layer | None, list[Module]]] = [(None, ends)]
     groups += [(layer, [*layer.norms(), *layer.routers(), *layer.linears()]) for layer in model.layers]
     for done, (layer, modules) in enumerate(groups):
@@ -126,7 +127,8 @@ def check_weights(
         except CheckpointError as error:
             result.problems.append(error.message)
             continue
-        compare = partial(_compare, build, Comparison(source.checkpoint, folds, compensated, build.is_matched))
+        comparison = Comparison(source.checkpoint, folds, build.is_matched)
+        compare = partial(_compare, build, comparison, compensated)
         for module, (snr, problem) in zip(modules, workers.map(compare, modules), strict=True):
             if snr is not None:
                 result.snr_db[module.name] = snr
@@ -137,14 +139,16 @@ def check_weights(
     result.checked.append(f"{len(result.snr_db)} quantized linears against the source{least}; the rest bit for bit")
 
 
-def _compare(build: Build, comparison: Comparison, module: Module) -> tuple[float | None, str | None]:
+def _compare(
+    build: Build, comparison: Comparison, compensated: Callable[[str], bool], module: Module
+) -> tuple[float | None, str | None]:
     """A module's signal to noise ratio, None where it is not quantized, and what is wrong or None."""
     snr, problem = None, None
     for name, _ in module.tensors():
         found = None
         if isinstance(module, Linear) and name == module.weight and build.is_quantized(module):
             weight = build.qtensor(module)
-            snr, found = comparison.weight(module, weight)
+            snr, found = comparison.weight(module, weight, compensated=compensated(module.name))
             found = found or comparison.rows(module, weight)
         elif build.checkpoint.entry(name).dtype != comparison.source.entry(name).dtype:
             ours, theirs = build.checkpoint.entry(name).dtype_name, comparison.source.entry(name).dtype_name

@@ -16,7 +16,7 @@ from torch import Tensor
 from qconv.artifacts.inspection import inspect
 from qconv.artifacts.layout import AWQ_CONFIG, GPTQ_CONFIG, layout_of
 from qconv.errors import CheckpointError, UnreadLayoutError
-from qconv.formats.w4a16 import unpack_rows
+from qconv.formats.packed import unpack_rows
 from qconv.runtime.files import open_files
 from qconv.verification.build import verify
 from tests.conftest import build, small_recipe

@@ -466,9 +466,9 @@ def test_a_wrong_tensor_on_disk_is_found_before_it_gets_its_name(
     recipe: Recipe, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A format whose packing is wrong: whatever the reason, the layer must not be published.
-    from qconv.formats import awq, w4a16
+    from qconv.formats import awq, packed
 
-    module: Any = w4a16 if recipe is RTN else awq
+    module: Any = packed if recipe is RTN else awq
     pack = module.pack_rows
     monkeypatch.setattr(module, "pack_rows", lambda values, **rest: pack(values.flip(-1).contiguous(), **rest))
     out = tmp_path / "out"

@@ -129,10 +129,10 @@ def test_other_bits_and_act_order_come_back_from_the_file(bits: int, symmetric: 
     chosen = recipe(grid={"bits": bits, "symmetric": symmetric}, gptq={"ordering": "desc_act"})
     build(model, tmp_path / "out", chosen)
     made = Build.open(tmp_path / "out")
-    assert (made.grid.bits, made.grid.act_order) == (bits, True)
     assert not verify(tmp_path / "out", against=model).problems
     gate = made.architecture.layers[0].mlps()[0].gate
     assert made.qtensor(gate).group_index is not None
+    assert (made.grid_of(gate).bits, made.grid_of(gate).act_order) == (bits, True)
 
 
 def test_a_format_without_room_for_an_order_refuses_it(moe: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qconv.calibration.corpus import build_tokens
 from qconv.calibration.layer import LayerBuild
 from qconv.calibration.routing import Routing
 from qconv.calibration.run import Calibration
-from qconv.calibration.schemes import IntegerScheme
+from qconv.calibration.schemes import scheme_of
 from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
 from qconv.planning.plan import make_plan
@@ -45,7 +45,7 @@ def routing_of(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Rout
         unit = plan.units[1]
         assert unit.layer is not None
         names = [linear.name for linear in unit.layer.linears()]
-        schemes = dict.fromkeys(names, IntegerScheme(plan.grid, RECIPE))
+        schemes = {name: scheme_of(plan.schemes[name], RECIPE) for name in names}
         context = calibration.context(unit.layer, [LayerBuild.of(source, unit.layer, RECIPE, names, schemes)])
         with torch.no_grad():
             for _ in calibrate_attention(context):

@@ -90,7 +90,20 @@ def test_fp8_says_how_weights_share_scales_and_not_how_inputs_do(invoke: Invoke,
     ):
         output_format = get_format(name)
         grid = output_format.grid(GridSettings(bits=8, group_size=group_size), torch.bfloat16)
-        section = output_format.config(grid, [], [])
+        section = output_format.config({grid: []}, [])
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
         line = next(line for line in invoke("inspect", tmp_path).stdout.splitlines() if line.startswith("quantization"))
         assert expected in line
+
+
+def test_each_group_of_a_mixture_is_told(invoke: Invoke, tmp_path: Path) -> None:
+    tensors = {"a.fc.weight_packed": torch.zeros(8, 4, dtype=torch.int32), "a.up.weight": torch.zeros(8, 16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    output_format = get_format("w4a16")
+    grids = [output_format.grid(GridSettings(bits=4, group_size=32), torch.bfloat16)]
+    grids.append(output_format.grid(GridSettings(bits=8, group_size=-1), torch.bfloat16, "e4m3"))
+    section = output_format.config(dict(zip(grids, [["a.fc"], ["a.up"]], strict=True)), [])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    lines = invoke("inspect", tmp_path).stdout.splitlines()
+    line = next(line for line in lines if line.startswith("quantization"))
+    assert line.endswith("compressed-tensors (format mixed_precision), 2 groups: 4 int group 32; 8 float channel")

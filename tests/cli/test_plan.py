@@ -140,3 +140,47 @@ def test_what_engines_refuse_of_a_build_is_told(invoke: Invoke, coder_480b: Path
     (no_index, *engines) = json.loads(result.stdout)["notices"]
     assert no_index.startswith("no model.safetensors.index.json")
     assert [notice.partition(" ")[0] for notice in engines] == ["vLLM", "SGLang"]
+
+
+def test_rules_are_shown_by_class_of_modules(invoke: Invoke, coder_480b: Path) -> None:
+    rules = ("--rule", "layers.[01].self_attn.*=skip", "--rule", "self_attn.*=int8-channel")
+    start = time.process_time()
+    result = invoke("plan", coder_480b, "--fmt", "w4a16", *rules, "--json")
+    # As without rules, and a pass over 30,000 names for each.
+    assert time.process_time() - start < 12.0
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    rows = [(row["name"], row["scheme"], row["modules"]) for row in values["classes"] if row["name"].endswith("q_proj")]
+    name = "model.layers.*.self_attn.q_proj"
+    assert rows == [(name, "BF16", 2), (name, "8-bit channel", 60)]
+    assert {row["scheme"] for row in values["classes"] if "experts" in row["name"]} == {"4-bit g128"}
+    assert [rule["match"] for rule in values["recipe"]["rules"]] == ["layers.[01].self_attn.*", "self_attn.*"]
+
+
+def test_methods_are_shown_where_they_differ(invoke: Invoke, coder_480b: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("format: w4a16\nmethod: gptq\nrules: [{match: o_proj, grid: fp8-channel, method: rtn}]\n")
+    values = json.loads(invoke("plan", coder_480b, "--recipe", recipe, "--rule", "v_proj=int4-g128", "--json").stdout)
+    schemes = {row["name"].rpartition(".")[2]: row["scheme"] for row in values["classes"]}
+    assert schemes["o_proj"] == "FP8 channel, rtn"
+    assert schemes["v_proj"] == "4-bit g128, gptq"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("self_attn.*", "--rule: 'self_attn.*' is not PATTERN=SCHEME."),
+        ("self_attn.*=int5", "rules.0.grid: 'int5' is no grid; write int4, int8, "),
+        (
+            "q_proj=int8",
+            "rules: model.layers.0.self_attn.q_proj is to have 8 bits in groups of 128, but model.layers.0.",
+        ),
+        ("self.attn=int8", "rules: 'self.attn' matches no linear of the model."),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_is_wrong_usage(
+    rule: str, message: str, invoke: Invoke, coder_480b: Path
+) -> None:
+    result = invoke("plan", coder_480b, "--fmt", "w4a16", "--rule", rule)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

@@ -92,8 +92,8 @@ def test_given_options_replace_the_recipes_keys_and_skip_adds(invoke: Invoke, sm
     options = ("--method", "rtn", "--group-size", 32, "--skip", "*.1.self_attn.*")
     assert invoke("quantize", small, "-o", out, "--recipe", recipe, *options).exit_code == 0
     build = Build.open(out)
-    assert build.grid.group_size == 32
     layers = build.architecture.layers
+    assert build.grid_of(layers[-1].attention.q).group_size == 32
     assert [build.is_quantized(layer.attention.q) for layer in layers] == [False, False] + [True] * 6
 
 

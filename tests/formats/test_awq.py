@@ -126,7 +126,7 @@ SKIPPED = ["model.layers.0.mlp.gate", "model.layers.10.mlp.shared_expert_gate", 
 
 
 def test_the_config_skips_what_is_skipped_and_nothing_else() -> None:
-    section = FORMAT.config(GRID, SKIPPED, QUANTIZED)
+    section = FORMAT.config({GRID: QUANTIZED}, SKIPPED)
     assert {key: section[key] for key in ("quant_method", "bits", "group_size", "zero_point", "version")} == {
         "quant_method": "awq",
         "bits": 4,
@@ -135,15 +135,16 @@ def test_the_config_skips_what_is_skipped_and_nothing_else() -> None:
         "version": "gemm",
     }
     assert detect({"quantization_config": section}) is FORMAT
-    grid, skipped = FORMAT.read_config(section, torch.bfloat16)
+    described = FORMAT.read_config(section, torch.bfloat16)
+    grid, skipped = described.grid, described.skipped
     assert grid == GRID
     assert [name for name in (*QUANTIZED, *SKIPPED) if FORMAT.is_skipped(name, skipped)] == SKIPPED
 
 
 def test_relative_names_are_listed_for_autoawq_where_that_is_safe() -> None:
     # AutoAWQ matches names relative to a layer; "mlp.gate" is safe only where no dense layer has an "mlp.gate_proj".
-    assert "mlp.gate" in FORMAT.config(GRID, SKIPPED, QUANTIZED[:2])["modules_to_not_convert"]
-    assert "mlp.gate" not in FORMAT.config(GRID, SKIPPED, QUANTIZED)["modules_to_not_convert"]
+    assert "mlp.gate" in FORMAT.config({GRID: QUANTIZED[:2]}, SKIPPED)["modules_to_not_convert"]
+    assert "mlp.gate" not in FORMAT.config({GRID: QUANTIZED}, SKIPPED)["modules_to_not_convert"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_relative_names_are_listed_for_autoawq_where_that_is_safe() -> None:
 )
 def test_other_variants_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        FORMAT.read_config(FORMAT.config(GRID, [], []) | change, torch.bfloat16)
+        FORMAT.read_config(FORMAT.config({GRID: []}, []) | change, torch.bfloat16)
 
 
 def test_the_registry_knows_it() -> None:

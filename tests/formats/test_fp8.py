@@ -24,7 +24,7 @@ def test_the_config_is_as_qwen_publishes_it() -> None:
     layers = range(2)
     linears = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in layers for expert in range(3)]
     routers = [f"model.layers.{layer}.mlp.gate" for layer in layers]
-    section = FORMAT.config(GRID, [*routers, "lm_head"], linears)
+    section = FORMAT.config({GRID: linears}, [*routers, "lm_head"])
     assert section == {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -40,12 +40,13 @@ def test_the_config_is_as_qwen_publishes_it() -> None:
             "model.layers.1.post_attention_layernorm",
         ],
     }
-    assert FORMAT.read_config(section, torch.bfloat16) == (GRID, section["modules_to_not_convert"])
+    described = FORMAT.read_config(section, torch.bfloat16)
+    assert (described.grid, list(described.skipped)) == (GRID, section["modules_to_not_convert"])
 
 
 def test_skipped_experts_are_also_named_as_transformers_fuses_them() -> None:
     skipped = ["model.layers.10.mlp.experts.0.up_proj", "model.layers.10.mlp.experts.1.up_proj", "lm_head"]
-    listed = FORMAT.config(GRID, skipped, ["model.layers.10.self_attn.q_proj"])["modules_to_not_convert"]
+    listed = FORMAT.config({GRID: ["model.layers.10.self_attn.q_proj"]}, skipped)["modules_to_not_convert"]
     assert "model.layers.10.mlp.experts" in listed
     assert set(skipped) <= set(listed)
     assert not FORMAT.is_skipped("model.layers.10.self_attn.q_proj", listed)
@@ -53,7 +54,7 @@ def test_skipped_experts_are_also_named_as_transformers_fuses_them() -> None:
 
 def test_layers_without_a_quantized_linear_and_modules_outside_of_layers_are_listed_too() -> None:
     skipped = ["model.layers.0.self_attn.q_proj", "visual.proj", "lm_head"]
-    listed = FORMAT.config(GRID, skipped, ["model.layers.1.self_attn.q_proj"])["modules_to_not_convert"]
+    listed = FORMAT.config({GRID: ["model.layers.1.self_attn.q_proj"]}, skipped)["modules_to_not_convert"]
     assert {*skipped, "model.layers.0.input_layernorm", "model.layers.1.input_layernorm"} <= set(listed)
     assert len(set(listed)) == len(listed)
 
@@ -161,13 +162,14 @@ BROKEN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", BROKEN)
 def test_sections_that_are_not_ours_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        FORMAT.read_config(FORMAT.config(GRID, [], []) | change, torch.bfloat16)
+        FORMAT.read_config(FORMAT.config({GRID: []}, []) | change, torch.bfloat16)
 
 
 def test_published_sections_that_say_less_or_other_blocks_are_read() -> None:
-    grid, skipped = FORMAT.read_config({"quant_method": "fp8", "weight_block_size": [64, 32]}, torch.bfloat16)
+    described = FORMAT.read_config({"quant_method": "fp8", "weight_block_size": [64, 32]}, torch.bfloat16)
+    grid, skipped = described.grid, described.skipped
     # Without a list transformers leaves the head alone.
-    assert (grid.block_rows, grid.group_size, grid.scale_dtype, skipped) == (64, 32, torch.float32, ["lm_head"])
+    assert (grid.block_rows, grid.group_size, grid.scale_dtype, list(skipped)) == (64, 32, torch.float32, ["lm_head"])
 
 
 @pytest.mark.parametrize("name", formats())
@@ -175,6 +177,6 @@ def test_every_section_belongs_to_one_format(name: str) -> None:
     output_format = get_format(name)
     bits, group_size = (8, 128 if name == "fp8" else CHANNEL) if name.startswith("fp8") else (4, 128)
     grid = output_format.grid(GridSettings(bits=bits, group_size=group_size), torch.bfloat16)
-    section = output_format.config(grid, ["lm_head"], [])
+    section = output_format.config({grid: []}, ["lm_head"])
     assert [other for other in formats() if get_format(other).recognizes(section)] == [name]
     assert detect({"quantization_config": section}) is output_format

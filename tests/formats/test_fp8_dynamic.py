@@ -61,7 +61,7 @@ def test_a_misshapen_tensor_is_named(grid: Grid, leaf: str) -> None:
 
 
 def test_the_config_is_as_compressed_tensors_presets_have_it() -> None:
-    rows, blocks = (FORMAT.config(grid, ["lm_head"], [])["config_groups"]["group_0"] for grid in (ROWS, BLOCKS))
+    rows, blocks = (FORMAT.config({grid: []}, ["lm_head"])["config_groups"]["group_0"] for grid in (ROWS, BLOCKS))
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     # Its FP8_DYNAMIC and FP8_BLOCK.
     assert rows["weights"] == {**common, "dynamic": False, "strategy": "channel", "group_size": None}
@@ -74,7 +74,7 @@ def test_the_config_is_as_compressed_tensors_presets_have_it() -> None:
         "block_structure": [128, 128],
     }
     assert blocks["input_activations"] == {**common, "dynamic": True, "strategy": "group", "group_size": 128}
-    section = FORMAT.config(ROWS, ["lm_head"], [])
+    section = FORMAT.config({ROWS: []}, ["lm_head"])
     assert (section["quant_method"], section["format"], section["ignore"]) == (
         "compressed-tensors",
         "float-quantized",
@@ -84,15 +84,16 @@ def test_the_config_is_as_compressed_tensors_presets_have_it() -> None:
 
 @pytest.mark.parametrize("grid", [ROWS, BLOCKS], ids=["rows", "blocks"])
 def test_the_config_round_trips_and_is_recognized(grid: Grid) -> None:
-    section = FORMAT.config(grid, ["model.layers.1.mlp.gate", "lm_head"], [])
+    section = FORMAT.config({grid: []}, ["model.layers.1.mlp.gate", "lm_head"])
     assert detect({"quantization_config": section}) is FORMAT
-    assert FORMAT.read_config(section, torch.bfloat16) == (grid, ["model.layers.1.mlp.gate", "lm_head"])
+    described = FORMAT.read_config(section, torch.bfloat16)
+    assert (described.grid, list(described.skipped)) == (grid, ["model.layers.1.mlp.gate", "lm_head"])
 
 
 def test_one_scale_a_weight_with_inputs_by_token_is_read_too() -> None:
-    section = FORMAT.config(ROWS, [], [])
+    section = FORMAT.config({ROWS: []}, [])
     section["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
-    grid, _ = FORMAT.read_config(section, torch.bfloat16)
+    grid = FORMAT.read_config(section, torch.bfloat16).grid
     assert (grid.block_rows, grid.group_size, grid.activations) == (CHANNEL, CHANNEL, "dynamic")
     assert FORMAT.specs("m", 5, 7, grid)[1].shape == (1,)
 
@@ -123,7 +124,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("part", "change"), BROKEN)
 def test_schemes_that_are_not_known_are_refused(part: str, change: dict[str, Any]) -> None:
-    section = FORMAT.config(ROWS, [], [])
+    section = FORMAT.config({ROWS: []}, [])
     section["config_groups"]["group_0"][part] |= change
     assert detect({"quantization_config": section}) is FORMAT
     with pytest.raises(CheckpointError, match=r"config\.json: quantization_config is of an FP8 scheme"):
@@ -136,7 +137,7 @@ def test_schemes_that_are_not_known_are_refused(part: str, change: dict[str, Any
     ids=str,
 )
 def test_sections_without_one_group_are_refused(groups: Any) -> None:
-    section = FORMAT.config(ROWS, [], []) | {"config_groups": groups}
+    section = FORMAT.config({ROWS: []}, []) | {"config_groups": groups}
     assert detect({"quantization_config": section}) is FORMAT
     with pytest.raises(CheckpointError, match=r"config\.json"):
         FORMAT.read_config(section, torch.bfloat16)
@@ -145,4 +146,4 @@ def test_sections_without_one_group_are_refused(groups: Any) -> None:
 @pytest.mark.parametrize("ignore", [5, [5]])
 def test_a_skip_list_of_something_else_is_refused(ignore: Any) -> None:
     with pytest.raises(CheckpointError, match="ignore is not a list of names"):
-        FORMAT.read_config(FORMAT.config(ROWS, [], []) | {"ignore": ignore}, torch.bfloat16)
+        FORMAT.read_config(FORMAT.config({ROWS: []}, []) | {"ignore": ignore}, torch.bfloat16)

@@ -73,7 +73,7 @@ def test_a_weight_without_an_input_scale_is_not_written() -> None:
 
 
 def test_the_config_is_compressed_tensors_own_preset_and_round_trips() -> None:
-    section = FORMAT.config(GRID, ["lm_head"], [])
+    section = FORMAT.config({GRID: []}, ["lm_head"])
     group = section["config_groups"]["group_0"]
     # Its FP8, but for the observer, of which nothing is left once a model is quantized.
     expected = {
@@ -86,12 +86,13 @@ def test_the_config_is_compressed_tensors_own_preset_and_round_trips() -> None:
     }
     assert (group["weights"], group["input_activations"]) == (expected, expected)
     assert detect({"quantization_config": section}) is FORMAT
-    assert FORMAT.read_config(section, torch.bfloat16) == (GRID, ["lm_head"])
+    described = FORMAT.read_config(section, torch.bfloat16)
+    assert (described.grid, list(described.skipped)) == (GRID, ["lm_head"])
 
 
 def test_rows_with_static_inputs_are_read_too() -> None:
-    section = FORMAT.config(GRID, [], [])
+    section = FORMAT.config({GRID: []}, [])
     section["config_groups"]["group_0"]["weights"]["strategy"] = "channel"
-    grid, _ = FORMAT.read_config(section, torch.bfloat16)
+    grid = FORMAT.read_config(section, torch.bfloat16).grid
     assert (grid.block_rows, grid.group_size, grid.activations) == (1, CHANNEL, "static")
     assert [spec.shape for spec in FORMAT.specs("m", 5, 7, grid)] == [(5, 7), (5, 1), (1,)]

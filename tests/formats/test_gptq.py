@@ -136,7 +136,7 @@ def test_a_reader_that_follows_the_definition_gets_our_weight(
 
 
 def section(grid: Grid, **changes: Any) -> dict[str, Any]:
-    return FORMAT.config(grid, [], []) | changes
+    return FORMAT.config({grid: []}, []) | changes
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -150,7 +150,7 @@ def test_the_other_version_of_the_zero_points_is_read_too(bits: int, symmetric: 
     stored = unpack_words(tensors["m.qzeros"], bits)
     tensors["m.qzeros"] = pack_words(stored + 1 if symmetric else stored - 1, bits)
     layout = "gptq_v2" if symmetric else "gptq"
-    grid, _ = FORMAT.read_config(section(own, checkpoint_format=layout), torch.bfloat16)
+    grid = FORMAT.read_config(section(own, checkpoint_format=layout), torch.bfloat16).grid
     back = FORMAT.unpack("m", (32, 64), tensors.__getitem__, grid)
     assert back.grid == own
     assert torch.equal(back.dequantize(), weight.dequantize())
@@ -163,7 +163,7 @@ def test_a_zero_point_that_v1_cannot_tell_from_another_is_refused() -> None:
     stored = weight.zero_points.clamp(min=1) - 1
     stored[3, 1] = 15
     tensors["m.qzeros"] = pack_words(stored.t(), 4)
-    grid, _ = FORMAT.read_config(section(ASYMMETRIC, checkpoint_format="gptq"), torch.bfloat16)
+    grid = FORMAT.read_config(section(ASYMMETRIC, checkpoint_format="gptq"), torch.bfloat16).grid
     with pytest.raises(CheckpointError, match=r"m\.qzeros: a zero point is 0 or 16"):
         FORMAT.unpack("m", (32, 64), tensors.__getitem__, grid)
 
@@ -174,7 +174,7 @@ def test_zero_points_of_the_wrong_version_are_refused(layout: str) -> None:
     tensors = dict(FORMAT.pack("m", random_qtensor(GRID, 32, 64, 0)))
     wrong = 0x88888888 if layout == "gptq" else 0x77777777
     tensors["m.qzeros"] = torch.full_like(tensors["m.qzeros"], signed(wrong))
-    grid, _ = FORMAT.read_config(section(GRID, checkpoint_format=layout), torch.bfloat16)
+    grid = FORMAT.read_config(section(GRID, checkpoint_format=layout), torch.bfloat16).grid
     with pytest.raises(CheckpointError, match=r"m\.qzeros: holds the zero point [79], not 8.*checkpoint_format"):
         FORMAT.unpack("m", (32, 64), tensors.__getitem__, grid)
 
@@ -254,7 +254,7 @@ SKIPPED = [
     ],
 )
 def test_the_config_round_trips_and_is_recognized(grid: Grid) -> None:
-    written = FORMAT.config(grid, SKIPPED, QUANTIZED)
+    written = FORMAT.config({grid: QUANTIZED}, SKIPPED)
     assert {key: written[key] for key in ("quant_method", "bits", "group_size", "sym", "desc_act", "lm_head")} == {
         "quant_method": "gptq",
         "bits": grid.bits,
@@ -266,7 +266,8 @@ def test_the_config_round_trips_and_is_recognized(grid: Grid) -> None:
     assert written["checkpoint_format"] == ("gptq" if grid.symmetric else "gptq_v2")
     assert written["meta"] == {"quantizer": [f"qconv:{__version__}"]}
     assert detect({"quantization_config": written}) is FORMAT
-    read, skipped = FORMAT.read_config(written, torch.bfloat16)
+    described = FORMAT.read_config(written, torch.bfloat16)
+    read, skipped = described.grid, described.skipped
     assert read == grid
     assert [name for name in (*QUANTIZED, *SKIPPED) if FORMAT.is_skipped(name, skipped)] == SKIPPED
 
@@ -277,7 +278,7 @@ def engine_skips(dynamic: dict[str, Any], module: str) -> bool:
 
 
 def test_engines_leave_alone_what_is_skipped_and_nothing_else() -> None:
-    dynamic = FORMAT.config(GRID, SKIPPED, QUANTIZED)["dynamic"]
+    dynamic = FORMAT.config({GRID: QUANTIZED}, SKIPPED)["dynamic"]
     assert [name for name in (*QUANTIZED, *SKIPPED) if engine_skips(dynamic, name)] == SKIPPED
     # The names under which an engine looks up what it fuses.
     fused = ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.experts"]
@@ -288,18 +289,19 @@ def test_engines_leave_alone_what_is_skipped_and_nothing_else() -> None:
 
 def test_more_patterns_than_re_remembers_are_matched_fast() -> None:
     names = [f"model.layers.{layer}.mlp.gate" for layer in range(2000)]
-    _, skipped = FORMAT.read_config(FORMAT.config(GRID, names, []), torch.bfloat16)
+    skipped = FORMAT.read_config(FORMAT.config({GRID: []}, names), torch.bfloat16).skipped
     assert FORMAT.is_skipped(names[-1], skipped)
     assert not FORMAT.is_skipped("model.layers.2000.mlp.gate", skipped)
 
 
 def test_the_least_config_that_loaders_accept_is_read() -> None:
     least = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
-    grid, skipped = FORMAT.read_config(least, torch.bfloat16)
+    described = FORMAT.read_config(least, torch.bfloat16)
+    grid, skipped = described.grid, described.skipped
     assert grid == Grid(4, 128, symmetric=True, scale_dtype=torch.float16)
     assert not FORMAT.is_skipped("model.layers.0.mlp.gate", skipped)
     assert FORMAT.is_skipped("lm_head", skipped)
-    _, skipped = FORMAT.read_config(least | {"dynamic": {r"-:.*mlp\.gate$": {}}}, torch.bfloat16)
+    skipped = FORMAT.read_config(least | {"dynamic": {r"-:.*mlp\.gate$": {}}}, torch.bfloat16).skipped
     assert FORMAT.is_skipped("model.layers.0.mlp.gate", skipped)
     assert not FORMAT.is_skipped("model.layers.0.mlp.gate_proj", skipped)
 

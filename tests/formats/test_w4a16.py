@@ -13,7 +13,8 @@ from qconv.core.qtensor import CHANNEL, Grid
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect
-from qconv.formats.w4a16 import FORMAT, pack_rows, unpack_rows
+from qconv.formats.packed import pack_rows, unpack_rows
+from qconv.formats.w4a16 import FORMAT
 from tests.conftest import random_qtensor
 
 GRID = Grid(4, 32, symmetric=True, scale_dtype=torch.bfloat16)
@@ -112,9 +113,10 @@ def test_a_weight_shape_that_lies_is_named() -> None:
 @pytest.mark.parametrize("grid", [GRID, Grid(8, CHANNEL, symmetric=False, scale_dtype=torch.bfloat16)])
 def test_the_config_round_trips_and_is_recognized(grid: Grid) -> None:
     skipped = ["model.layers.1.mlp.gate", "lm_head"]
-    section = FORMAT.config(grid, skipped, [])
+    section = FORMAT.config({grid: []}, skipped)
     assert detect({"quantization_config": section}) is FORMAT
-    assert FORMAT.read_config(section, torch.bfloat16) == (grid, skipped)
+    described = FORMAT.read_config(section, torch.bfloat16)
+    assert (described.grid, list(described.skipped)) == (grid, skipped)
     weights = section["config_groups"]["group_0"]["weights"]
     # Per channel and by group are two strategies there, and a channel's group size is null.
     assert (weights["strategy"], weights["group_size"]) == (
@@ -165,4 +167,4 @@ BROKEN: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", BROKEN)
 def test_sections_that_are_not_ours_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        FORMAT.read_config(FORMAT.config(GRID, [], []) | change, torch.bfloat16)
+        FORMAT.read_config(FORMAT.config({GRID: []}, []) | change, torch.bfloat16)

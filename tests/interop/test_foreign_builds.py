@@ -60,6 +60,16 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "fp8-dynamic": {"scheme": "FP8_DYNAMIC", "weights": {}, "ignore": ROUTERS},
     "fp8-block": {"scheme": "FP8_BLOCK", "weights": {"block_structure": [32, 32]}, "ignore": ROUTERS},
     "w4a16-head": {"scheme": "W4A16", "weights": {"group_size": 32}, "ignore": ROUTERS[1:]},
+    "mixed": {
+        "scheme": "W4A16",
+        "weights": {"group_size": 32},
+        "ignore": ROUTERS,
+        "others": {
+            "FP8_DYNAMIC": [r"re:.*self_attn\.[qkv]_proj$"],
+            "INT8": ["model.layers.0.self_attn.o_proj"],
+            "W8A16": ["re:.*layers.1.self_attn.o_proj"],
+        },
+    },
     "w3a16": {"scheme": "W3A16", "weights": {"group_size": 32}, "ignore": ROUTERS},
 }
 REFUSED = {

@@ -55,7 +55,7 @@ def test_compressed_tensors_decompresses_every_strategy_and_ragged_blocks(
     source = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3  # over many powers of two
     weight = e4m3.quantize(source, grid, None, torch.tensor(0.5))
     save_file(dict(format_.pack("linear", weight)), tmp_path / "model.safetensors")
-    config = {"quantization_config": format_.config(grid, [], ["linear"])}
+    config = {"quantization_config": format_.config({grid: ["linear"]}, [])}
     (tmp_path / "config.json").write_text(json.dumps(config))
     client("compressed-tensors", "compressed_tensors_fp8", tmp_path, tmp_path / "unpacked")
     theirs = load_file(tmp_path / "unpacked")

@@ -50,7 +50,7 @@ def test_autogptq_computes_weights_of_other_grids(
 ) -> None:
     weight = _random_qtensor(Grid(bits, group_size, symmetric, torch.float16, act_order=act_order), seed=bits)
     save_file(dict(FORMAT.pack("linear", weight)), tmp_path / "model.safetensors")
-    config = {"quantization_config": FORMAT.config(weight.grid, [], ["linear"])}
+    config = {"quantization_config": FORMAT.config({weight.grid: ["linear"]}, [])}
     (tmp_path / "config.json").write_text(json.dumps(config))
     client("autoawq", "autogptq_unpack", tmp_path, tmp_path / "unpacked")
     theirs = load_file(tmp_path / "unpacked")

@@ -99,6 +99,21 @@ def test_transformers_decodes_w4a16_as_the_dequantized_model(
     _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
 
 
+@pytest.mark.parametrize("grid", ["int8-channel", "fp8-channel"])
+def test_transformers_decodes_mixtures_as_the_dequantized_model(
+    build_recipe: Callable[[dict[str, Any]], Path], client: Client, tmp_path: Path, grid: str
+) -> None:
+    made = build_recipe({"format": "w4a16", "method": "rtn", "rules": [{"match": "self_attn.*", "grid": grid}]})
+    reference = _reference(made, torch.bfloat16, client, tmp_path)
+    request = _request(tmp_path / "request.json", reference.tokens.tolist())
+    client("compressed-tensors", "transformers_generate", made, "bfloat16", request, tmp_path / "mixed.safetensors")
+    loaded = _read(tmp_path / "mixed.safetensors")
+
+    assert not any(loaded.loading.values()), loaded.loading
+    assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND
+    _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
+
+
 @pytest.mark.parametrize("changes", [{}, {"grid": {"symmetric": False}, "gptq": {"ordering": "desc_act"}}])
 def test_gptqmodel_decodes_as_the_dequantized_model(
     build_recipe: Callable[[dict[str, Any]], Path], client: Client, tmp_path: Path, changes: dict[str, Any]

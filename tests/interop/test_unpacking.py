@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,34 @@ def test_compressed_tensors_decompresses_our_weights_bit_for_bit(
         for dtype in (torch.bfloat16, torch.float32):
             _assert_same_bits(theirs.pop(f"{name}.{_short(dtype)}"), ours.dequantize(dtype), name)
     assert not theirs
+
+
+MIXTURES: list[dict[str, Any]] = [
+    {"format": "w4a16", "rules": [{"match": "self_attn.*", "grid": "int8-channel"}]},
+    {
+        "format": "w4a16",
+        "grid": {"group_size": 64},
+        "rules": [
+            {"match": "layers.[12].self_attn.*", "grid": "fp8-channel"},
+            {"match": "self_attn.o_proj", "grid": "fp8-block"},
+            {"match": "layers.3.mlp.experts.*", "grid": "int8-g32-asym"},
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("values", MIXTURES, ids=["one layout", "two layouts, by layers"])
+def test_compressed_tensors_gives_every_linear_of_a_mixture_its_scheme(
+    build_recipe: Callable[[dict[str, Any]], Path], client: Client, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    made = build_recipe({"method": "rtn", **values})
+    client("compressed-tensors", "compressed_tensors_groups", made, tmp_path / "unpacked.safetensors")
+    theirs, grids = load_file(tmp_path / "unpacked.safetensors"), set()
+    for name, ours in _quantized(made):
+        grids.add(ours.grid)
+        _assert_same_bits(theirs.pop(name), ours.dequantize(torch.float32), name)
+    assert not theirs
+    assert len(grids) == (2 if len(values["rules"]) == 1 else 4)
 
 
 def _quantized(folder: Path) -> Iterator[tuple[str, QTensor]]:

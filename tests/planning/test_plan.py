@@ -13,8 +13,9 @@ import torch
 from qconv.core.architecture import Architecture
 from qconv.errors import RecipeError
 from qconv.models import architecture
-from qconv.planning.plan import BuildPlan, layer_modules, make_plan, topology_group_sizes, topology_problems
+from qconv.planning.plan import BuildPlan, layer_modules, make_plan
 from qconv.planning.recipe import parse_recipe
+from qconv.planning.topology import topology_group_sizes, topology_problems
 from tests.conftest import EXPERTS, FAMILIES, SIZES, small_recipe
 
 

@@ -11,8 +11,9 @@ from qconv.cli.quantize import plan_summary
 from qconv.core.architecture import Architecture
 from qconv.errors import RecipeError
 from qconv.models import architecture
-from qconv.planning.plan import BuildPlan, make_plan, topology_problems
+from qconv.planning.plan import BuildPlan, make_plan
 from qconv.planning.recipe import parse_recipe
+from qconv.planning.topology import topology_problems
 from tests.conftest import FAMILIES, SIZES
 
 KINDS: dict[str, tuple[str, int, str]] = {

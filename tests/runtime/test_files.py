@@ -17,7 +17,7 @@ import qconv
 from qconv.core.qtensor import Grid
 from qconv.errors import CheckpointError
 from qconv.formats import get_format, gptq
-from qconv.formats.w4a16 import unpack_rows
+from qconv.formats.packed import unpack_rows
 from qconv.runtime.dense import write_dense
 from qconv.runtime.files import open_files
 from qconv.runtime.packed import IntegerWeight
@@ -201,7 +201,7 @@ def test_groups_of_inputs_in_an_order_of_their_own(rtn_build: Path, tmp_path: Pa
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"down": {"bits": 8}}}, "the rule 'down'"),
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is"),
-        ({"config_groups": {}}, "config_groups is not exactly one group"),
+        ({"config_groups": {}}, "config_groups is no group that tells how linears are quantized"),
         ({"config_groups": {"a": {"weights": {"num_bits": 3, "strategy": "group"}}}}, "weights is 3-bit int"),
         ({"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "tensor"}}}}, "strategy is 'tensor'"),
     ],

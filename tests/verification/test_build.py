@@ -21,7 +21,7 @@ from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import CheckpointError, VerificationError
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.awq import unpack_words
-from qconv.formats.w4a16 import pack_rows
+from qconv.formats.packed import pack_rows
 from qconv.verification.build import verify
 from qconv.verification.checksums import build_files, parse_checksums, render_checksums
 from qconv.verification.floors import snr_floor_db

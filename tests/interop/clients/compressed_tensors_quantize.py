@@ -1,9 +1,9 @@
 """Round a checkpoint with compressed-tensors, several times. Arguments: MODEL CASES OUT.
 
 CASES is a JSON object of names and objects: ``scheme``, of compressed-tensors' own presets, ``weights``, what is
-different about its weights, ``ignore``, the list of exceptions. OUT/NAME becomes the build, OUT/NAME.dense a
-safetensors file of what compressed-tensors decompresses every quantized weight to, float32 [out_features, in_features],
-from float32 copies of the scales.
+different about its weights, ``ignore``, the list of exceptions, ``others``, further presets with what they target.
+OUT/NAME becomes the build, OUT/NAME.dense a safetensors file of what compressed-tensors decompresses every quantized
+weight to, float32 [out_features, in_features], from float32 copies of the scales.
 
 No model of transformers is made, which would fuse the experts: every projection of the checkpoint becomes a Linear.
 """
@@ -33,14 +33,24 @@ def main(source: str, cases: str, out: str) -> None:
         write(Path(source), Path(out) / name, **case)
 
 
-def write(source: Path, out: Path, scheme: str, weights: dict[str, Any], ignore: list[str]) -> None:
+def write(
+    source: Path,
+    out: Path,
+    scheme: str,
+    weights: dict[str, Any],
+    ignore: list[str],
+    others: dict[str, list[str]] | None = None,
+) -> None:
     tensors: dict[str, Tensor] = {}
     for shard in source.glob("*.safetensors"):
         tensors |= load_file(shard)
     tree = linears(tensors)
     preset = preset_name_to_scheme(scheme, ["Linear"])
     preset.weights = preset.weights.model_copy(update=weights)
-    apply_quantization_config(tree, QuantizationConfig(config_groups={"group_0": preset}, ignore=ignore))
+    groups = {"group_0": preset}
+    for number, (name, targets) in enumerate((others or {}).items(), 1):
+        groups[f"group_{number}"] = preset_name_to_scheme(name, targets)
+    apply_quantization_config(tree, QuantizationConfig(config_groups=groups, ignore=ignore))
     for module in tree.modules():
         if hasattr(module, "quantization_scheme"):
             calibrate(module)
