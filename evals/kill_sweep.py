@@ -53,6 +53,7 @@ IMPORTED = (
     "qconv.building.sensitivity_pipeline",
     "qconv.nightly.run",
     "qconv.building.pipeline",
+    "qconv.building.several_pipeline",
 )
 MOST_RESUMES = 3
 """Runs that a folder may take after its last kill; one is enough where nothing is wrong."""
@@ -103,7 +104,9 @@ def main(kills: int, only: Sequence[str], seed: int, work: Path) -> None:
     rows, console = [], Console()
     for number, one in enumerate(listed):
         share = kills // len(listed) + (number < kills % len(listed))
-        tally = sweep(one, share, work / one.name.replace(":", "-"), random.Random(f"{seed}/{one.name}"))
+        tally = sweep(
+            one, share, work / one.name.replace(":", "-").replace(" ", "-"), random.Random(f"{seed}/{one.name}")
+        )
         rows.append((one.name, tally))
         console.print(f"{one.name}: {tally.timed + tally.counted} kills, {len(tally.problems)} problems")
     _print(console, rows)
@@ -139,6 +142,11 @@ def commands(model: Path, work: Path) -> list[Command]:
         return ["nightly", str(config), "--date", NIGHT]
 
     groups = ("--group-size", "32")
+
+    def two_formats(out: Path) -> list[str]:
+        formats = ("--fmt", "gptq", "--fmt", "gguf:Q4_0")
+        return ["quantize", str(model), *formats, *TEXT, *groups, "--max-shard-size", "0.001", "-o", str(out)]
+
     return [
         quantize("awq", "--method", "awq", *TEXT, *groups),
         quantize("gptq", *TEXT, *groups),
@@ -148,6 +156,7 @@ def commands(model: Path, work: Path) -> list[Command]:
         quantize("fp8-static", *TEXT),
         quantize("gguf:Q8_0", "--max-shard-size", "0.001"),
         quantize("gguf:Q4_0", *TEXT, "--max-shard-size", "0.001"),
+        Command("two formats", two_formats),
         Command("imatrix", lambda out: ["imatrix", str(model), *TEXT, "-o", str(out)]),
         Command("sensitivity", lambda out: ["sensitivity", str(model), *TEXT, "-o", str(out)]),
         Command("eval run", evaluate, measured),

@@ -30,6 +30,7 @@ from qconv.folders.ownership import remove_claimed
 from qconv.folders.part import Part, key_of, own
 from qconv.folders.readings import SourceRecord
 from qconv.folders.state import FolderState
+from qconv.planning.plan import ACTIVATION_BYTES
 from qconv.verification.outcome import Progress
 
 
@@ -151,7 +152,7 @@ class _Run:
             needed += target.needed(mine, self.work)
             looks = looks or target.looks_again(mine)
         if looks and tokens is not None and self.settings is not None:
-            row = self.source.architecture.hidden_size * (2 + 2 + 2 + 4)
+            row = self.source.architecture.hidden_size * ACTIVATION_BYTES
             present = sum(file.stat().st_size for file in self.work.glob("*.bin"))
             needed += max(0, self.settings.streams * tokens.ids.numel() * row - present)
         return needed

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from rich import box
@@ -140,3 +142,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def costs(start: float) -> dict[str, float]:
+    """What a command has cost since ``start``, of ``time.monotonic``: its peak memory in bytes, and seconds."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_memory_bytes": peak, "seconds": round(time.monotonic() - start, 2)}
+
+
+def print_costs(values: Mapping[str, Any]) -> None:
+    """Print what :func:`costs` gave."""
+    say(stdout(), f"peak memory  {size(values['peak_memory_bytes'])}")
+    say(stdout(), f"time         {duration(values['seconds'])}")

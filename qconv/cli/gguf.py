@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconv.cli.console import bits, duration, print_json, print_table, say, shape, size, stdout
+from qconv.cli.console import bits, costs, print_costs, print_json, print_table, say, shape, size, stdout
 from qconv.cli.progress import reporting
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qconv.building.output import Outcome
     from qconv.formats.gguf.reader import GgufModel
+    from qconv.planning.gguf_outline import Outline
     from qconv.planning.gguf_recipe import GgufRecipe
 
 _SHOWN_VALUES = 64
@@ -47,10 +48,20 @@ def quantize(
             progress=reporter.progress,
             log=reporter.log,
         )
-    report = outcome.report
+    result = build_values(outcome) | costs(start)
+    if as_json:
+        print_json(result)
+    else:
+        print_build(result)
+        print_costs(result)
+
+
+def build_values(outcome: Outcome) -> dict[str, Any]:
+    """What a finished run says of its build."""
+    out, report = outcome.out, outcome.report
     figures = {name: one["snr_db"] for name, one in report["tensors"].items() if one["snr_db"] is not None}
     worst = min(figures, key=lambda name: figures[name], default=None)
-    result = {
+    return {
         "path": str(out),
         "already_complete": outcome.already_complete,
         "format": report["format"],
@@ -62,16 +73,11 @@ def quantize(
         "method": report.get("method", "rtn"),
         "imatrix": report["imatrix"],
         "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "seconds": round(time.monotonic() - start, 2),
     }
-    if as_json:
-        print_json(result)
-    else:
-        _print_build(result)
 
 
-def _print_build(result: Mapping[str, Any]) -> None:
+def print_build(result: Mapping[str, Any]) -> None:
+    """Print what :func:`build_values` gave."""
     console = stdout()
     done = "already complete; nothing to do" if result["already_complete"] else "done, read back and checked"
     say(console, f"{result['path']}: {done}")
@@ -84,8 +90,6 @@ def _print_build(result: Mapping[str, Any]) -> None:
         _print_imatrix(result["imatrix"])
     if result["least_snr"] is not None:
         say(console, f"least SNR    {result['least_snr']['snr_db']:.1f} dB, {result['least_snr']['tensor']}")
-    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
-    say(console, f"time         {duration(result['seconds'])}")
 
 
 def _print_imatrix(imatrix: Mapping[str, Any]) -> None:
@@ -111,18 +115,32 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
     from qconv.planning.gguf_outline import outline
 
     planned = outline(resolve_model(model, weights=False), recipe)
+    if as_json:
+        print_json(plan_values(planned))
+    else:
+        print_plan(planned, recipe)
+
+
+def plan_values(planned: Outline) -> dict[str, Any]:
+    """What a build would hold."""
     infos = planned.tensors
     numel, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
-    if as_json:
-        values: dict[str, Any] = {"parameters": numel, "output_bytes": nbytes, "bits_per_weight": 8.0 * nbytes / numel}
-        values["notices"] = planned.notices
-        tensors = [
-            {"name": info.name, "type": info.type.name, "shape": list(info.shape), "bytes": info.nbytes}
-            for info in infos
-        ]
-        print_json({**values, "tensors": tensors})
-        return
-    console = stdout()
+    tensors = [
+        {"name": info.name, "type": info.type.name, "shape": list(info.shape), "bytes": info.nbytes} for info in infos
+    ]
+    return {
+        "parameters": numel,
+        "output_bytes": nbytes,
+        "bits_per_weight": 8.0 * nbytes / numel,
+        "notices": planned.notices,
+        "tensors": tensors,
+    }
+
+
+def print_plan(planned: Outline, recipe: GgufRecipe) -> None:
+    """Print it by type."""
+    console, infos = stdout(), planned.tensors
+    numel, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     _print_types(console, [(info.type.name, math.prod(info.shape), info.nbytes) for info in infos])
     say(console, "")
     say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,9 +31,13 @@ _RECIPE_OPTIONS = (
     click.option(
         "--fmt",
         metavar="NAME",
-        help=f"A packaged recipe: {', '.join(packaged_recipes())}; or gguf:TYPE for llama.cpp, such as gguf:Q4_K_M.",
+        multiple=True,
+        help=f"A packaged recipe: {', '.join(packaged_recipes())}; or gguf:TYPE for llama.cpp, such as gguf:Q4_K_M. "
+        "Repeatable, also with --recipe: several builds of one calibration.",
     ),
-    click.option("--recipe", metavar="FILE", help="A recipe: a YAML file or a packaged recipe's name."),
+    click.option(
+        "--recipe", metavar="FILE", multiple=True, help="A recipe: a YAML file or a packaged recipe's name; repeatable."
+    ),
     click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
     click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."),
     click.option("--tokens", type=COUNT, help="Calibration tokens."),
@@ -113,6 +117,17 @@ class RecipeOptions:
     imatrix: Sequence[str]
     tensor_type: Sequence[str]
 
+    @classmethod
+    def named(cls, fmt: str | None, recipe: str | None) -> RecipeOptions:
+        """A recipe by name and nothing else."""
+        empty: dict[str, Any] = {"Sequence[str]": (), "bool": False}
+        absent: dict[str, Any] = {one.name: empty.get(str(one.type)) for one in fields(cls)}
+        return cls(**absent | {"fmt": fmt, "recipe": recipe})
+
+    def calibrates(self, has_text: bool) -> bool:
+        """Whether these options, or text in the recipe, let layers of a GGUF build be looked at."""
+        return bool(self.calib or self.tokens or rounding_of(steps(self.method)) is not None or has_text)
+
     def gguf(self) -> GgufRecipe | None:
         """The recipe of a GGUF build, where these options name one; ``--tensor-type`` goes before its own rules.
 
@@ -141,7 +156,7 @@ class RecipeOptions:
         for name in ("group_size", "skip", "rule"):
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
-        if not (self.calib or self.tokens or rounding_of(steps(self.method)) is not None or values.get("calibration")):
+        if not self.calibrates(bool(values.get("calibration"))):
             for name in ("routing", "no_propagate", "propagate", "refine"):
                 if getattr(self, name):
                     raise UsageError(

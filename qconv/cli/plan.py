@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,14 @@ import click
 from qconv.cli import gguf
 from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
 from qconv.cli.numbers import COUNT
-from qconv.cli.options import RecipeOptions, json_option, model_argument, recipe_options
+from qconv.cli.options import json_option, model_argument, recipe_options
+from qconv.cli.several import Builds, is_several, several, single
 from qconv.errors import UsageError
+from qconv.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.planning.estimate import Estimate
+    from qconv.planning.plan import Costs
 
 _TOPOLOGY_FAILS = 1
 
@@ -27,35 +30,91 @@ _TOPOLOGY_FAILS = 1
 @click.option("--tp", type=COUNT, metavar="N", help="Check a tensor-parallel serving topology.")
 @click.option("--units", is_flag=True, help="A row for each unit of work: embeddings, each layer, head.")
 @json_option
-def command(model: str, tp: int | None, units: bool, as_json: bool, **options: Any) -> int:
+def command(
+    model: str,
+    tp: int | None,
+    units: bool,
+    as_json: bool,
+    fmt: Sequence[str],
+    recipe: Sequence[str],
+    **options: Any,
+) -> int:
     """Show what quantizing MODEL, a folder or a Hub id, will make and take.
 
     Needs config.json alone, and looks at the index where there is one: no shard has to be there. Exits with 1 if the
-    build does not fit the topology of --tp.
+    build does not fit the topology of --tp. With several --fmt or --recipe each build is shown, then what they share.
     """
-    given = RecipeOptions(**options)
+    if is_several(fmt, recipe):
+        return _plan_several(model, several(fmt, recipe, options), tp, units, as_json)
+    given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
         if tp is not None:
             raise UsageError("--tp: has no meaning for GGUF.")
         gguf.plan(model, gguf_recipe, as_json)
         return 0
-    recipe = given.load()
+    loaded = given.load()
     from qconv.checkpoint.hub import resolve_model
     from qconv.planning.estimate import estimate
-    from qconv.planning.topology import topology_group_sizes, topology_problems
 
-    result = estimate(resolve_model(model, weights=False), recipe)
-    problems = [] if tp is None else topology_problems(result.plan, tp)
-    sizes = topology_group_sizes(result.plan, tp) if problems and tp is not None else []
+    result = estimate(resolve_model(model, weights=False), loaded)
+    topology = _topology(result, tp)
     if as_json:
-        topology = {"tp": tp, "topology_problems": problems, "topology_group_sizes": sizes}
         print_json({**_values(result, units), **topology})
     else:
         _print(result, units)
-        if tp is not None:
-            _print_topology(tp, problems, sizes)
-    return _TOPOLOGY_FAILS if problems else 0
+        _print_costs(result.costs)
+        _print_topology(topology)
+    return _TOPOLOGY_FAILS if topology["topology_problems"] else 0
+
+
+def _plan_several(model: str, builds: Builds, tp: int | None, units: bool, as_json: bool) -> int:
+    from qconv.checkpoint.hub import resolve_model
+    from qconv.planning.gguf_outline import outline
+    from qconv.planning.several import estimates
+
+    folder = resolve_model(model, weights=False)
+    planned, costs = estimates(folder, builds)
+    topologies = {name: _topology(result, tp) for name, result in planned.items()}
+    outlines = {name: outline(folder, one) for name, one in builds.items() if not isinstance(one, Recipe)}
+    fails = any(one["topology_problems"] for one in topologies.values())
+    shown: dict[str, dict[str, Any]] = {
+        name: gguf.plan_values(outlines[name])
+        if name in outlines
+        else {**_values(planned[name], units), **topologies[name]}
+        for name in builds
+    }
+    total = sum(one["output_bytes"] for one in shown.values())
+    if as_json:
+        common = {
+            "output_bytes": total,
+            "modelled_peak_memory_bytes": costs.memory,
+            "modelled_scratch_bytes": costs.scratch,
+            "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        }
+        print_json({"builds": shown, **common})
+        return _TOPOLOGY_FAILS if fails else 0
+    console = stdout()
+    for name, one in builds.items():
+        say(console, f"{name}/", style="bold")
+        if isinstance(one, Recipe):
+            _print(planned[name], units)
+            _print_topology(topologies[name])
+        else:
+            gguf.print_plan(outlines[name], one)
+        say(console, "")
+    say(console, f"all together {size(total)} in {len(builds)} folders")
+    _print_costs(costs)
+    return _TOPOLOGY_FAILS if fails else 0
+
+
+def _topology(result: Estimate, tp: int | None) -> dict[str, Any]:
+    """Whether a build fits a serving topology, if one is asked for, and the group sizes that would."""
+    from qconv.planning.topology import topology_group_sizes, topology_problems
+
+    problems = [] if tp is None else topology_problems(result.plan, tp)
+    sizes = topology_group_sizes(result.plan, tp) if problems and tp is not None else []
+    return {"tp": tp, "topology_problems": problems, "topology_group_sizes": sizes}
 
 
 def _values(result: Estimate, units: bool) -> dict[str, Any]:
@@ -128,15 +187,23 @@ def _print(result: Estimate, units: bool) -> None:
         f"output       {size(result.output_bytes)} in {result.shards} shards of format {plan.format.name}, "
         f"{bits(result.bits_per_weight)} bits per weight",
     )
-    say(console, f"peak memory  {size(result.costs.memory)} (modelled)")
-    say(console, f"scratch disk {size(result.costs.scratch)} (modelled), besides the output")
+
+
+def _print_costs(costs: Costs) -> None:
+    console = stdout()
+    if costs.memory:
+        say(console, f"peak memory  {size(costs.memory)} (modelled)")
+    say(console, f"scratch disk {size(costs.scratch)} (modelled), besides the output")
     say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
 
 
-def _print_topology(ranks: int, problems: Sequence[str], sizes: Sequence[int]) -> None:
+def _print_topology(topology: Mapping[str, Any]) -> None:
     from qconv.planning.fitting import shown_sizes
 
     console = stdout()
+    ranks, problems, sizes = (topology[key] for key in ("tp", "topology_problems", "topology_group_sizes"))
+    if ranks is None:
+        return
     if not problems:
         say(console, f"topology     tensor parallel {ranks} can hold the build")
         return

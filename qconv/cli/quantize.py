@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qconv.cli import gguf
-from qconv.cli.console import duration, print_json, say, size, stdout
+from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.numbers import THREADS
-from qconv.cli.options import RecipeOptions, json_option, model_argument, out_option, recipe_options
+from qconv.cli.options import json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
+from qconv.cli.several import Builds, is_several, several, single
 
 if TYPE_CHECKING:
+    from qconv.building.output import Outcome
     from qconv.planning.plan import BuildPlan
 
 
@@ -31,17 +33,32 @@ if TYPE_CHECKING:
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
 @json_option
-def command(model: str, out: Path, restart: bool, threads: int | None, as_json: bool, **options: Any) -> None:
+def command(
+    model: str,
+    out: Path,
+    restart: bool,
+    threads: int | None,
+    as_json: bool,
+    fmt: Sequence[str],
+    recipe: Sequence[str],
+    **options: Any,
+) -> None:
     """Quantize MODEL, a folder or a Hub id, into a folder that engines load.
 
     Works layer by layer. Interrupted or killed at any moment, the same command continues and ends with the same bytes.
+    With several --fmt or --recipe each build gets a folder in OUT, and all come from one calibration, whose layers see
+    the outputs of unquantized ones.
     """
-    given = RecipeOptions(**options)
+    if is_several(fmt, recipe):
+        builds = several(fmt, recipe, options)
+        _quantize_several(model, out, builds, restart=restart, threads=threads, as_json=as_json)
+        return
+    given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
         gguf.quantize(model, out, gguf_recipe, restart=restart, threads=threads, as_json=as_json)
         return
-    recipe = given.load()
+    loaded = given.load()
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
@@ -52,24 +69,60 @@ def command(model: str, out: Path, restart: bool, threads: int | None, as_json: 
 
         folder = resolve_model(model)
         source = Source.open(folder)
-        plan = make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype)
+        plan = make_plan(source.architecture, loaded, lambda name: source.checkpoint.entry(name).dtype)
         reporter.log(f"plan: {plan_summary(plan)}")
         outcome = quantize(
-            folder, out, recipe, restart=restart, threads=threads, progress=reporter.progress, log=reporter.log
+            folder, out, loaded, restart=restart, threads=threads, progress=reporter.progress, log=reporter.log
         )
-    result = {
-        "path": str(out),
-        "already_complete": outcome.already_complete,
-        "renewed": outcome.renewed,
-        "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
-        "seconds": round(time.monotonic() - start, 2),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **results(outcome.report),
-    }
+    result = _values(outcome) | costs(start)
     if as_json:
         print_json(result)
     else:
         _print(result)
+        print_costs(result)
+
+
+def _quantize_several(
+    model: str, out: Path, builds: Builds, *, restart: bool, threads: int | None, as_json: bool
+) -> None:
+    start = time.monotonic()
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
+        reporter.log(f"{model}: reading")
+        from qconv.building.several_pipeline import quantize_several
+        from qconv.checkpoint.hub import resolve_model
+
+        outcomes = quantize_several(
+            resolve_model(model),
+            out,
+            builds,
+            restart=restart,
+            threads=threads,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
+    made = {
+        name: gguf.build_values(outcome) if str(outcome.report["format"]).startswith("gguf:") else _values(outcome)
+        for name, outcome in outcomes.items()
+    }
+    result: dict[str, Any] = {"path": str(out), "builds": made, **costs(start)}
+    if as_json:
+        print_json(result)
+        return
+    for values in made.values():
+        (_print if "quantized_bits_per_weight" in values else gguf.print_build)(values)
+        say(stdout(), "")
+    print_costs(result)
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    """What a finished run says of its build."""
+    return {
+        "path": str(outcome.out),
+        "already_complete": outcome.already_complete,
+        "renewed": outcome.renewed,
+        "bytes": sum(file.stat().st_size for file in outcome.out.rglob("*") if file.is_file()),
+        **results(outcome.report),
+    }
 
 
 def plan_summary(plan: BuildPlan) -> str:
@@ -131,5 +184,3 @@ def _print(result: dict[str, Any]) -> None:
         say(console, f"searches     {result['searches_kept_rtn']} of {result['searches']} kept plain rounding")
     if result["degenerate"]:
         say(console, f"degenerate   {result['degenerate']} modules with little to go by; qconv-report.json names them")
-    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
-    say(console, f"time         {duration(result['seconds'])}")

@@ -26,6 +26,8 @@ from qconv.planning.schemes import LinearScheme, in_full, in_words, resolve
 Module = Linear | Norm
 DtypeOf = Callable[[str], torch.dtype]
 """The stored dtype of a source tensor by name."""
+ACTIVATION_BYTES = 2 + 2 + 2 + 4
+"""On disk for each token and channel: a layer's inputs, its middle, the next one's inputs, and the running output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
     mlp = max(sum(one.numel for one in mlp.linears()) for layer in layers for mlp in layer.mlps())
     widest = max((linear.in_features for linear in plan.quantized), default=0)
     window = 4 * 16384 * (hidden + 2 * widest)
-    scratch = tokens * hidden * (2 + 2 + 2 + 4) * plan.recipe.calibration.streams
+    scratch = tokens * hidden * ACTIVATION_BYTES * plan.recipe.calibration.streams
     working = 4 * 4 * max(attention, mlp)
     if any(scheme.rounding is not None for scheme in plan.schemes.values()):
         working = max(

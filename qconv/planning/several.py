@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from qconv.checkpoint.reader import read_json
 from qconv.core.settings import CalibrationSettings, TextSettings
 from qconv.errors import UsageError
 from qconv.formats import get_format
+from qconv.models import architecture
+from qconv.planning.estimate import Estimate, estimate
 from qconv.planning.gguf_recipe import GgufCalibrationSettings, GgufRecipe
+from qconv.planning.plan import ACTIVATION_BYTES, Costs
 from qconv.planning.recipe import Recipe
 
 OF_MATCHED = ("propagate", "matched_strength")
@@ -27,6 +32,33 @@ def unquantized(recipe: Recipe | GgufRecipe) -> Recipe | GgufRecipe:
         return recipe
     calibration = recipe.calibration.model_copy(update={"propagate": False})
     return recipe.model_copy(update={"calibration": calibration})
+
+
+def estimates(folder: Path, builds: Mapping[str, Recipe | GgufRecipe]) -> tuple[dict[str, Estimate], Costs]:
+    """Several builds of the model in a folder as they are planned together, and what they cost together.
+
+    Each layer is held once, with what the most demanding build needs of it; activations are there once.
+
+    Raises:
+        UsageError: they do not agree in their calibration.
+        QconvError: as :func:`qconv.planning.estimate.estimate`.
+    """
+    looks: dict[str, tuple[CalibrationSettings | None, bool]] = {}
+    found: dict[str, Estimate] = {}
+    for name, given in builds.items():
+        recipe = unquantized(given)
+        if isinstance(recipe, GgufRecipe):
+            calibrated = recipe.is_calibrated
+            looks[name] = recipe.calibrated().calibration if calibrated else recipe.calibration, calibrated
+        else:
+            found[name] = estimate(folder, recipe)
+            needed = found[name].plan.needs_calibration
+            looks[name] = recipe.calibration if needed else None, needed
+    require_agreement(looks)
+    hidden = architecture(read_json(folder / "config.json")).hidden_size
+    tokens = max((settings.tokens for settings, _ in looks.values() if settings is not None), default=0)
+    memory = max((one.costs.memory for one in found.values()), default=0)
+    return found, Costs(memory, tokens * hidden * ACTIVATION_BYTES)
 
 
 def require_agreement(looks: Mapping[str, tuple[CalibrationSettings | None, bool]]) -> None:

@@ -99,7 +99,6 @@ def test_the_plan_of_the_480b_is_the_size_that_its_users_know(invoke: Invoke, tm
         (("--fmt", "gguf:Q8_0", "--method", "awq"), "method: awq is no method of a GGUF build"),
         (("--fmt", "gguf:Q8_0", "--no-propagate"), "--no-propagate: has no meaning"),
         (("--fmt", "gguf:Q8_0", "--refine", "2"), "--refine: has no meaning"),
-        (("--fmt", "gguf:Q8_0", "--recipe", "awq"), "--fmt and --recipe both name a recipe"),
         (("--fmt", "gguf:Q8_0", "--tensor-type", "ffn_down"), "--tensor-type: 'ffn_down' is not PATTERN=TYPE"),
         (("--fmt", "gguf:Q8_0", "--tensor-type", "attn_q=IQ1_S"), "IQ1_S has no encoder in qconv"),
     ],
