@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 GGUF = "gguf"
 COMPENSATED_BY_TEXT = ("fp8", "fp8_dynamic")
 """Formats that are rounded to nearest unless there is calibration text."""
+OF_SAFETENSORS = ("group_size", "skip", "rule")
+OF_GGUF = ("imatrix", "tensor_type")
+"""Options that have no meaning for the others."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -153,7 +156,7 @@ class RecipeOptions:
                 return None
         else:
             return None
-        for name in ("group_size", "skip", "rule"):
+        for name in OF_SAFETENSORS:
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: has no meaning with {said}.")
         if not self.calibrates(bool(values.get("calibration"))):
@@ -183,7 +186,7 @@ class RecipeOptions:
             RecipeError: the recipe does not parse, or a value does not fit.
         """
         source = self._source()
-        for name in ("imatrix", "tensor_type"):
+        for name in OF_GGUF:
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: is for --fmt gguf:TYPE and recipes of format gguf.")
         overrides = self._shared_overrides() | {"grid.group_size": self.group_size}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconv.cli.options import RecipeOptions
+from qconv.cli.options import OF_GGUF, OF_SAFETENSORS, RecipeOptions
 from qconv.errors import UsageError
 from qconv.planning.recipe import Recipe
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Builds = dict[str, "Recipe | GgufRecipe"]
 
-_OF_SAFETENSORS = ("group_size", "skip")
-_OF_GGUF = ("imatrix", "tensor_type")
 _OF_CALIBRATION = ("routing", "no_propagate", "propagate")
 
 
@@ -75,12 +73,12 @@ def _recipe(options: RecipeOptions) -> tuple[Recipe | GgufRecipe, set[str]]:
     bare = RecipeOptions.named(options.fmt, options.recipe)
     plain = bare.gguf()
     if plain is None:
-        kept, left_out = _without(options, _OF_GGUF)
+        kept, left_out = _without(options, OF_GGUF)
         if kept.refine is not None and replace(kept, refine=None).load().rounding is None:
             kept, more = _without(kept, ("refine",))
             left_out |= more
         return kept.load(), left_out
-    kept, left_out = _without(options, _OF_SAFETENSORS)
+    kept, left_out = _without(options, OF_SAFETENSORS)
     if not kept.calibrates(plain.calibration is not None):
         kept, more = _without(kept, (*_OF_CALIBRATION, "refine"))
         left_out |= more
