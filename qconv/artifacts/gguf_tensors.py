@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from qconv.artifacts.source import Source
+from qconv.artifacts.folded import Weights
 from qconv.errors import UsageError
 from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.names import GgufTensor, permute_heads
@@ -60,12 +60,12 @@ def encoder(type: GGMLQuantizationType) -> GgmlType:
 
 
 def encoded(
-    source: Source, tensor: GgufTensor, type: GGMLQuantizationType, importance: Importance = uniform
+    source: Weights, tensor: GgufTensor, type: GGMLQuantizationType, importance: Importance = uniform
 ) -> Iterator[Tensor]:
     """A tensor's bytes in file order, uint8, a block of rows at a time; of merged experts one after the other.
 
     Args:
-        source: The checkpoint.
+        source: The checkpoint, or what folding makes of it.
         tensor: Which tensor.
         type: What it becomes.
         importance: The importance of its columns.
@@ -80,7 +80,7 @@ def encoded(
 
 
 def weighted_blocks(
-    source: Source, tensor: GgufTensor, importance: Importance
+    source: Weights, tensor: GgufTensor, importance: Importance
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """A tensor's rows in file order: the number of the part, [rows, columns], the importance of their columns.
 
@@ -94,7 +94,7 @@ def weighted_blocks(
             yield part, block.reshape(-1, tensor.columns), weights
 
 
-def parts(source: Source, tensor: GgufTensor) -> Iterator[Iterator[Tensor] | Sequence[Tensor]]:
+def parts(source: Weights, tensor: GgufTensor) -> Iterator[Iterator[Tensor] | Sequence[Tensor]]:
     """Each source tensor as blocks of rows. A permuted one is read whole: its rows come from everywhere."""
     if tensor.constant:
         yield [torch.tensor(tensor.constant)]

@@ -99,14 +99,19 @@ def gguf_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
 
 
+FOLDED_SCALES = "folded-scales.safetensors"
+"""The file of the scales that were folded into a GGUF model, beside it: a tensor for each producer."""
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a model on disk is GGUF: such a file, or a folder of such files without weights in safetensors.
 
-    A config.json may lie beside them, as many repositories have it.
+    A config.json may lie beside them, as many repositories have it, and :data:`FOLDED_SCALES`, which are no weights.
     """
     if not path.is_dir():
         return is_gguf_file(path)
-    return bool(gguf_files(path)) and not any(path.glob("*.safetensors")) and not _has_index(path)
+    weights = any(file.name != FOLDED_SCALES for file in path.glob("*.safetensors"))
+    return bool(gguf_files(path)) and not weights and not _has_index(path)
 
 
 def _has_index(folder: Path) -> bool:

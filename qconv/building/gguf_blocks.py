@@ -30,7 +30,8 @@ class Block:
     Attributes:
         name: Of the tensor.
         type: Its type.
-        rows: As the source has them, [rows, columns].
+        rows: What they stand for, [rows, columns]: as the source has them, or after folding.
+        stored: As the source has them, the same shape.
         importance: Of their columns, float [columns], or None.
         ready: Their blocks where calibration has made them, uint8 [rows, bytes of a row]; else None.
     """
@@ -38,6 +39,7 @@ class Block:
     name: str
     type: GGMLQuantizationType
     rows: Tensor
+    stored: Tensor
     importance: Tensor | None
     ready: Tensor | None
 
@@ -87,5 +89,5 @@ def encoded_block(block: Block) -> Encoded:
 
 def block_checksum(block: Block) -> int:
     """CRC-32 of the rows as they are stored."""
-    rows = block.rows.contiguous().view(-1).view(torch.uint8)
+    rows = block.stored.contiguous().view(-1).view(torch.uint8)
     return zlib.crc32(rows.numpy().data) if rows.numel() else 0

@@ -85,6 +85,7 @@ def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, Te
             importance=importance,
             overrides=recipe.overrides,
             max_split_size=recipe.output.max_shard_size,
+            folded=recipe.searches_scales,
         )
 
     text: TextSettings | None = recipe.calibrated().calibration if recipe.is_calibrated else recipe.calibration

@@ -17,8 +17,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from qconv.artifacts.folded import Weights
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.artifacts.source import Source
+from qconv.building.gguf_folds import FoldedLayers
 from qconv.building.target import PackedModule
 from qconv.calibration.imatrix import LayerSums, blocks_key, layer_weights, read_for, require_kept, sums_key
 from qconv.calibration.layer import Finished, LayerBuild
@@ -37,6 +39,9 @@ from qconv.formats.gguf.names import GgufTensor, permute_heads
 from qconv.grids.blocks import BlockGrid, BlockTensor
 from qconv.planning.gguf_plan import GgufPlan
 from qconv.planning.recipe import Recipe
+
+_SCALES = "scales"
+"""The key, within what the journal holds of a layer, of its scales."""
 
 
 class StagedLayers:
@@ -63,6 +68,7 @@ class StagedLayers:
         self.sums = sums
         self.part = part
         self.workers = workers
+        self.folds = FoldedLayers(source, part) if any("awq" in method for method in recipe.methods) else None
         self.done = 0
         self._plan = plan
         self._recipe = recipe
@@ -142,18 +148,32 @@ class StagedLayers:
         read = checksum(self.source.checkpoint, read_for(self.source, layer), self.workers)
         self.part.note(sums_key(layer), self.sums.keep(layer, made.squares))
         report = {"experts": made.report.experts, "compensations": made.report.compensations}
+        if self.folds is not None:
+            values = {**values, _SCALES: self.folds.keep(layer, made.scales)}
+            report["searches"] = made.report.searches
         self.part.commit(blocks_key(layer), {**values, READ: read, "report": report})
+
+    def scales(self) -> dict[str, Mapping[str, Any]]:
+        """What the journal holds of each calibrated layer's scales, by its number."""
+        units = self.part.units
+        kept = (layer for layer in self.sums.layers if blocks_key(layer) in units)
+        return {str(layer.index): units[blocks_key(layer)][_SCALES] for layer in kept}
+
+    def weights(self) -> Weights:
+        """The model that the blocks stand for: the source, or what folding makes of it."""
+        return self.source if self.folds is None else self.folds.folded(self.scales())
 
     def path(self, layer: Layer) -> Path:
         """Of a layer's blocks."""
         return self.part.scratch(f"{blocks_key(layer)}.safetensors")
 
     def _needed(self, file: FileLayout) -> set[int]:
-        """The layers of which a file that is not committed holds calibrated tensors."""
+        """The layers that decide what a file holds that is not committed: of calibrated tensors, or of folded ones."""
         if file.name in self.part.units:
             return set()
         tensors = (self._plan.tensors[info.name] for info in file.tensors)
-        return {tensor.layer for tensor in tensors if tensor.layer is not None and self.holds(tensor)}
+        folds = self.folds is not None
+        return {tensor.layer for tensor in tensors if tensor.layer is not None and (folds or self.holds(tensor))}
 
     def _spec(self, linear: Linear) -> TensorSpec:
         nbytes = self._grids[linear.weight].type.row_bytes(linear.in_features)

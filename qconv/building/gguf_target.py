@@ -23,6 +23,7 @@ from torch import Tensor
 from qconv import __version__
 from qconv.artifacts.gguf_tensors import Importance, importance_of, uniform, weighted_blocks
 from qconv.artifacts.source import Source
+from qconv.boundary.content import FOLDED_SCALES
 from qconv.building.collecting import Collecting, unquantized
 from qconv.building.completion import already_complete
 from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, encoded_block
@@ -88,6 +89,11 @@ class GgufTarget:
         return self.recipe.is_calibrated
 
     @property
+    def folds(self) -> bool:
+        """Whether scales are folded into layers."""
+        return self.recipe.searches_scales
+
+    @property
     def calibration(self) -> CalibrationSettings | None:
         """How layers are looked at, if they are: unquantized ones, where an importance matrix is all that is asked."""
         if self.calibrates:
@@ -99,8 +105,9 @@ class GgufTarget:
         return math.inf
 
     def files(self) -> list[str]:
-        """The importance matrix, if one is collected, and the files of the model."""
-        return [*([] if self.text is None else [IMATRIX_NAME]), *(file.name for file in self.plan.files)]
+        """The importance matrix and the folded scales, if there are any, and the files of the model."""
+        beside = [name for name, made in ((IMATRIX_NAME, self.text is not None), (FOLDED_SCALES, self.folds)) if made]
+        return [*beside, *(file.name for file in self.plan.files)]
 
     def names(self) -> list[str]:
         """Every file that gets a name."""
@@ -167,12 +174,17 @@ class GgufTarget:
             columns: The importance of their columns.
             staged: Has the blocks that calibration has made, if it has.
         """
+        folded = self.source if staged is None else staged.weights()
         for info in file.tensors:
             tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
             importance = columns if tensor.quantizable else uniform
             ready = Ready.of(staged, tensor)
-            for part, rows, weights in weighted_blocks(self.source, tensor, importance):
-                yield Block(tensor.name, type, rows, weights, None if ready is None else ready.take(part, len(rows)))
+            stored = weighted_blocks(self.source, tensor, importance)
+            wanted = stored if staged is None or not self.folds else weighted_blocks(folded, tensor, importance)
+            for part, rows, weights in wanted:
+                source = rows if wanted is stored else next(stored)[1]
+                blocks = None if ready is None else ready.take(part, len(rows))
+                yield Block(tensor.name, type, rows, source, weights, blocks)
 
 
 class GgufBuilder:
@@ -251,7 +263,10 @@ class GgufBuilder:
         self._write_ready()
 
     def after_layers(self) -> None:
-        """The importance matrix of what was seen, and the files that needed it."""
+        """The importance matrix of what was seen, and the files that needed it; the scales that were folded."""
+        if self.staged is not None and self.staged.folds is not None:
+            self.staged.folds.merge(self.out, self.staged.scales())
+            require_published(self.out / FOLDED_SCALES, self.part.units[FOLDED_SCALES]["size"])
         if self.sums is not None:
             matrix = self.sums.merge(self.out)
             require_published(self.out / IMATRIX_NAME, self.part.units[IMATRIX_NAME]["size"])
@@ -350,7 +365,7 @@ class GgufBuilder:
             "format": f"gguf:{plan.file_type}",
             "fingerprints": lasting(self.belongs),
             "recipe": self.target.recipe.model_dump(mode="json"),
-            "method": self.target.recipe.rounding or "rtn",
+            "method": "+".join(self.target.recipe.method_steps),
             "imatrix": self._imatrix_values(),
             "parameters": sum(tensor.numel for tensor in plan.tensors.values()),
             "bits_per_weight": round(plan.bits_per_weight, 4),

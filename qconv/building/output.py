@@ -15,6 +15,7 @@ from typing import Any
 
 from qconv.artifacts.build import SCALES_FOLDER, scales_path, with_both_spellings
 from qconv.artifacts.source import COMPANION_PATTERNS, Source, is_companion
+from qconv.boundary.content import FOLDED_SCALES
 from qconv.boundary.printable import name_of
 from qconv.building.report import Report
 from qconv.chat.files import ADDITIONAL_FOLDER
@@ -30,9 +31,8 @@ from qconv.verification.checksums import parse_checksums
 
 _LONGEST_NAME = 255
 """Bytes; of every common file system on Linux."""
-_FIXED_NAMES = frozenset(
-    {INDEX_NAME, "config.json", "README.md", REPORT_NAME, CHECKSUMS_NAME, "imatrix.gguf", "sensitivity.safetensors"}
-)
+_COLLECTED_NAMES = {"imatrix.gguf", "sensitivity.safetensors", FOLDED_SCALES}
+_FIXED_NAMES = frozenset({INDEX_NAME, "config.json", "README.md", REPORT_NAME, CHECKSUMS_NAME, *_COLLECTED_NAMES})
 _NUMBERED_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + SCALES_FOLDER + r"/layer-\d{5}\.safetensors")
 
 

@@ -18,7 +18,7 @@ from qconv.core.settings import MOST_MOVED, ClipSettings
 from qconv.grids import e4m3, integers
 from qconv.grids.elements import E4M3Grid, IntegerGrid
 from qconv.methods import awq, get_rounding, gptq, rounding_of
-from qconv.methods.compensated.problem import Problem
+from qconv.methods.compensated.problem import SCALE_EXPONENT, Problem
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme
 
@@ -57,7 +57,7 @@ class Scheme(Protocol):
         """The weight by plain rounding."""
 
     def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
-        """By plain rounding with the clipping ranges that cost least, or None where none are searched.
+        """By plain rounding with the ranges that cost least, or None where none are searched.
 
         Args:
             weight: float32 [out_features, in_features].
@@ -210,8 +210,12 @@ class FittedScheme:
         return rounded
 
     def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
-        """None: the grid's own search has found the range."""
-        return None
+        """By the grid's own search, each column counting the root of its inputs' mean square."""
+        squares = gram.diagonal(dim1=1, dim2=2).flatten()
+        if not bool((squares > 0.0).any()):
+            return None
+        found: Packed = self.grid.encode(weight, squares.pow(SCALE_EXPONENT))
+        return found
 
     def gram_width(self, in_features: int) -> int:
         """See :class:`Scheme`. The squares of the inputs alone, for an importance matrix."""

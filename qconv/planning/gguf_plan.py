@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
 
 from qconv.artifacts.gguf_tensors import Importance, encoded, encoder, uniform
 from qconv.artifacts.source import Source
 from qconv.boundary.patterns import Pattern
 from qconv.checkpoint.writer import ShardRecord
 from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
-from qconv.formats.gguf.metadata import model_metadata
+from qconv.formats.gguf.metadata import FOLDED, model_metadata
 from qconv.formats.gguf.mixture import file_type_id, fitted, tensor_types
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.rope import rope_of
@@ -65,6 +65,7 @@ def plan_gguf(
     importance: bool = False,
     overrides: Sequence[tuple[Pattern, GGMLQuantizationType]] = (),
     max_split_size: int = DEFAULT_SPLIT_SIZE,
+    folded: bool = False,
 ) -> GgufPlan:
     """Plan a build.
 
@@ -75,6 +76,7 @@ def plan_gguf(
         importance: Whether there is an imatrix.
         overrides: Types by pattern of a tensor's name, before the file type's own.
         max_split_size: Bytes of tensors in one file.
+        folded: Whether scales are folded into the model.
 
     Raises:
         CheckpointError: config.json or the tokenizer is malformed.
@@ -83,6 +85,8 @@ def plan_gguf(
     model, config = source.architecture, source.checkpoint.config
     metadata = model_metadata(config, model, name, file_type_id(file_type))
     metadata |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
+    if folded:
+        metadata[FOLDED] = GGUFValue(True, GGUFValueType.BOOL)
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
     wanted = tensor_types(file_type, model, tensors, importance=importance, overrides=overrides)
     types = fitted(wanted, tensors)

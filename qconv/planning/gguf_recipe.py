@@ -5,20 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from gguf import GGMLQuantizationType
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.boundary.patterns import Pattern, PatternError
-from qconv.core.settings import MATCHED, CalibrationSettings, GptqSettings, OutputSettings, RefineSettings, Section
+from qconv.core.settings import (
+    MATCHED,
+    AwqSettings,
+    CalibrationSettings,
+    GptqSettings,
+    OutputSettings,
+    RefineSettings,
+    Section,
+)
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.mixture import MIXTURES
 from qconv.formats.gguf.names import GgufTensor
-from qconv.methods import rounding_of, roundings
-from qconv.planning.recipe import Recipe, parse_as
-from qconv.planning.steps import shown_steps, steps
+from qconv.planning.recipe import Recipe, parse_as, require_rounding
+from qconv.planning.steps import METHODS, shown_steps, steps
 
 FORMAT = "gguf"
 
@@ -55,8 +62,9 @@ class GgufRecipe(Section):
     tensor_types: dict[str, str] = Field(default_factory=dict)
     """Types by regular expression, searched for in a tensor's GGUF name; the first that fits counts."""
     method: Annotated[tuple[str, ...] | None, BeforeValidator(steps), PlainSerializer(shown_steps)] = None
-    """``gptq``, or ``rtn`` for rounding by the encoder alone; null: gptq where there is calibration text and no imatrix
-    is given."""
+    """As of other builds; ``rtn`` is rounding by the encoder alone; null: gptq where there is calibration text and no
+    imatrix is given."""
+    awq: AwqSettings = AwqSettings()
     gptq: GptqSettings = GptqSettings()
     refine: RefineSettings = RefineSettings(sweeps=1, refits=1)
     calibration: GgufCalibrationSettings | None = None
@@ -64,6 +72,18 @@ class GgufRecipe(Section):
     type needs it."""
     imatrix: ImatrixSettings = ImatrixSettings()
     output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_scales_alone(cls, values: Any) -> Any:
+        """Where no codes are chosen by second moments, nothing can be matched or refined unless it is asked for."""
+        if not isinstance(values, dict) or steps(values.get("method")) != ("awq",):
+            return values
+        text = values.get("calibration")
+        text = {} if text is None else text
+        if isinstance(text, dict):
+            text = {"propagate": True, **text}
+        return {"refine": {}, **values, "calibration": text}
 
     @field_validator("type")
     @classmethod
@@ -75,22 +95,34 @@ class GgufRecipe(Section):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        known = ("rtn", *roundings())
-        if value is not None and (len(value) != 1 or value[0] not in known):
-            raise ValueError(f"{'+'.join(value)} is no method of a GGUF build; known are {', '.join(known)}")
+        if value is not None and value not in METHODS:
+            known = ", ".join("+".join(method) for method in METHODS)
+            raise ValueError(f"{'+'.join(value)} is no method; known are {known}")
         return value
 
+    @model_validator(mode="after")
+    def _after_a_rounding_alone(self) -> Self:
+        if self.is_calibrated:
+            calibration = GgufCalibrationSettings() if self.calibration is None else self.calibration
+            require_rounding("+".join(self.method_steps), [self.method_steps], calibration, self.refine)
+        return self
+
     @property
-    def rounding(self) -> str | None:
-        """What chooses the codes of layers; None for the encoder alone."""
-        return (rounding_of(self.method) or "gptq") if self.is_calibrated else None
+    def method_steps(self) -> tuple[str, ...]:
+        """The method's steps, also where it is not said."""
+        return self.method or (("gptq",) if self.is_calibrated else ("rtn",))
+
+    @property
+    def searches_scales(self) -> bool:
+        """Whether scales are searched that are folded into the operations before."""
+        return "awq" in self.method_steps
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether layers are rounded by second moments of their inputs."""
+        """Whether layers are calibrated: their inputs decide more than what an imatrix says."""
         if self.method is None:
             return self.calibration is not None and not self.imatrix.files
-        return rounding_of(self.method) is not None
+        return self.method != ("rtn",)
 
     @property
     def is_matched(self) -> bool:
@@ -100,7 +132,9 @@ class GgufRecipe(Section):
     def calibrated(self) -> Recipe:
         """How the layers of a calibrated build are calibrated."""
         calibration = GgufCalibrationSettings() if self.calibration is None else self.calibration
-        return Recipe(method=self.method or ("gptq",), gptq=self.gptq, refine=self.refine, calibration=calibration)
+        return Recipe(
+            method=self.method_steps, awq=self.awq, gptq=self.gptq, refine=self.refine, calibration=calibration
+        )
 
     @field_validator("tensor_types")
     @classmethod
@@ -123,7 +157,8 @@ class GgufRecipe(Section):
 
     def digest(self) -> str:
         """sha256 of what decides about the build, hexadecimal; imatrix files count by content, not by name."""
-        values = self.model_dump(exclude={"imatrix": {"files"}})
+        unused: dict[str, Any] = {} if self.searches_scales else {"awq": True}
+        values = self.model_dump(exclude={"imatrix": {"files"}, **unused})
         # The order of the rules decides which of them counts.
         values["tensor_types"] = list(self.tensor_types.items())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

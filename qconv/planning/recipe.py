@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -39,6 +39,27 @@ from qconv.planning.rules import SKIP, Rule
 from qconv.planning.steps import known_method, shown_steps, steps
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+
+def require_rounding(
+    name: str, methods: Iterable[Sequence[str]], calibration: CalibrationSettings, refine: RefineSettings
+) -> None:
+    """Check that what is for roundings alone goes with one.
+
+    Args:
+        name: Of the method, for the message.
+        methods: The recipe's, and those of its rules.
+        calibration, refine: What is asked for.
+
+    Raises:
+        ValueError: none of the methods has a rounding; names the key.
+    """
+    if any(rounding_of(method) is not None for method in methods):
+        return
+    if calibration.propagate == MATCHED:
+        raise ValueError(f"calibration.propagate: matched is for gptq, not for {name}")
+    if refine.sweeps or refine.refits:
+        raise ValueError(f"refine: follows gptq, not {name}")
 
 
 class Recipe(Section):
@@ -76,11 +97,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _after_a_rounding_alone(self) -> Self:
-        if all(rounding_of(method) is None for method in self.methods):
-            if self.calibration.propagate == MATCHED:
-                raise ValueError(f"calibration.propagate: matched is for gptq, not for {self.method_name}")
-            if self.refine.sweeps or self.refine.refits:
-                raise ValueError(f"refine: follows gptq, not {self.method_name}")
+        require_rounding(self.method_name, self.methods, self.calibration, self.refine)
         return self
 
     @property

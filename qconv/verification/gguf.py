@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from qconv.artifacts.folded import FoldedSource, Weights, read_folded_scales
 from qconv.artifacts.gguf_tensors import parts
 from qconv.artifacts.reported import has_report, read_report, says_matched
 from qconv.artifacts.source import Source
 from qconv.core.qtensor import SquaredError
 from qconv.errors import CheckpointError
 from qconv.executors.threads import Workers
+from qconv.formats.gguf.metadata import FOLDED
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.reader import GgufModel, model_files, split_paths
 from qconv.formats.gguf.rope import rope_of
@@ -31,7 +33,8 @@ def verify_gguf(path: Path, against: Path | None = None, progress: Progress | No
 
     Raises:
         CheckpointError: the source (not the build) is damaged.
-        UsageError: the source is of a family without a GGUF form.
+        UsageError: the source is of a family without a GGUF form, or scales were folded into the file that are not
+            beside it.
     """
     result = Verification()
     try:
@@ -134,10 +137,13 @@ def _check_weights(
             result.problems.append(f"{name} is {list(made.entries[name].shape)}, not {list(expected[name].shape)}")
     if result.problems:
         return
+    weights: Weights = source
+    if made.metadata.get(FOLDED):
+        weights = FoldedSource.of(source, read_folded_scales(folder, model))
     weighted, matched = _may_be_weighted(folder), has_report(folder) and says_matched(read_report(folder))
 
     def compare(tensor: GgufTensor) -> tuple[float, list[str]]:
-        return _compare(made, source, tensor, floor_db(made.entries[tensor.name].type, weighted, matched))
+        return _compare(made, weights, tensor, floor_db(made.entries[tensor.name].type, weighted, matched))
 
     for done, (tensor, (snr, problems)) in enumerate(zip(tensors, workers.map(compare, tensors), strict=True)):
         if progress is not None:
@@ -150,7 +156,7 @@ def _check_weights(
     result.checked.append(f"{len(tensors)} tensors against the source, every expert and row{least}")
 
 
-def _compare(made: GgufModel, source: Source, tensor: GgufTensor, floor: float) -> tuple[float, list[str]]:
+def _compare(made: GgufModel, source: Weights, tensor: GgufTensor, floor: float) -> tuple[float, list[str]]:
     """A tensor's signal to noise ratio, and what is wrong with it: as a whole, with an expert, with rows."""
     ours, total, problems = RowReader(made.dequantized(tensor.name)), SquaredError(), []
     for number, part in enumerate(parts(source, tensor)):

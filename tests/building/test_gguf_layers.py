@@ -163,5 +163,5 @@ def test_text_alone_asks_for_gptq(values: dict[str, Any], method: bool) -> None:
 
 
 def test_other_methods_are_refused() -> None:
-    with pytest.raises(RecipeError, match="method: awq is no method of a GGUF build"):
-        parse_gguf_recipe({"type": "Q4_0", "method": "awq"})
+    with pytest.raises(RecipeError, match="method: gptq\\+awq is no method"):
+        parse_gguf_recipe({"type": "Q4_0", "method": "gptq+awq"})

@@ -96,7 +96,6 @@ def test_the_plan_of_the_480b_is_the_size_that_its_users_know(invoke: Invoke, tm
     [
         (("--fmt", "gguf:Q9_X"), "--fmt: gguf:Q9_X names no GGUF file type"),
         (("--fmt", "gguf"), "--fmt: gguf names no GGUF file type"),
-        (("--fmt", "gguf:Q8_0", "--method", "awq"), "method: awq is no method of a GGUF build"),
         (("--fmt", "gguf:Q8_0", "--no-propagate"), "--no-propagate: has no meaning"),
         (("--fmt", "gguf:Q8_0", "--refine", "2"), "--refine: has no meaning"),
         (("--fmt", "gguf:Q8_0", "--tensor-type", "ffn_down"), "--tensor-type: 'ffn_down' is not PATTERN=TYPE"),
@@ -136,7 +135,7 @@ def test_a_file_that_is_no_imatrix_is_refused(invoke: Invoke, tiny: Path, tmp_pa
     [
         ("format: gguf\ntype: Q9_X", "mine.yaml: type: 'Q9_X' is no GGUF file type"),
         ("format: gguf", "mine.yaml: type: "),
-        ("format: gguf\ntype: Q8_0\nmethod: magic", "mine.yaml: method: magic is no method of a GGUF build"),
+        ("format: gguf\ntype: Q8_0\nmethod: magic", "mine.yaml: method: magic is no method; known are rtn, awq"),
         ("format: gguf\ntype: Q8_0\ncalibration: {rooting: routed}", "calibration.rooting: unknown key"),
         ("format: gguf\ntype: Q8_0\ntensor_types: {'ffn_(': Q8_0}", "tensor_types: 'ffn_(' is no regular expression"),
         ("format: gguf\ntype: Q8_0\ntensor_types: {ffn: Q9_K}", "tensor_types: ffn: 'Q9_K' is no type"),

@@ -20,6 +20,9 @@ from qconv.formats.gguf.rope import ROTATES_BY_FACTORS, Rope, rope_of
 Metadata: TypeAlias = dict[str, GGUFValue]
 """Keys with their values and the types in which the file holds them, in file order."""
 
+FOLDED = "qconv.scales_folded"
+"""Says of a model that scales were folded into it, which leaves its outputs as they are: its weights are not the
+source's. llama.cpp does not look at it."""
 _RENORMALIZES = {"qwen3_moe": True, "qwen2_moe": False}
 """Whether llama.cpp makes the weights of the chosen experts sum to one: fixed by the architecture."""
 
