@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale compensation-speed sensitivity sanitize many-threads digests fuzz clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale compensation-speed several-targets sensitivity sanitize many-threads digests fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ scale: $(STAMP)  ## speed and peak memory on layers of the 480B model's true sha
 
 compensation-speed: $(STAMP)  ## what one true expert costs by GPTQ on Q4_K and other grids beside int4
 	$(BIN)/python evals/compensation_speed.py --way Q4_K --way "Q4_K + sweep" --way "Q4_K + refit" --way IQ3_S --way NVFP4
+
+several-targets: $(STAMP)  ## what two formats of one calibration cost beside one
+	$(BIN)/python -m evals.several_targets
 
 sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame must name each, and nothing in 20 runs of sound builds
 	$(BIN)/python evals/sensitivity.py
