@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qconv import native
 from qconv.errors import QconvError, UsageError
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.grids.ggml import GgmlType, compiled, encode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -209,10 +209,10 @@ def measure(
     reference = squared_error(weight, theirs(0, ROWS_A_TASK), type, importance)
     wall = {}
     for count in threads:
-        with Workers(count) as workers, ThreadPoolExecutor(count) as pool:
+        with Threads(count) as workers, ThreadPoolExecutor(count) as pool:
             passes = (_pass(workers.map, ours, weight), _pass(pool.map, theirs, weight))
             wall[str(count)] = in_turns(passes, weight.numel(), turns, seconds, time.perf_counter)
-    with Workers(1):  # torch's own threads would count too
+    with Threads(1):  # torch's own threads would count too
         passes = (_pass(map, ours, weight), _pass(map, theirs, weight))
         processor = in_turns(passes, weight.numel(), turns, seconds, time.thread_time)
     return Row(

@@ -47,7 +47,7 @@ from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import FittedScheme
 from qconv.core.settings import MATCHED, RefineSettings
 from qconv.errors import QconvError
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.folders.journal import Journal
 from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid
 from qconv.planning.recipe import Recipe
@@ -163,7 +163,7 @@ def compensated(
     """The weights of all linears of the layers after calibration, by name."""
     work.mkdir()
     found: dict[str, torch.Tensor] = {}
-    with Workers() as workers:
+    with Threads() as workers:
         tokens = build_tokens(recipe.calibration, model)
         calibration = Calibration(
             source, recipe.calibration, tokens, work, Journal.create(work / "journal.jsonl", {}), workers

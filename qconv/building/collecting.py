@@ -13,7 +13,7 @@ from qconv.calibration.layer import Finished, LayerBuild
 from qconv.calibration.statistics import InputSquares
 from qconv.core.architecture import Layer, Linear
 from qconv.core.settings import CalibrationSettings, TextSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, checksum
 

@@ -23,8 +23,8 @@ from qconv.checkpoint.stream import TensorStream
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
 from qconv.core.architecture import Linear
 from qconv.core.settings import MATCHED
+from qconv.core.workers import Workers
 from qconv.errors import VerificationError
-from qconv.executors.threads import Workers
 from qconv.folders.readings import combined
 from qconv.methods import rounding_of
 from qconv.models.folding import SCALE_SUFFIX, Folds

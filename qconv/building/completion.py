@@ -21,8 +21,8 @@ from qconv.artifacts.source import is_companion
 from qconv.building.inputs import ARITHMETIC
 from qconv.building.output import Outcome
 from qconv.checkpoint.writer import output_errors, sha256_of, sync_folder, write_atomically
+from qconv.core.workers import Workers
 from qconv.errors import VerificationError
-from qconv.executors.threads import Workers
 from qconv.folders.journal import COMPANIONS, require_same
 from qconv.folders.ownership import WORK_FOLDER, claim, own_folder, remove_claimed, require_free
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME

@@ -13,6 +13,7 @@ from qconv.building.pipeline import open_source
 from qconv.building.run import make_builds
 from qconv.building.target import Log
 from qconv.core.settings import TextSettings
+from qconv.executors import DEFAULT
 from qconv.formats.gguf.imatrix import merge, read_imatrix
 from qconv.formats.gguf.mixture import fallbacks
 from qconv.grids.ggml import compiled
@@ -28,6 +29,7 @@ def quantize_gguf(
     *,
     restart: bool = False,
     threads: int | None = None,
+    executor: str = DEFAULT,
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -39,6 +41,7 @@ def quantize_gguf(
         recipe: What to build.
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts, and blocks of rows, worked on at once; the bytes do not depend on it.
+        executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         progress: Told what is at work, the weights done and the weights in all, of layers looked at and of encoding.
         log: Told about decisions, one sentence each.
 
@@ -51,7 +54,9 @@ def quantize_gguf(
     """
     source = open_source(model, out, log)
     target = gguf_target(source, recipe, out, "", log)
-    return make_builds(source, [target], out, restart=restart, threads=threads, progress=progress, log=log)[0]
+    return make_builds(
+        source, [target], out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+    )[0]
 
 
 def gguf_target(source: Source, recipe: GgufRecipe, folder: Path, name: str, log: Log) -> GgufTarget:

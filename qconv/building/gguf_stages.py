@@ -30,7 +30,7 @@ from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
 from qconv.checkpoint.reader import map_tensor
 from qconv.checkpoint.writer import ShardWriter
 from qconv.core.architecture import Layer, Linear
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.folders.ownership import claim
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, checksum

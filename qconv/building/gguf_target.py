@@ -47,8 +47,8 @@ from qconv.checkpoint.writer import sha256_of
 from qconv.core.architecture import Layer
 from qconv.core.qtensor import SquaredError
 from qconv.core.settings import CalibrationSettings, TextSettings
+from qconv.core.workers import Workers
 from qconv.errors import VerificationError
-from qconv.executors.threads import Workers
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, combined
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME

@@ -23,7 +23,8 @@ from qconv.calibration.imatrix import IMATRIX_NAME, LayerSums, layer_readings, l
 from qconv.checkpoint.writer import sha256_of
 from qconv.core.architecture import Layer
 from qconv.core.settings import CalibrationSettings, TextSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
+from qconv.executors import DEFAULT
 from qconv.folders.part import Part
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.gguf.imatrix import Imatrix
@@ -41,6 +42,7 @@ def write_model_imatrix(
     *,
     restart: bool = False,
     threads: int | None = None,
+    executor: str = DEFAULT,
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -52,6 +54,7 @@ def write_model_imatrix(
         text: What the model reads.
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts worked on at once; the bytes do not depend on it.
+        executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         progress: Told the layer at work, the weights passed and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -68,7 +71,9 @@ def write_model_imatrix(
         log(f"source: {notice}")
     require_expressible(source.checkpoint.config, source.architecture)
     target = ImatrixTarget(source, text, out)
-    return make_builds(source, [target], out, restart=restart, threads=threads, progress=progress, log=log)[0]
+    return make_builds(
+        source, [target], out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+    )[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from qconv.building.output import Outcome, require_apart
 from qconv.building.run import make_builds
 from qconv.building.safetensors_target import SafetensorsTarget
 from qconv.building.target import Log
+from qconv.executors import DEFAULT
 from qconv.planning.plan import make_plan
 from qconv.planning.recipe import Recipe
 from qconv.verification.outcome import Progress
@@ -21,6 +22,7 @@ def quantize(
     *,
     restart: bool = False,
     threads: int | None = None,
+    executor: str = DEFAULT,
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -32,6 +34,7 @@ def quantize(
         recipe: What to build.
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes of the build do not depend on it.
+        executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         progress: Told the unit at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -44,7 +47,9 @@ def quantize(
     """
     source = open_source(model, out, log)
     target = safetensors_target(source, recipe, out, "", log)
-    return make_builds(source, [target], out, restart=restart, threads=threads, progress=progress, log=log)[0]
+    return make_builds(
+        source, [target], out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+    )[0]
 
 
 def open_source(model: Path, out: Path, log: Log) -> Source:

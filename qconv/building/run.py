@@ -24,7 +24,8 @@ from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.writer import output_errors
 from qconv.core.architecture import Layer
 from qconv.core.settings import CalibrationSettings
-from qconv.executors.threads import Workers, default_workers
+from qconv.executors import DEFAULT, get_executor
+from qconv.executors.threads import default_workers
 from qconv.folders.journal import WORK_FOLDER, Journal, locked
 from qconv.folders.ownership import remove_claimed
 from qconv.folders.part import Part, key_of, own
@@ -41,6 +42,7 @@ def make_builds(
     *,
     restart: bool,
     threads: int | None,
+    executor: str = DEFAULT,
     progress: Progress,
     log: Log,
 ) -> list[Outcome]:
@@ -52,6 +54,7 @@ def make_builds(
         out: The run's folder, made if absent.
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes of the builds do not depend on it.
+        executor: Where the work runs: the name of a module of :mod:`qconv.executors`.
         progress: Told what is at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -65,7 +68,7 @@ def make_builds(
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     count = default_workers() if threads is None else threads
-    workers = Workers(count, max(target.allowance(count) for target in targets))
+    workers = get_executor(executor)(count, max(target.allowance(count) for target in targets))
     committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
     with locked(out), workers, committer:
         return _Run(source, targets, out, Means(workers, committer, progress, log)).run(restart)

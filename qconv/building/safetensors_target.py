@@ -39,7 +39,7 @@ from qconv.core.architecture import Layer, Linear
 from qconv.core.qtensor import CHANNEL, QTensor
 from qconv.core.rounding import assemble
 from qconv.core.settings import CalibrationSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, checksum
 from qconv.folders.state import CHECKSUMS_NAME

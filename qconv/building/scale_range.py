@@ -9,8 +9,8 @@ from qconv.checkpoint.reader import Tensors
 from qconv.core.architecture import Architecture, Linear
 from qconv.core.qtensor import QTensor
 from qconv.core.rounding import group_scales
+from qconv.core.workers import Workers
 from qconv.errors import RecipeError
-from qconv.executors.threads import Workers
 from qconv.planning.fitting import skip_patterns
 from qconv.planning.plan import BuildPlan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from qconv.calibration.corpus import build_tokens
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, output_errors, sha256_of
 from qconv.core.settings import TextSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
+from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, Journal, locked
 from qconv.folders.ownership import remove_claimed
 from qconv.folders.readings import SourceRecord, checksum
@@ -37,6 +39,7 @@ def measure_sensitivity(
     *,
     restart: bool = False,
     threads: int | None = None,
+    executor: str = DEFAULT,
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -48,6 +51,7 @@ def measure_sensitivity(
         text: What the model reads; its seed is that of the labels, too.
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts worked on at once; the bytes do not depend on it.
+        executor: Where the work runs: the name of a module of :mod:`qconv.executors`.
         progress: Told the step at work, the layers done and twice the layers in all.
         log: Told about decisions, one sentence each.
 
@@ -64,7 +68,7 @@ def measure_sensitivity(
         log(f"source: {notice}")
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out), Workers(threads) as workers:
+    with locked(out), get_executor(executor)(threads, math.inf) as workers:
         state = enter(out)
         tokens = build_tokens(text, source.checkpoint.path)
         log(f"sensitivity: {tokens.ids.numel():,} tokens of {tokens.source}")

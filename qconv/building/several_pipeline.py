@@ -10,6 +10,7 @@ from qconv.building.output import Outcome
 from qconv.building.pipeline import open_source, safetensors_target
 from qconv.building.run import make_builds
 from qconv.building.target import Log, Target
+from qconv.executors import DEFAULT
 from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.planning.recipe import Recipe
 from qconv.planning.several import require_agreement, unquantized
@@ -23,6 +24,7 @@ def quantize_several(
     *,
     restart: bool = False,
     threads: int | None = None,
+    executor: str = DEFAULT,
     progress: Progress,
     log: Log,
 ) -> dict[str, Outcome]:
@@ -37,6 +39,7 @@ def quantize_several(
         recipes: What to build, by the name of its folder.
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes do not depend on it.
+        executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         progress: Told what is at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -56,5 +59,7 @@ def quantize_several(
     require_agreement({target.name: (target.calibration, target.calibrates) for target in targets})
     if any(target.calibrates for target in targets):
         log("several builds: each layer sees the outputs of unquantized ones (propagate: false)")
-    outcomes = make_builds(source, targets, out, restart=restart, threads=threads, progress=progress, log=log)
+    outcomes = make_builds(
+        source, targets, out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+    )
     return {target.name: outcome for target, outcome in zip(targets, outcomes, strict=True)}

@@ -21,7 +21,7 @@ from qconv.calibration.layer import Finished, LayerBuild
 from qconv.calibration.statistics import InputSquares
 from qconv.core.architecture import Layer, Linear, Norm
 from qconv.core.settings import CalibrationSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.folders.part import Part
 from qconv.verification.outcome import Progress
 

@@ -20,8 +20,8 @@ from qconv.calibration.corpus import TokenSet
 from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.writer import is_same
 from qconv.core.architecture import Architecture, Layer
+from qconv.core.workers import Workers
 from qconv.errors import VerificationError
-from qconv.executors.threads import Workers
 from qconv.folders.ownership import claim
 from qconv.folders.part import Part
 from qconv.folders.readings import checksum

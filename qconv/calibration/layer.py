@@ -18,7 +18,7 @@ from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Architecture, Layer, Linear, Norm
 from qconv.core.grid import Packed
 from qconv.core.settings import CalibrationSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.methods import rounding_of
 from qconv.methods.awq import Choice
 from qconv.models.folding import Folds

@@ -18,7 +18,7 @@ from qconv.calibration.statistics import InputSquares
 from qconv.calibration.stream import LayerStream
 from qconv.core.architecture import Layer, Linear
 from qconv.core.settings import MATCHED, CalibrationSettings
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.folders.journal import Journal
 
 

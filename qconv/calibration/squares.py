@@ -20,7 +20,7 @@ from qconv.calibration.mlp_inputs import WINDOW_TOKENS
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputSquares
 from qconv.core.architecture import Layer, Linear, Mlp, Norm
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 
 WHOLE_TOKENS = 8192
 """An MLP that sees more tokens is worked on by all threads together, a window each, since it holds more outputs."""

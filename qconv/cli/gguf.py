@@ -30,6 +30,7 @@ def quantize(
     *,
     restart: bool,
     threads: int | None,
+    executor: str,
     as_json: bool,
 ) -> None:
     """``qconv quantize`` of a GGUF recipe."""
@@ -45,6 +46,7 @@ def quantize(
             recipe,
             restart=restart,
             threads=threads,
+            executor=executor,
             progress=reporter.progress,
             log=reporter.log,
         )

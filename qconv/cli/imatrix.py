@@ -16,6 +16,7 @@ from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import json_option, model_argument, out_option
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
+from qconv.executors import DEFAULT, executors
 from qconv.planning.recipe import parse_as
 
 
@@ -28,6 +29,13 @@ from qconv.planning.recipe import parse_as
 @click.option("--seed", type=SEED, help="Seed of the calibration's samples.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
+@click.option(
+    "--executor",
+    type=click.Choice(executors()),
+    default=DEFAULT,
+    show_default=True,
+    help="Where the work runs; the bytes do not depend on it.",
+)
 @json_option
 def command(
     model: str,
@@ -38,6 +46,7 @@ def command(
     seed: int | None,
     restart: bool,
     threads: int | None,
+    executor: str,
     as_json: bool,
 ) -> None:
     """Collect the importance matrix of MODEL, a folder or a Hub id, in llama.cpp's GGUF form.
@@ -59,6 +68,7 @@ def command(
             text,
             restart=restart,
             threads=threads,
+            executor=executor,
             progress=reporter.progress,
             log=reporter.log,
         )

@@ -16,6 +16,7 @@ from qconv.cli.numbers import THREADS
 from qconv.cli.options import json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
+from qconv.executors import DEFAULT, executors
 
 if TYPE_CHECKING:
     from qconv.building.output import Outcome
@@ -32,12 +33,20 @@ if TYPE_CHECKING:
     type=THREADS,
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
+@click.option(
+    "--executor",
+    type=click.Choice(executors()),
+    default=DEFAULT,
+    show_default=True,
+    help="Where the work runs; the bytes do not depend on it.",
+)
 @json_option
 def command(
     model: str,
     out: Path,
     restart: bool,
     threads: int | None,
+    executor: str,
     as_json: bool,
     fmt: Sequence[str],
     recipe: Sequence[str],
@@ -51,12 +60,12 @@ def command(
     """
     if is_several(fmt, recipe):
         builds = several(fmt, recipe, options)
-        _quantize_several(model, out, builds, restart=restart, threads=threads, as_json=as_json)
+        _quantize_several(model, out, builds, restart=restart, threads=threads, executor=executor, as_json=as_json)
         return
     given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
-        gguf.quantize(model, out, gguf_recipe, restart=restart, threads=threads, as_json=as_json)
+        gguf.quantize(model, out, gguf_recipe, restart=restart, threads=threads, executor=executor, as_json=as_json)
         return
     loaded = given.load()
     start = time.monotonic()
@@ -72,7 +81,14 @@ def command(
         plan = make_plan(source.architecture, loaded, lambda name: source.checkpoint.entry(name).dtype)
         reporter.log(f"plan: {plan_summary(plan)}")
         outcome = quantize(
-            folder, out, loaded, restart=restart, threads=threads, progress=reporter.progress, log=reporter.log
+            folder,
+            out,
+            loaded,
+            restart=restart,
+            threads=threads,
+            executor=executor,
+            progress=reporter.progress,
+            log=reporter.log,
         )
     result = _values(outcome) | costs(start)
     if as_json:
@@ -83,7 +99,7 @@ def command(
 
 
 def _quantize_several(
-    model: str, out: Path, builds: Builds, *, restart: bool, threads: int | None, as_json: bool
+    model: str, out: Path, builds: Builds, *, restart: bool, threads: int | None, executor: str, as_json: bool
 ) -> None:
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
@@ -97,6 +113,7 @@ def _quantize_several(
             builds,
             restart=restart,
             threads=threads,
+            executor=executor,
             progress=reporter.progress,
             log=reporter.log,
         )

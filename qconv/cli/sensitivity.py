@@ -14,6 +14,7 @@ from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import json_option, model_argument, out_option
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
+from qconv.executors import DEFAULT, executors
 from qconv.planning.recipe import parse_as
 
 
@@ -26,6 +27,13 @@ from qconv.planning.recipe import parse_as
 @click.option("--seed", type=SEED, help="Seed of the text's samples and of the labels.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
+@click.option(
+    "--executor",
+    type=click.Choice(executors()),
+    default=DEFAULT,
+    show_default=True,
+    help="Where the work runs; the bytes do not depend on it.",
+)
 @json_option
 def command(
     model: str,
@@ -36,6 +44,7 @@ def command(
     seed: int | None,
     restart: bool,
     threads: int | None,
+    executor: str,
     as_json: bool,
 ) -> None:
     """Measure, for every linear of MODEL, a folder or a Hub id, the squared gradients of its outputs.
@@ -57,6 +66,7 @@ def command(
             text,
             restart=restart,
             threads=threads,
+            executor=executor,
             progress=reporter.progress,
             log=reporter.log,
         )

@@ -75,7 +75,7 @@ class Allowance:
         return not amount or not self._used or self._used + amount <= self._total
 
 
-class Workers:
+class Threads:
     """A pool of threads with an ordered map that looks ahead only as far as there are workers.
 
     Use as a context manager.
@@ -151,3 +151,6 @@ class Workers:
             yield future.result()
         finally:
             self._allowance.give_back(size)
+
+
+EXECUTOR = Threads

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qconv.checkpoint.reader import Checkpoint
+from qconv.core.workers import Workers
 from qconv.errors import CheckpointError, StaleJournalError
-from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
 
 READ = "read"

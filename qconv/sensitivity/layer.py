@@ -20,7 +20,7 @@ from qconv.artifacts.source import Source
 from qconv.calibration.activations import SetAside
 from qconv.calibration.forward import Decoder
 from qconv.core.architecture import Layer, Linear, Mlp, Moe, Norm
-from qconv.executors.threads import Workers
+from qconv.core.workers import Workers
 from qconv.sensitivity.files import LayerFiles
 
 WINDOW_TOKENS = 2048

@@ -23,8 +23,8 @@ from qconv.checkpoint.header import TensorSpec, read_header
 from qconv.checkpoint.reader import map_tensor
 from qconv.checkpoint.writer import ShardWriter, is_same
 from qconv.core.architecture import Architecture, Layer
+from qconv.core.workers import Workers
 from qconv.errors import VerificationError
-from qconv.executors.threads import Workers
 from qconv.folders.journal import Journal
 from qconv.folders.ownership import claim
 from qconv.folders.readings import READ, SourceRecord, checksum

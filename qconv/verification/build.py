@@ -15,8 +15,9 @@ from qconv.checkpoint.fp8 import Dequantized
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import Checkpoint, in_config, require_finite
 from qconv.core.qtensor import SquaredError
+from qconv.core.workers import Workers
 from qconv.errors import CheckpointError, UnreadLayoutError, UsageError
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.models import architecture, families
 from qconv.verification.checksums import check_sums
 from qconv.verification.companions import check_companions
@@ -59,7 +60,7 @@ def _check(
     checkpoint: Checkpoint, layout: Layout, source: Source | None, result: Verification, progress: Progress | None
 ) -> None:
     """Of what is read, everything."""
-    with Workers() as workers:
+    with Threads() as workers:
         if layout.format is not None:
             build = Build.of(checkpoint)
             check_structure(build, result)

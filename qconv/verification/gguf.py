@@ -13,8 +13,9 @@ from qconv.artifacts.gguf_tensors import parts
 from qconv.artifacts.reported import has_report, read_report, says_matched
 from qconv.artifacts.source import Source
 from qconv.core.qtensor import SquaredError
+from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.formats.gguf.metadata import FOLDED
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.reader import GgufModel, model_files, split_paths
@@ -49,7 +50,7 @@ def verify_gguf(path: Path, against: Path | None = None, progress: Progress | No
     source = None if against is None else Source.open(against)
     if result.problems:
         return result
-    with Workers() as workers:
+    with Threads() as workers:
         for file in first:
             _check(file, source, result, progress, workers)
     return result

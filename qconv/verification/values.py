@@ -12,8 +12,8 @@ from qconv.artifacts.build import Build
 from qconv.checkpoint.reader import require_finite
 from qconv.core.architecture import Layer, Linear, Norm
 from qconv.core.qtensor import QTensor
+from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
-from qconv.executors.threads import Workers
 from qconv.grids.e4m3 import MAX
 from qconv.verification.outcome import Progress, Verification
 

@@ -17,8 +17,8 @@ from qconv.core import integer_grid
 from qconv.core.architecture import Layer, Linear
 from qconv.core.qtensor import QTensor, SquaredError
 from qconv.core.rounding import row_blocks
+from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
-from qconv.executors.threads import Workers
 from qconv.models.folding import Folds, folded_weight
 from qconv.planning.plan import Module
 from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_floor_db

@@ -8,7 +8,7 @@ import torch
 
 from qconv.artifacts.source import Source
 from qconv.calibration.forward import Decoder
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 
 MODEL = Path(__file__).parents[2] / "evals/models/tiny-coder-moe"
 
@@ -22,9 +22,9 @@ def test_calls_in_several_threads_do_not_see_each_others_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     # Enough calls of a few milliseconds that four threads overlap in nearly all of them.
     inputs = [torch.randn(2, 64, 256, generator=generator) for _ in range(64)]
-    with torch.no_grad(), Workers(1) as alone:
+    with torch.no_grad(), Threads(1) as alone:
         expected = list(alone.map(block.with_o_input, inputs))
-    with Workers(4) as together:
+    with Threads(4) as together:
         found = list(together.map(block.with_o_input, inputs))
     for (output, o_input), (same_output, same_o_input) in zip(expected, found, strict=True):
         assert torch.equal(output, same_output)

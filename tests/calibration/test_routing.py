@@ -17,7 +17,7 @@ from qconv.calibration.layer import LayerBuild
 from qconv.calibration.routing import Routing
 from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import scheme_of
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.folders.journal import Journal
 from qconv.planning.plan import make_plan
 from tests.calibration.test_forward import Float32File
@@ -38,7 +38,7 @@ def routing_of(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Rout
     source = Source.open(model)
     plan = make_plan(source.architecture, RECIPE, lambda name: torch.bfloat16)
     work.mkdir()
-    with Workers(1) as workers:
+    with Threads(1) as workers:
         tokens = build_tokens(RECIPE.calibration, model)
         journal = Journal.create(work / "journal.jsonl", {})
         calibration = Calibration(source, RECIPE.calibration, tokens, work, journal, workers)

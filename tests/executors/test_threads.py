@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qconv.executors.threads import Allowance, Workers, default_workers, single_threaded_operations
+from qconv.executors.threads import Allowance, Threads, default_workers, single_threaded_operations
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -18,7 +18,7 @@ def test_results_come_in_the_order_of_the_items(count: int) -> None:
         time.sleep(0.02 if item % 3 == 0 else 0.0)
         return item * item
 
-    with Workers(count) as workers:
+    with Threads(count) as workers:
         assert list(workers.map(slow_when_early, range(12))) == [number * number for number in range(12)]
         assert list(workers.map(slow_when_early, [])) == []
 
@@ -32,7 +32,7 @@ def test_no_more_items_are_taken_than_there_are_workers_to_look_ahead(count: int
             taken.append(number)
             yield number
 
-    with Workers(count) as workers:
+    with Threads(count) as workers:
         for consumed, _ in enumerate(workers.map(lambda item: item, items()), start=1):
             # The one that is consumed and one for each worker.
             assert len(taken) <= consumed + count
@@ -47,7 +47,7 @@ def test_the_first_error_is_raised_in_its_turn_and_the_rest_is_dropped() -> None
             raise ValueError(f"item {item}")
         return item
 
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         results = workers.map(fail, range(100))
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(ValueError, match="item 2"):
@@ -71,7 +71,7 @@ def test_sized_items_stay_within_the_allowance_over_all_maps() -> None:
             with lock:  # given back when the next one is asked for, so a little later than here
                 used[0] -= size
 
-    with Workers(3, allowance=10) as workers:
+    with Threads(3, allowance=10) as workers:
         threads = [threading.Thread(target=consume, args=([3, 4, 2, 10, 1, 5, 0, 4] * 5,)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -93,7 +93,7 @@ def test_what_is_larger_than_the_allowance_is_worked_on_alone() -> None:
         together[0] -= size
         return size
 
-    with Workers(2, allowance=10) as workers:
+    with Threads(2, allowance=10) as workers:
         sizes = [25, 4, 5, 30, 1]
         assert list(workers.map(work, sizes, sizes)) == sizes
     assert most == [30]
@@ -103,7 +103,7 @@ def test_the_allowance_is_whole_again_after_an_error_and_after_a_map_left_early(
     def fail(item: int) -> int:
         raise ValueError(item)
 
-    with Workers(2, allowance=3) as workers:
+    with Threads(2, allowance=3) as workers:
         with pytest.raises(ValueError, match="1"):
             list(workers.map(fail, [1, 2, 3], [1, 1, 1]))
         results = workers.map(abs, [1, 1, 1], [1, 1, 1])
@@ -144,13 +144,13 @@ def test_who_waits_comes_before_who_holds_something() -> None:
 
 def test_work_runs_beside_the_consumer() -> None:
     meeting = threading.Barrier(2, timeout=10)  # two items must be at work at the same time
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         assert len(list(workers.map(lambda _: meeting.wait(), range(2)))) == 2
 
 
 def test_gradients_are_off_in_every_thread() -> None:
     assert torch.is_grad_enabled()
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         assert list(workers.map(lambda _: torch.is_grad_enabled(), range(4))) == [False] * 4
 
 
@@ -158,7 +158,7 @@ def test_operations_use_one_thread_and_the_setting_comes_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with Workers(2) as workers:
+        with Threads(2) as workers:
             assert list(workers.map(lambda _: torch.get_num_threads(), range(2))) == [1, 1]
         assert torch.get_num_threads() == 2
         with pytest.raises(KeyError), single_threaded_operations():
@@ -170,5 +170,5 @@ def test_operations_use_one_thread_and_the_setting_comes_back() -> None:
 
 def test_the_default_is_at_least_one() -> None:
     assert default_workers() >= 1
-    with Workers() as workers:
+    with Threads() as workers:
         assert workers.count == default_workers()

@@ -16,7 +16,7 @@ from qconv.checkpoint.header import read_header
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.settings import OutputSettings, TextSettings
 from qconv.errors import ArtifactError, CheckpointError, StaleJournalError
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.folders.journal import Journal
 from qconv.folders.readings import SourceRecord, checksum
 from qconv.planning.gguf_recipe import parse_gguf_recipe
@@ -179,7 +179,7 @@ def test_what_nobody_touched_is_not_read_again(model: Path, tmp_path: Path) -> N
 
 def test_a_checksum_sees_every_tensor_and_which_is_which(model: Path) -> None:
     first, second = (f"model.layers.0.mlp.experts.{index}.up_proj.weight" for index in (1, 2))
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         before = checksum(Checkpoint.open(model), [first, second], workers)
         assert checksum(Checkpoint.open(model), [second, first], workers) == before
         change(model, second)
@@ -187,7 +187,7 @@ def test_a_checksum_sees_every_tensor_and_which_is_which(model: Path) -> None:
         assert checksum(Checkpoint.open(model), [first], workers) != before
     entries = Checkpoint.open(model).entries
     exchanged = {**entries, first: entries[second], second: entries[first]}
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         after = checksum(Checkpoint.open(model), [first, second], workers)
         swapped = Checkpoint(exchanged, model, {})
         assert checksum(swapped, [first, second], workers) != after

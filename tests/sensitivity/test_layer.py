@@ -14,7 +14,7 @@ from torch.nn import functional
 from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import Decoder
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.sensitivity.files import LayerFiles
 from qconv.sensitivity.head import Head
 from qconv.sensitivity.layer import LayerBackward, Seen, _Mlps, _Tokens
@@ -106,7 +106,7 @@ def backward(source: Source, whole: Whole, ids: Tensor, folder: Path) -> tuple[S
     labels = (cumulated < chance.unsqueeze(-1)).sum(-1)
     found: Seen = {}
     files: LayerFiles | None = None
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         for layer in reversed(model.layers):
             inputs = ActivationFile(
                 folder / f"inputs-{layer.index}.bin", tokens, hidden, DTYPE, computed=DTYPE

@@ -21,7 +21,7 @@ from qconv.calibration.statistics import InputStatistics
 from qconv.core.hessian import factorize
 from qconv.core.qtensor import Grid
 from qconv.core.settings import ClipSettings, GptqSettings
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.methods import gptq
 
 GRID = Grid(expert.BITS, expert.GROUP_SIZE, symmetric=True, scale_dtype=torch.float16)
@@ -44,7 +44,7 @@ def main(answer: str, mode: str) -> None:
             quantized, _ = quantize(given, clip)
         phases = by_kind(profiled)
     else:
-        with Workers(count) as workers:
+        with Threads(count) as workers:
             *_, (quantized, phases) = workers.map(lambda _: quantize(given, clip), range(count))
         phases = {name: value / count for name, value in phases.items()}
     seconds, cpu = (time.perf_counter() - started) / count, (time.process_time() - cpu) / count
