@@ -54,6 +54,7 @@ from qconv.folders.readings import READ, combined
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.gguf.container import FileLayout, GgufWriter
 from qconv.formats.gguf.imatrix import Imatrix, merge
+from qconv.planning.costs import Demand, demand_of_gguf, demand_of_passing
 from qconv.planning.gguf_plan import GgufPlan
 from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.verification.blocks import floor_db
@@ -99,6 +100,13 @@ class GgufTarget:
         if self.calibrates:
             return self.recipe.calibrated().calibration
         return None if self.text is None else unquantized(self.text)
+
+    @property
+    def demand(self) -> Demand:
+        """Of layers that are calibrated or passed, and of blocks."""
+        if self.calibrates or self.text is None:
+            return demand_of_gguf(self.source.architecture, self.recipe)
+        return demand_of_passing(self.source.architecture)
 
     def allowance(self, workers: int) -> float:
         """No bound: blocks of rows are small."""

@@ -30,6 +30,7 @@ from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.metadata import require_expressible
 from qconv.formats.gguf.names import gguf_tensors
+from qconv.planning.costs import Demand, demand_of_passing
 from qconv.planning.gguf_recipe import ImatrixSettings
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Progress
@@ -99,6 +100,11 @@ class ImatrixTarget:
     def calibrates(self) -> bool:
         """No."""
         return False
+
+    @property
+    def demand(self) -> Demand:
+        """Of layers that are passed."""
+        return demand_of_passing(self.source.architecture)
 
     def allowance(self, workers: int) -> float:
         """No bound."""

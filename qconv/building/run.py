@@ -7,6 +7,7 @@ their inputs are the same for all builds, since several of them see the outputs 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,12 +26,12 @@ from qconv.checkpoint.writer import output_errors
 from qconv.core.architecture import Layer
 from qconv.core.settings import CalibrationSettings
 from qconv.executors import DEFAULT, get_executor
-from qconv.executors.threads import default_workers
 from qconv.folders.journal import WORK_FOLDER, Journal, locked
 from qconv.folders.ownership import remove_claimed
 from qconv.folders.part import Part, key_of, own
 from qconv.folders.readings import SourceRecord
 from qconv.folders.state import FolderState
+from qconv.planning.costs import Demand
 from qconv.planning.plan import ACTIVATION_BYTES
 from qconv.verification.outcome import Progress
 
@@ -67,7 +68,8 @@ def make_builds(
     """
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    count = default_workers() if threads is None else threads
+    demands = [target.demand for target in targets]
+    count = functools.reduce(Demand.beside, demands).workers() if threads is None else threads
     workers = get_executor(executor)(count, max(target.allowance(count) for target in targets))
     committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
     with locked(out), workers, committer:

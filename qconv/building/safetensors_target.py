@@ -45,6 +45,7 @@ from qconv.folders.readings import READ, checksum
 from qconv.folders.state import CHECKSUMS_NAME
 from qconv.grids import e4m3, integers
 from qconv.heap import return_freed_memory
+from qconv.planning.costs import Demand, demand_of
 from qconv.planning.plan import BuildPlan, Item, Unit
 from qconv.planning.schemes import LinearScheme
 from qconv.verification.checksums import render_checksums
@@ -75,6 +76,11 @@ class SafetensorsTarget:
     def calibrates(self) -> bool:
         """Whether layers are rounded by what is seen."""
         return self.plan.needs_calibration
+
+    @property
+    def demand(self) -> Demand:
+        """Of the plan."""
+        return demand_of(self.plan)
 
     def allowance(self, workers: int) -> float:
         """How many weights may be in flight."""

@@ -23,6 +23,7 @@ from qconv.core.architecture import Layer, Linear, Norm
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import Workers
 from qconv.folders.part import Part
+from qconv.planning.costs import Demand
 from qconv.verification.outcome import Progress
 
 Log = Callable[[str], None]
@@ -151,6 +152,10 @@ class Target(Protocol):
 
     @property
     def calibrates(self) -> bool: ...
+
+    @property
+    def demand(self) -> Demand:
+        """Memory by the number of workers."""
 
     def allowance(self, workers: int) -> float:
         """How many weights may be in flight."""

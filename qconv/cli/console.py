@@ -6,10 +6,12 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich import box
 from rich.console import Console
@@ -19,6 +21,11 @@ from rich.text import Text
 
 from qconv.boundary.printable import printable
 from qconv.errors import QconvError
+
+if TYPE_CHECKING:
+    from qconv.planning.costs import Costs
+    from qconv.planning.gguf_recipe import GgufRecipe
+    from qconv.planning.recipe import Recipe
 
 LOG_WIDTH = 120
 """Columns where there is no terminal to ask and COLUMNS is not set."""
@@ -154,3 +161,31 @@ def print_costs(values: Mapping[str, Any]) -> None:
     """Print what :func:`costs` gave."""
     say(stdout(), f"peak memory  {size(values['peak_memory_bytes'])}")
     say(stdout(), f"time         {duration(values['seconds'])}")
+
+
+def plan_costs_values(costs: Costs) -> dict[str, int]:
+    """What a run is going to take, as JSON has it."""
+    return {
+        "modelled_peak_memory_bytes": costs.memory,
+        "modelled_workers": costs.workers,
+        "modelled_scratch_bytes": costs.scratch,
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+    }
+
+
+def print_plan_costs(costs: Costs) -> None:
+    """Print what a run is going to take."""
+    console = stdout()
+    at_once = f"{costs.workers} at once" if costs.workers > 1 else "one at a time"
+    say(console, f"peak memory  {size(costs.memory)} (modelled, {at_once})")
+    say(console, f"scratch disk {size(costs.scratch)} (modelled), besides the output")
+    say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
+
+
+def print_other_way(recipe: Recipe | GgufRecipe) -> None:
+    """Print what a build would gain and cost that is calibrated where this one is not, or the other way round."""
+    from qconv.planning.alternatives import other_way
+
+    said = other_way(recipe)
+    if said is not None:
+        say(stdout(), f"other way    {said}")

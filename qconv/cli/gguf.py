@@ -9,7 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconv.cli.console import bits, costs, print_costs, print_json, print_table, say, shape, size, stdout
+from qconv.cli.console import (
+    bits,
+    costs,
+    plan_costs_values,
+    print_costs,
+    print_json,
+    print_other_way,
+    print_plan_costs,
+    print_table,
+    say,
+    shape,
+    size,
+    stdout,
+)
 from qconv.cli.progress import reporting
 
 if TYPE_CHECKING:
@@ -56,6 +69,7 @@ def quantize(
     else:
         print_build(result)
         print_costs(result)
+        print_other_way(recipe)
 
 
 def build_values(outcome: Outcome) -> dict[str, Any]:
@@ -118,9 +132,11 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
 
     planned = outline(resolve_model(model, weights=False), recipe)
     if as_json:
-        print_json(plan_values(planned))
+        print_json(plan_values(planned) | plan_costs_values(planned.costs))
     else:
         print_plan(planned, recipe)
+        print_plan_costs(planned.costs)
+        print_other_way(recipe)
 
 
 def plan_values(planned: Outline) -> dict[str, Any]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qconv.cli import gguf
-from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
+from qconv.cli.console import (
+    bits,
+    plan_costs_values,
+    print_json,
+    print_other_way,
+    print_plan_costs,
+    print_table,
+    say,
+    shape,
+    short_names,
+    size,
+    stdout,
+)
 from qconv.cli.numbers import COUNT
 from qconv.cli.options import json_option, model_argument, recipe_options
 from qconv.cli.several import Builds, is_several, several, single
@@ -19,7 +29,6 @@ from qconv.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.planning.estimate import Estimate
-    from qconv.planning.plan import Costs
 
 _TOPOLOGY_FAILS = 1
 
@@ -63,7 +72,8 @@ def command(
         print_json({**_values(result, units), **topology})
     else:
         _print(result, units)
-        _print_costs(result.costs)
+        print_plan_costs(result.costs)
+        print_other_way(loaded)
         _print_topology(topology)
     return _TOPOLOGY_FAILS if topology["topology_problems"] else 0
 
@@ -86,13 +96,7 @@ def _plan_several(model: str, builds: Builds, tp: int | None, units: bool, as_js
     }
     total = sum(one["output_bytes"] for one in shown.values())
     if as_json:
-        common = {
-            "output_bytes": total,
-            "modelled_peak_memory_bytes": costs.memory,
-            "modelled_scratch_bytes": costs.scratch,
-            "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        }
-        print_json({"builds": shown, **common})
+        print_json({"builds": shown, "output_bytes": total, **plan_costs_values(costs)})
         return _TOPOLOGY_FAILS if fails else 0
     console = stdout()
     for name, one in builds.items():
@@ -104,7 +108,7 @@ def _plan_several(model: str, builds: Builds, tp: int | None, units: bool, as_js
             gguf.print_plan(outlines[name], one)
         say(console, "")
     say(console, f"all together {size(total)} in {len(builds)} folders")
-    _print_costs(costs)
+    print_plan_costs(costs)
     return _TOPOLOGY_FAILS if fails else 0
 
 
@@ -129,9 +133,7 @@ def _values(result: Estimate, units: bool) -> dict[str, Any]:
         "output_bytes": result.output_bytes,
         "shards": result.shards,
         "bits_per_weight": result.bits_per_weight,
-        "modelled_peak_memory_bytes": result.costs.memory,
-        "modelled_scratch_bytes": result.costs.scratch,
-        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        **plan_costs_values(result.costs),
         "classes": [
             {
                 "name": row.name,
@@ -187,14 +189,6 @@ def _print(result: Estimate, units: bool) -> None:
         f"output       {size(result.output_bytes)} in {result.shards} shards of format {plan.format.name}, "
         f"{bits(result.bits_per_weight)} bits per weight",
     )
-
-
-def _print_costs(costs: Costs) -> None:
-    console = stdout()
-    if costs.memory:
-        say(console, f"peak memory  {size(costs.memory)} (modelled)")
-    say(console, f"scratch disk {size(costs.scratch)} (modelled), besides the output")
-    say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
 
 
 def _print_topology(topology: Mapping[str, Any]) -> None:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli import gguf
-from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
+from qconv.cli.console import (
+    costs,
+    print_costs,
+    print_json,
+    print_other_way,
+    say,
+    size,
+    stdout,
+)
 from qconv.cli.numbers import THREADS
 from qconv.cli.options import json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
@@ -96,6 +104,7 @@ def command(
     else:
         _print(result)
         print_costs(result)
+        print_other_way(loaded)
 
 
 def _quantize_several(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,16 +19,19 @@ from typing import Self, TypeVar
 
 import torch
 
+from qconv.core.machine import available_memory, processors
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MOST_DEFAULT_WORKERS = 8
-"""Each worker holds an expert's working set, so memory grows with their number."""
+HELD = 256 * 2**20
+"""Bytes that a worker may hold that checks or passes on what others have made."""
 
 
 def default_workers() -> int:
-    """The processors that this process may use, at most :data:`MOST_DEFAULT_WORKERS`."""
-    return min(len(os.sched_getaffinity(0)), MOST_DEFAULT_WORKERS)
+    """The processors that this process may use, as far as memory holds what each worker has in hand."""
+    left = available_memory()
+    return processors() if left is None else max(1, min(processors(), left // HELD))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ from qconv.core.architecture import HEAD, Architecture
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.formats.base import skip_list
 from qconv.models import architecture
-from qconv.planning.plan import BuildPlan, Costs, Item, make_plan, modelled_costs
+from qconv.planning.costs import Costs, modelled_costs
+from qconv.planning.plan import BuildPlan, Item, make_plan
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme
 

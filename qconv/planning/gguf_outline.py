@@ -14,15 +14,18 @@ from qconv.formats.gguf.names import gguf_tensors
 from qconv.formats.gguf.rope import rope_of
 from qconv.formats.gguf.tokenizer import tokenizer_metadata
 from qconv.models import architecture
+from qconv.planning.costs import Costs, demand_of_gguf
 from qconv.planning.gguf_recipe import GgufRecipe, require_matches
+from qconv.planning.plan import ACTIVATION_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a build would hold: its tensors in file order, and what is to be said of them."""
+    """What a build would hold: its tensors in file order, what is to be said of them, and what the run takes."""
 
     tensors: list[TensorInfo]
     notices: list[str]
+    costs: Costs
 
 
 def outline(model: Path, recipe: GgufRecipe) -> Outline:
@@ -50,4 +53,8 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
         tokenizer_metadata(model, described.embedding.out_features, config)
     else:
         notices.append("no tokenizer lies beside config.json; whether it can be written as GGUF is not known")
-    return Outline([TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors], notices)
+    text = recipe.calibrated().calibration if recipe.is_calibrated else recipe.calibration
+    streams = recipe.calibrated().calibration.streams if recipe.is_calibrated else 1
+    scratch = 0 if text is None else text.tokens * described.hidden_size * ACTIVATION_BYTES * streams
+    costs = Costs.of(demand_of_gguf(described, recipe), scratch)
+    return Outline([TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors], notices, costs)

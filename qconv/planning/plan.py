@@ -16,7 +16,6 @@ from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Norm
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.engines.rules import TRANSFORMERS, limits
-from qconv.executors.threads import default_workers
 from qconv.formats import get_format
 from qconv.formats.base import Format
 from qconv.planning.fitting import check_shapes
@@ -245,43 +244,6 @@ def layer_modules(layer: Layer) -> Iterator[Module]:
     yield from layer.routers()
     for mlp in layer.mlps():
         yield from mlp.linears()
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Modelled costs of a run, in bytes."""
-
-    memory: int
-    scratch: int
-
-
-def modelled_costs(plan: BuildPlan) -> Costs:
-    """Peak resident memory and scratch disk, modelled from shapes: not measured.
-
-    Memory is the interpreter with torch; for rounding, blocks of the source, and codes and packed words of what may be
-    in flight, at least the largest linear; for calibration, the float32 copies that the attention search or one expert
-    needs and a window of activations.
-    GPTQ holds Hessians and their factors besides: attention's, then those of one expert for each processor.
-    """
-    if not plan.needs_calibration:
-        largest = max((linear.numel for linear in plan.quantized), default=0)
-        return Costs(350 * 2**20 + 2 * int(max(largest, plan.allowance(default_workers()))), 0)
-    interpreter = 450 * 2**20
-    tokens = plan.recipe.calibration.tokens
-    hidden = plan.architecture.hidden_size
-    layers = plan.architecture.layers
-    attention = max(sum(one.numel for one in layer.attention.linears()) for layer in layers)
-    mlp = max(sum(one.numel for one in mlp.linears()) for layer in layers for mlp in layer.mlps())
-    widest = max((linear.in_features for linear in plan.quantized), default=0)
-    window = 4 * 16384 * (hidden + 2 * widest)
-    scratch = tokens * hidden * ACTIVATION_BYTES * plan.recipe.calibration.streams
-    working = 4 * 4 * max(attention, mlp)
-    if any(scheme.rounding is not None for scheme in plan.schemes.values()):
-        working = max(
-            4 * (3 * attention + hidden**2 + 3 * max(layer.attention.o.in_features for layer in layers) ** 2),
-            4 * (hidden**2 + default_workers() * (3 * mlp + 4 * hidden**2)),
-        )
-    return Costs(interpreter + 650 * 2**20 + working + window, scratch)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

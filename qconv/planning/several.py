@@ -12,9 +12,10 @@ from qconv.core.settings import CalibrationSettings, TextSettings
 from qconv.errors import UsageError
 from qconv.formats import get_format
 from qconv.models import architecture
+from qconv.planning.costs import Costs, Demand, demand_of, demand_of_gguf
 from qconv.planning.estimate import Estimate, estimate
 from qconv.planning.gguf_recipe import GgufCalibrationSettings, GgufRecipe
-from qconv.planning.plan import ACTIVATION_BYTES, Costs
+from qconv.planning.plan import ACTIVATION_BYTES
 from qconv.planning.recipe import Recipe
 
 OF_MATCHED = ("propagate", "matched_strength")
@@ -55,10 +56,14 @@ def estimates(folder: Path, builds: Mapping[str, Recipe | GgufRecipe]) -> tuple[
             needed = found[name].plan.needs_calibration
             looks[name] = recipe.calibration if needed else None, needed
     require_agreement(looks)
-    hidden = architecture(read_json(folder / "config.json")).hidden_size
+    described = architecture(read_json(folder / "config.json"))
+    hidden = described.hidden_size
     tokens = max((settings.tokens for settings, _ in looks.values() if settings is not None), default=0)
-    memory = max((one.costs.memory for one in found.values()), default=0)
-    return found, Costs(memory, tokens * hidden * ACTIVATION_BYTES)
+    demand = Demand(0)
+    for name, recipe in builds.items():
+        one = demand_of_gguf(described, recipe) if isinstance(recipe, GgufRecipe) else demand_of(found[name].plan)
+        demand = demand.beside(one)
+    return found, Costs.of(demand, tokens * hidden * ACTIVATION_BYTES)
 
 
 def require_agreement(looks: Mapping[str, tuple[CalibrationSettings | None, bool]]) -> None:

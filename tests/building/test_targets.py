@@ -18,10 +18,11 @@ from qconv.building.target import LayerSink, Means
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.layer import LayerBuild
 from qconv.core.architecture import Layer
+from qconv.core.workers import Workers
 from qconv.errors import OutputError
-from qconv.executors.threads import Workers
 from qconv.folders.part import Part
 from qconv.folders.state import FolderState
+from qconv.planning.costs import Demand
 
 
 class Listing:
@@ -32,6 +33,7 @@ class Listing:
         self.weights = len(source.architecture.layers)
         self.calibration = None
         self.calibrates = False
+        self.demand = Demand(0)
         self.told: list[str] = []
 
     def allowance(self, workers: int) -> float:

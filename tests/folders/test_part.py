@@ -9,7 +9,7 @@ import pytest
 from qconv.checkpoint.reader import Checkpoint
 from qconv.checkpoint.writer import ShardRecord
 from qconv.errors import ArtifactError
-from qconv.executors.threads import Workers
+from qconv.executors.threads import Threads
 from qconv.folders.journal import Journal
 from qconv.folders.ownership import WORK_FOLDER, claimed
 from qconv.folders.part import Part, key_of, own
@@ -61,7 +61,7 @@ def test_a_name_that_begins_another_is_not_taken_for_it() -> None:
 
 
 def test_what_threads_commit_at_once_is_all_there(record: SourceRecord) -> None:
-    with Workers(4) as workers:
+    with Threads(4) as workers:
         for _ in workers.map(lambda number: Part(record, f"b{number % 2}").note(str(number), {}), range(40)):
             assert len(Part(record, "b0").units) <= 20
     try:
