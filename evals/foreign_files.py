@@ -51,6 +51,7 @@ PLANTS = (
     *(".qconv-files", ".qconv-trash/listing.json", ".qconv-trash/files/mine", ".qconv-discarded/files/mine"),
     *(".qconv-blame/mine", "2026-01-01/notes.txt", "2026-01-01/a/notes.txt", "2026-01-01/a/build/LICENSE.mine"),
     *("link -> file", "tokenizer.link -> file", "config.json -> file", ".qconv -> folder", "qconv-scales -> folder"),
+    *("awq/notes.txt", "awq/config.json.partial", "awq/.qconv/mine", "gguf-Q8_0/other.gguf", "gguf-Q8_0/mine/a.jpg"),
     *("linked -> folder", "2018-01-01 -> folder", "empty/"),
 )
 """A file, a link to a file or folder elsewhere, or an empty folder."""
@@ -59,6 +60,7 @@ COMMANDS = (
         "qconv.building.pipeline",
         "qconv.building.gguf_pipeline",
         "qconv.building.imatrix_pipeline",
+        "qconv.building.several_pipeline",
         "qconv.nightly.run",
         "qconv.calibration.run",
     ),
@@ -143,11 +145,11 @@ def cases(made: Path) -> list[Case]:
         if run([*arguments, "-o", made / name], made / "log.txt") != 0:
             raise click.ClickException(f"{name} could not be made: see {made / 'log.txt'}")
 
-    def quantize(fmt: str, *more: str) -> Case:
+    def quantize(fmt: str, *more: str, name: str | None = None) -> Case:
         def arguments(*text: str) -> Arguments:
             return lambda out: ("quantize", model, "--fmt", fmt, *text, *more, "-o", out)
 
-        return Case(f"quantize {fmt}", arguments(*good), arguments(*bad))
+        return Case(f"quantize {name or fmt}", arguments(*good), arguments(*bad))
 
     def nightly(suite: Path) -> Arguments:
         def arguments(out: Path) -> Sequence[str | Path]:
@@ -166,6 +168,7 @@ def cases(made: Path) -> list[Case]:
     return [
         quantize("awq", "--group-size", "32"),
         quantize("gguf:Q8_0"),
+        quantize("awq", "--fmt", "gguf:Q8_0", "--group-size", "32", name="two formats"),
         Case(
             "imatrix", lambda out: ("imatrix", model, *good, "-o", out), lambda out: ("imatrix", model, *bad, "-o", out)
         ),

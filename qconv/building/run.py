@@ -138,8 +138,10 @@ class _Run:
         for target, one in zip(self.targets, belongs, strict=True):
             outcome = target.complete(one, self.means)
             if outcome.renewed:
+                where = f"{target.name}: " if target.name else ""
                 self.means.log(
-                    f"the source has other files beside its weights now: {', '.join(outcome.renewed)} are made again"
+                    f"{where}the source has other files beside its weights now: {', '.join(outcome.renewed)} are made "
+                    "again"
                 )
             outcomes.append(outcome)
         remove_claimed(self.work)

@@ -46,12 +46,14 @@ def folder_state(out: Path) -> FolderState:
 
 
 def require_finished(path: Path) -> None:
-    """Check that no unfinished build lies in the folder.
+    """Check that the folder holds no unfinished build, alone or as one of several in the folder above.
 
     Raises:
-        CheckpointError: one does.
+        CheckpointError: it does.
     """
-    if folder_state(path) is FolderState.UNFINISHED:
+    state = folder_state(path)
+    of_several = state is not FolderState.COMPLETE and folder_state(path.absolute().parent) is FolderState.UNFINISHED
+    if state is FolderState.UNFINISHED or of_several:
         raise CheckpointError(
             f"{path}: an unfinished build.", hint="Run the `qconv quantize` command that began it again to finish it."
         )

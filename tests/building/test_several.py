@@ -17,9 +17,9 @@ from qconv.building.several_pipeline import quantize_several
 from qconv.calibration import squares
 from qconv.calibration.routing import Routing
 from qconv.core.settings import OutputSettings
-from qconv.errors import OutputError, QconvError, StaleJournalError, UsageError, VerificationError
+from qconv.errors import CheckpointError, OutputError, QconvError, StaleJournalError, UsageError, VerificationError
 from qconv.folders.journal import WORK_FOLDER
-from qconv.folders.state import CHECKSUMS_NAME
+from qconv.folders.state import CHECKSUMS_NAME, require_finished
 from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
 from qconv.planning.recipe import Recipe
 from qconv.verification.build import verify
@@ -292,8 +292,11 @@ def test_restart_replaces_what_is_there_and_a_killed_one_can_be_taken_back(
         several(sparse, out, MIXED, restart=True, progress=stop_at(6))
     assert (out / WORK_FOLDER).is_dir()
     assert not (out / "awq" / CHECKSUMS_NAME).exists()
+    with pytest.raises(CheckpointError, match="awq: an unfinished build"):
+        require_finished(out / "awq")
     several(sparse, out, MIXED)
     assert folder_bytes(out) == folder_bytes(mixed)
+    require_finished(out / "awq")
 
 
 def test_the_log_says_that_layers_are_seen_unquantized(sparse: Path, mixed: Path, tmp_path: Path) -> None:
