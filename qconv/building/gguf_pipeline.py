@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qconv import native
 from qconv.artifacts.source import Source
-from qconv.building.gguf_report import needing_importance, require_coverage
+from qconv.building.gguf_report import needing_importance, require_compensated, require_coverage
 from qconv.building.gguf_target import GgufTarget
 from qconv.building.output import Outcome
 from qconv.building.pipeline import open_source
@@ -82,13 +82,15 @@ def gguf_target(source: Source, recipe: GgufRecipe, folder: Path, name: str, log
 def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, TextSettings | None]:
     """The plan, and the text that layers are looked at on: the recipe's, or any where a type needs an imatrix."""
 
+    override = recipe.override(source.dtype)
+
     def planned(importance: bool) -> GgufPlan:
         return plan_gguf(
             source,
             recipe.type,
             name,
             importance=importance,
-            overrides=recipe.overrides,
+            override=override,
             max_split_size=recipe.output.max_shard_size,
             folded=recipe.searches_scales,
         )
@@ -99,4 +101,5 @@ def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, Te
     if text is None and not recipe.imatrix.files and any(needing_importance(plan)):
         text = TextSettings()
         plan = planned(True)
+    require_compensated(plan, recipe)
     return plan, text

@@ -16,11 +16,12 @@ import yaml
 from torch import Tensor
 
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
-from qconv.errors import UsageError
+from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.mixture import needs_importance
 from qconv.formats.gguf.names import GgufTensor
 from qconv.planning.gguf_plan import GgufPlan
+from qconv.planning.gguf_recipe import GgufRecipe
 
 WEAKEST = 10
 """Experts that a report names."""
@@ -119,6 +120,21 @@ def needing_importance(plan: GgufPlan) -> Iterator[GgufTensor]:
     for tensor in plan.tensors.values():
         if needs_importance(plan.file_type, tensor, plan.types[tensor.name]):
             yield tensor
+
+
+def require_compensated(plan: GgufPlan, recipe: GgufRecipe) -> None:
+    """Check that a calibrated build leaves to the encoder alone nothing that needs an importance.
+
+    Raises:
+        RecipeError: a rule does.
+    """
+    for tensor in needing_importance(plan) if recipe.is_calibrated else ():
+        if recipe.method_for(tensor) == ("rtn",):
+            raise RecipeError(
+                f"rules: {tensor.name} becomes {plan.types[tensor.name].name} by its encoder alone, which is useless "
+                "without an importance.",
+                hint="Give it method gptq, or another type.",
+            )
 
 
 def require_coverage(plan: GgufPlan, shrinkage_tokens: float, matrix: Imatrix, *, complete: bool) -> Coverage:

@@ -9,10 +9,10 @@ one file more than the build.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from qconv.grids.blocks import BlockGrid, BlockTensor
 from qconv.planning.gguf_plan import GgufPlan
 from qconv.planning.recipe import Recipe
 
+MethodFor: TypeAlias = Callable[[GgufTensor], tuple[str, ...]]
 _SCALES = "scales"
 """The key, within what the journal holds of a layer, of its scales."""
 
@@ -52,14 +53,23 @@ class StagedLayers:
     """
 
     def __init__(
-        self, source: Source, plan: GgufPlan, recipe: Recipe, sums: LayerSums, part: Part, workers: Workers
+        self,
+        source: Source,
+        plan: GgufPlan,
+        recipe: Recipe,
+        method: MethodFor,
+        sums: LayerSums,
+        part: Part,
+        workers: Workers,
     ) -> None:
         """Say how the layers of a build are calibrated; nothing is done yet.
 
         Args:
             source: The model.
             plan: The build.
-            recipe: The method and its settings.
+            recipe: The method's settings.
+            method: The steps by which a tensor is made; where they are those of its type by itself, the next layer
+                sees what that makes of it, and no blocks of it are kept.
             sums: Of the importance matrix that falls off.
             part: The build's part of the journal and the work folder.
             workers: Threads.
@@ -68,11 +78,14 @@ class StagedLayers:
         self.sums = sums
         self.part = part
         self.workers = workers
-        self.folds = FoldedLayers(source, part) if any("awq" in method for method in recipe.methods) else None
         self.done = 0
         self._plan = plan
         self._recipe = recipe
-        self._grids = _grids(plan)
+        self._schemes = _schemes(plan, method)
+        self.folds: FoldedLayers | None = None
+        if any("awq" in method(tensor) for tensor in plan.tensors.values()):
+            self.folds = FoldedLayers(source, part)
+        self._types = {name: grid for name, (grid, steps) in self._schemes.items() if steps != ("rtn",)}
         self._stages: dict[int, dict[str, TensorEntry]] = {}
 
     def pending(self, layer: Layer) -> bool:
@@ -85,9 +98,8 @@ class StagedLayers:
 
     def build(self, layer: Layer) -> LayerBuild:
         """How the layer's linears are rounded."""
-        method = self._recipe.method
         schemes: dict[str, Scheme] = {
-            one.name: FittedScheme(self._grids[one.weight], method) for one in self._linears(layer)
+            one.name: FittedScheme(*self._schemes[one.weight]) for one in layer.linears() if one.weight in self._schemes
         }
         return LayerBuild.of(self.source, layer, self._recipe, schemes.keys(), schemes)
 
@@ -101,8 +113,8 @@ class StagedLayers:
         self.done = sum(layer_weights(one) for one in self.sums.layers if one.index <= layer.index)
 
     def _linears(self, layer: Layer) -> list[Linear]:
-        """Those that have codes to choose."""
-        return [linear for linear in layer.linears() if linear.weight in self._grids]
+        """Those whose codes are chosen here."""
+        return [linear for linear in layer.linears() if linear.weight in self._types]
 
     def ready(self, file: FileLayout) -> bool:
         """Whether all layers are calibrated of which a file that is not committed holds tensors."""
@@ -131,13 +143,17 @@ class StagedLayers:
 
     def holds(self, tensor: GgufTensor) -> bool:
         """Whether a tensor's blocks come from here."""
-        return bool(tensor.sources) and tensor.sources[0] in self._grids
+        return bool(tensor.sources) and tensor.sources[0] in self._types
 
     def blocks(self, tensor: GgufTensor, part: int) -> Tensor:
         """The blocks of one part of a tensor, uint8 [rows, bytes of a row], in file order."""
         assert tensor.layer is not None
         data = map_tensor(self._stages[tensor.layer][tensor.sources[part]])
         return permute_heads(data, tensor.heads) if tensor.heads else data
+
+    def keeps(self, linear: Linear) -> bool:
+        """Whether a linear's blocks are kept for the files."""
+        return linear.weight in self._types
 
     def report(self) -> list[dict[str, Any]]:
         """What happened in each layer, in their order."""
@@ -176,7 +192,7 @@ class StagedLayers:
         return {tensor.layer for tensor in tensors if tensor.layer is not None and (folds or self.holds(tensor))}
 
     def _spec(self, linear: Linear) -> TensorSpec:
-        nbytes = self._grids[linear.weight].type.row_bytes(linear.in_features)
+        nbytes = self._types[linear.weight].type.row_bytes(linear.in_features)
         return TensorSpec(linear.weight, torch.uint8, (linear.out_features, nbytes))
 
 
@@ -200,7 +216,7 @@ class _StageSink:
     def pack(self, finished: Finished) -> PackedModule:
         """See :class:`qconv.building.target.LayerSink`."""
         module, weight = finished.module, finished.weight
-        if isinstance(weight, BlockTensor) and isinstance(module, Linear):
+        if isinstance(weight, BlockTensor) and isinstance(module, Linear) and self._owner.keeps(module):
             return PackedModule(module, ((module.weight, [weight.data]),))
         return PackedModule(module, ())
 
@@ -222,11 +238,11 @@ class _StageSink:
         self._owner.commit(self._layer, build, {"size": written.size, "sha256": written.sha256})
 
 
-def _grids(plan: GgufPlan) -> dict[str, BlockGrid]:
-    """The grids of the linears in layers that have codes to choose, by the name of their weight."""
-    found: dict[str, BlockGrid] = {}
+def _schemes(plan: GgufPlan, method: MethodFor) -> dict[str, tuple[BlockGrid, tuple[str, ...]]]:
+    """Grid and method of the linears in layers that have codes to choose, by the name of their weight."""
+    found: dict[str, tuple[BlockGrid, tuple[str, ...]]] = {}
     for tensor in plan.tensors.values():
         grid = BlockGrid(encoder(plan.types[tensor.name]))
         if tensor.layer is not None and tensor.quantizable and grid.has_codes:
-            found |= dict.fromkeys(tensor.sources, grid)
+            found |= dict.fromkeys(tensor.sources, (grid, method(tensor)))
     return found

@@ -226,7 +226,8 @@ class GgufBuilder:
             self.sums = LayerSums(target.source, tokens, part)
             if target.calibrates:
                 recipe = target.recipe.calibrated()
-                self.staged = StagedLayers(target.source, self.plan, recipe, self.sums, part, means.workers)
+                method = target.recipe.method_for
+                self.staged = StagedLayers(target.source, self.plan, recipe, method, self.sums, part, means.workers)
             else:
                 self.collecting = Collecting(target.source, self.sums, part, means.workers)
 

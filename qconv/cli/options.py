@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GGUF = "gguf"
 COMPENSATED_BY_TEXT = ("fp8", "fp8_dynamic")
 """Formats that are rounded to nearest unless there is calibration text."""
-OF_SAFETENSORS = ("group_size", "skip", "rule")
+OF_SAFETENSORS = ("group_size", "skip")
 OF_GGUF = ("imatrix", "tensor_type")
 """Options that have no meaning for the others."""
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -80,8 +80,8 @@ _RECIPE_OPTIONS = (
         "--rule",
         metavar="PATTERN=SCHEME",
         multiple=True,
-        help="Another grid for linears of that name, from any dot on: int8-channel, int4-g32, fp8-block, skip ...; "
-        "repeatable, the first counts, before the recipe's own.",
+        help="Another grid for linears of that name, from any dot on: int8-channel, int4-g32, fp8-block, skip ..., for "
+        "GGUF a type; repeatable, the first counts, before the recipe's own.",
     ),
     click.option(
         "--imatrix",
@@ -176,6 +176,8 @@ class RecipeOptions:
                 **dict(_pair("--tensor-type", option, "ffn_down_exps=Q6_K") for option in self.tensor_type),
                 **dict(values.get("tensor_types") or {}),
             }
+        if self.rule:
+            overrides["rules"] = [*self._rules(), *(values.get("rules") or [])]
         return parse_gguf_recipe(replaced(values, overrides), where)
 
     def load(self) -> Recipe:

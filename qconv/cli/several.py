@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qconv.cli.options import OF_GGUF, OF_SAFETENSORS, RecipeOptions
 from qconv.errors import UsageError
 from qconv.planning.recipe import Recipe
+from qconv.planning.rules import SKIP
 
 if TYPE_CHECKING:
     from qconv.planning.gguf_recipe import GgufRecipe
@@ -44,6 +45,7 @@ def several(fmt: Sequence[str], recipe: Sequence[str], options: Mapping[str, Any
         )
     found: Builds = {}
     unknown: list[set[str]] = []
+    followed: set[str] = set()
     for one in (*(replace(given, fmt=name) for name in fmt), *(replace(given, recipe=file) for file in recipe)):
         name = _name(one)
         if name in found:
@@ -51,12 +53,16 @@ def several(fmt: Sequence[str], recipe: Sequence[str], options: Mapping[str, Any
                 f"--fmt, --recipe: {name} is asked for twice.",
                 hint="Each build has a folder of its name; give recipe files others.",
             )
-        found[name], left_out = _recipe(one)
+        found[name], left_out, rules = _recipe(one)
         unknown.append(left_out)
+        followed.update(rules)
     useless = sorted(set.intersection(*unknown))
     if useless:
         option = useless[0].replace("_", "-")
         raise UsageError(f"--{option}: has no meaning for any of {', '.join(found)}.")
+    for rule in given.rule:
+        if rule not in followed:
+            raise UsageError(f"--rule: {rule!r} has no meaning for any of {', '.join(found)}.")
     return found
 
 
@@ -68,23 +74,32 @@ def _name(options: RecipeOptions) -> str:
     return name
 
 
-def _recipe(options: RecipeOptions) -> tuple[Recipe | GgufRecipe, set[str]]:
-    """A build's recipe, and the options that were given and say nothing of it."""
+def _recipe(options: RecipeOptions) -> tuple[Recipe | GgufRecipe, set[str], Sequence[str]]:
+    """A build's recipe, the options that were given and say nothing of it, and the rules that do."""
     bare = RecipeOptions.named(options.fmt, options.recipe)
     plain = bare.gguf()
+    options = replace(options, rule=[rule for rule in options.rule if _is_for(rule, gguf=plain is not None)])
     if plain is None:
         kept, left_out = _without(options, OF_GGUF)
         if kept.refine is not None and replace(kept, refine=None).load().rounding is None:
             kept, more = _without(kept, ("refine",))
             left_out |= more
-        return kept.load(), left_out
+        return kept.load(), left_out, kept.rule
     kept, left_out = _without(options, OF_SAFETENSORS)
     if not kept.calibrates(plain.calibration is not None):
         kept, more = _without(kept, (*_OF_CALIBRATION, "refine"))
         left_out |= more
     made = kept.gguf()
     assert made is not None
-    return made, left_out
+    return made, left_out, kept.rule
+
+
+def _is_for(rule: str, *, gguf: bool) -> bool:
+    """Whether a rule's scheme is a type, which GGUF has, or a grid, which it has not."""
+    from gguf import GGMLQuantizationType
+
+    scheme = rule.rpartition("=")[2]
+    return scheme == SKIP or (scheme.upper() in GGMLQuantizationType.__members__) == gguf
 
 
 def _without(options: RecipeOptions, names: Sequence[str]) -> tuple[RecipeOptions, set[str]]:

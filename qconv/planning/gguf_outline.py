@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv.artifacts.source import TOKENIZER_FILES, listed_files, require_single_experts
+from qconv.artifacts.source import TOKENIZER_FILES, listed_files, require_single_experts, weight_dtype
 from qconv.checkpoint.reader import read_json
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.metadata import require_expressible
@@ -42,11 +42,12 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
     require_expressible(config, described)
     tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
     require_matches(recipe, tensors)
+    override = recipe.override(weight_dtype(model, config))
     importance = bool(recipe.imatrix.files) or recipe.calibration is not None
-    wanted = tensor_types(recipe.type, described, tensors, importance=importance, overrides=recipe.overrides)
+    wanted = tensor_types(recipe.type, described, tensors, importance=importance, override=override)
     types = fitted(wanted, tensors)
     if not importance and any(needs_importance(recipe.type, one, types[one.name]) for one in tensors):
-        wanted = tensor_types(recipe.type, described, tensors, importance=True, overrides=recipe.overrides)
+        wanted = tensor_types(recipe.type, described, tensors, importance=True, override=override)
         types = fitted(wanted, tensors)
     notices = [notice for notice in (fallbacks(wanted, types),) if notice is not None]
     if any((model / name).is_file() for name in TOKENIZER_FILES):

@@ -6,7 +6,6 @@ same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
 
 from qconv.artifacts.gguf_tensors import Importance, encoded, encoder, uniform
 from qconv.artifacts.source import Source
-from qconv.boundary.patterns import Pattern
 from qconv.checkpoint.writer import ShardRecord
 from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
 from qconv.formats.gguf.metadata import FOLDED, model_metadata
-from qconv.formats.gguf.mixture import file_type_id, fitted, tensor_types
+from qconv.formats.gguf.mixture import Override, file_type_id, fitted, no_override, tensor_types
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.rope import rope_of
 from qconv.formats.gguf.tokenizer import tokenizer_metadata
@@ -63,7 +61,7 @@ def plan_gguf(
     name: str,
     *,
     importance: bool = False,
-    overrides: Sequence[tuple[Pattern, GGMLQuantizationType]] = (),
+    override: Override = no_override,
     max_split_size: int = DEFAULT_SPLIT_SIZE,
     folded: bool = False,
 ) -> GgufPlan:
@@ -74,7 +72,7 @@ def plan_gguf(
         file_type: A key of :data:`qconv.formats.gguf.mixture.MIXTURES`.
         name: What the model and its files are called.
         importance: Whether there is an imatrix.
-        overrides: Types by pattern of a tensor's name, before the file type's own.
+        override: Gives types before the file type does.
         max_split_size: Bytes of tensors in one file.
         folded: Whether scales are folded into the model.
 
@@ -88,7 +86,7 @@ def plan_gguf(
     if folded:
         metadata[FOLDED] = GGUFValue(True, GGUFValueType.BOOL)
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
-    wanted = tensor_types(file_type, model, tensors, importance=importance, overrides=overrides)
+    wanted = tensor_types(file_type, model, tensors, importance=importance, override=override)
     types = fitted(wanted, tensors)
     for type in set(types.values()):
         encoder(type)

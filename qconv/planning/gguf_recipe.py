@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from gguf import GGMLQuantizationType
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.boundary.patterns import Pattern, PatternError
@@ -22,12 +31,20 @@ from qconv.core.settings import (
     Section,
 )
 from qconv.errors import RecipeError, UsageError
-from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.mixture import MIXTURES, Override
 from qconv.formats.gguf.names import GgufTensor
+from qconv.methods import rounding_of
 from qconv.planning.recipe import Recipe, parse_as, require_rounding
-from qconv.planning.steps import METHODS, shown_steps, steps
+from qconv.planning.rules import SKIP, Match, without_empty_rules
+from qconv.planning.steps import known_method, shown_steps, steps
 
 FORMAT = "gguf"
+_AS_STORED = {
+    torch.bfloat16: GGMLQuantizationType.BF16,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.float32: GGMLQuantizationType.F32,
+}
+"""What is left alone, by the source's dtype."""
 
 
 class ImatrixSettings(Section):
@@ -53,6 +70,23 @@ class GgufCalibrationSettings(CalibrationSettings):
     propagate: bool | Literal["matched"] = "matched"
 
 
+class TypeRule(Match):
+    """A rule of a recipe for GGUF."""
+
+    grid: str | None = None
+    """A type of ggml's, or ``skip`` for that of the source; null: as the file type has it."""
+
+    @field_validator("grid")
+    @classmethod
+    def _known_type(cls, value: str | None) -> str | None:
+        if value in (None, SKIP):
+            return value
+        try:
+            return _tensor_type(value or "").name
+        except UsageError as error:
+            raise ValueError(error.message.removesuffix(".")) from error
+
+
 class GgufRecipe(Section):
     """Everything that decides what a GGUF build contains, apart from the source weights."""
 
@@ -60,7 +94,9 @@ class GgufRecipe(Section):
     type: str
     """As llama.cpp calls it: ``Q4_K_M``."""
     tensor_types: dict[str, str] = Field(default_factory=dict)
-    """Types by regular expression, searched for in a tensor's GGUF name; the first that fits counts."""
+    """Types by regular expression, searched for in a tensor's GGUF name; the first that fits counts, before rules."""
+    rules: tuple[TypeRule, ...] = ()
+    """Types and methods by modules' names in the checkpoint; the first that fits counts."""
     method: Annotated[tuple[str, ...] | None, BeforeValidator(steps), PlainSerializer(shown_steps)] = None
     """As of other builds; ``rtn`` is rounding by the encoder alone; null: gptq where there is calibration text and no
     imatrix is given."""
@@ -95,34 +131,66 @@ class GgufRecipe(Section):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and value not in METHODS:
-            known = ", ".join("+".join(method) for method in METHODS)
-            raise ValueError(f"{'+'.join(value)} is no method; known are {known}")
-        return value
+        return None if value is None else known_method(value)
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_serializer(mode="wrap")
+    def _without_empty_rules(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty_rules(serialize(self))
 
     @model_validator(mode="after")
     def _after_a_rounding_alone(self) -> Self:
         if self.is_calibrated:
             calibration = GgufCalibrationSettings() if self.calibration is None else self.calibration
-            require_rounding("+".join(self.method_steps), [self.method_steps], calibration, self.refine)
+            require_rounding("+".join(self.method_steps), self.methods, calibration, self.refine)
         return self
 
     @property
     def method_steps(self) -> tuple[str, ...]:
         """The method's steps, also where it is not said."""
-        return self.method or (("gptq",) if self.is_calibrated else ("rtn",))
+        calibrated = self.calibration is not None and not self.imatrix.files
+        return self.method or (("gptq",) if calibrated else ("rtn",))
+
+    @property
+    def methods(self) -> tuple[tuple[str, ...], ...]:
+        """The method, and those of rules."""
+        return self.method_steps, *(rule.method for rule in self.rules if rule.method is not None)
 
     @property
     def searches_scales(self) -> bool:
         """Whether scales are searched that are folded into the operations before."""
-        return "awq" in self.method_steps
+        return any("awq" in method for method in self.methods)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether layers are calibrated: their inputs decide more than what an imatrix says."""
-        if self.method is None:
-            return self.calibration is not None and not self.imatrix.files
-        return self.method != ("rtn",)
+        return any(method != ("rtn",) for method in self.methods)
+
+    def rule(self, tensor: GgufTensor) -> TypeRule | None:
+        """The first rule that fits the modules of which a tensor is made.
+
+        Raises:
+            RecipeError: they are to be treated in different ways.
+        """
+        found = {module: next((rule for rule in self.rules if rule.fits(module)), None) for module in tensor.modules}
+        said = {(None, None) if rule is None else (rule.grid, rule.method): name for name, rule in found.items()}
+        if len(said) > 1:
+            first, second, *_ = said.values()
+            raise RecipeError(
+                f"rules: {first} and {second} are to be treated differently, but GGUF has one tensor for them: "
+                f"{tensor.name}.",
+                hint="Give all experts of a layer one type and method.",
+            )
+        return next(iter(found.values()), None)
+
+    def method_for(self, tensor: GgufTensor) -> tuple[str, ...]:
+        """The steps by which a tensor is made."""
+        rule = self.rule(tensor)
+        return self.method_steps if rule is None or rule.method is None else rule.method
 
     @property
     def is_matched(self) -> bool:
@@ -132,9 +200,9 @@ class GgufRecipe(Section):
     def calibrated(self) -> Recipe:
         """How the layers of a calibrated build are calibrated."""
         calibration = GgufCalibrationSettings() if self.calibration is None else self.calibration
-        return Recipe(
-            method=self.method_steps, awq=self.awq, gptq=self.gptq, refine=self.refine, calibration=calibration
-        )
+        # The settings count; the steps are each tensor's own.
+        method = min(self.methods, key=lambda one: (rounding_of(one) is None, one == ("rtn",)))
+        return Recipe(method=method, awq=self.awq, gptq=self.gptq, refine=self.refine, calibration=calibration)
 
     @field_validator("tensor_types")
     @classmethod
@@ -154,6 +222,21 @@ class GgufRecipe(Section):
     def overrides(self) -> tuple[tuple[Pattern, GGMLQuantizationType], ...]:
         """``tensor_types``, ready for use."""
         return tuple((Pattern.parse(pattern), _tensor_type(name)) for pattern, name in self.tensor_types.items())
+
+    def override(self, dtype: torch.dtype) -> Override:
+        """The types that ``tensor_types`` and ``rules`` give, for a source of that dtype."""
+        patterns = self.overrides
+
+        def found(tensor: GgufTensor) -> GGMLQuantizationType | None:
+            for pattern, type in patterns:
+                if pattern.search(tensor.name):
+                    return type
+            rule = self.rule(tensor)
+            if rule is None or rule.grid is None:
+                return None
+            return _AS_STORED[dtype] if rule.grid == SKIP else GGMLQuantizationType[rule.grid]
+
+        return found
 
     def digest(self) -> str:
         """sha256 of what decides about the build, hexadecimal; imatrix files count by content, not by name."""
@@ -187,8 +270,8 @@ def _tensor_type(name: str) -> GGMLQuantizationType:
     return type
 
 
-def require_matches(recipe: GgufRecipe, tensors: Iterable[GgufTensor]) -> None:
-    """Check that every rule of ``tensor_types`` fits a tensor that a type can be chosen for.
+def require_matches(recipe: GgufRecipe, tensors: Collection[GgufTensor]) -> None:
+    """Check that every rule, and every one of ``tensor_types``, fits a tensor that a type can be chosen for.
 
     Raises:
         RecipeError: one fits none.
@@ -199,4 +282,11 @@ def require_matches(recipe: GgufRecipe, tensors: Iterable[GgufTensor]) -> None:
             raise RecipeError(
                 f"tensor_types.{pattern.text}: fits no weight of the model.",
                 hint="It is searched for in names such as blk.0.ffn_down_exps.weight; norms and routers stay F32.",
+            )
+    modules = [module for tensor in tensors if tensor.quantizable for module in tensor.modules]
+    for rule in recipe.rules:
+        if not any(map(rule.fits, modules)):
+            raise RecipeError(
+                f"rules: {rule.match!r} matches no weight of the model that a type can be chosen for.",
+                hint=f"Patterns match names from any dot on, such as {modules[-1]!r}; norms and routers stay F32.",
             )

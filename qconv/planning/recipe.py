@@ -35,7 +35,7 @@ from qconv.core.settings import (
 )
 from qconv.errors import RecipeError
 from qconv.methods import rounding_of
-from qconv.planning.rules import SKIP, Rule
+from qconv.planning.rules import SKIP, Rule, without_empty_rules
 from qconv.planning.steps import known_method, shown_steps, steps
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -91,9 +91,7 @@ class Recipe(Section):
 
     @model_serializer(mode="wrap")
     def _without_empty_rules(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without rules is the one that it was before there were any."""
-        values: dict[str, Any] = serialize(self)
-        return {key: value for key, value in values.items() if key != "rules" or value}
+        return without_empty_rules(serialize(self))
 
     @model_validator(mode="after")
     def _after_a_rounding_alone(self) -> Self:

@@ -86,6 +86,11 @@ class Match(Section):
         return self
 
 
+def without_empty_rules(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values; without rules those that it had before there were any, and so the same digest."""
+    return {key: value for key, value in values.items() if key != "rules" or value}
+
+
 _GridOrSkip = Annotated[
     Annotated[RuleGrid, Tag("mapping")] | Annotated[Literal["skip"], Tag(SKIP)],
     Discriminator(lambda value: SKIP if value == SKIP else "mapping"),

@@ -213,3 +213,19 @@ def test_an_imatrix_alone_is_collected_once(invoke: Invoke, tiny: Path, tmp_path
     assert used.exit_code == 0, used.stderr
     shown = invoke("inspect", values["path"])
     assert "importance matrix" in shown.stdout
+
+
+def test_rules_choose_types_by_the_checkpoints_names(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("format: gguf\ntype: Q4_K_M\nrules: [{match: '*', grid: Q5_0}]\n")
+    rules = ("--rule", "self_attn.[qk]_proj=Q8_0", "--rule", "lm_head=skip", "--json")
+    values = json.loads(invoke("plan", tiny, "--recipe", recipe, *rules).stdout)
+    types = {one["name"]: one["type"] for one in values["tensors"]}
+    assert (types["blk.0.attn_q.weight"], types["output.weight"], types["token_embd.weight"]) == (
+        "Q8_0",
+        "BF16",
+        "Q5_0",
+    )
+    refused = invoke("plan", tiny, "--fmt", "gguf:Q4_K_M", "--rule", "experts.3.*=Q8_0")
+    assert refused.exit_code == 2
+    assert "one tensor for them" in refused.stderr

@@ -14,12 +14,20 @@ from typing import TypeAlias
 
 from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, GGMLQuantizationType, LlamaFileType
 
-from qconv.boundary.patterns import Pattern
 from qconv.core.architecture import Architecture, Moe
 from qconv.errors import UsageError
 from qconv.formats.gguf.names import GgufTensor
 
 T: TypeAlias = GGMLQuantizationType
+
+
+Override: TypeAlias = Callable[[GgufTensor], T | None]
+"""Gives a type to a tensor that a file type decides about, or None to leave it to the file type."""
+
+
+def no_override(tensor: GgufTensor) -> T | None:
+    """Leaves every tensor to the file type."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +263,7 @@ def tensor_types(
     tensors: Sequence[GgufTensor],
     *,
     importance: bool,
-    overrides: Sequence[tuple[Pattern, T]] = (),
+    override: Override = no_override,
 ) -> dict[str, T]:
     """The type that every tensor is to have, by name; :func:`fitted` says which it can.
 
@@ -264,7 +272,7 @@ def tensor_types(
         model: The architecture.
         tensors: All tensors of the file.
         importance: Whether there is an imatrix, which some mixtures depend on.
-        overrides: Types by pattern, searched for in a tensor's name, before the mixture; the first that fits counts.
+        override: Gives types before the mixture does.
 
     Raises:
         UsageError: no such file type.
@@ -276,9 +284,9 @@ def tensor_types(
     def chosen(tensor: GgufTensor) -> T:
         if not tensor.quantizable:
             return T.F32
-        for pattern, type in overrides:
-            if pattern.search(tensor.name):
-                return type
+        found = override(tensor)
+        if found is not None:
+            return found
         if mixture.base in _FLOATS:
             return mixture.base
         if file_type == "MXFP4_MOE":

@@ -53,6 +53,11 @@ class GgufTensor:
     constant: tuple[float, ...] = ()
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The checkpoint's modules whose weights it holds."""
+        return tuple(source.rpartition(".")[0] for source in self.sources)
+
+    @property
     def columns(self) -> int:
         """The length of a row."""
         return self.shape[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from qconv.core.architecture import Architecture
 from qconv.errors import UsageError
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.mixture import MIXTURES, file_type_id, fitted, fitting, needs_importance, tensor_types
-from qconv.formats.gguf.names import gguf_tensors
+from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.models import architecture
 from tests.conftest import FAMILIES, SIZES
 
@@ -202,10 +201,12 @@ def test_a_head_that_no_block_divides_is_q8_0() -> None:
     assert types_of(small("qwen3", hidden_size=96), "IQ2_M")["output.weight"] == T.Q8_0  # not Q5_1 for Q5_K
 
 
-def test_overrides_go_before_the_mixture_and_the_first_counts() -> None:
-    overrides = [(re.compile(r"ffn_down_exps"), T.Q8_0), (re.compile(r"ffn_|norm"), T.Q5_K)]
+def test_overrides_go_before_the_mixture() -> None:
+    def override(tensor: GgufTensor) -> T | None:
+        return T.Q8_0 if "ffn_down_exps" in tensor.name else T.Q5_K if "ffn_" in tensor.name else None
+
     model = small("qwen3_moe", moe_intermediate_size=256)
-    types = types_of(model, "Q2_K", overrides=overrides)
+    types = types_of(model, "Q2_K", override=override)
     assert types["blk.0.ffn_down_exps.weight"] == T.Q8_0
     assert types["blk.0.ffn_up_exps.weight"] == T.Q5_K
     assert types["blk.0.ffn_gate_inp.weight"] == T.F32
@@ -214,7 +215,7 @@ def test_overrides_go_before_the_mixture_and_the_first_counts() -> None:
 
 def test_overrides_fall_back_too() -> None:
     model = small("qwen3_moe", moe_intermediate_size=96)
-    types = types_of(model, "Q8_0", overrides=[(re.compile("ffn_down"), T.Q6_K)])
+    types = types_of(model, "Q8_0", override=lambda tensor: T.Q6_K if "ffn_down" in tensor.name else None)
     assert types["blk.0.ffn_down_exps.weight"] == T.Q8_0
 
 

@@ -11,7 +11,6 @@ from gguf import GGMLQuantizationType
 
 from qconv.artifacts.gguf_tensors import encoded, importance_of
 from qconv.artifacts.source import Source
-from qconv.boundary.patterns import Pattern
 from qconv.building.bench import SliceShape
 from qconv.checkpoint import reader
 from qconv.errors import CheckpointError, UsageError
@@ -58,13 +57,13 @@ def test_blocks_of_rows_change_no_byte(write_gguf: Write, monkeypatch: pytest.Mo
 
 
 def test_overrides_reach_the_file(write_gguf: Write) -> None:
-    _, (path,) = write_gguf("Q8_0", overrides=[(Pattern.parse("ffn_down"), T.F16)])
+    _, (path,) = write_gguf("Q8_0", override=lambda tensor: T.F16 if "ffn_down" in tensor.name else None)
     assert GgufModel.open(path).entry("blk.0.ffn_down_exps.weight").type == T.F16
 
 
 def test_a_type_without_encoder_is_refused_before_any_work(expressible: Path) -> None:
     with pytest.raises(UsageError, match="I8 has no encoder in qconv"):
-        plan_gguf(Source.open(expressible), "Q8_0", "model", overrides=[(Pattern.parse("attn_q"), T.I8)])
+        plan_gguf(Source.open(expressible), "Q8_0", "model", override=lambda tensor: T.I8)
 
 
 def test_weights_that_are_not_finite_leave_no_file(
