@@ -155,7 +155,7 @@ def plan_summary(plan: BuildPlan) -> str:
     """What will be written, in a line."""
     shards = sum(len(unit.shards) for unit in plan.units)
     return (
-        f"{plan.recipe.method_name} to {plan.format.name}, {plan.scheme}: {plan.weights:,} weights, "
+        f"{plan.method_name} to {plan.format.name}, {plan.scheme}: {plan.weights:,} weights, "
         f"{len(plan.quantized):,} linears quantized; {size(plan.output_bytes)} in {shards} shards, "
         f"{plan.bits_per_weight:.2f} bits per weight"
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.qtensor import CHANNEL, Grid, Number
 
 VLLM, SGLANG, TRANSFORMERS = "vLLM 0.32.0", "SGLang 0.5.23", "transformers 5.23.0"
 AUTOAWQ, AUTOGPTQ, GPTQMODEL = "AutoAWQ 0.2.9", "AutoGPTQ 0.7.1", "GPTQModel 7.7.0"
@@ -115,6 +115,10 @@ LIMITS = (
 )
 
 
+_MIXED: dict[Number, str] = {"int": "w4a16", "e4m3": "fp8_dynamic"}
+"""The formats that hold each other's grids, by what codes are in them."""
+
+
 def limits(format: str, grid: Grid, *, experts: bool) -> Iterator[Limit]:
     """What engines do not do with a build.
 
@@ -123,4 +127,6 @@ def limits(format: str, grid: Grid, *, experts: bool) -> Iterator[Limit]:
         grid: Its grid.
         experts: Whether experts are among its quantized linears.
     """
+    if format in _MIXED.values():
+        format = _MIXED[grid.number]
     return (limit for limit in LIMITS if limit.format == format and limit.concerns(grid, experts))

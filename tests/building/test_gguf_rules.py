@@ -101,6 +101,22 @@ def test_a_rule_alone_can_ask_for_calibration(sparse: Path, tmp_path: Path) -> N
     assert records == {"down_proj"}
 
 
+def test_scales_are_searched_and_folded_where_a_rule_asks_for_it(sparse: Path, tmp_path: Path) -> None:
+    rules = [{"match": "experts.*", "method": "awq+gptq"}, {"match": "o_proj", "grid": "Q8_0", "method": "rtn"}]
+    out = convert(sparse, tmp_path / "out", keys={"type": "Q4_0", "rules": rules, "calibration": TEXT}).out
+    assert verify_gguf(out, sparse).problems == []
+    report = json.loads((out / REPORT_NAME).read_text())
+    assert all("alpha" in expert for layer in report["layers"] for expert in layer["experts"])
+    model, tensors = opened(out), Source.open(sparse).checkpoint
+    # What feeds q, k and v, which AWQ does not scale, stays as it is, and what feeds the experts does not.
+    for name, source, folded in (
+        ("attn_norm", "input_layernorm", False),
+        ("ffn_norm", "post_attention_layernorm", True),
+    ):
+        norm = torch.cat(list(model.dequantized(f"blk.0.{name}.weight"))).flatten()
+        assert torch.equal(norm, tensors.read(f"model.layers.0.{source}.weight").float()) != folded
+
+
 def test_stopped_and_resumed_the_bytes_are_the_same(sparse: Path, calibrated: Path, tmp_path: Path) -> None:
     keys = {"type": "Q4_0", "rules": RULES, "calibration": TEXT}
     steps: list[str] = []
@@ -152,7 +168,7 @@ def test_an_encoder_that_needs_an_importance_is_not_left_alone(tmp_path: Path) -
     [
         ({"match": "a", "grid": "int8"}, "rules.0.grid: 'int8' is no type of a GGUF tensor"),
         ({"match": "a", "grid": "I8"}, "rules.0.grid: "),
-        ({"match": "a", "method": "awq"}, "rules.0.method: awq is no method of a GGUF build"),
+        ({"match": "a", "method": "gp"}, "rules.0.method: gp is no method"),
         ({"match": "a"}, "rules.0: says neither grid nor method"),
         ({"match": "a", "grid": "skip", "method": "rtn"}, "skip and a method contradict each other"),
     ],

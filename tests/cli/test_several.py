@@ -96,3 +96,23 @@ def test_a_plan_shows_each_build_and_what_they_share(invoke: Invoke, tiny: Path)
     for text in ("awq/", "w4a16/", "gguf-Q4_K_M/", "all together", "scratch disk 83.89 MB"):
         assert text in shown
     assert invoke("plan", tiny, "--fmt", "awq", "--fmt", "w4a16", "--tp", 3).exit_code == 1
+
+
+def test_a_rule_counts_for_the_builds_whose_scheme_it_names(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    rules = {"w4a16": "self_attn.*=int8-channel", "gguf:Q4_0": "self_attn.*=Q8_0"}
+    given = [option for rule in rules.values() for option in ("--rule", rule)]
+    out = tmp_path / "out"
+    command = ("--fmt", "w4a16", "--fmt", "gguf:Q4_0", "--rule", "layers.0.mlp.*=skip", *given, *TEXT)
+    result = invoke("quantize", tiny, *command, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    for fmt, rule in rules.items():
+        alone = tmp_path / fmt.replace(":", "-")
+        options = ("--fmt", fmt, "--rule", "layers.0.mlp.*=skip", "--rule", rule, *TEXT, "--no-propagate")
+        invoke("quantize", tiny, *options, "-o", alone)
+        assert folder_bytes(alone) == folder_bytes(out / alone.name)
+
+
+def test_a_rule_that_no_build_knows_is_refused(invoke: Invoke, tiny: Path) -> None:
+    result = invoke("plan", tiny, "--fmt", "w4a16", "--fmt", "gptq", "--rule", "o_proj=Q8_0")
+    assert result.exit_code == 2
+    assert "--rule: 'o_proj=Q8_0' has no meaning for any of w4a16, gptq" in " ".join(result.stderr.split())

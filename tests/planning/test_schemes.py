@@ -180,6 +180,11 @@ def test_engines_limits_are_told_of_each_grid_once() -> None:
     notices = plan(model("llama"), rules).notices()
     assert len(notices) == len(set(notices)) == 2
     assert "no kernel for such groups" in notices[0]
+    # Of each grid what concerns its layout: int4 in groups is no block of FP8, and has its own limits.
+    floats = {"format": "fp8_dynamic", "grid": {"bits": 8, "group_size": -1}}
+    mixed = plan(model("llama"), [{"match": "mlp.*", "grid": "int4-g16"}], **floats).notices()
+    assert mixed == notices
+    assert plan(model("llama"), [{"match": "mlp.*", "grid": "int4-g32"}], **floats).notices() == []
 
 
 def test_recipes_without_rules_have_the_digest_that_they_had() -> None:
