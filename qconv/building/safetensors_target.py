@@ -43,7 +43,7 @@ from qconv.core.workers import Workers
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, checksum
 from qconv.folders.state import CHECKSUMS_NAME
-from qconv.grids import e4m3, integers
+from qconv.grids import e4m3, get_grid, integers
 from qconv.heap import return_freed_memory
 from qconv.planning.costs import Demand, demand_of
 from qconv.planning.plan import BuildPlan, Item, Unit
@@ -237,6 +237,8 @@ class SafetensorsWriter:
         """A linear's weight without calibration, made block by block unless all rows share a scale."""
         grid, recipe = scheme.grid, self.plan.recipe
         clip = recipe.clip if recipe.clips(scheme.method) else None
+        if scheme.values is not None:
+            return get_grid(scheme.values)(grid, clip).encode(self.source.read(linear.weight).float())
         rounded = e4m3.quantize if grid.is_float else integers.quantize
         if grid.block_rows == CHANNEL:
             return rounded(self.source.read(linear.weight), grid, clip)

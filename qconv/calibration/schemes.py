@@ -15,7 +15,7 @@ from qconv.core.hessian import Factor
 from qconv.core.qtensor import Grid
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.core.settings import MOST_MOVED, ClipSettings
-from qconv.grids import e4m3, integers
+from qconv.grids import e4m3, get_grid, integers
 from qconv.grids.elements import E4M3Grid, IntegerGrid
 from qconv.methods import awq, get_rounding, gptq, rounding_of
 from qconv.methods.compensated.problem import SCALE_EXPONENT, Problem
@@ -262,6 +262,8 @@ class StaticScheme:
 def scheme_of(planned: LinearScheme, recipe: Recipe) -> Scheme:
     """How linears on a grid of integers, or of floats whose inputs have no stored scale, are rounded."""
     grid, method = planned.grid, planned.method
+    if planned.values is not None:
+        return FittedScheme(get_grid(planned.values)(grid, recipe.clip if recipe.clips(method) else None), method)
     if grid.is_float:
         return FittedScheme(E4M3Grid(grid, recipe.clip if recipe.clips(method) else None), method)
     return IntegerScheme(grid, recipe, method)

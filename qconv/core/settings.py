@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 GIGABYTE = 10**9
 
@@ -28,11 +36,6 @@ class Section(BaseModel):
         return value
 
 
-MOST_MOVED = 0.3
-"""How far matched calibration moves an output row of a weight before it is rounded, as a share of its norm."""
-MATCHED = "matched"
-
-
 def positive_or_channel(value: int) -> int:
     """A group size that there can be.
 
@@ -45,11 +48,19 @@ def positive_or_channel(value: int) -> int:
 
 
 class GridSettings(Section):
-    """The quantization grid. ``symmetric: null`` takes the format's own default."""
+    """The quantization grid. ``symmetric: null`` takes the format's own default, ``values: null`` all its values."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: int = 128
     symmetric: bool | None = None
+    values: str | None = None
+    """Those of a module of qconv/grids, by its name: some of the format's, or chosen in a way of its own."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent_values(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that does not ask for values is the one that it was before it could."""
+        found: dict[str, Any] = serialize(self)
+        return {key: value for key, value in found.items() if key != "values" or value is not None}
 
     @field_validator("group_size")
     @classmethod

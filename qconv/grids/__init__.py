@@ -11,4 +11,41 @@ order, each from wherever compensation has moved it. What is rounded is packed i
     blocks.py       ggml's types
     fp4.py          NVFP4 and MXFP4
     elements.py     integer and E4M3 grids
+
+Any other module is a grid by its own name: ``GRID`` of it is called with what a format can hold
+(:class:`qconv.core.qtensor.Grid`) and the search of clipping ranges, and gives a grid of those values in whose own way
+weights are put on them (:class:`qconv.core.grid.FittedGrid`). Recipes ask for it by ``grid: {values: NAME}`` and by
+rules.
 """
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qconv.core.grid import FittedGrid
+    from qconv.core.qtensor import Grid, QTensor
+    from qconv.core.settings import ClipSettings
+
+_SHARED = frozenset(
+    ("blocks", "e4m3", "elements", "fp4", "ggml", "integers", "lattices", "nearest", "scales", "steps", "turns")
+)
+"""The modules that grids have in common, and the grids that formats take by themselves."""
+
+
+def grids() -> list[str]:
+    """The names of the grids that a recipe can ask for, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
+
+
+def get_grid(name: str) -> Callable[[Grid, ClipSettings | None], FittedGrid[QTensor]]:
+    """The grid of that name, one of :func:`grids`."""
+    found: Callable[[Grid, ClipSettings | None], FittedGrid[QTensor]]
+    found = importlib.import_module(f"{__name__}.{name}").GRID
+    return found
+
+
+__all__ = ["get_grid", "grids"]

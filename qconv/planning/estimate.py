@@ -175,7 +175,7 @@ def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
         name = name_class(item.module.name)
         row = rows.get((name, item.scheme))
         if row is None:
-            said = DTYPE_NAMES[stored.dtype] if item.scheme is None else _scheme(item.scheme.grid)
+            said = DTYPE_NAMES[stored.dtype] if item.scheme is None else _scheme(item.scheme)
             if item.scheme is not None and len(methods) > 1:
                 said = f"{said}, {item.scheme.method_name}"
             row = rows[name, item.scheme] = PlannedClass(name, said, [])
@@ -183,7 +183,12 @@ def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
     return tuple(rows.values())
 
 
-def _scheme(grid: Grid) -> str:
+def _scheme(scheme: LinearScheme) -> str:
+    """A grid and its values in two words."""
+    return _grid(scheme.grid) if scheme.values is None else f"{_grid(scheme.grid)}, {scheme.values}"
+
+
+def _grid(grid: Grid) -> str:
     """A grid in two words."""
     if not grid.is_float:
         return f"{grid.bits}-bit {'channel' if grid.group_size == CHANNEL else f'g{grid.group_size}'}"

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
 from qconv.boundary.globs import MAX_LENGTH, names_module
 from qconv.core.settings import GridSettings, Section, positive_or_channel
+from qconv.grids import grids
 from qconv.planning.steps import known_method, shown_steps, steps
 
 SKIP: Final = "skip"
@@ -28,6 +29,7 @@ class RuleGrid(Section):
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    values: str | None = None
 
     @field_validator("group_size")
     @classmethod
@@ -47,6 +49,8 @@ def _grid(value: Any) -> Any:
     """A grid written as one word, as the mapping that it stands for."""
     if not isinstance(value, str) or value == SKIP:
         return value
+    if value in grids():
+        return {"values": value}
     if value in _FLOATS:
         return {"number": "e4m3", "bits": 8, "group_size": _FLOATS[value]}
     found = _INTEGERS.fullmatch(value)

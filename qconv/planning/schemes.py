@@ -13,6 +13,7 @@ from qconv.core.qtensor import CHANNEL, Grid
 from qconv.errors import RecipeError
 from qconv.formats import mixing_formats
 from qconv.formats.base import Format
+from qconv.grids import grids
 from qconv.methods import rounding_of
 from qconv.planning.recipe import Recipe
 from qconv.planning.rules import SKIP, RuleGrid
@@ -25,10 +26,12 @@ class LinearScheme:
     Attributes:
         grid: The values that it can take.
         method: How they are chosen: a member of :data:`qconv.planning.steps.METHODS`.
+        values: The module of :mod:`qconv.grids` that says which of the grid's values; None for all of them.
     """
 
     grid: Grid
     method: tuple[str, ...]
+    values: str | None = None
 
     @property
     def method_name(self) -> str:
@@ -62,7 +65,10 @@ def resolve(
                 cache[rule.grid] = _grid(linear, rule.grid, recipe, output_format, weight_dtype)
             grid = cache[rule.grid]
         method = recipe.method if rule is None or rule.method is None else rule.method
-        found[linear.name] = LinearScheme(grid, method)
+        values = recipe.grid.values
+        if rule is not None and isinstance(rule.grid, RuleGrid) and (rule.grid.values or rule.grid.number):
+            values = rule.grid.values
+        found[linear.name] = LinearScheme(grid, method, _known_values(values))
     if not found:
         raise RecipeError("skip: leaves no linear to quantize.", hint="Skip less.")
     for scheme, name in {scheme: name for name, scheme in reversed(found.items())}.items():
@@ -136,6 +142,15 @@ def _grid(linear: Linear, wanted: RuleGrid, recipe: Recipe, output_format: Forma
 def _mixing() -> str:
     mixing = " and ".join(mixing_formats())
     return f"Formats {mixing} hold integers and FP8 on different grids, gguf any type per tensor."
+
+
+def _known_values(name: str | None) -> str | None:
+    if name is not None and name not in grids():
+        known = ", ".join(grids()) or "none"
+        raise RecipeError(
+            f"grid.values: there are no {name!r}; known are {known}.", hint="A new grid is a file in qconv/grids/."
+        )
+    return name
 
 
 def _check_method(scheme: LinearScheme, name: str, recipe: Recipe, output_format: Format) -> None:

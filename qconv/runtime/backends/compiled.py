@@ -305,7 +305,9 @@ def _integer(weight: IntegerWeight) -> CompiledWeight | None:
     if grid.bits not in (2, 4, 8) or (weight.format == "awq" and grid.bits != 4):
         return None
     group = weight.shape[1] if grid.group_size == CHANNEL else grid.group_size
-    layout = _INTEGER_LAYOUTS[weight.format]
+    layout = _INTEGER_LAYOUTS.get(weight.format)
+    if layout is None:
+        return None
     if weight.format == "w4a16":
         if grid.act_order or (grid.bits == 4 and group % 8):
             return None
