@@ -56,8 +56,8 @@ TYPES = ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_
 OWN = "imatrix"
 METHODS = {
     OWN: ("--method", "rtn"),
-    "gptq": ("--method", "gptq"),
-    "refined": ("--method", "gptq", "--refine", "2"),
+    "gptq": ("--method", "gptq", "--refine", "0", "--propagate", "true"),
+    "refined": ("--method", "gptq", "--refine", "2", "--propagate", "true"),
     "matched": ("--method", "gptq", "--refine", "1", "--propagate", "matched"),
 }
 IN_MEMORY: dict[str, type[Nvfp4Grid] | type[Mxfp4Grid]] = {"NVFP4": Nvfp4Grid, "MXFP4": Mxfp4Grid}

@@ -37,15 +37,15 @@ from qconv.errors import QconvError, UsageError
 from qconv.runtime.dense import write_dense
 
 CASES = {
-    "rtn awq": ("awq", "rtn"),
-    "awq awq": ("awq", "awq"),
-    "rtn w4a16": ("w4a16", "rtn"),
-    "awq w4a16": ("w4a16", "awq"),
-    "gptq w4a16": ("w4a16", "gptq"),
-    "rtn fp8": ("fp8", "rtn"),
-    "rtn fp8-dynamic": ("fp8-dynamic", "rtn"),
+    "rtn awq": ("awq", "--method", "rtn"),
+    "awq awq": ("awq", "--method", "awq"),
+    "rtn w4a16": ("w4a16", "--method", "rtn"),
+    "awq w4a16": ("w4a16", "--method", "awq"),
+    "gptq w4a16": ("w4a16", "--method", "gptq", "--propagate", "true", "--refine", "0"),
+    "rtn fp8": ("fp8", "--method", "rtn"),
+    "rtn fp8-dynamic": ("fp8-dynamic", "--method", "rtn"),
 }
-"""Builds by name: format and method."""
+"""Builds by name: format and options."""
 PAIRS = (("awq awq", "rtn awq"), ("awq w4a16", "rtn w4a16"), ("gptq w4a16", "awq w4a16"))
 """Which of them are compared on the same documents, the second being the baseline."""
 CALIBRATION = CalibrationSettings(corpus=STDLIB, tokens=64 * 512, sequence_length=512)
@@ -198,9 +198,9 @@ def difference(pair: tuple[str, str], measured: dict[str, Measured]) -> Differen
 def _quantize_all(model: Path, work: Path) -> dict[str, Path]:
     """Every case through the command line, as a user would."""
     builds = {}
-    for name, (fmt, method) in CASES.items():
-        out = work / f"{method}-{fmt}"
-        command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, "--method", method]
+    for name, (fmt, *options) in CASES.items():
+        out = work / name.replace(" ", "-")
+        command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, *options]
         command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
         finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if finished.returncode:
