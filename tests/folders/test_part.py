@@ -8,8 +8,6 @@ import pytest
 
 from qconv.checkpoint.reader import Checkpoint
 from qconv.checkpoint.writer import ShardRecord
-from qconv.errors import ArtifactError
-from qconv.executors.threads import Threads
 from qconv.folders.journal import Journal
 from qconv.folders.ownership import WORK_FOLDER, claimed
 from qconv.folders.part import Part, key_of, own
@@ -58,15 +56,3 @@ def test_a_name_that_begins_another_is_not_taken_for_it() -> None:
     values = {key_of("awq", "one"): 1, key_of("awq-2", "two"): 2}
     assert own(values, "awq") == {"one": 1}
     assert own(values, "") == values
-
-
-def test_what_threads_commit_at_once_is_all_there(record: SourceRecord) -> None:
-    with Threads(4) as workers:
-        for _ in workers.map(lambda number: Part(record, f"b{number % 2}").note(str(number), {}), range(40)):
-            assert len(Part(record, "b0").units) <= 20
-    try:
-        read = Journal.load(record.journal.path)
-    except ArtifactError as error:  # lines of two threads in each other
-        pytest.fail(str(error))
-    assert read is not None
-    assert len(read.units) == 40
