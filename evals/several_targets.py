@@ -5,8 +5,8 @@ in turns, so that a machine whose load changes slows all of them alike; then che
 the builds that were made alone. The ratio is that of the medians: both at once over the dearer one alone. Exits with 1
 if a byte differs or a ratio of processor time is not below the limit.
 
-With ``--experts N`` the model is two layers of random weights of Qwen3-Coder-480B's true widths with so many experts, of
-which each token takes all: attention is narrower, so that the experts decide, as they do with 160 of them. It is two
+With ``--experts N`` the model is two layers of random weights of Qwen3-Coder-480B's true widths with so many experts,
+of which each token takes all: attention is narrower, so that the experts decide, as they do with 160 of them. It is two
 layers, since nobody needs the outputs of the last one, which are a large part of what builds share.
 """
 
