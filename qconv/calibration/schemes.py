@@ -212,7 +212,7 @@ class FittedScheme:
     def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
         """By the grid's own search, each column counting the root of its inputs' mean square."""
         squares = gram.diagonal(dim1=1, dim2=2).flatten()
-        if not bool((squares > 0.0).any()):
+        if self.method == ("rtn",) or not bool((squares > 0.0).any()):
             return None
         found: Packed = self.grid.encode(weight, squares.pow(SCALE_EXPONENT))
         return found

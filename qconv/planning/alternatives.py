@@ -38,6 +38,8 @@ def other_way(recipe: Recipe | GgufRecipe) -> str | None:
 
 
 def _left(recipe: Recipe | GgufRecipe) -> float | None:
+    if recipe.rules:
+        return None
     if isinstance(recipe, GgufRecipe):
         return next((left for start, left in _OF_TYPE.items() if recipe.type.startswith(start)), None)
     if recipe.format.startswith("fp8"):

@@ -16,12 +16,13 @@ from torch import Tensor
 from qconv.artifacts.build import Build
 from qconv.artifacts.inspection import inspect
 from qconv.artifacts.source import Source
-from qconv.calibration.schemes import IntegerScheme
+from qconv.calibration.schemes import FittedScheme, IntegerScheme
 from qconv.core.qtensor import Grid
 from qconv.errors import StaleJournalError
 from qconv.folders.journal import WORK_FOLDER
 from qconv.folders.state import CHECKSUMS_NAME
-from qconv.grids import integers
+from qconv.grids import e4m3, integers
+from qconv.grids.elements import E4M3Grid
 from qconv.planning.recipe import Recipe
 from qconv.planning.rules import RuleGrid
 from qconv.runtime.dense import write_dense
@@ -170,10 +171,13 @@ def test_a_damaged_tensor_of_each_group_is_found(
 def test_rounding_by_a_rule_is_the_grids_own(moe: Path, mixtures: Callable[[str], Path]) -> None:
     source, opened = Source.open(moe), Build.open(mixtures("three grids and methods, matched"))
     for layer in opened.architecture.layers:
-        found = opened.qtensor(layer.attention.o)
-        expected = integers.quantize(source.read(layer.attention.o.weight), found.grid)
-        assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(found.scales, expected.scales)
+        # o in int8, and in layer 0 q, k and v in FP8.
+        for linear in layer.attention.linears() if layer.index == 0 else (layer.attention.o,):
+            found = opened.qtensor(linear)
+            quantize = e4m3.quantize if found.grid.is_float else integers.quantize
+            expected = quantize(source.read(linear.weight), found.grid)
+            assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+            assert torch.equal(found.scales, expected.scales)
 
 
 def test_a_rule_that_rounds_with_a_search_searches_as_rounding_does() -> None:
@@ -186,6 +190,14 @@ def test_a_rule_that_rounds_with_a_search_searches_as_rounding_does() -> None:
     assert not torch.equal(expected.dequantize(), integers.quantize(weight, grid).dequantize())
     assert rounded.gram_width(64) == 0
     assert IntegerScheme(grid, recipe, ("awq",)).gram_width(64) == 32
+
+
+def test_rounding_on_a_fitted_grid_does_not_look_at_inputs() -> None:
+    grid = Grid(8, -1, True, torch.bfloat16, "e4m3", 1, activations="dynamic")
+    weight, gram = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.rand(64, 1, 1) + 0.5
+    rounded, searched = (FittedScheme(E4M3Grid(grid), method) for method in (("rtn",), ("gptq",)))
+    assert rounded.clipped(weight, gram) is None
+    assert searched.clipped(weight, gram) is not None
 
 
 def test_one_grid_by_rules_is_the_build_without_them(moe: Path, rtn_build: Path, tmp_path: Path) -> None:

@@ -84,5 +84,6 @@ def test_the_other_way_is_said_where_it_was_measured() -> None:
     assert "--method rtn: 3.1 times" in (other_way(GgufRecipe(type="Q4_K_M", method=("gptq",))) or "")
     assert "4.5 times" in (other_way(load_recipe("awq")) or "")
     assert "0.40 of" in (other_way(load_recipe("fp8")) or "")
-    for recipe in (GgufRecipe(type="BF16"), load_recipe("fp8-static"), load_recipe("w4a16", {"grid.bits": 8})):
+    mixed = load_recipe("w4a16", {"rules": [{"match": "o_proj", "grid": "int8"}]})
+    for recipe in (GgufRecipe(type="BF16"), load_recipe("fp8-static"), load_recipe("w4a16", {"grid.bits": 8}), mixed):
         assert other_way(recipe) is None
