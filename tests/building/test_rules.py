@@ -25,11 +25,13 @@ from qconv.grids import e4m3, integers
 from qconv.grids.elements import E4M3Grid
 from qconv.planning.recipe import Recipe
 from qconv.planning.rules import RuleGrid
+from qconv.runtime.activations import InputRounding
 from qconv.runtime.dense import write_dense
+from qconv.runtime.files import open_files
 from qconv.runtime.stream import stream_logits
 from qconv.verification.build import verify
 from tests.building.test_pipeline import Stop, calls_of, stop_at
-from tests.conftest import build, folder_bytes, small_recipe
+from tests.conftest import build, folder_bytes, random_model, save_model, small_recipe
 from tests.runtime.test_files import IDS, logits
 from tests.verification.test_build import edit
 
@@ -166,6 +168,34 @@ def test_a_damaged_tensor_of_each_group_is_found(
     problems = verify(folder, moe).problems
     assert problems, "a shifted tensor went unnoticed"
     assert all(module in problem for problem in problems)
+
+
+def test_inputs_are_rounded_where_weights_are_floats(mixtures: Callable[[str], Path]) -> None:
+    files = open_files(mixtures("int4 by awq, FP8 by gptq"))
+    for layer in files.architecture.layers:
+        assert all(files.input_rounding(linear) == InputRounding() for linear in layer.attention.linears())
+        assert all(files.input_rounding(linear) is None for mlp in layer.mlps() for linear in mlp.linears())
+    files = open_files(mixtures("int4 and int8, gptq"))
+    assert not any(files.input_rounding(one) for layer in files.architecture.layers for one in layer.linears())
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_readers_of_one_input_may_have_other_groups_and_methods(method: str, tmp_path: Path) -> None:
+    model = save_model(random_model("qwen2_moe"), tmp_path / "model")
+    rules = [
+        {"match": "shared_expert.*", "grid": "int8-g16", "method": "awq"},
+        {"match": "self_attn.v_proj", "method": "awq"},
+        {"match": "self_attn.[qk]_proj", "method": "rtn"},
+        {"match": "layers.1.mlp.experts.*", "grid": "fp8-channel", "method": "rtn"},
+    ]
+    out = build(model, tmp_path / "out", small_recipe(method, rules=rules)).out
+    result = verify(out, model)
+    assert result.problems == []
+    shared = [result.snr_db[f"model.layers.{layer}.mlp.shared_expert.{name}_proj"] for layer in (0, 1) for name in MLP]
+    assert min(shared) > 40.0  # eight bits in small groups; second moments of another width would not go unnoticed
+
+
+MLP = ("gate", "up", "down")
 
 
 def test_rounding_by_a_rule_is_the_grids_own(moe: Path, mixtures: Callable[[str], Path]) -> None:

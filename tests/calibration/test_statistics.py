@@ -109,3 +109,18 @@ def test_rescaled_statistics_are_those_of_rescaled_inputs(case: tuple[Tensor, in
 def test_blocks_are_groups_or_the_widest_divisor_below_the_bound(in_features: int, group: int, width: int) -> None:
     assert block_width(in_features, group) == width
     assert in_features % width == 0
+
+
+def test_narrow_blocks_are_cut_out_of_wide_ones() -> None:
+    inputs = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+
+    def seen(width: int) -> InputStatistics:
+        statistics = InputStatistics.empty(24, width)
+        statistics.update(inputs)
+        return statistics
+
+    for wide, narrow in ((24, 8), (24, 1), (12, 4), (8, 8)):
+        torch.testing.assert_close(seen(wide).diagonal(narrow), seen(narrow).gram)
+    assert seen(24).diagonal(0).numel() == 0
+    # Without second moments, folding scales has none to change.
+    assert seen(0).rescaled(torch.full((24,), 2.0)).gram.numel() == 0
