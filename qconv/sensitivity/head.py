@@ -38,7 +38,7 @@ class Head:
         """Tokens that are worked on together."""
         return max(1, WINDOW_LOGITS // self.linear.out_features)
 
-    def gradient(self, hidden: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, hidden: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw a label for each token; the gradient of minus its log-likelihood.
 
         Args:
@@ -46,8 +46,8 @@ class Head:
             chance: One number of [0, 1) for each token, float64 [tokens]: it decides the label.
 
         Returns:
-            With regard to ``hidden``, [tokens, hidden], and the sum over tokens of its squares with regard to the
-            logits, float64 [vocabulary].
+            With regard to ``hidden``, [tokens, hidden]; the sum over tokens of its squares with regard to the logits,
+            float64 [vocabulary]; that of the squared inputs of the head, float64 [hidden].
 
         Raises:
             CheckpointError: the head cannot be read or is not finite.
@@ -67,7 +67,8 @@ class Head:
         for start, rows in self._rows():
             pulled.addmm_(slope[:, start : start + len(rows)], rows)
         (found,) = torch.autograd.grad(normed, leaf, pulled)
-        return found, slope.square_().sum(0, dtype=torch.float64)
+        inputs = normed.detach().square().sum(0, dtype=torch.float64)
+        return found, slope.square_().sum(0, dtype=torch.float64), inputs
 
     def _rows(self) -> Iterator[tuple[int, Tensor]]:
         start = 0

@@ -39,9 +39,9 @@ class OutputSquares:
     tokens: int
 
     @classmethod
-    def of(cls, gradient: Tensor) -> OutputSquares:
-        """Of a gradient, [tokens, out_features]."""
-        return cls(gradient.square().sum(0, dtype=torch.float64), len(gradient))
+    def of(cls, gradient: Tensor, limit: float) -> OutputSquares:
+        """Of a gradient, [tokens, out_features], :func:`limited`."""
+        return cls(limited(gradient, limit).square().sum(0, dtype=torch.float64), len(gradient))
 
     def __add__(self, other: OutputSquares) -> OutputSquares:
         return OutputSquares(self.sums + other.sums, self.tokens + other.tokens)
@@ -49,6 +49,24 @@ class OutputSquares:
 
 Seen = dict[str, OutputSquares]
 """By a linear's name."""
+LIMIT = 100.0
+"""How many times the usual square of a token's gradient the largest may be."""
+
+
+def limited(gradient: Tensor, limit: float) -> Tensor:
+    """A gradient, [tokens, features], no token of which has more than ``limit`` times the median square of all.
+
+    Where a token's hidden state is all but zero (an embedding that was never trained), norms multiply what comes back
+    through them by a thousand each: a slope that holds for no error of any size, and would count more than all others.
+    Such a token keeps its direction. Tokens without any gradient do not count for the median.
+    """
+    squares = gradient.double().square().sum(1)
+    some = squares[squares > 0.0]
+    if not len(some):
+        return gradient
+    most = limit * some.median()
+    scale = (most / squares.clamp(min=1e-300)).sqrt_().clamp_(max=1.0)
+    return gradient * scale.to(gradient.dtype).unsqueeze(1) if bool((scale < 1.0).any()) else gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +79,7 @@ class LayerBackward:
         layer: The layer.
         files: Its inputs, and the gradient with regard to its outputs, which becomes that of its inputs.
         workers: Threads; each holds one expert.
+        limit: See :func:`limited`; infinite for the exact gradient.
     """
 
     source: Source
@@ -68,6 +87,7 @@ class LayerBackward:
     layer: Layer
     files: LayerFiles
     workers: Workers
+    limit: float = LIMIT
 
     def run(self) -> Seen:
         """Take the gradient back; what it says of every linear of the layer but routers.
@@ -133,9 +153,10 @@ class _Attention:
                 output = self._attended(leaf)
             outputs = [self.kept.__dict__.pop(name) for name in inner]
             *slopes, below = torch.autograd.grad(output, (*outputs, leaf), above.view_as(output))
-            self.files.gradient.write(window[0], below.add_(above))
-            found = {name: OutputSquares.of(one.flatten(0, -2)) for name, one in zip(inner, slopes, strict=True)}
-            return found | {attention.o.name: OutputSquares.of(above)}
+            limit = self.work.limit
+            self.files.gradient.write(window[0], limited(below.add_(above), limit))
+            found = {name: OutputSquares.of(one.flatten(0, -2), limit) for name, one in zip(inner, slopes, strict=True)}
+            return found | {attention.o.name: OutputSquares.of(above, limit)}
 
         seen: Seen = {}
         for part in self.work.workers.map(pull, self.files.sequence_windows(WINDOW_TOKENS)):
@@ -241,7 +262,7 @@ class _Mlps:
                 normed: Tensor = self.norm(leaf)
             slope = files.normed.read(start, stop).add_(self._through_routers(normed.detach(), start, stop))
             (below,) = torch.autograd.grad(normed, leaf, slope)
-            files.gradient.write(start, below.add_(above))
+            files.gradient.write(start, limited(below.add_(above), self.work.limit))
         return seen
 
     def _keep_slopes(self, part: _Tokens, slopes: Tensor) -> None:
@@ -296,9 +317,9 @@ class _Mlps:
         scaled = above if part.factors is None else above * part.factors.unsqueeze(-1)
         of_gate, of_up, of_inputs = torch.autograd.grad(output, (gate, up, leaf), scaled)
         found = {
-            mlp.gate.name: OutputSquares.of(of_gate),
-            mlp.up.name: OutputSquares.of(of_up),
-            mlp.down.name: OutputSquares.of(scaled),
+            mlp.gate.name: OutputSquares.of(of_gate, self.work.limit),
+            mlp.up.name: OutputSquares.of(of_up, self.work.limit),
+            mlp.down.name: OutputSquares.of(scaled, self.work.limit),
         }
         return of_inputs, slopes, found
 

@@ -22,7 +22,7 @@ from qconv.calibration.squares import LayerPass, collect_squares
 from qconv.checkpoint.header import TensorSpec, read_header
 from qconv.checkpoint.reader import map_tensor
 from qconv.checkpoint.writer import ShardWriter, is_same
-from qconv.core.architecture import Architecture, Layer
+from qconv.core.architecture import HEAD, Architecture, Layer
 from qconv.core.workers import Workers
 from qconv.errors import VerificationError
 from qconv.folders.journal import Journal
@@ -165,14 +165,19 @@ class Sweep:
         gradient = self._gradient(len(self.model.layers)).create()
         chance = torch.rand(self.count, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
         squares = torch.zeros(head.linear.out_features, dtype=torch.float64)
+        inputs = torch.zeros(head.linear.in_features, dtype=torch.float64)
         with torch.no_grad():
             for start, stop in last.windows(head.window):
                 self.progress("labels", start, self.count)
-                slope, found = head.gradient(last.read(start, stop), chance[start:stop])
+                slope, found, read = head.gradient(last.read(start, stop), chance[start:stop])
                 gradient.write(start, slope)
                 squares += found
-        name = head.linear.name if self.model.lm_head is not None else "lm_head"
-        statistics = {f"{name}.{OUTPUTS}": (squares / self.count).float(), f"{name}.{SEEN}": torch.tensor([self.count])}
+                inputs += read
+        statistics = {
+            f"{HEAD}.{OUTPUTS}": (squares / self.count).float(),
+            f"{HEAD}.{INPUTS}": (inputs / self.count).float(),
+            f"{HEAD}.{SEEN}": torch.tensor([self.count]),
+        }
         self._commit(_HEAD, statistics, {READ: self._read_of_head(head)}, gradient=gradient)
 
     def _read_of_head(self, head: Head) -> str:

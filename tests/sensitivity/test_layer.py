@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qconv.calibration.forward import Decoder
 from qconv.executors.threads import Threads
 from qconv.sensitivity.files import LayerFiles
 from qconv.sensitivity.head import Head
-from qconv.sensitivity.layer import LayerBackward, Seen, _Mlps, _Tokens
+from qconv.sensitivity.layer import LayerBackward, Seen, _Mlps, _Tokens, limited
 from tests.conftest import BUNDLED, random_model, save_model
 
 DTYPE = torch.float64
@@ -88,7 +89,9 @@ class Whole:
         }
 
 
-def backward(source: Source, whole: Whole, ids: Tensor, folder: Path) -> tuple[Seen, Tensor, Tensor]:
+def backward(
+    source: Source, whole: Whole, ids: Tensor, folder: Path, limit: float = math.inf
+) -> tuple[Seen, Tensor, Tensor]:
     """Layer by layer from the inputs that the whole model has; also the head's squares and the labels."""
     model, decoder = source.architecture, Decoder(source.checkpoint.path, DTYPE)
     tokens, hidden = ids.numel(), model.hidden_size
@@ -101,7 +104,7 @@ def backward(source: Source, whole: Whole, ids: Tensor, folder: Path) -> tuple[S
     head = Head(
         source, decoder.final_norm(source.read(model.final_norm.weight)), model.lm_head or model.embedding, DTYPE
     )
-    slope, squares = head.gradient(final["states"].view(tokens, hidden), chance)
+    slope, squares, _ = head.gradient(final["states"].view(tokens, hidden), chance)
     cumulated = logits.softmax(-1).cumsum(-1)
     labels = (cumulated < chance.unsqueeze(-1)).sum(-1)
     found: Seen = {}
@@ -116,7 +119,7 @@ def backward(source: Source, whole: Whole, ids: Tensor, folder: Path) -> tuple[S
             files.middle.create()
             if before is None:
                 files.gradient.create().write(0, slope)
-            found |= LayerBackward(source, decoder, layer, files, workers).run()
+            found |= LayerBackward(source, decoder, layer, files, workers, limit).run()
     return found, squares, labels
 
 
@@ -187,3 +190,12 @@ def test_a_gradient_through_another_layer_is_found(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(LayerBackward, "read", lambda self, name: read(self, name.replace("layers.0.", "layers.1.")))
     found, expected, _, _ = both(save_model(random_model("qwen3_moe"), tmp_path / "model"), tmp_path)
     assert disagreement(found, expected) > 1e-3
+
+
+def test_a_token_that_explodes_is_held_at_the_limit() -> None:
+    gradient = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 5.0], [3e9, 4e9], [0.6, 0.8]])
+    found = limited(gradient, 100.0)
+    torch.testing.assert_close(found[[0, 1, 2, 4]], gradient[[0, 1, 2, 4]])
+    torch.testing.assert_close(found[3], torch.tensor([30.0, 40.0]))
+    assert limited(gradient, math.inf) is gradient
+    assert not limited(torch.zeros(3, 2), 100.0).any()

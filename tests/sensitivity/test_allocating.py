@@ -1,0 +1,117 @@
+"""From a sensitivity to a recipe: sizes are kept, types fit their tensors, and bits follow what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import load_file, save_file
+
+from qconv.artifacts.source import Source
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.building.sensitivity_pipeline import SENSITIVITY_NAME, measure_sensitivity
+from qconv.cli.target import parse_size
+from qconv.core.settings import TextSettings
+from qconv.errors import CheckpointError, UsageError
+from qconv.executors.threads import Threads
+from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
+from qconv.sensitivity.allocating import Allocation, Target, allocate, read_sensitivity
+from qconv.sensitivity.errors import TYPES, _drawn
+from qconv.sensitivity.sweep import OUTPUTS
+from tests.conftest import random_model, save_model
+
+QUIET: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 256, so that every type fits."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64, "num_experts": 4}
+    made = random_model("qwen3_moe", norm_topk_prob=True, **sizes)
+    return save_model(made, tmp_path_factory.mktemp("allocating") / "model", "4MB")
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the model's sensitivity."""
+    out = tmp_path_factory.mktemp("sensitivity") / "out"
+    measure_sensitivity(model, out, TextSettings(tokens=256, sequence_length=32), **QUIET)
+    return out
+
+
+def allocated(model: Path, statistics: dict[str, torch.Tensor], types: Any = TYPES, **target: Any) -> Allocation:
+    with Threads(2) as workers:
+        return allocate(Source.open(model), statistics, GgufRecipe(type="Q4_K_M"), Target(**target), types, workers)
+
+
+@pytest.mark.parametrize("bits", [3.5, 4.5, 6.0])
+def test_the_build_is_as_large_as_was_asked(bits: float, model: Path, statistics: Path, tmp_path: Path) -> None:
+    found = allocated(model, read_sensitivity(statistics), bits=bits)
+    assert bits * 0.95 < found.bits <= bits  # a handful of tensors, each a large step
+    recipe = parse_gguf_recipe(yaml.safe_load(yaml.safe_dump(found.recipe.model_dump(mode="json"))))
+    made = quantize_gguf(model, tmp_path / "out", recipe, **QUIET).report
+    assert {name: one["type"] for name, one in made["tensors"].items() if name in found.types} == {
+        name: type.name for name, type in found.types.items()
+    }
+    assert made["bits_per_weight"] == pytest.approx(found.bits, abs=1e-4)
+    assert sum((tmp_path / "out" / name).stat().st_size for name in made["files"]) == found.size
+
+
+def test_a_size_in_bytes_holds_the_headers_too(model: Path, statistics: Path) -> None:
+    size = allocated(model, read_sensitivity(statistics), bits=4.5).size
+    for target in (size, size + 1000, size - 1):
+        assert allocated(model, read_sensitivity(statistics), size=target).size <= target
+    with pytest.raises(UsageError, match="the smallest build of these types has"):
+        allocated(model, read_sensitivity(statistics), size=100_000)
+
+
+def test_more_bits_are_predicted_to_cost_less(model: Path, statistics: Path) -> None:
+    stats = read_sensitivity(statistics)
+    losses = [allocated(model, stats, bits=bits).predicted for bits in (3.0, 4.0, 5.0, 7.0)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 10 * losses[-1]
+    assert T.IQ3_S not in allocated(model, stats, (T.Q2_K, T.Q4_K, T.Q8_0), bits=4.0).types.values()
+
+
+def test_bits_follow_what_is_measured(model: Path, statistics: Path) -> None:
+    """A layer that the output cares a thousand times as much about gets more of them."""
+    stats = load_file(statistics / SENSITIVITY_NAME)
+    for name in stats:
+        if name.startswith("model.layers.1.") and name.endswith(OUTPUTS):
+            stats[name] = stats[name] * 1000.0
+    types = allocated(model, stats, bits=4.5).types
+    order = list(TYPES)
+    for role in ("attn_q", "ffn_down_exps"):
+        low, high = (order.index(types[f"blk.{layer}.{role}.weight"]) for layer in (0, 1))
+        assert high > low
+
+
+def test_what_cannot_be_used_is_said(model: Path, statistics: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no sensitivity"):
+        read_sensitivity(tmp_path)
+    stats = load_file(statistics / SENSITIVITY_NAME)
+    save_file({name: one for name, one in stats.items() if ".layers.1." not in name}, tmp_path / "s.safetensors")
+    with pytest.raises(CheckpointError, match="says nothing of"):
+        allocated(model, read_sensitivity(tmp_path / "s.safetensors"), bits=4.0)
+
+
+def test_drawn_parts_stand_for_all_on_average() -> None:
+    weights = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.01
+    values = weights * (1.0 + 0.1 * torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    estimate = sum(float(values[index]) * factor for index, factor in _drawn(weights, 8))
+    assert estimate == pytest.approx(float(values.sum()), rel=0.05)
+    assert _drawn(weights[:5], 8) == [(index, 1.0) for index in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("240GB", 240 * 10**9), ("4.5 GiB", int(4.5 * 2**30)), ("12B", 12), ("1kB", 1000)]
+)
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+    for wrong in ("", "GB", "3", "3 Gb", "-1GB", "nanGB", "1e9GB", "1XiB"):
+        with pytest.raises(UsageError, match="is no size"):
+            parse_size(wrong)
