@@ -9,10 +9,10 @@ one file more than the build.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,9 +38,8 @@ from qconv.formats.gguf.container import FileLayout
 from qconv.formats.gguf.names import GgufTensor, permute_heads
 from qconv.grids.blocks import BlockGrid, BlockTensor
 from qconv.planning.gguf_plan import GgufPlan
-from qconv.planning.recipe import Recipe
+from qconv.planning.gguf_recipe import GgufRecipe
 
-MethodFor: TypeAlias = Callable[[GgufTensor], tuple[str, ...]]
 _SCALES = "scales"
 """The key, within what the journal holds of a layer, of its scales."""
 
@@ -56,8 +55,7 @@ class StagedLayers:
         self,
         source: Source,
         plan: GgufPlan,
-        recipe: Recipe,
-        method: MethodFor,
+        recipe: GgufRecipe,
         sums: LayerSums,
         part: Part,
         workers: Workers,
@@ -67,9 +65,8 @@ class StagedLayers:
         Args:
             source: The model.
             plan: The build.
-            recipe: The method's settings.
-            method: The steps by which a tensor is made; where they are those of its type by itself, the next layer
-                sees what that makes of it, and no blocks of it are kept.
+            recipe: The settings, and the steps by which each tensor is made. Where they are those of its type by
+                itself, the next layer sees what that makes of it, and no blocks of it are kept.
             sums: Of the importance matrix that falls off.
             part: The build's part of the journal and the work folder.
             workers: Threads.
@@ -80,10 +77,10 @@ class StagedLayers:
         self.workers = workers
         self.done = 0
         self._plan = plan
-        self._recipe = recipe
-        self._schemes = _schemes(plan, method)
+        self._recipe = recipe.calibrated()
+        self._schemes = _schemes(plan, recipe)
         self.folds: FoldedLayers | None = None
-        if any("awq" in method(tensor) for tensor in plan.tensors.values()):
+        if any("awq" in recipe.method_for(tensor) for tensor in plan.tensors.values()):
             self.folds = FoldedLayers(source, part)
         self._types = {name: grid for name, (grid, steps) in self._schemes.items() if steps != ("rtn",)}
         self._stages: dict[int, dict[str, TensorEntry]] = {}
@@ -238,11 +235,11 @@ class _StageSink:
         self._owner.commit(self._layer, build, {"size": written.size, "sha256": written.sha256})
 
 
-def _schemes(plan: GgufPlan, method: MethodFor) -> dict[str, tuple[BlockGrid, tuple[str, ...]]]:
+def _schemes(plan: GgufPlan, recipe: GgufRecipe) -> dict[str, tuple[BlockGrid, tuple[str, ...]]]:
     """Grid and method of the linears in layers that have codes to choose, by the name of their weight."""
     found: dict[str, tuple[BlockGrid, tuple[str, ...]]] = {}
     for tensor in plan.tensors.values():
         grid = BlockGrid(encoder(plan.types[tensor.name]))
         if tensor.layer is not None and tensor.quantizable and grid.has_codes:
-            found |= dict.fromkeys(tensor.sources, (grid, method(tensor)))
+            found |= dict.fromkeys(tensor.sources, (grid, recipe.method_for(tensor)))
     return found

@@ -155,9 +155,8 @@ class GgufTarget:
 
     def standing(self, committed: Collection[str]) -> str:
         """How many files are committed."""
-        return (
-            f"{sum(file.name in committed for file in self.plan.files)} of {len(self.plan.files)} files are committed"
-        )
+        there = sum(file.name in committed for file in self.plan.files)
+        return f"{there} of {len(self.plan.files)} files are committed"
 
     def complete(self, belongs: Mapping[str, str], means: Means) -> Outcome:
         """The finished build."""
@@ -225,9 +224,7 @@ class GgufBuilder:
         if tokens is not None:
             self.sums = LayerSums(target.source, tokens, part)
             if target.calibrates:
-                recipe = target.recipe.calibrated()
-                method = target.recipe.method_for
-                self.staged = StagedLayers(target.source, self.plan, recipe, method, self.sums, part, means.workers)
+                self.staged = StagedLayers(target.source, self.plan, target.recipe, self.sums, part, means.workers)
             else:
                 self.collecting = Collecting(target.source, self.sums, part, means.workers)
 
