@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -58,12 +58,20 @@ class _AttentionHalf:
         self.parts = [AttentionBuild(context, build, tensors, self.norm_weight) for build in context.builds]
         self.qkv = layer.attention.linears()[:3]
         self.o = (layer.attention.o,)
-        self.qkv_inputs, self.o_inputs = self._statistics(self.qkv), self._statistics(self.o)
+        self.qkv_inputs = self._statistics(self.qkv, map(self._width_of_qkv, self.parts))
+        self.o_inputs = self._statistics(self.o, map(self._first_width_of_o, self.parts))
 
-    def _statistics(self, linears: Sequence[Linear]) -> dict[int, InputStatistics]:
-        """Of an input, in every width that builds ask for."""
-        widths = [part.width(linears) for part in self.parts]
+    def _statistics(self, linears: Sequence[Linear], widths: Iterable[int]) -> dict[int, InputStatistics]:
+        """Of an input, by width."""
         return empty_statistics(linears[0].in_features, widths, drift=self.reference is not None)
+
+    def _width_of_qkv(self, part: AttentionBuild) -> int:
+        return part.width(self.qkv)
+
+    def _first_width_of_o(self, part: AttentionBuild) -> int:
+        """Before q, k and v are quantized: squares alone, where its moments are those of what they then pass on."""
+        width = part.width(self.o)
+        return min(width, 1) if self.reference is not None and part.compensates(self.o) else width
 
     def _normed(self, start: int, stop: int, work: Workspace | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]; of the quantized model."""
@@ -97,7 +105,7 @@ class _AttentionHalf:
         probes = {tokens: self._probe(tokens) for tokens in {one.build.recipe.awq.search_tokens for one in self.parts}}
         for part in self.parts:
             probe = probes[part.build.recipe.awq.search_tokens]
-            part.see(self.qkv_inputs[part.width(self.qkv)], self.o_inputs[part.width(self.o)], probe)
+            part.see(self.qkv_inputs[self._width_of_qkv(part)], self.o_inputs[self._first_width_of_o(part)], probe)
 
     def _collect_o(self, part: AttentionBuild, reference: Workspace) -> InputStatistics:
         """Statistics of o's input anew: what the quantized q, k and v make of it, beside the unquantized model's."""
@@ -108,7 +116,8 @@ class _AttentionHalf:
             _, unquantized = self.block.with_o_input(self._normed(*window, reference)[1])
             return o_input.flatten(0, 1), unquantized.flatten(0, 1)
 
-        found = self._statistics(self.o)[part.width(self.o)]
+        width = part.width(self.o)
+        found = self._statistics(self.o, [width])[width]
         for o_input, unquantized in self._windows(inputs):
             found.update(o_input, reference=unquantized)
         return found
@@ -150,18 +159,21 @@ class _AttentionHalf:
                 found.append(compensate(part.build, statistics[part.width(linears)], weights, scale, factors))
             return found
 
-        qkv = (self.qkv, self.qkv_inputs)
         if self.reference is None:
             # The larger one first, so that it need not be waited for.
-            of_o, of_qkv = self.context.workers.map(solve, ((self.o, self.o_inputs), qkv))
+            subjects = ((self.o, self.o_inputs), (self.qkv, self.qkv_inputs))
+            of_o, of_qkv = self.context.workers.map(solve, subjects)
             for part, first, last in zip(parts, of_qkv, of_o, strict=True):
                 part.keep(first)
                 part.keep(last)
             return
-        for part, one in zip(parts, solve(qkv), strict=True):
+        for part, one in zip(parts, solve((self.qkv, self.qkv_inputs)), strict=True):
             part.keep(one)
             if not part.compensates(self.o):
                 continue
+            # What was seen of the unquantized q, k and v has served: o's moments are as large again.
+            self.qkv_inputs, self.o_inputs = {}, {}
+            part.forget_moments()
             o_inputs = {part.width(self.o): self._collect_o(part, self.reference)}
             part.keep(solve((self.o, o_inputs))[0])
 

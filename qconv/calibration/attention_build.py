@@ -71,6 +71,10 @@ class AttentionBuild:
         self.build.keep_squares(qkv_inputs, attention.linears()[:3])
         self.build.keep_squares(o_inputs, (attention.o,))
 
+    def forget_moments(self) -> None:
+        """Keep of both inputs' statistics no second moments."""
+        self.qkv_inputs, self.o_inputs = self.qkv_inputs.without_moments(), self.o_inputs.without_moments()
+
     def search_scales(self, block: BlockOf) -> None:
         """Choose what is folded into the input norm and into v."""
         context, build, attention = self.context, self.build, self.context.layer.attention

@@ -48,7 +48,7 @@ def compensate(
 
     Args:
         build: Whose they are.
-        statistics: Of the input, second moments as one block.
+        statistics: Of the input, second moments as one block; their drift, if any, is gone afterwards.
         weights: Their folded weights, float32 [out_features, in_features], by module name.
         scale: What the input is divided by, float32 [in_features]; None for nothing.
         factors: Those of the input as it is that other builds have made, or will need.
@@ -61,12 +61,14 @@ def compensate(
     seen = statistics if scale is None else statistics.rescaled(scale)
     known = None if factors is None or scale is not None else factors.setdefault(build.recipe.gptq, {})
     known = {} if known is None else known
+    pulls = {name: None if seen.drift is None else weight @ seen.drift for name, weight in weights.items()}
+    seen.drift = statistics.drift = None
     moments: dict[str | None, SecondMoments] = {}
     found = {}
     for name, weight in weights.items():
         scheme = build.schemes[name]
         rounding = rounding_of(scheme.method)
         if rounding not in moments:
-            moments[rounding] = SecondMoments(seen.hessian, build.recipe, seen.drift, known, rounding or GPTQ)
-        found[name] = scheme.compensate(moments[rounding].target(weight), moments[rounding])
+            moments[rounding] = SecondMoments(seen.hessian, build.recipe, known, rounding or GPTQ)
+        found[name] = scheme.compensate(moments[rounding].target(weight, pulls.pop(name)), moments[rounding])
     return found

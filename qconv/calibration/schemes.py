@@ -82,22 +82,20 @@ class SecondMoments:
         self,
         hessian: Tensor,
         recipe: Recipe,
-        drift: Tensor | None = None,
         factors: dict[int, Factor] | None = None,
         rounding: str = GPTQ,
     ) -> None:
-        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``, and of the input's drift.
+        """Of float32 [in_features, in_features], the mean over tokens of ``x x^T``.
 
         ``factors`` are those that are known, or shared with whoever rounds on the same second moments; ``rounding`` is
         the name of what chooses codes.
         """
         self.hessian = hessian
-        self._drift = drift
         self._strength = recipe.calibration.matched_strength
         known = {} if factors is None else factors
         self.problem = Problem(hessian, recipe.gptq, recipe.refine, known, get_rounding(rounding))
 
-    def target(self, weight: Tensor) -> Tensor:
+    def target(self, weight: Tensor, pull: Tensor | None) -> Tensor:
         """What a weight is best rounded from, so that its output on the drifted input is that on the true one.
 
         The least squares of ``|T x - W r|^2`` over tokens, r being the unquantized model's input, are ``T = W + W D
@@ -106,11 +104,13 @@ class SecondMoments:
 
         Args:
             weight: float32 [out_features, in_features]; not changed.
+            pull: ``W D``, the same shape; None where drift is not looked at. It is a product of its own because the
+                drift is as large as the second moments, and can be gone before those are factorized.
         """
-        if self._drift is None:
+        if pull is None:
             return weight
         factor = self.factor
-        wanted = (weight @ self._drift).index_select(1, factor.order)
+        wanted = pull.index_select(1, factor.order)
         # H = s U diag(costs) U^T with s the mean of its diagonal, columns in the factor's order.
         scale = float(self.hessian.diagonal().mean(dtype=torch.float64)) or 1.0
         solved = torch.linalg.solve_triangular(factor.upper.t(), wanted, upper=False, left=False, unitriangular=True)

@@ -157,6 +157,10 @@ class InputStatistics:
             None if self.drift is None else self.drift * (1.0 - share),
         )
 
+    def without_moments(self) -> InputStatistics:
+        """The same without second moments and drift."""
+        return InputStatistics(self.tokens, torch.zeros(0, 0, 0), self.magnitude, self.peak)
+
     def rescaled(self, scale: Tensor) -> InputStatistics:
         """Statistics of ``x / scale``, scale float32 [in_features]; their peak is not known."""
         blocks, width, _ = self.gram.shape

@@ -97,13 +97,13 @@ def test_a_matched_target_gives_the_true_output_on_drifted_inputs() -> None:
     drifted = true + 0.3 * drawn(400, 24)
     weight = 5.0 + drawn(8, 24)  # so that the target is near enough
     recipe = small_recipe("gptq", calibration={**MATCHED, "matched_strength": 1.0}, gptq={"damp_percent": 1e-7})
-    moments = SecondMoments(drifted.T @ drifted / 400, recipe, (true - drifted).T @ drifted / 400)
+    moments, pull = SecondMoments(drifted.T @ drifted / 400, recipe), weight @ ((true - drifted).T @ drifted / 400)
     best = torch.linalg.lstsq(drifted.double(), (true @ weight.T).double()).solution.T
-    torch.testing.assert_close(moments.target(weight).double(), best, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(moments.target(weight, pull).double(), best, rtol=1e-3, atol=1e-3)
     half = small_recipe("gptq", calibration={**MATCHED, "matched_strength": 0.5}, gptq={"damp_percent": 1e-7})
-    moved = SecondMoments(moments.hessian, half, (true - drifted).T @ drifted / 400).target(weight)
-    torch.testing.assert_close(moved, (weight + moments.target(weight)) / 2, rtol=1e-3, atol=1e-4)
-    assert SecondMoments(moments.hessian, recipe).target(weight) is weight
+    moved = SecondMoments(moments.hessian, half).target(weight, pull)
+    torch.testing.assert_close(moved, (weight + moments.target(weight, pull)) / 2, rtol=1e-3, atol=1e-4)
+    assert SecondMoments(moments.hessian, recipe).target(weight, None) is weight
 
 
 def test_no_row_moves_far() -> None:
@@ -112,8 +112,8 @@ def test_no_row_moves_far() -> None:
     true, noise = torch.randn(8, 24, generator=generator), torch.randn(8, 24, generator=generator)
     drifted, weight = true + noise, torch.randn(6, 24, generator=generator)
     recipe = small_recipe("gptq", calibration=MATCHED, gptq={"damp_percent": 1e-7})
-    moments = SecondMoments(drifted.T @ drifted / 8, recipe, (true - drifted).T @ drifted / 8)
-    moved = (moments.target(weight) - weight).norm(dim=1) / weight.norm(dim=1)
+    moments, pull = SecondMoments(drifted.T @ drifted / 8, recipe), weight @ ((true - drifted).T @ drifted / 8)
+    moved = (moments.target(weight, pull) - weight).norm(dim=1) / weight.norm(dim=1)
     assert float(moved.max()) == pytest.approx(MOST_MOVED, rel=1e-4)
 
 
