@@ -80,8 +80,8 @@ compensation-speed: $(STAMP)  ## what one true expert costs by GPTQ on Q4_K and 
 several-targets: $(STAMP)  ## what two formats of one calibration cost beside one
 	$(BIN)/python -m evals.several_targets
 
-sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame must name each, and nothing in 20 runs of sound builds
-	$(BIN)/python evals/sensitivity.py
+gate-sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame must name each, and nothing in 20 runs of sound builds
+	$(BIN)/python evals/gate_sensitivity.py
 
 sanitize: $(STAMP)  ## the C++ and its callers under the sanitizers of addresses, undefined behaviour and threads
 	$(BIN)/python evals/sanitize.py

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals.sensitivity import DAMAGES, Bench, Blamed, Named, Result, a_a, damage, quantized, trial
-from evals.sensitivity import SUITE as ORDINARY
+from evals.gate_sensitivity import DAMAGES, Bench, Blamed, Named, Result, a_a, damage, quantized, trial
+from evals.gate_sensitivity import SUITE as ORDINARY
 from qconv.artifacts.build import Build
 from qconv.evaluation.suites import Suite
 from qconv.verification.build import verify
