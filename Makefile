@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale compensation-speed several-targets sensitivity sanitize many-threads digests fuzz clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale compensation-speed several-targets gate-sensitivity sanitize many-threads digests fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
