@@ -192,7 +192,19 @@ def test_calibrated_files_of_every_type_load_generate_and_have_one_perplexity(
     report = quantize_gguf(MODEL, tmp_path / "out", recipe, progress=lambda *_: None, log=lambda _: None).report
     assert report["method"] == "gptq"
     assert {one["type"] for name, one in report["tensors"].items() if "exps" in name} == {type.name}
-    file = tmp_path / "out" / report["files"][0]
+    assert_computed_alike(tmp_path / "out" / report["files"][0], llama)
+
+
+def test_a_file_with_scales_folded_in_is_computed_alike(llama: Llama, tmp_path: Path) -> None:
+    text = {"tokens": 1024, "sequence_length": 64}
+    recipe = parse_gguf_recipe({"type": "Q4_K_M", "method": "awq+gptq", "calibration": text})
+    report = quantize_gguf(MODEL, tmp_path / "out", recipe, progress=lambda *_: None, log=lambda _: None).report
+    assert any(not one["kept_rtn"] for layer in report["layers"] for one in layer["searches"].values())
+    assert_computed_alike(tmp_path / "out" / report["files"][0], llama)
+
+
+def assert_computed_alike(file: Path, llama: Llama) -> None:
+    """llama.cpp generates from a file, and has our perplexity and distributions."""
     ids = load_tokenizer(MODEL)((CHECKOUT / "evals/quality.py").read_text()).input_ids[:256]
     answer = llama(file, [ids], generate=16)
     assert len(answer.generated) == 16
