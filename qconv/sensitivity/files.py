@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from qconv.calibration.activations import ActivationFile
 
 
@@ -30,13 +28,14 @@ class LayerFiles:
     sequence_length: int
 
     @classmethod
-    def at(cls, folder: Path, inputs: ActivationFile, sequence_length: int, dtype: torch.dtype) -> LayerFiles:
-        """The files of a work folder; all but the inputs are shared by all layers."""
+    def at(cls, folder: Path, inputs: ActivationFile, gradient: ActivationFile, sequence_length: int) -> LayerFiles:
+        """The files of a work folder, in the gradient's dtype; the middle ones are shared by all layers."""
 
         def file(name: str) -> ActivationFile:
+            dtype = gradient.dtype
             return ActivationFile(folder / name, inputs.tokens, inputs.width, dtype, computed=dtype)
 
-        return cls(inputs, file("middle.bin"), file("gradient.bin"), file("normed.bin"), sequence_length)
+        return cls(inputs, file("middle.bin"), gradient, file("normed.bin"), sequence_length)
 
     @property
     def tokens(self) -> int:

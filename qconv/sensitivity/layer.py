@@ -182,7 +182,8 @@ class _Tokens:
         """The same, some tokens at a time."""
         for start in range(0, len(self.tokens), WINDOW_TOKENS):
             part = slice(start, start + WINDOW_TOKENS)
-            yield _Tokens(*(None if one is None else one[part] for one in (self.tokens, self.factors, self.pairs)))  # type: ignore[arg-type]
+            factors = None if self.factors is None else self.factors[part]
+            yield _Tokens(self.tokens[part], factors, None if self.pairs is None else self.pairs[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,8 @@ class _Mlps:
         self.norm = work.decoder.norm(layer, norm, work.source.read(norm.weight))
         self.moe = layer.mlp if isinstance(layer.mlp, Moe) else None
         self.router: nn.Module | None = None
+        self.shared_factors: Tensor | None = None
+        self.shared_slopes: Tensor | None = None
         self.shared_gate: Tensor | None = None
         if self.moe is not None:
             self.router = work.decoder.router(layer, work.source.read(self.moe.router.weight))
@@ -221,8 +224,9 @@ class _Mlps:
         self.choices = experts.shape[1]
         self.factors = torch.cat(factors).flatten()
         self.factor_slopes = torch.zeros_like(self.factors)
-        self.shared_factors = torch.cat(shared) if shared else None
-        self.shared_slopes = torch.zeros_like(self.shared_factors) if self.shared_factors is not None else None
+        if shared:
+            self.shared_factors = torch.cat(shared)
+            self.shared_slopes = torch.zeros_like(self.shared_factors)
         flat = experts.flatten()
         self.order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=len(self.moe.experts) if self.moe else 0)
@@ -236,7 +240,7 @@ class _Mlps:
     def _tokens(self, index: int) -> _Tokens:
         """Of the layer's MLP of that number: experts, the shared one after them, or the dense one."""
         if self.moe is None or index >= len(self.moe.experts):
-            return _Tokens(torch.arange(self.files.tokens), getattr(self, "shared_factors", None), None)
+            return _Tokens(torch.arange(self.files.tokens), self.shared_factors, None)
         end = int(self.ends[index])
         pairs = self.order[end - int(self.counts[index]) : end]
         return _Tokens(pairs // self.choices, self.factors[pairs], pairs)

@@ -191,9 +191,8 @@ class Sweep:
         inputs = inputs_file(self.work, layer.index, self.count, self.model.hidden_size)
         if layer.index:
             self._require(inputs.path, forward_key(self.model.layers[layer.index - 1]), "inputs")
-        files = LayerFiles.at(self.work, inputs, self.tokens.ids.shape[1], torch.float32)
         gradient = self._gradient(layer.index)
-        files = LayerFiles(files.inputs, files.middle, gradient, files.normed, files.sequence_length)
+        files = LayerFiles.at(self.work, inputs, gradient, self.tokens.ids.shape[1])
         files.middle.create()
         gradient.create()
         for start, stop in gradient.windows():

@@ -108,17 +108,16 @@ def backward(
     cumulated = logits.softmax(-1).cumsum(-1)
     labels = (cumulated < chance.unsqueeze(-1)).sum(-1)
     found: Seen = {}
-    files: LayerFiles | None = None
+    gradient = ActivationFile(folder / "gradient.bin", tokens, hidden, DTYPE, computed=DTYPE).create()
+    gradient.write(0, slope)
     with Threads(2) as workers:
         for layer in reversed(model.layers):
             inputs = ActivationFile(
                 folder / f"inputs-{layer.index}.bin", tokens, hidden, DTYPE, computed=DTYPE
             ).create()
             inputs.write(0, whole.inputs[layer.index].detach().view(tokens, hidden))
-            before, files = files, LayerFiles.at(folder, inputs, LENGTH, DTYPE)
+            files = LayerFiles.at(folder, inputs, gradient, LENGTH)
             files.middle.create()
-            if before is None:
-                files.gradient.create().write(0, slope)
             found |= LayerBackward(source, decoder, layer, files, workers, limit).run()
     return found, squares, labels
 
