@@ -157,6 +157,11 @@ class InputStatistics:
             None if self.drift is None else self.drift * (1.0 - share),
         )
 
+    def shrink_drift(self, strength: float) -> None:
+        """Take so many more tokens of the same kind not to have drifted: a few say little of what a drift asks for."""
+        if self.drift is not None and self.tokens + strength > 0.0:
+            self.drift.mul_(self.tokens / (self.tokens + strength))
+
     def without_moments(self) -> InputStatistics:
         """The same without second moments and drift."""
         return InputStatistics(self.tokens, torch.zeros(0, 0, 0), self.magnitude, self.peak)
