@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from qconv.building.completion import already_complete
 from qconv.building.inputs import fingerprints, lasting
 from qconv.building.output import Outcome, begin, enter, publish, require_apart
 from qconv.calibration.corpus import build_tokens
+from qconv.calibration.imatrix import layer_readings
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, output_errors, sha256_of
 from qconv.core.settings import TextSettings
-from qconv.core.workers import Workers
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, Journal, locked
 from qconv.folders.ownership import remove_claimed
-from qconv.folders.readings import SourceRecord, checksum
+from qconv.folders.readings import SourceRecord
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState
 from qconv.sensitivity.sweep import Progress, Sweep, forward_key, scratch_bytes
 from qconv.verification.checksums import render_checksums
@@ -85,7 +84,7 @@ def measure_sensitivity(
         journal, resumed = begin(out, belongs, [SENSITIVITY_NAME, REPORT_NAME], needed, restart=restart)
         if resumed:
             log(f"resuming: {len(journal.units)} of {2 * len(source.architecture.layers) + 1} steps are done")
-        record = SourceRecord(source.checkpoint, journal, _readings(source, workers))
+        record = SourceRecord(source.checkpoint, journal, layer_readings(source, workers, forward_key))
         record.require_unchanged(progress)
         sweep = Sweep(source, tokens, text.seed, work, record, workers, progress)
         _write(out, sweep, journal)
@@ -119,16 +118,3 @@ def _write(out: Path, sweep: Sweep, journal: Journal) -> None:
         journal.announce([written])
         writer.publish()
     journal.commit(SENSITIVITY_NAME, {"size": written.size, "sha256": written.sha256})
-
-
-def _readings(source: Source, workers: Workers) -> dict[str, Callable[[], str]]:
-    """By the journal's keys what reads again that of which a step was made, and gives its checksum."""
-    model = source.architecture
-
-    def names(index: int) -> list[str]:
-        own = [name for name, _ in model.layers[index].tensors()]
-        return own if index else [model.embedding.weight, *own]
-
-    return {
-        forward_key(layer): partial(checksum, source.checkpoint, names(layer.index), workers) for layer in model.layers
-    }

@@ -17,14 +17,14 @@ from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.forward import Decoder
+from qconv.calibration.imatrix import read_for, require_kept
 from qconv.calibration.layer import Workspace, inputs_file
 from qconv.calibration.squares import LayerPass, collect_squares
 from qconv.checkpoint.header import TensorSpec, read_header
 from qconv.checkpoint.reader import map_tensor
-from qconv.checkpoint.writer import ShardWriter, is_same
+from qconv.checkpoint.writer import ShardWriter
 from qconv.core.architecture import HEAD, Architecture, Layer
 from qconv.core.workers import Workers
-from qconv.errors import VerificationError
 from qconv.folders.journal import Journal
 from qconv.folders.ownership import claim
 from qconv.folders.readings import READ, SourceRecord, checksum
@@ -134,13 +134,8 @@ class Sweep:
         following = inputs_file(self.work, layer.index + 1, self.count, self.model.hidden_size).create()
         for start, stop in following.windows():
             following.write(start, work.total.read(start, stop))
-        read = checksum(self.source.checkpoint, self.read_for(layer), self.workers)
+        read = checksum(self.source.checkpoint, read_for(self.source, layer), self.workers)
         self._commit(forward_key(layer), statistics, {READ: read}, inputs=following)
-
-    def read_for(self, layer: Layer) -> list[str]:
-        """The tensors of the source that a pass through a layer reads."""
-        names = [name for name, _ in layer.tensors()]
-        return names if layer.index else [self.model.embedding.weight, *names]
 
     @property
     def count(self) -> int:
@@ -233,18 +228,9 @@ class Sweep:
         return self.work / f"{key}.safetensors"
 
     def _statistics(self, key: str) -> dict[str, Tensor]:
-        path, record = self._path(key), self.journal.units[key]
-        if not is_same(path, record["size"], record["sha256"]):
-            raise _gone(path)
+        path = self._path(key)
+        require_kept(path, self.journal.units[key], "made")
         return {name: map_tensor(entry) for name, entry in read_header(path).items()}
 
     def _require(self, path: Path, key: str, what: str) -> None:
-        record = self.journal.units[key][what]
-        if not is_same(path, record["size"], record["sha256"]):
-            raise _gone(path)
-
-
-def _gone(path: Path) -> VerificationError:
-    return VerificationError(
-        f"{path}: was made but is now missing or changed.", hint="Put it back, or start over with --restart."
-    )
+        require_kept(path, self.journal.units[key][what], "made")
