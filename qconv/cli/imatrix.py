@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import click
 
-from qconv.cli.console import duration, print_json, say, size, stdout
+from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.gguf import print_coverage
 from qconv.cli.numbers import COUNT, SEED, THREADS
-from qconv.cli.options import json_option, model_argument, out_option
+from qconv.cli.options import executor_option, json_option, model_argument, out_option
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
-from qconv.executors import DEFAULT, executors
 from qconv.planning.recipe import parse_as
 
 
@@ -29,13 +27,7 @@ from qconv.planning.recipe import parse_as
 @click.option("--seed", type=SEED, help="Seed of the calibration's samples.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
-@click.option(
-    "--executor",
-    type=click.Choice(executors()),
-    default=DEFAULT,
-    show_default=True,
-    help="Where the work runs; the bytes do not depend on it.",
-)
+@executor_option
 @json_option
 def command(
     model: str,
@@ -79,8 +71,7 @@ def command(
         "bytes": path.stat().st_size,
         "datasets": outcome.report["datasets"],
         "coverage": outcome.report["coverage"],
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "seconds": round(time.monotonic() - start, 2),
+        **costs(start),
     }
     if as_json:
         print_json(result)
@@ -94,5 +85,4 @@ def _print(result: Mapping[str, Any]) -> None:
     say(console, f"size         {size(result['bytes'])}, {coverage['covered']} weights in layers")
     say(console, f"text         {'; '.join(result['datasets'])}")
     print_coverage(coverage)
-    say(console, f"peak memory  {size(result['peak_memory_bytes'])}")
-    say(console, f"time         {duration(result['seconds'])}")
+    print_costs(result)

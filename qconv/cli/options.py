@@ -12,6 +12,7 @@ import click
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
 from qconv.core.settings import GIGABYTE, MATCHED
 from qconv.errors import UsageError
+from qconv.executors import DEFAULT, executors
 from qconv.methods import rounding_of
 from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, read_values, replaced
 from qconv.planning.steps import METHODS, steps
@@ -29,6 +30,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 model_argument = click.argument("model")
+executor_option = click.option(
+    "--executor",
+    type=click.Choice(executors()),
+    default=DEFAULT,
+    show_default=True,
+    help="Where the work runs; the bytes do not depend on it.",
+)
 
 _RECIPE_OPTIONS = (
     click.option(

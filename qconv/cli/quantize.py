@@ -21,10 +21,9 @@ from qconv.cli.console import (
     stdout,
 )
 from qconv.cli.numbers import THREADS
-from qconv.cli.options import json_option, model_argument, out_option, recipe_options
+from qconv.cli.options import executor_option, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
-from qconv.executors import DEFAULT, executors
 
 if TYPE_CHECKING:
     from qconv.building.output import Outcome
@@ -41,13 +40,7 @@ if TYPE_CHECKING:
     type=THREADS,
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
-@click.option(
-    "--executor",
-    type=click.Choice(executors()),
-    default=DEFAULT,
-    show_default=True,
-    help="Where the work runs; the bytes do not depend on it.",
-)
+@executor_option
 @json_option
 def command(
     model: str,
