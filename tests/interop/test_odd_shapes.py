@@ -30,8 +30,9 @@ pytestmark = pytest.mark.interop
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 1536},
     "qwen3": {"intermediate_size": 1536},
-    "qwen3_moe": {"moe_intermediate_size": 192, "num_experts": 4},
+    "qwen3_moe": {"moe_intermediate_size": 192, "num_experts": 4, "num_experts_per_tok": 4},
 }
+"""Every token goes to all experts: where a router's second and third nearly tie, float16 chooses another of them."""
 SHAPE = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 
 FLOAT32_BOUND = 1e-3
