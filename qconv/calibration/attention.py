@@ -103,7 +103,7 @@ class _AttentionHalf:
             for linears, seen in zip((self.qkv, self.o), squares, strict=False):
                 self.context.see(linears, seen)
         for statistics in self.qkv_inputs.values():
-            statistics.shrink_drift(float(self.context.calibration.shrinkage_tokens))
+            statistics.shrink_drift()
         probes = {tokens: self._probe(tokens) for tokens in {one.build.recipe.awq.search_tokens for one in self.parts}}
         for part in self.parts:
             probe = probes[part.build.recipe.awq.search_tokens]
@@ -122,7 +122,7 @@ class _AttentionHalf:
         found = self._statistics(self.o, [width])[width]
         for o_input, unquantized in self._windows(inputs):
             found.update(o_input, reference=unquantized)
-        found.shrink_drift(float(self.context.calibration.shrinkage_tokens))
+        found.shrink_drift()
         return found
 
     def _windows(self, work: Callable[[tuple[int, int]], Made]) -> Iterator[Made]:

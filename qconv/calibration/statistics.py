@@ -157,10 +157,14 @@ class InputStatistics:
             None if self.drift is None else self.drift * (1.0 - share),
         )
 
-    def shrink_drift(self, strength: float) -> None:
-        """Take so many more tokens of the same kind not to have drifted: a few say little of what a drift asks for."""
-        if self.drift is not None and self.tokens + strength > 0.0:
-            self.drift.mul_(self.tokens / (self.tokens + strength))
+    def shrink_drift(self) -> None:
+        """Take one more token for each input feature not to have drifted.
+
+        What a drift asks of the weights is a regression on ``in_features`` inputs, whose error falls with tokens over
+        features: as many tokens as features say half, fewer say little.
+        """
+        if self.drift is not None:
+            self.drift.mul_(self.tokens / (self.tokens + len(self.drift)))
 
     def without_moments(self) -> InputStatistics:
         """The same without second moments and drift."""

@@ -78,6 +78,28 @@ def test_shrinkage_is_the_designs_formula(case: tuple[Tensor, int], strength: in
     assert_close(shared.gram, dense_gram(layer, width))
 
 
+@given(st.integers(1, 60), st.integers(0, 10**6))
+def test_a_drift_of_few_tokens_counts_little(tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs, reference = torch.randn(2, tokens, 12, generator=generator)
+    statistics = InputStatistics.empty(12, 12, drift=True)
+    statistics.update(inputs, reference=reference)
+    statistics.shrink_drift()
+    assert statistics.drift is not None
+    drift = (reference - inputs).double().T @ inputs.double() / tokens
+    assert_close(statistics.drift, drift * tokens / (tokens + 12))
+
+
+def test_no_drift_is_left_alone() -> None:
+    inputs = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    without, untouched = gather(inputs, 12), InputStatistics.empty(12, 12, drift=True)
+    without.shrink_drift()
+    assert without.drift is None
+    untouched.shrink_drift()
+    assert untouched.drift is not None
+    assert_close(untouched.drift, torch.zeros(12, 12))
+
+
 @pytest.mark.parametrize("strength", [0.0, 64.0])
 def test_without_tokens_of_its_own_an_expert_has_the_layers_statistics(strength: float) -> None:
     layer = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
