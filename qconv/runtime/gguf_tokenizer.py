@@ -13,9 +13,9 @@ from tokenizers.models import BPE
 from qconv.errors import CheckpointError
 from qconv.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
 from qconv.formats.gguf.reader import GgufModel
+from qconv.formats.gguf.sentencepiece import SPACE
 from qconv.formats.gguf.special import END_TEXTS, end_ids, token_id
 
-_SPACE = "▁"
 _TEMPLATES = Keys.Tokenizer.CHAT_TEMPLATE + "."
 
 
@@ -110,9 +110,9 @@ class _Described:
         merges = _merges_by_score(self.vocabulary, scores.tolist())
         made = Tokenizer(self._bpe(merges, unk_token=self.tokens[unknown], fuse_unk=True, byte_fallback=True))
         prefixed = self._flag(Keys.Tokenizer.ADD_PREFIX, True)
-        spaced = normalizers.Replace(" ", _SPACE)
-        made.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaced]) if prefixed else spaced
-        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        spaced = normalizers.Replace(" ", SPACE)
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaced]) if prefixed else spaced
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
         return made
 

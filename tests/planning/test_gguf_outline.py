@@ -50,8 +50,8 @@ def test_a_plan_says_which_types_do_not_fit(folder: Path) -> None:
 
 def test_a_tokenizer_without_a_gguf_is_refused_before_any_weight(folder: Path) -> None:
     described = json.loads((folder / "tokenizer.json").read_text())
-    edit(folder / "tokenizer.json", model=described["model"] | {"byte_fallback": True})
-    with pytest.raises(UsageError, match=r"tokenizer\.json: BPE with byte_fallback True"):
+    edit(folder / "tokenizer.json", model=described["model"] | {"type": "Unigram"})
+    with pytest.raises(UsageError, match=r"tokenizer\.json: a Unigram tokenizer"):
         outline(folder, GgufRecipe(type="Q8_0"))
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(UsageError, match=r"tokenizer\.json: no such file"):

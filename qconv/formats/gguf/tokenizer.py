@@ -1,14 +1,14 @@
 """The key/values of a GGUF file that describe the tokenizer, from tokenizer.json and the files beside it.
 
-llama.cpp tokenizes by itself: byte-level BPE with one of its own pre-tokenizers, named by ``tokenizer.ggml.pre``. It
-does not normalize, so text that is not in NFC tokenizes differently from transformers where a tokenizer asks for NFC,
-as Qwen's does. Whatever else it cannot follow is refused.
+llama.cpp tokenizes by itself: byte-level BPE with one of its own pre-tokenizers, named by ``tokenizer.ggml.pre``, or
+SentencePiece's BPE (:mod:`qconv.formats.gguf.sentencepiece`). It does not normalize, so text that is not in NFC
+tokenizes differently from transformers where a tokenizer asks for NFC, as Qwen's does. Whatever else it cannot follow
+is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,14 @@ from qconv.errors import CheckpointError, UsageError
 from qconv.formats.gguf.metadata import Metadata
 from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, QWEN2
 from qconv.formats.gguf.sampling import sampling_metadata
+from qconv.formats.gguf.sentencepiece import read_sentencepiece
 from qconv.formats.gguf.special import END_OF_MESSAGE, END_TEXTS
+from qconv.formats.gguf.vocabulary import REDOWNLOAD, Vocabulary, read_merges, read_tokens, unsupported
 
 PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe"}
 """llama.cpp's name of a splitting pattern. Both are checked against it, token by token, in the interop tests."""
 
-_UNSUPPORTED_BPE = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A byte-level BPE vocabulary as a GGUF file holds it: ``types[i]`` is the type of the token ``tokens[i]``."""
-
-    tokens: Sequence[str]
-    types: Sequence[TokenType]
-    merges: Sequence[str]
-    pre: str
-
-    def id_of(self, token: str) -> int | None:
-        """The id of a token, None if there is no such token."""
-        return self.tokens.index(token) if token in self.tokens else None
+_UNSUPPORTED_BPE = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metadata:
@@ -67,14 +55,11 @@ def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metad
     generation = read_generation_config(folder)
 
     writer = GGUFWriter(None, "")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(list(vocabulary.tokens))
-    writer.add_token_types(list(vocabulary.types))
-    writer.add_token_merges(list(vocabulary.merges))
     ids = {
-        kind: _special_id(f"{kind}_token", vocabulary, settings, (config, generation)) for kind in ("bos", "eos", "pad")
+        kind: _special_id(f"{kind}_token", vocabulary, settings, (config, generation))
+        for kind in ("bos", "eos", "pad", "unk")
     }
+    _add_vocabulary(writer, vocabulary, ids["unk"])
     if ids["eos"] is None:
         raise CheckpointError(
             f"{folder}: no end-of-sequence token: tokenizer_config.json, config.json and generation_config.json name "
@@ -96,6 +81,23 @@ def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metad
     return writer.kv_data[0] | sampling_metadata(folder / GENERATION_CONFIG, generation)
 
 
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, unknown: int | None) -> None:
+    types = list(vocabulary.types)
+    writer.add_tokenizer_model("gpt2" if vocabulary.scores is None else "llama")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    if vocabulary.scores is None:
+        writer.add_token_types(types)
+        writer.add_token_merges(list(vocabulary.merges))
+        return
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
+        writer.add_unk_token_id(unknown)
+    writer.add_token_types(types)
+    writer.add_token_scores(list(vocabulary.scores))
+    writer.add_add_space_prefix(vocabulary.begins_with_space)
+
+
 def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabulary:
     """The vocabulary of a tokenizer.json, padded to ``rows`` tokens.
 
@@ -106,18 +108,21 @@ def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabul
     model = described.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
-        raise _unsupported(path, f"a {kind} tokenizer, not byte-level BPE")
+        raise unsupported(path, f"a {kind} tokenizer, not byte-level BPE")
+    if model.get("byte_fallback"):
+        return read_sentencepiece(path, described, rows)
     used = [option for option in _UNSUPPORTED_BPE if model.get(option)]
     if used:
-        raise _unsupported(path, f"BPE with {used[0]} {model[used[0]]!r}")
+        raise unsupported(path, f"BPE with {used[0]} {model[used[0]]!r}")
     if (described.get("normalizer") or {"type": "NFC"}) != {"type": "NFC"}:
-        raise _unsupported(path, f"a normalizer of type {described['normalizer'].get('type')}")
+        raise unsupported(path, f"a normalizer of type {described['normalizer'].get('type')}")
     pre = detect_pre_tokenizer(path, described.get("pre_tokenizer"))
     if bool(model.get("ignore_merges")) != PRE_TOKENIZERS[pre].ignores_merges:
-        raise _unsupported(path, f"ignore_merges {model.get('ignore_merges')!r} with pre-tokenizer {pre}")
-    merges = _merges(path, model.get("merges"))
-    tokens, types = _tokens(path, described, rows)
-    return Vocabulary(tokens, types, merges, pre)
+        raise unsupported(path, f"ignore_merges {model.get('ignore_merges')!r} with pre-tokenizer {pre}")
+    # The byte-level alphabet writes a space as another letter, so a space within a part means another alphabet.
+    merges = [" ".join(pair) for pair in read_merges(path, model.get("merges"))]
+    tokens, types = read_tokens(path, described, rows)
+    return Vocabulary(tokens, types, pre, merges)
 
 
 def detect_pre_tokenizer(path: Path, described: Any) -> str:
@@ -137,7 +142,7 @@ def detect_pre_tokenizer(path: Path, described: Any) -> str:
             ],
         } if pattern in PATTERNS:
             return PATTERNS[pattern]
-    raise _unsupported(path, "a pre-tokenizer that is none of gpt-2, " + ", ".join(PATTERNS.values()))
+    raise unsupported(path, "a pre-tokenizer that is none of gpt-2, " + ", ".join(PATTERNS.values()))
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | list[Mapping[str, str]] | None:
@@ -152,64 +157,6 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | list[Mappi
     return [{"name": name, "template": template} for name, template in found.items()]
 
 
-def _tokens(path: Path, described: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
-    """Every row's token and type. llama.cpp aborts the process where two have the same text."""
-    found: dict[int, tuple[str, TokenType]] = {}
-    of_text: dict[str, int] = {}
-
-    def add(token: Any, number: Any, kind: TokenType) -> None:
-        if not isinstance(token, str) or not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise CheckpointError(f"{path}: token {token!r} with id {number!r} is malformed.", hint=_REDOWNLOAD)
-        if number >= rows:
-            raise CheckpointError(
-                f"{path}: token {token!r} has id {number}, the embedding has {rows} rows.",
-                hint="Tokenizer and weights belong to different models.",
-            )
-        if of_text.setdefault(token, number) != number:
-            raise CheckpointError(
-                f"{path}: token {token!r} is there twice, as {of_text[token]} and as {number}.",
-                hint="llama.cpp aborts on such a file: rename one of them.",
-            )
-        if number in found and found[number][0] != token:
-            raise CheckpointError(
-                f"{path}: tokens {found[number][0]!r} and {token!r} have the same id {number}.", hint=_REDOWNLOAD
-            )
-        found[number] = (token, kind)
-
-    vocabulary = described["model"].get("vocab")
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise CheckpointError(f"{path}: no vocabulary.", hint=_REDOWNLOAD)
-    for token, number in vocabulary.items():
-        add(token, number, TokenType.NORMAL)
-    for entry in described.get("added_tokens") or []:
-        if not isinstance(entry, dict):
-            raise CheckpointError(f"{path}: added token {entry!r} is malformed.", hint=_REDOWNLOAD)
-        stripping = [flag for flag in ("lstrip", "rstrip", "single_word") if entry.get(flag)]
-        if stripping:
-            raise _unsupported(path, f"added token {entry.get('content')!r} with {stripping[0]}")
-        kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
-        add(entry.get("content"), entry.get("id"), kind)
-    for number in range(rows):
-        if number not in found:
-            add(f"[PAD{number}]", number, TokenType.UNUSED)
-    return [found[number][0] for number in range(rows)], [found[number][1] for number in range(rows)]
-
-
-def _merges(path: Path, merges: Any) -> list[str]:
-    """Merges as ``left right``; newer files hold pairs, older ones the joined text."""
-    if not isinstance(merges, list) or not merges:
-        raise _unsupported(path, "a tokenizer without merges")
-    joined = []
-    for merge in merges:
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        # The byte-level alphabet writes a space as another letter, so a space within a part means another alphabet.
-        sound = isinstance(parts, list) and len(parts) == 2
-        if not sound or not all(isinstance(part, str) and part and " " not in part for part in parts):
-            raise CheckpointError(f"{path}: merge {merge!r} is malformed.", hint=_REDOWNLOAD)
-        joined.append(f"{parts[0]} {parts[1]}")
-    return joined
-
-
 def _special_id(
     key: str, vocabulary: Vocabulary, settings: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]
 ) -> int | None:
@@ -220,7 +167,7 @@ def _special_id(
         number = vocabulary.id_of(text)
         if number is None:
             raise CheckpointError(
-                f"tokenizer_config.json: {key} {text!r} is no token of tokenizer.json.", hint=_REDOWNLOAD
+                f"tokenizer_config.json: {key} {text!r} is no token of tokenizer.json.", hint=REDOWNLOAD
             )
         return number
     for config in configs:
@@ -318,22 +265,12 @@ def _added_around(path: Path, described: dict[str, Any]) -> tuple[list[int | Non
                         case {"SpecialToken": {"id": str(name)}}:
                             target.extend((special.get(name) or {}).get("ids") or [None])
                         case _:
-                            raise CheckpointError(f"{path}: post-processor piece {piece!r}.", hint=_REDOWNLOAD)
+                            raise CheckpointError(f"{path}: post-processor piece {piece!r}.", hint=REDOWNLOAD)
             case _:
                 kind = step.get("type") if isinstance(step, dict) else step
-                raise _unsupported(path, f"a post-processor of type {kind}")
+                raise unsupported(path, f"a post-processor of type {kind}")
     return before, after
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _unsupported(path: Path, what: str) -> UsageError:
-    return UsageError(
-        f"{path}: {what}, which llama.cpp's byte-level BPE does not follow.",
-        hint="It would tokenize differently from transformers; this tokenizer cannot be written as GGUF.",
-    )
-
-
-_REDOWNLOAD = "Download tokenizer.json again."

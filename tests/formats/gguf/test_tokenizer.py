@@ -213,7 +213,7 @@ def pad_clash(values: dict[str, Any]) -> None:
 REFUSED: dict[str, tuple[Change, type[QconvError], str]] = {
     "unigram": (model(type="Unigram"), UsageError, "a Unigram tokenizer"),
     "no model": (lambda values: values.pop("model"), UsageError, "a None tokenizer"),
-    "sentencepiece": (model(byte_fallback=True), UsageError, "BPE with byte_fallback True"),
+    "bytes of another kind": (model(byte_fallback=True), UsageError, "BPE with byte fallback whose normalizer"),
     "dropout": (model(dropout=0.1), UsageError, "BPE with dropout 0.1"),
     "suffixes": (model(end_of_word_suffix="</w>"), UsageError, "end_of_word_suffix"),
     "lowercase": (
@@ -237,6 +237,7 @@ REFUSED: dict[str, tuple[Change, type[QconvError], str]] = {
     ),
     "metaspace": (pre_tokenizer({"type": "Metaspace"}), UsageError, "none of gpt-2"),
     "no pre-tokenizer": (pre_tokenizer(None), UsageError, "none of gpt-2"),
+    "a NUL": (added(content="<\0>"), UsageError, "a token with a NUL"),
     "a stripping token": (added(lstrip=True), UsageError, "added token '<x>' with lstrip"),
     "another post-processor": (
         lambda values: values.update(post_processor={"type": "BertProcessing"}),
