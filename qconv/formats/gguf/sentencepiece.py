@@ -5,7 +5,7 @@ its merges. llama.cpp knows no merges: of all neighbours whose text is a token i
 leftmost first. So a score says when a token's merges come. Two things that the one can say and the other cannot are
 refused: a token's merges that lie apart in the list, and a pair that makes a token and is not in the list.
 
-llama.cpp puts a space before every text and after every special token. A tokenizer.json with a Metaspace puts none where
+llama.cpp puts a space before every text and after every special token. A Metaspace of tokenizer.json puts none where
 there is one already, and with its scheme ``first`` none after a special token: there the two differ.
 """
 
