@@ -51,6 +51,7 @@ IMPORTED = (
     "qconv.building.gguf_pipeline",
     "qconv.building.imatrix_pipeline",
     "qconv.building.sensitivity_pipeline",
+    "qconv.building.sized_pipeline",
     "qconv.nightly.run",
     "qconv.building.pipeline",
     "qconv.building.several_pipeline",
@@ -147,6 +148,10 @@ def commands(model: Path, work: Path) -> list[Command]:
         formats = ("--fmt", "gptq", "--fmt", "gguf:Q4_0")
         return ["quantize", str(model), *formats, *TEXT, *groups, "--max-shard-size", "0.001", "-o", str(out)]
 
+    def of_a_size(fmt: str, *more: str) -> Callable[[Path], list[str]]:
+        wanted = ("--fmt", fmt, *more, "--target-bits", "7", *TEXT, "--max-shard-size", "0.001")
+        return lambda out: ["quantize", str(model), *wanted, "-o", str(out)]
+
     return [
         quantize("awq", "--method", "awq", *TEXT, *groups),
         quantize("gptq", *TEXT, *groups),
@@ -158,6 +163,8 @@ def commands(model: Path, work: Path) -> list[Command]:
         quantize("gguf:Q4_0", *TEXT, "--max-shard-size", "0.001"),
         Command("two formats", two_formats),
         Command("imatrix", lambda out: ["imatrix", str(model), *TEXT, "-o", str(out)]),
+        Command("chosen types", of_a_size("gguf")),
+        Command("chosen grids", of_a_size("w4a16", *groups)),
         Command("sensitivity", lambda out: ["sensitivity", str(model), *TEXT, "-o", str(out)]),
         Command("eval run", evaluate, measured),
         # A night that says "regression" or "inconclusive" of these random weights is through all the same.

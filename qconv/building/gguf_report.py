@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
+from qconv.building.chosen import allocation_lines
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.mixture import needs_importance
@@ -155,6 +156,40 @@ def require_coverage(plan: GgufPlan, shrinkage_tokens: float, matrix: Imatrix, *
     return coverage
 
 
+def plan_values(plan: GgufPlan) -> dict[str, Any]:
+    """What a report says of a build's size."""
+    return {
+        "parameters": sum(tensor.numel for tensor in plan.tensors.values()),
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "files": [file.name for file in plan.files],
+    }
+
+
+def tensor_values(plan: GgufPlan, snr_db: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """What a report says of each tensor, in file order: its type, the one that it was to have, its error.
+
+    Args:
+        plan: The build.
+        snr_db: By file and tensor, its signal to noise in decibels.
+    """
+    return {
+        name: {"type": plan.types[name].name, **_replaced(plan, name), "snr_db": snr}
+        for file in plan.files
+        for name, snr in snr_db[file.name].items()
+    }
+
+
+def _replaced(plan: GgufPlan, name: str) -> dict[str, str]:
+    """The type that a tensor was to have, where it has another."""
+    wanted = plan.wanted[name]
+    return {} if wanted == plan.types[name] else {"wanted": wanted.name}
+
+
+def importance_values(matrix: Imatrix, coverage: Coverage, file: str | None) -> dict[str, Any]:
+    """What a report says of an importance matrix, and of the file in the build's folder that holds it."""
+    return {"datasets": list(matrix.datasets), "file": file, "coverage": coverage.values()}
+
+
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md for a build's folder, in the Hub's form, from the report's values."""
     front = yaml.safe_dump({"base_model": report["source"], "tags": ["gguf", "qconv"]}, sort_keys=False)
@@ -171,6 +206,7 @@ def model_card(report: Mapping[str, Any]) -> str:
             else f"The model is {markdown_code(report['files'][0])}."
         ),
         _table(("type", "tensors"), [(name, str(count)) for name, count in sorted(types.items())]),
+        *allocation_lines(report),
         "## Importance matrix",
         *_imatrix_lines(report["imatrix"]),
     ]

@@ -24,10 +24,18 @@ from qconv import __version__
 from qconv.artifacts.gguf_tensors import Importance, importance_of, uniform, weighted_blocks
 from qconv.artifacts.source import Source
 from qconv.boundary.content import FOLDED_SCALES
+from qconv.building.chosen import Chosen, allocation_values
 from qconv.building.collecting import Collecting, unquantized
 from qconv.building.completion import already_complete
 from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, encoded_block
-from qconv.building.gguf_report import Coverage, model_card, require_coverage
+from qconv.building.gguf_report import (
+    Coverage,
+    importance_values,
+    model_card,
+    plan_values,
+    require_coverage,
+    tensor_values,
+)
 from qconv.building.gguf_stages import StagedLayers
 from qconv.building.inputs import fingerprints, lasting
 from qconv.building.output import Outcome, publish, require_published
@@ -68,6 +76,7 @@ class GgufTarget:
     Attributes:
         text: What layers are looked at on, if they are.
         given: Importance matrices that exist already.
+        chosen: How the recipe's types were chosen, if they were.
     """
 
     source: Source
@@ -77,6 +86,7 @@ class GgufTarget:
     given: tuple[Imatrix, ...]
     folder: Path
     name: str = ""
+    chosen: Chosen | None = None
 
     @property
     def weights(self) -> int:
@@ -125,7 +135,8 @@ class GgufTarget:
         """What the build belongs to."""
         files = [sha256_of(Path(file)) for file in self.recipe.imatrix.files]
         # Encoders add up in an order of their own.
-        return fingerprints(self.source, self.recipe.digest(), tokens, files, adds_up=False, companions="embedded")
+        found = fingerprints(self.source, self.recipe.digest(), tokens, files, adds_up=False, companions="embedded")
+        return found if self.chosen is None else self.chosen.instead(found)
 
     def check(self, means: Means) -> None:
         """Nothing: blocks hold scales of every size."""
@@ -364,37 +375,21 @@ class GgufBuilder:
         return Outcome(self.out, report, already_complete=False)
 
     def _report(self) -> dict[str, Any]:
-        plan, units = self.plan, self.part.units
+        source, recipe, units = self.target.source, self.target.recipe, self.part.units
+        importance = None
+        if self.importance is not None and self.coverage is not None:
+            file = None if self.target.text is None else IMATRIX_NAME
+            importance = importance_values(self.importance, self.coverage, file)
         return {
             "qconv": __version__,
-            "source": self.target.source.name,
-            "format": f"gguf:{plan.file_type}",
+            "source": source.name,
+            "format": f"gguf:{self.plan.file_type}",
             "fingerprints": lasting(self.belongs),
-            "recipe": self.target.recipe.model_dump(mode="json"),
-            "method": "+".join(self.target.recipe.method_steps),
-            "imatrix": self._imatrix_values(),
-            "parameters": sum(tensor.numel for tensor in plan.tensors.values()),
-            "bits_per_weight": round(plan.bits_per_weight, 4),
-            "files": [file.name for file in plan.files],
+            "recipe": recipe.model_dump(mode="json"),
+            "method": "+".join(recipe.method_steps),
+            **allocation_values(self.target.chosen),
+            "imatrix": importance,
+            **plan_values(self.plan),
             "layers": [] if self.staged is None else self.staged.report(),
-            "tensors": {
-                name: {"type": plan.types[name].name, **self._replaced(name), "snr_db": snr}
-                for file in plan.files
-                for name, snr in units[file.name]["snr_db"].items()
-            },
-        }
-
-    def _replaced(self, name: str) -> dict[str, str]:
-        """The type that a tensor was to have, where it has another."""
-        wanted = self.plan.wanted[name]
-        return {} if wanted == self.plan.types[name] else {"wanted": wanted.name}
-
-    def _imatrix_values(self) -> dict[str, Any] | None:
-        """What the report says of the importance matrix."""
-        if self.importance is None or self.coverage is None:
-            return None
-        return {
-            "datasets": list(self.importance.datasets),
-            "file": None if self.target.text is None else IMATRIX_NAME,
-            "coverage": self.coverage.values(),
+            "tensors": tensor_values(self.plan, {file.name: units[file.name]["snr_db"] for file in self.plan.files}),
         }

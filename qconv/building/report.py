@@ -15,6 +15,7 @@ import yaml
 
 from qconv import __version__
 from qconv.boundary.printable import markdown_block, markdown_text
+from qconv.building.chosen import Chosen, allocation_lines, allocation_values
 from qconv.planning.plan import BuildPlan
 from qconv.planning.schemes import LinearScheme, in_full
 
@@ -33,6 +34,7 @@ class Report:
         fingerprints: Mapping[str, str],
         corpus: str | None,
         units: Mapping[str, Mapping[str, Any]],
+        chosen: Chosen | None = None,
     ) -> Report:
         """Assemble the report from the plan and the journal's unit records.
 
@@ -42,6 +44,7 @@ class Report:
             fingerprints: What the build belongs to.
             corpus: Description of the calibration text, None where none was used.
             units: The journal's records by unit key.
+            chosen: How the recipe's grids were chosen, if they were.
         """
         layers = []
         for unit in plan.units:
@@ -57,6 +60,7 @@ class Report:
                 "scheme": plan.scheme,
                 **_schemes(plan),
                 "recipe": plan.recipe.model_dump(mode="json"),
+                **allocation_values(chosen),
                 "fingerprints": dict(fingerprints),
                 "calibration_corpus": corpus,
                 "bits_per_weight": round(plan.bits_per_weight, 4),
@@ -87,6 +91,7 @@ class Report:
             f"{values['quantized_bits_per_weight']:.2f} over the quantized ones. "
             "Routers, norms, embeddings and the output head are not quantized.",
             *_scheme_lines(values.get("schemes", ())),
+            *allocation_lines(values),
             "## Error",
             "Signal to noise ratio of the dequantized weights against the source, in decibels, read back from the "
             "finished files.",

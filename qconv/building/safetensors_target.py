@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
+from qconv.building.chosen import Chosen
 from qconv.building.committer import UnitWriter
 from qconv.building.completion import already_complete
 from qconv.building.inputs import fingerprints, lasting
@@ -55,12 +56,13 @@ from qconv.verification.structure import check_structure
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SafetensorsTarget:
-    """See :class:`qconv.building.target.Target`."""
+    """See :class:`qconv.building.target.Target`; ``chosen`` says how the recipe's grids were chosen, if they were."""
 
     source: Source
     plan: BuildPlan
     folder: Path
     name: str = ""
+    chosen: Chosen | None = None
 
     @property
     def weights(self) -> int:
@@ -94,7 +96,8 @@ class SafetensorsTarget:
         """What the build belongs to."""
         # The search of clipping ranges compares sums, whose order is torch's.
         adds_up = self.plan.recipe.searches_clipping
-        return fingerprints(self.source, self.plan.recipe.digest(), tokens, adds_up=adds_up, companions="copied")
+        found = fingerprints(self.source, self.plan.recipe.digest(), tokens, adds_up=adds_up, companions="copied")
+        return found if self.chosen is None else self.chosen.instead(found)
 
     def check(self, means: Means) -> None:
         """Refuse scales that the format cannot hold."""
@@ -161,7 +164,7 @@ class SafetensorsWriter:
         show: Callable[[str], None],
     ) -> None:
         """See :meth:`qconv.building.target.Target.begin`."""
-        self.source, self.plan, self.out = target.source, target.plan, target.folder
+        self.source, self.plan, self.out, self.chosen = target.source, target.plan, target.folder, target.chosen
         self.part = part
         self.tokens = tokens
         self.belongs = belongs
@@ -254,7 +257,7 @@ class SafetensorsWriter:
     def finish(self) -> Outcome:
         """Complete the folder."""
         corpus, units = None if self.tokens is None else self.tokens.source, self.part.units
-        report = Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units)
+        report = Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units, self.chosen)
         small = companion_files(self.source, self.plan, report)
         publish(self.out, self.part, small)
         remove_vanished(self.out, self.part, small)

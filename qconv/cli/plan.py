@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,10 +21,10 @@ from qconv.cli.console import (
     size,
     stdout,
 )
-from qconv.cli.numbers import COUNT, FiniteRange
+from qconv.cli.numbers import COUNT
 from qconv.cli.options import json_option, model_argument, recipe_options
 from qconv.cli.several import Builds, is_several, several, single
-from qconv.cli.target import plan_target
+from qconv.cli.target import TargetOptions, plan_target, target_options
 from qconv.errors import UsageError
 from qconv.planning.recipe import Recipe
 
@@ -39,23 +38,12 @@ _TOPOLOGY_FAILS = 1
 @model_argument
 @recipe_options
 @click.option("--tp", type=COUNT, metavar="N", help="Check a tensor-parallel serving topology.")
-@click.option("--target-size", metavar="SIZE", help="GGUF: the best build of at most 240GB, 4.5GiB ...")
-@click.option("--target-bits", type=FiniteRange(min=0.5, max=32.0), metavar="N", help="GGUF: of N bits per weight.")
-@click.option("--sensitivity", metavar="PATH", help="What qconv sensitivity made, for --target-size and --target-bits.")
-@click.option("--exclude-type", metavar="PATTERN", multiple=True, help="Types not to choose: 'IQ*'; repeatable.")
-@click.option(
-    "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Save the chosen types as a recipe."
-)
+@target_options
 @click.option("--units", is_flag=True, help="A row for each unit of work: embeddings, each layer, head.")
 @json_option
 def command(
     model: str,
     tp: int | None,
-    target_size: str | None,
-    target_bits: float | None,
-    sensitivity: str | None,
-    exclude_type: Sequence[str],
-    save: Path | None,
     units: bool,
     as_json: bool,
     fmt: Sequence[str],
@@ -66,30 +54,18 @@ def command(
 
     Needs config.json alone, and looks at the index where there is one: no shard has to be there. Exits with 1 if the
     build does not fit the topology of --tp. With several --fmt or --recipe each build is shown, then what they share.
-    With --target-size or --target-bits, the types of the best GGUF build of that size are chosen, by what qconv
-    sensitivity has measured and by samples of the weights; --save makes a recipe of them.
+    With --target-size or --target-bits, the types of the best build of that size are chosen, by what qconv sensitivity
+    has measured and by samples of the weights; --save makes a recipe of them. Without --sensitivity the costs of
+    measuring it are shown.
     """
-    if target_size is not None or target_bits is not None:
-        if tp is not None or units or is_several(fmt, recipe):
-            raise UsageError("--target-size, --target-bits: choose the types of one GGUF build.")
-        wanted = ["gguf:Q4_K_M" if one == "gguf" else one for one in fmt]  # the type is what is to be found
-        asked = single(wanted, recipe, options).gguf()
-        if asked is None:
-            raise UsageError("--target-size, --target-bits: are for GGUF.", hint="Take --fmt gguf.")
-        plan_target(
-            model,
-            asked,
-            target_size=target_size,
-            target_bits=target_bits,
-            sensitivity=sensitivity,
-            excluded=exclude_type,
-            save=save,
-            as_json=as_json,
-        )
+    target = TargetOptions.taken(options)
+    if target is not None:
+        if tp is not None or units:
+            raise UsageError(
+                f"--{'units' if tp is None else 'tp'}: has no meaning with --target-size or --target-bits."
+            )
+        plan_target(model, target.recipe(fmt, recipe, options), target, as_json)
         return 0
-    for name, value in (("--sensitivity", sensitivity), ("--exclude-type", exclude_type), ("--save", save)):
-        if value:
-            raise UsageError(f"{name}: goes with --target-size or --target-bits.")
     if is_several(fmt, recipe):
         return _plan_several(model, several(fmt, recipe, options), tp, units, as_json)
     given = single(fmt, recipe, options)

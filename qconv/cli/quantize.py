@@ -24,16 +24,20 @@ from qconv.cli.numbers import THREADS
 from qconv.cli.options import executor_option, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
+from qconv.cli.target import TargetOptions, print_choice, save_recipe, target_options
 
 if TYPE_CHECKING:
     from qconv.building.output import Outcome
+    from qconv.planning.gguf_recipe import GgufRecipe
     from qconv.planning.plan import BuildPlan
+    from qconv.planning.recipe import Recipe
 
 
 @click.command(short_help="Make a quantized build, or continue one.")
 @model_argument
 @out_option("The build's folder.")
 @recipe_options
+@target_options
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option(
     "--threads",
@@ -57,8 +61,16 @@ def command(
 
     Works layer by layer. Interrupted or killed at any moment, the same command continues and ends with the same bytes.
     With several --fmt or --recipe each build gets a folder in OUT, and all come from one calibration, whose layers see
-    the outputs of unquantized ones.
+    the outputs of unquantized ones. With --target-size or --target-bits the types of the best build of that size are
+    chosen first, by what the model's output cares about (--sensitivity, or measured here), for GGUF and w4a16.
     """
+    target = TargetOptions.taken(options)
+    if target is not None:
+        wanted = target.recipe(fmt, recipe, options)
+        _quantize_to_size(
+            model, out, wanted, target, restart=restart, threads=threads, executor=executor, as_json=as_json
+        )
+        return
     if is_several(fmt, recipe):
         builds = several(fmt, recipe, options)
         _quantize_several(model, out, builds, restart=restart, threads=threads, executor=executor, as_json=as_json)
@@ -98,6 +110,48 @@ def command(
         _print(result)
         print_costs(result)
         print_other_way(loaded)
+
+
+def _quantize_to_size(
+    model: str,
+    out: Path,
+    recipe: Recipe | GgufRecipe,
+    target: TargetOptions,
+    *,
+    restart: bool,
+    threads: int | None,
+    executor: str,
+    as_json: bool,
+) -> None:
+    start = time.monotonic()
+    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
+        reporter.log(f"{model}: reading")
+        from qconv.building.sized_pipeline import quantize_to_size
+        from qconv.checkpoint.hub import resolve_model
+
+        outcome = quantize_to_size(
+            resolve_model(model),
+            out,
+            recipe,
+            target.request(),
+            sensitivity=target.sensitivity,
+            restart=restart,
+            threads=threads,
+            executor=executor,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
+    if target.save is not None:
+        save_recipe(target.save, outcome.report["recipe"], outcome.report["allocation"])
+    is_gguf = str(outcome.report["format"]).startswith("gguf:")
+    made = gguf.build_values(outcome) if is_gguf else _values(outcome)
+    result = made | {"allocation": outcome.report["allocation"]} | costs(start)
+    if as_json:
+        print_json(result)
+        return
+    (gguf.print_build if is_gguf else _print)(result)
+    print_choice(outcome.report)
+    print_costs(result)
 
 
 def _quantize_several(

@@ -23,6 +23,7 @@ from qconv.planning.recipe import parse_as
 @click.option("--tokens", type=COUNT, help="Tokens of the text.")
 @click.option("--sequence-length", type=COUNT, help="Tokens of one sequence.")
 @click.option("--seed", type=SEED, help="Seed of the text's samples and of the labels.")
+@click.option("--no-gradients", is_flag=True, help="One pass forward, no way back: what linears' inputs are like.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
 @executor_option
@@ -34,6 +35,7 @@ def command(
     tokens: int | None,
     sequence_length: int | None,
     seed: int | None,
+    no_gradients: bool,
     restart: bool,
     threads: int | None,
     executor: str,
@@ -42,20 +44,23 @@ def command(
     """Measure, for every linear of MODEL, a folder or a Hub id, the squared gradients of its outputs.
 
     Labels are drawn from the model's own distribution: what comes of it is the diagonal of the Fisher information. One
-    pass forward and one back, layer by layer, experts one by one; the same command continues an interrupted run.
+    pass forward and one back, layer by layer, experts one by one; the same command continues an interrupted run. With
+    --no-gradients what is chosen by it goes by the errors of each linear's outputs, relative to their mean square.
     """
     given = {"corpus": calib, "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
     text = parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
-        from qconv.building.sensitivity_pipeline import SENSITIVITY_NAME, measure_sensitivity
+        from qconv.building.sensitivity_pipeline import measure_sensitivity
         from qconv.checkpoint.hub import resolve_model
+        from qconv.sensitivity.allocating import SENSITIVITY_NAME
 
         outcome = measure_sensitivity(
             resolve_model(model),
             out,
             text,
+            gradients=not no_gradients,
             restart=restart,
             threads=threads,
             executor=executor,

@@ -1,16 +1,17 @@
-"""The recipe of the best GGUF build of a size: types chosen by what ``qconv sensitivity`` measured."""
+"""The best build of a size: grids chosen by what ``qconv sensitivity`` measured."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Generic, TypeVar
 
-from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv.artifacts.source import Source
@@ -19,58 +20,98 @@ from qconv.checkpoint.reader import map_tensor
 from qconv.core.workers import Workers
 from qconv.errors import UsageError
 from qconv.planning.allocation import Choice, choose, curve
-from qconv.planning.gguf_plan import GgufPlan, plan_gguf
-from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.sensitivity.errors import Errors
+from qconv.sensitivity.palette import Extent, Palette, Unit
 
-T: TypeAlias = GGMLQuantizationType
-_FILE_TYPES = {
-    T.Q2_K: "Q2_K",
-    T.IQ3_S: "IQ3_S",
-    T.Q3_K: "Q3_K_M",
-    T.IQ4_XS: "IQ4_XS",
-    T.IQ4_NL: "IQ4_NL",
-    T.Q4_0: "Q4_0",
-    T.Q4_K: "Q4_K_M",
-    T.Q5_0: "Q5_0",
-    T.Q5_1: "Q5_1",
-    T.Q5_K: "Q5_K_M",
-    T.Q6_K: "Q6_K",
-    T.Q8_0: "Q8_0",
-    T.F16: "F16",
-}
-"""What a file is called most of whose weights are of a type."""
+RecipeT = TypeVar("RecipeT")
+SENSITIVITY_NAME = "sensitivity.safetensors"
 _POINTS = 12
-"""Of the curve of sizes and divergences."""
+"""Of the curve of sizes and losses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How large the build is to be: bytes of all files, or bits per weight of all tensors; one of them is None."""
+    """How large the build is to be: bytes of all files, or bits per weight; one of them is None."""
 
     size: int | None = None
     bits: float | None = None
 
+    def over(self, extent: Extent) -> int:
+        """Bytes by which a build is larger than that; negative where it is smaller."""
+        if self.size is not None:
+            return extent.files - self.size
+        assert self.bits is not None
+        return extent.counted - math.floor(Fraction(self.bits) * extent.weights / 8)
+
 
 @dataclass(frozen=True, slots=True)
-class Allocation:
-    """The best types of a size.
+class Request:
+    """What grids are to be chosen for.
 
     Attributes:
-        types: By tensor, those that are chosen.
-        predicted: The mean KL divergence that they are predicted to cost, in nats; about half of what is measured.
-        size: Bytes of all files, headers included.
-        bits: Bits per weight of all tensors.
-        recipe: Makes that build.
-        curve: Sizes in bits per weight, and the divergence that is predicted there.
+        target: The size.
+        excluded: Patterns of names that are not to be chosen.
+        gradients: Whether the choice goes by the model's gradients, or by the errors of outputs alone.
     """
 
-    types: Mapping[str, T]
-    predicted: float
-    size: int
-    bits: float
-    recipe: GgufRecipe
+    target: Target
+    excluded: tuple[str, ...] = ()
+    gradients: bool = True
+
+    def digest(self, recipe: str) -> str:
+        """sha256, hexadecimal, of the request together with the digest of all else that is asked of the build."""
+        return hashlib.sha256(json.dumps([recipe, asdict(self)], sort_keys=True).encode()).hexdigest()
+
+    def values(self) -> dict[str, Any]:
+        """For a build's report."""
+        target = {"target_size": self.target.size, "target_bits": self.target.bits}
+        return {
+            **{name: value for name, value in target.items() if value is not None},
+            "excluded_types": list(self.excluded),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation(Generic[RecipeT]):
+    """The best grids of a size.
+
+    Attributes:
+        units: What grids were chosen for.
+        chosen: The grid of each by name.
+        losses: What each is predicted to cost.
+        is_divergence: Whether that is a mean KL divergence in nats, about half of what is measured; else it is the mean
+            error of linears' outputs, relative to their mean square.
+        extent: The build's size.
+        recipe: Makes that build.
+        curve: Sizes in bits per weight, and what is predicted there.
+    """
+
+    units: Sequence[Unit]
+    chosen: Mapping[str, str]
+    losses: Mapping[str, float]
+    is_divergence: bool
+    extent: Extent
+    recipe: RecipeT
     curve: Sequence[tuple[float, float]]
+
+    @property
+    def predicted(self) -> float:
+        """Of the whole build."""
+        return sum(self.losses.values())
+
+    def values(self) -> dict[str, Any]:
+        """For reports: what is predicted, of this size and of others."""
+        name = predicted_name(self.is_divergence)
+        return {
+            name: self.predicted,
+            "bits_per_weight": self.extent.bits,
+            "curve": [{"bits_per_weight": bits, name: loss} for bits, loss in self.curve],
+        }
+
+
+def predicted_name(is_divergence: bool) -> str:
+    """What the loss of an allocation is called in reports."""
+    return "predicted_kld" if is_divergence else "predicted_relative_error"
 
 
 def read_sensitivity(path: Path) -> dict[str, Tensor]:
@@ -80,93 +121,86 @@ def read_sensitivity(path: Path) -> dict[str, Tensor]:
         UsageError: there is none.
         CheckpointError: it is damaged.
     """
-    file = path / "sensitivity.safetensors" if path.is_dir() else path
+    return {name: map_tensor(entry) for name, entry in read_header(sensitivity_file(path)).items()}
+
+
+def sensitivity_file(path: Path) -> Path:
+    """The file of a folder that ``qconv sensitivity`` made, or that file itself.
+
+    Raises:
+        UsageError: there is none.
+    """
+    file = path / SENSITIVITY_NAME if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{path}: holds no sensitivity.", hint="Make it with qconv sensitivity MODEL -o OUT.")
-    return {name: map_tensor(entry) for name, entry in read_header(file).items()}
+    return file
 
 
 def allocate(
     source: Source,
     statistics: Mapping[str, Tensor],
-    recipe: GgufRecipe,
+    palette: Palette[RecipeT],
     target: Target,
-    types: Sequence[T],
     workers: Workers,
-) -> Allocation:
-    """Choose a type for each tensor.
+) -> Allocation[RecipeT]:
+    """Choose a grid for each unit: the least predicted loss that is not larger than the target.
 
     Args:
         source: The model.
         statistics: Of :func:`read_sensitivity`.
-        recipe: What the build is to be besides; its own types do not count.
+        palette: What is chosen from.
         target: The size.
-        types: What is chosen from.
-        workers: Threads; each encodes samples of one tensor.
+        workers: Threads; each encodes samples of one unit.
 
     Raises:
-        UsageError: even the smallest types are too large; llama.cpp cannot express the model.
+        UsageError: even the smallest grids are too large, or there is nothing to choose.
         CheckpointError: the statistics are another model's.
     """
-    bare = recipe.model_copy(update={"tensor_types": {}, "rules": ()})
-    plan = _plan(source, bare, {})
-    units = Errors(source, statistics, types, bare.is_calibrated).of(plan.tensors.values(), workers)
-    numel = sum(tensor.numel for tensor in plan.tensors.values())
-    tensors = sum(info.nbytes for file in plan.files for info in file.tensors)
-    chosen = sum(info.nbytes for file in plan.files for info in file.tensors if info.name in units)
-    if target.size is not None:
-        budget = target.size - (plan.output_bytes - chosen)
-    else:
-        assert target.bits is not None
-        budget = math.floor(target.bits * numel / 8) - (tensors - chosen)
+    least = require_reachable(palette, target)
+    errors, units = Errors(source, statistics), palette.units
+    choices = errors.of(palette, workers)
+    smallest = sum(palette.size(unit, least[unit.name]) for unit in units)
+    budget = smallest - target.over(palette.extent(least))
     while True:
-        found = choose(units, budget)
-        if found is None:
-            least = plan.output_bytes - chosen + sum(min(one.size for one in choices) for choices in units.values())
-            raise UsageError(
-                f"the smallest build of these types has {least:,} bytes, {8 * least / numel:.2f} bits per weight.",
-                hint="Ask for a larger one, or exclude fewer types.",
-            )
-        by_name = {name: one.kind for name, one in found.items()}
-        made = _recipe(bare, by_name, plan)
-        real = _plan(source, made, by_name)
-        over = 0 if target.size is None else real.output_bytes - target.size
+        found = choose(choices, budget)
+        assert found is not None
+        chosen = {name: one.kind for name, one in found.items()}
+        extent = palette.extent(chosen)
+        over = target.over(extent)
         if over <= 0:
             break
-        budget -= over  # a longer header, or tensors aligned otherwise
+        budget = max(smallest, budget - over)  # a longer header, or tensors aligned otherwise
     return Allocation(
-        by_name,
-        sum(one.loss for one in found.values()),
-        real.output_bytes,
-        real.bits_per_weight,
-        made,
-        _curve(units, numel, tensors - chosen),
+        units,
+        chosen,
+        {name: one.loss for name, one in found.items()},
+        errors.has_gradients,
+        extent,
+        palette.recipe_for(chosen),
+        _curve(choices, extent, extent.counted - sum(one.size for one in found.values())),
     )
 
 
-def _curve(units: Mapping[str, Sequence[Choice[T]]], numel: int, fixed: int) -> list[tuple[float, float]]:
-    low, high = (sum(pick(one.size for one in choices) for choices in units.values()) for pick in (min, max))
+def require_reachable(palette: Palette[Any], target: Target) -> dict[str, str]:
+    """The smallest grid of each unit by names, which are known to be small enough, before anything is measured.
+
+    Raises:
+        UsageError: they are too large, or there is nothing to choose.
+    """
+    units = palette.units
+    if not units:
+        raise UsageError("--target-size, --target-bits: the recipe leaves nothing to choose.", hint="Take rules away.")
+    least = {unit.name: min(palette.names(unit), key=partial(palette.size, unit)) for unit in units}
+    smallest = palette.extent(least)
+    if target.over(smallest) > 0:
+        raise UsageError(
+            f"the smallest build of these types has {smallest.files:,} bytes, {smallest.bits:.3f} bits per weight.",
+            hint="Ask for a larger one, or exclude fewer types.",
+        )
+    return least
+
+
+def _curve(choices: Mapping[str, Sequence[Choice[str]]], extent: Extent, fixed: int) -> list[tuple[float, float]]:
+    low, high = (sum(pick(one.size for one in of) for of in choices.values()) for pick in (min, max))
     budgets = [low + (high - low) * point // (_POINTS - 1) for point in range(_POINTS)]
-    return [(8 * (size + fixed) / numel, loss) for size, loss in curve(units, budgets)]
-
-
-def _plan(source: Source, recipe: GgufRecipe, types: Mapping[str, T]) -> GgufPlan:
-    return plan_gguf(
-        source,
-        recipe.type,
-        f"{source.name}-{recipe.type}",
-        importance=True,
-        override=lambda tensor: types.get(tensor.name),
-        max_split_size=recipe.output.max_shard_size,
-        folded=recipe.searches_scales,
-    )
-
-
-def _recipe(recipe: GgufRecipe, types: Mapping[str, T], plan: GgufPlan) -> GgufRecipe:
-    """The recipe that gives each tensor its type by name, called after the type of most weights."""
-    weights: Counter[T] = Counter()
-    for name, type in types.items():
-        weights[type] += plan.tensors[name].numel
-    ((most, _),) = weights.most_common(1)
-    rules = {f"^{re.escape(name)}$": type.name for name, type in types.items()}
-    return recipe.model_copy(update={"type": _FILE_TYPES[most], "tensor_types": rules})
+    return [(8 * (size + fixed) / extent.weights, loss) for size, loss in curve(choices, budgets)]

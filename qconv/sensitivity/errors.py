@@ -1,54 +1,32 @@
-"""What each type would cost each tensor of a GGUF build, predicted from samples of its rows.
+"""What each grid would cost each unit of a build, predicted from samples of its rows.
 
 Of a linear with output gradients' squares F and inputs' mean squares h, a weight error d costs about ``1/2 sum_r F_r
 sum_c h_c d_rc^2``. Rows are drawn in proportion to F, so that a few dozen say what all of them cost; of a layer's
-experts those are drawn that matter. Errors are those of the encoder with importance, times what calibrated rounding was
-measured to leave of the divergence at that type: compensation hardly changes the order of types.
+experts those are drawn that matter. Errors are those of the grid's own rounding with importance, times what the build's
+method was measured to leave of the divergence at that grid: compensation hardly changes the order of grids.
+
+Without gradients every row of a linear counts the same, and linears by their outputs: an error costs what it has of
+their mean square, ``sum_rc h_c d_rc^2 / sum_rc h_c w_rc^2``, which is a signal-to-noise ratio and no divergence. Norms,
+residual sums and softmaxes pass on relative errors of their inputs about as they come.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, GGMLQuantizationType
 from torch import Tensor
 
-from qconv.artifacts.gguf_tensors import encoder
 from qconv.artifacts.source import Source
-from qconv.core.architecture import HEAD
 from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
-from qconv.formats.gguf.names import GgufTensor
-from qconv.grids.ggml import encode
 from qconv.planning.allocation import Choice
+from qconv.sensitivity.palette import Palette, Part, Unit
 from qconv.sensitivity.sweep import INPUTS, OUTPUTS, SEEN
-from qconv.verification.blocks import decoded
 
-T: TypeAlias = GGMLQuantizationType
-
-TYPES = (T.Q2_K, T.IQ3_S, T.Q3_K, T.IQ4_XS, T.Q4_K, T.Q5_K, T.Q6_K, T.Q8_0)
-"""What is chosen from, where nothing is excluded."""
-SMALL_TYPES = (T.IQ4_NL, T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0)
-"""Where blocks of 256 do not divide the rows."""
-COMPENSATED = {
-    T.Q2_K: 0.30,
-    T.IQ3_S: 0.26,
-    T.Q3_K: 0.25,
-    T.IQ4_XS: 0.30,
-    T.IQ4_NL: 0.30,
-    T.Q4_K: 0.32,
-    T.Q4_0: 0.32,
-    T.Q5_K: 0.38,
-    T.Q5_0: 0.38,
-    T.Q5_1: 0.38,
-    T.Q6_K: 0.39,
-    T.Q8_0: 0.40,
-}
-"""What calibrated rounding leaves of the divergence (README, Quality)."""
 ROWS = 96
 """Drawn of each linear."""
 EXPERTS = 8
@@ -58,85 +36,108 @@ _EXPONENT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class _Sample:
+    """Some rows that stand for a linear, or for several.
+
+    Attributes:
+        rows: float32 [rows, columns].
+        columns: What a squared error of each column counts, float32 [columns].
+        importance: The same as the grid's search takes it.
+        scale: What the mean over rows stands for.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    importance: Tensor
+    scale: float
+
+    def cost(self, errors: Tensor) -> float:
+        """Half the weighted square of rows' errors, float32 [rows, columns]."""
+        return self.scale * 0.5 * float((errors.square() @ self.columns).mean())
+
+
+@dataclass(frozen=True, slots=True)
 class Errors:
-    """Predicts what types cost.
+    """Predicts what grids cost.
 
     Attributes:
         source: The model.
         statistics: What ``qconv sensitivity`` measured, by name.
-        types: What is chosen from.
-        calibrated: Whether linears of layers are to be rounded by GPTQ.
     """
 
     source: Source
     statistics: Mapping[str, Tensor]
-    types: Sequence[T]
-    calibrated: bool
 
-    def of(self, tensors: Iterable[GgufTensor], workers: Workers) -> dict[str, list[Choice[T]]]:
-        """The choices of each tensor that can be quantized, by name.
+    @property
+    def has_gradients(self) -> bool:
+        """Whether costs are divergences, in nats; else they are shares of outputs' mean squares."""
+        return any(name.endswith(f".{OUTPUTS}") for name in self.statistics)
+
+    def of(self, palette: Palette[Any], workers: Workers) -> dict[str, list[Choice[str]]]:
+        """The choices of each unit by name.
 
         Raises:
             CheckpointError: the statistics are another model's; a weight cannot be read.
         """
-        wanted = [tensor for tensor in tensors if tensor.quantizable]
-        return dict(zip((one.name for one in wanted), workers.map(self._choices, wanted), strict=True))
+        units = palette.units
+        share = 1.0 if self.has_gradients else 1.0 / sum(len(unit.groups) for unit in units)
 
-    def _choices(self, tensor: GgufTensor) -> list[Choice[T]]:
-        fitting = [one for one in self.types if tensor.columns % GGML_QUANT_SIZES[one][0] == 0]
-        if not fitting:
-            fitting = [one for one in SMALL_TYPES if tensor.columns % GGML_QUANT_SIZES[one][0] == 0]
-        if not fitting:
-            fitting = [T.F16]
-        losses = dict.fromkeys(fitting, 0.0)
-        for share, rows, importance, scale in self._samples(tensor):
-            for type in fitting:
-                losses[type] += scale * self._loss(rows, type, importance, share)
-        choices = []
-        for type in fitting:
-            block, nbytes = GGML_QUANT_SIZES[type]
-            size = tensor.numel // block * nbytes
-            left = COMPENSATED.get(type, 1.0) if self.calibrated and tensor.layer is not None else 1.0
-            choices.append(Choice(type, size, left * losses[type]))
-        return choices
+        def choices(unit: Unit) -> list[Choice[str]]:
+            names = palette.names(unit)
+            losses = self._losses(palette, unit, names)
+            return [
+                Choice(name, palette.size(unit, name), share * palette.left(unit, name) * loss)
+                for name, loss in zip(names, losses, strict=True)
+            ]
 
-    @staticmethod
-    def _loss(rows: Tensor, type: T, importance: Tensor, share: Tensor) -> float:
-        """Half the mean over rows of their squared errors, columns counting ``share``."""
-        if type is T.F16:
-            errors = rows - rows.half().float()
-        else:
-            errors = decoded(encode(rows, encoder(type), importance), type).sub_(rows)
-        return 0.5 * float((errors.square_() @ share).mean())
+        return dict(zip((unit.name for unit in units), workers.map(choices, units), strict=True))
 
-    def _samples(self, tensor: GgufTensor) -> Iterable[tuple[Tensor, Tensor, Tensor, float]]:
-        """Parts of a tensor: what columns count, rows, the columns' importance, and what the rows' mean stands for."""
-        if tensor.kind is MODEL_TENSOR.TOKEN_EMBD:
-            yield self._of_embedding(tensor)
+    def _losses(self, palette: Palette[Any], unit: Unit, names: Sequence[str]) -> list[float]:
+        losses = [0.0] * len(names)
+        for group in unit.groups:
+            found, signal = [0.0] * len(names), 0.0
+            for sample in self._samples(unit, group):
+                signal += sample.cost(sample.rows)
+                for at, name in enumerate(names):
+                    rounded = palette.rounded(sample.rows, name, sample.importance)
+                    found[at] += sample.cost(rounded.sub_(sample.rows))
+            whole = 1.0 if self.has_gradients else signal
+            losses = [loss + (one / whole if whole > 0.0 else 0.0) for loss, one in zip(losses, found, strict=True)]
+        return losses
+
+    def _samples(self, unit: Unit, group: Sequence[Part]) -> Iterator[_Sample]:
+        if group[0].is_embedding:
+            yield self._of_embedding(group[0])
             return
-        names = [name.removesuffix(".weight") for name in tensor.sources]
-        if tensor.kind is MODEL_TENSOR.OUTPUT:
-            names = [HEAD]
-        parts = {name: (self._stat(name, OUTPUTS), self._stat(name, INPUTS)) for name in names}
-        weights = torch.tensor([float(outputs.sum()) * float(inputs.mean()) for outputs, inputs in parts.values()])
+        parts = [(self._rows_count(part), self._stat(part.linear, INPUTS)) for part in group]
+        weights = torch.tensor([float(rows.sum()) * float(inputs.mean()) for rows, inputs in parts])
         if not float(weights.sum()) > 0.0:
             return
-        for part, factor in _drawn(weights.double(), EXPERTS):
-            outputs, inputs = parts[names[part]]
-            total = float(outputs.sum())
+        for number, factor in _drawn(weights.double(), EXPERTS):
+            rows, inputs = parts[number]
+            total = float(rows.sum())
             if total > 0.0:
-                chosen = torch.multinomial(outputs, ROWS, replacement=True, generator=_generator(tensor.name, part))
-                rows = self._rows(tensor.sources[part], chosen)
-                yield inputs, rows, inputs.clamp(min=1e-12).pow(_EXPONENT), factor * total
+                seed = _generator(unit.name if len(unit.groups) == 1 else group[number].linear, number)
+                chosen = torch.multinomial(rows, ROWS, replacement=True, generator=seed)
+                importance = inputs.clamp(min=1e-12).pow(_EXPONENT)
+                yield _Sample(self._rows(group[number], chosen), inputs, importance, factor * total)
 
-    def _of_embedding(self, tensor: GgufTensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        name = tensor.sources[0].removesuffix(".weight")
-        outputs, counts = self._stat(name, OUTPUTS), self._stat(name, SEEN).double()
-        chosen = torch.multinomial(counts, 4 * ROWS, replacement=True, generator=_generator(name, 0))
-        return outputs, self._rows(tensor.sources[0], chosen), torch.ones(tensor.columns), 1.0
+    def _rows_count(self, part: Part) -> Tensor:
+        """What a squared error of each output counts, float32 [out_features]."""
+        if self.has_gradients:
+            return self._stat(part.linear, OUTPUTS)
+        rows = self.source.checkpoint.entry(part.weight).shape[0]
+        return self._stat(part.linear, SEEN).float().expand(rows)
 
-    def _rows(self, name: str, chosen: Tensor) -> Tensor:
-        return self.source.checkpoint.gather(name, chosen).float()
+    def _of_embedding(self, part: Part) -> _Sample:
+        counts = self._stat(part.linear, SEEN).double()
+        chosen = torch.multinomial(counts, 4 * ROWS, replacement=True, generator=_generator(part.linear, 0))
+        rows = self._rows(part, chosen)
+        ones = torch.ones(rows.shape[1])
+        return _Sample(rows, self._stat(part.linear, OUTPUTS) if self.has_gradients else ones, ones, 1.0)
+
+    def _rows(self, part: Part, chosen: Tensor) -> Tensor:
+        return self.source.checkpoint.gather(part.weight, chosen).float()
 
     def _stat(self, name: str, leaf: str) -> Tensor:
         key = f"{name}.{leaf}"

@@ -1,12 +1,13 @@
 """All layers forward, then back, each step's result a file of the work folder and a line of the journal.
 
 Forward, the inputs of every layer are kept: bf16, ``2 * tokens * hidden`` bytes a layer. Back, one gradient is carried
-in float32. Killed at any moment, a sweep goes on from its last step and ends with the same bytes.
+in float32. Where nothing goes back, only the layer at work has its inputs on disk. Killed at any moment, a sweep goes
+on from its last step and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def backward_key(layer: Layer) -> str:
     return f"backward-{layer.index:05d}"
 
 
-def scratch_bytes(model: Architecture, tokens: int) -> int:
-    """Disk that a sweep needs: every layer's inputs, and what one layer works with."""
-    return tokens * model.hidden_size * (2 * (len(model.layers) + 1) + 2 + 4 + 5 * 4)
+def scratch_bytes(model: Architecture, tokens: int, gradients: bool) -> int:
+    """Disk that a sweep needs: inputs, of every layer where gradients go back, and what one layer works with."""
+    kept, worked_with = (len(model.layers) + 1, 2 + 4 + 5 * 4) if gradients else (2, 2 + 4)
+    return tokens * model.hidden_size * (2 * kept + worked_with)
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class Sweep:
         work: The folder of activations, gradients and statistics.
         record: What was read of the source, and the journal.
         workers: Threads; each holds one expert.
-        progress: Told the step, the layers done and twice the layers in all.
+        progress: Told the step, how many are done and how many there are: one or two a layer.
     """
 
     source: Source
@@ -96,25 +98,47 @@ class Sweep:
             OutputError: the disk is full.
             VerificationError: what an earlier run kept is gone or damaged.
         """
-        decoder = Decoder(self.source.checkpoint.path)
-        layers, done = self.model.layers, 0
+        decoder, layers = Decoder(self.source.checkpoint.path), self.model.layers
         for layer in layers:
-            self.progress(f"forward through layer {layer.index}", done, 2 * len(layers))
+            self._show("forward through", layer, 2 * len(layers))
             if forward_key(layer) not in self.journal.units:
                 self._forward(decoder, layer)
-            done += 1
         if _HEAD not in self.journal.units and backward_key(layers[0]) not in self.journal.units:
             self._head(decoder)
         for layer in reversed(layers):
-            self.progress(f"back through layer {layer.index}", done, 2 * len(layers))
+            self._show("back through", layer, 2 * len(layers))
             if backward_key(layer) not in self.journal.units:
                 self._backward(decoder, layer)
-            done += 1
-        keys = [*map(forward_key, layers), _HEAD, *map(backward_key, layers)]
+        return self._all([*map(forward_key, layers), _HEAD, *map(backward_key, layers)])
+
+    def run_forward(self) -> dict[str, Tensor]:
+        """Without gradients: of every linear, the embedding and the head :data:`INPUTS` and :data:`SEEN` alone.
+
+        Raises:
+            CheckpointError, OutputError, VerificationError: as :meth:`run`.
+        """
+        decoder, layers = Decoder(self.source.checkpoint.path), self.model.layers
+        for layer in layers:
+            self._show("forward through", layer, len(layers))
+            if forward_key(layer) not in self.journal.units:
+                self._forward(decoder, layer)
+            self._inputs(layer.index).path.unlink(missing_ok=True)
+        if _HEAD not in self.journal.units:
+            self._ends(decoder)
+        return self._all([*map(forward_key, layers), _HEAD])
+
+    def _show(self, what: str, layer: Layer, steps: int) -> None:
+        done = sum(key.startswith(("forward-", "backward-")) for key in self.journal.units)
+        self.progress(f"{what} layer {layer.index}", done, steps)
+
+    def _all(self, keys: Iterable[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for key in keys:
             found |= self._statistics(key)
         return found
+
+    def _inputs(self, index: int) -> ActivationFile:
+        return inputs_file(self.work, index, self.count, self.model.hidden_size)
 
     def _forward(self, decoder: Decoder, layer: Layer) -> None:
         work = Workspace.at(self.work, layer.index, self.count, self.tokens.ids.shape[1], self.model.hidden_size)
@@ -131,7 +155,7 @@ class Sweep:
             ):
                 statistics[f"{linear.name}.{INPUTS}"] = (squares.sums / max(squares.tokens, 1)).float()
                 statistics[f"{linear.name}.{SEEN}"] = torch.tensor([squares.tokens])
-        following = inputs_file(self.work, layer.index + 1, self.count, self.model.hidden_size).create()
+        following = self._inputs(layer.index + 1).create()
         for start, stop in following.windows():
             following.write(start, work.total.read(start, stop))
         read = checksum(self.source.checkpoint, read_for(self.source, layer), self.workers)
@@ -150,8 +174,7 @@ class Sweep:
             inputs.write(start, rows.float())
 
     def _head(self, decoder: Decoder) -> None:
-        last = inputs_file(self.work, len(self.model.layers), self.count, self.model.hidden_size)
-        self._require(last.path, forward_key(self.model.layers[-1]), "inputs")
+        last = self._outputs()
         head = Head(
             self.source,
             decoder.final_norm(self.source.read(self.model.final_norm.weight)),
@@ -173,17 +196,40 @@ class Sweep:
             f"{HEAD}.{INPUTS}": (inputs / self.count).float(),
             f"{HEAD}.{SEEN}": torch.tensor([self.count]),
         }
-        self._commit(_HEAD, statistics, {READ: self._read_of_head(head)}, gradient=gradient)
-
-    def _read_of_head(self, head: Head) -> str:
         names = [self.model.final_norm.weight, head.linear.weight]
-        return checksum(self.source.checkpoint, names, self.workers)
+        values = {READ: checksum(self.source.checkpoint, names, self.workers)}
+        self._commit(_HEAD, statistics, values, gradient=gradient)
+
+    def _outputs(self) -> ActivationFile:
+        """Of the last layer, known to be what was made."""
+        last = self._inputs(len(self.model.layers))
+        self._require(last.path, forward_key(self.model.layers[-1]), "inputs")
+        return last
+
+    def _ends(self, decoder: Decoder) -> None:
+        """What the head reads, and how often each row of the embedding was."""
+        norm, last = decoder.final_norm(self.source.read(self.model.final_norm.weight)), self._outputs()
+        squares = torch.zeros(self.model.hidden_size, dtype=torch.float64)
+        with torch.no_grad():
+            for start, stop in last.windows():
+                squares += norm(last.read(start, stop)).square().sum(0, dtype=torch.float64)
+        statistics = {
+            f"{self.model.embedding.name}.{SEEN}": self._counts(),
+            f"{HEAD}.{INPUTS}": (squares / self.count).float(),
+            f"{HEAD}.{SEEN}": torch.tensor([self.count]),
+        }
+        read = checksum(self.source.checkpoint, [self.model.final_norm.weight], self.workers)
+        self._commit(_HEAD, statistics, {READ: read})
+
+    def _counts(self) -> Tensor:
+        """How often each token occurs, int64 [vocabulary]."""
+        return torch.bincount(self.tokens.ids.flatten().long(), minlength=self.model.embedding.out_features)
 
     def _backward(self, decoder: Decoder, layer: Layer) -> None:
         above = self._gradient(layer.index + 1)
         following = [one for one in self.model.layers if one.index == layer.index + 1]
         self._require(above.path, backward_key(following[0]) if following else _HEAD, "gradient")
-        inputs = inputs_file(self.work, layer.index, self.count, self.model.hidden_size)
+        inputs = self._inputs(layer.index)
         if layer.index:
             self._require(inputs.path, forward_key(self.model.layers[layer.index - 1]), "inputs")
         gradient = self._gradient(layer.index)
@@ -204,8 +250,7 @@ class Sweep:
         model, squares = self.model.embedding, torch.zeros(self.model.hidden_size, dtype=torch.float64)
         for start, stop in gradient.windows():
             squares += gradient.read(start, stop).square_().sum(0, dtype=torch.float64)
-        counts = torch.bincount(self.tokens.ids.flatten().long(), minlength=model.out_features)
-        return {f"{model.name}.{OUTPUTS}": (squares / self.count).float(), f"{model.name}.{SEEN}": counts}
+        return {f"{model.name}.{OUTPUTS}": (squares / self.count).float(), f"{model.name}.{SEEN}": self._counts()}
 
     def _gradient(self, index: int) -> ActivationFile:
         path = self.work / f"gradient-{index:05d}.bin"

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from qconv.artifacts.source import Source
-from qconv.building import sensitivity_pipeline
-from qconv.building.sensitivity_pipeline import SENSITIVITY_NAME, measure_sensitivity
+from qconv.building.sensitivity_pipeline import measure_sensitivity
 from qconv.calibration.corpus import build_tokens
 from qconv.core.architecture import Moe
 from qconv.core.settings import TextSettings
 from qconv.errors import Interrupted, StaleJournalError, VerificationError
 from qconv.folders.journal import WORK_FOLDER
+from qconv.sensitivity.allocating import SENSITIVITY_NAME
 from qconv.sensitivity.sweep import INPUTS, OUTPUTS, SEEN
 from tests.conftest import folder_bytes
 
@@ -106,4 +106,4 @@ def test_what_it_kept_is_checked(moe: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StaleJournalError):
         measure(moe, tmp_path / "out", TextSettings(tokens=128, sequence_length=32))
     assert not measure(moe, tmp_path / "out", restart=True)
-    assert sensitivity_pipeline.SENSITIVITY_NAME in folder_bytes(tmp_path / "out")
+    assert SENSITIVITY_NAME in folder_bytes(tmp_path / "out")

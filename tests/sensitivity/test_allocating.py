@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from gguf import GGMLQuantizationType as T
 from safetensors.torch import load_file, save_file
 
 from qconv.artifacts.source import Source
 from qconv.building.gguf_pipeline import quantize_gguf
-from qconv.building.sensitivity_pipeline import SENSITIVITY_NAME, measure_sensitivity
+from qconv.building.sensitivity_pipeline import measure_sensitivity
 from qconv.cli.target import parse_size
 from qconv.core.settings import TextSettings
 from qconv.errors import CheckpointError, UsageError
 from qconv.executors.threads import Threads
 from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
-from qconv.sensitivity.allocating import Allocation, Target, allocate, read_sensitivity
-from qconv.sensitivity.errors import TYPES, _drawn
+from qconv.sensitivity.allocating import SENSITIVITY_NAME, Allocation, Target, allocate, read_sensitivity
+from qconv.sensitivity.errors import _drawn
+from qconv.sensitivity.gguf_types import TYPES, GgufTypes
 from qconv.sensitivity.sweep import OUTPUTS
 from tests.conftest import random_model, save_model
 
@@ -43,28 +43,30 @@ def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def allocated(model: Path, statistics: dict[str, torch.Tensor], types: Any = TYPES, **target: Any) -> Allocation:
+def allocated(
+    model: Path, statistics: dict[str, torch.Tensor], *excluded: str, **target: Any
+) -> Allocation[GgufRecipe]:
+    source = Source.open(model)
     with Threads(2) as workers:
-        return allocate(Source.open(model), statistics, GgufRecipe(type="Q4_K_M"), Target(**target), types, workers)
+        types = GgufTypes(source, GgufRecipe(type="Q4_K_M"), excluded)
+        return allocate(source, statistics, types, Target(**target), workers)
 
 
 @pytest.mark.parametrize("bits", [3.5, 4.5, 6.0])
 def test_the_build_is_as_large_as_was_asked(bits: float, model: Path, statistics: Path, tmp_path: Path) -> None:
     found = allocated(model, read_sensitivity(statistics), bits=bits)
-    assert bits * 0.95 < found.bits <= bits  # a handful of tensors, each a large step
+    assert bits * 0.95 < found.extent.bits <= bits  # a handful of tensors, each a large step
     recipe = parse_gguf_recipe(yaml.safe_load(yaml.safe_dump(found.recipe.model_dump(mode="json"))))
     made = quantize_gguf(model, tmp_path / "out", recipe, **QUIET).report
-    assert {name: one["type"] for name, one in made["tensors"].items() if name in found.types} == {
-        name: type.name for name, type in found.types.items()
-    }
-    assert made["bits_per_weight"] == pytest.approx(found.bits, abs=1e-4)
-    assert sum((tmp_path / "out" / name).stat().st_size for name in made["files"]) == found.size
+    assert {name: one["type"] for name, one in made["tensors"].items() if name in found.chosen} == dict(found.chosen)
+    assert made["bits_per_weight"] == pytest.approx(found.extent.bits, abs=1e-4)
+    assert sum((tmp_path / "out" / name).stat().st_size for name in made["files"]) == found.extent.files
 
 
 def test_a_size_in_bytes_holds_the_headers_too(model: Path, statistics: Path) -> None:
-    size = allocated(model, read_sensitivity(statistics), bits=4.5).size
+    size = allocated(model, read_sensitivity(statistics), bits=4.5).extent.files
     for target in (size, size + 1000, size - 1):
-        assert allocated(model, read_sensitivity(statistics), size=target).size <= target
+        assert allocated(model, read_sensitivity(statistics), size=target).extent.files <= target
     with pytest.raises(UsageError, match="the smallest build of these types has"):
         allocated(model, read_sensitivity(statistics), size=100_000)
 
@@ -74,7 +76,12 @@ def test_more_bits_are_predicted_to_cost_less(model: Path, statistics: Path) -> 
     losses = [allocated(model, stats, bits=bits).predicted for bits in (3.0, 4.0, 5.0, 7.0)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > 10 * losses[-1]
-    assert T.IQ3_S not in allocated(model, stats, (T.Q2_K, T.Q4_K, T.Q8_0), bits=4.0).types.values()
+    assert "IQ3_S" in allocated(model, stats, bits=4.0).chosen.values()
+    assert set(allocated(model, stats, "iq*", "Q3*", bits=4.0).chosen.values()) <= {*TYPES} - {
+        "IQ3_S",
+        "IQ4_XS",
+        "Q3_K",
+    }
 
 
 def test_bits_follow_what_is_measured(model: Path, statistics: Path) -> None:
@@ -83,7 +90,7 @@ def test_bits_follow_what_is_measured(model: Path, statistics: Path) -> None:
     for name in stats:
         if name.startswith("model.layers.1.") and name.endswith(OUTPUTS):
             stats[name] = stats[name] * 1000.0
-    types = allocated(model, stats, bits=4.5).types
+    types = allocated(model, stats, bits=4.5).chosen
     order = list(TYPES)
     for role in ("attn_q", "ffn_down_exps"):
         low, high = (order.index(types[f"blk.{layer}.{role}.weight"]) for layer in (0, 1))
