@@ -25,7 +25,7 @@ import yaml
 from evals.many_threads import forked
 from evals.options import model_option
 from qconv.building.arithmetic import digest, processor
-from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.planning.recipe import packaged_recipes
 
 TEXT = ("--tokens", "1024", "--sequence-length", "128")
@@ -56,7 +56,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(f"recipe {name}", ("--recipe", name, *(() if uncalibrated else TEXT)))
     yield from _of_options()
     yield from _of_recipes()
-    for name in MIXTURES:
+    for name in FILE_TYPES:
         importance = ("--imatrix", IMPORTANCE) if name in NEED_IMPORTANCE else ()
         yield Variant(f"gguf {name}", ("--fmt", f"gguf:{name}", *importance))
     for name in CALIBRATED_TYPES:

@@ -50,7 +50,7 @@ from qconv.core.settings import CalibrationSettings
 from qconv.errors import QconvError, UsageError
 from qconv.formats.gguf.container import GgufWriter
 from qconv.formats.gguf.imatrix import Imatrix, read_imatrix
-from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.formats.gguf.names import GgufTensor
 from qconv.grids.ggml import GgmlType
 from qconv.planning.gguf_plan import plan_gguf
@@ -113,7 +113,7 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        unknown = [name for name in file_types if name not in MIXTURES]
+        unknown = [name for name in file_types if name not in FILE_TYPES]
         if unknown:
             raise UsageError(f"--type: {unknown[0]} is no GGUF file type.")
         peer = Ggml(library or installed_library())

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from evals.small_model import save_small_model
 from qconv.cli.main import qconv
-from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.planning.gguf_recipe import FORMAT as GGUF
 from qconv.planning.recipe import packaged_recipes
 
@@ -36,7 +36,7 @@ TEXT = ("--tokens", "1024", "--sequence-length", "64")
 @click.option("--fmt", "formats", multiple=True, help="Only these; repeatable.")
 def main(runs: int, threads: int, formats: Sequence[str]) -> None:
     """Run, print a table, and exit."""
-    chosen = list(formats) or [*packaged_recipes(), *(f"{GGUF}:{name}" for name in MIXTURES)]
+    chosen = list(formats) or [*packaged_recipes(), *(f"{GGUF}:{name}" for name in FILE_TYPES)]
     table = Table("format", "runs", "failed", "sets of bytes", "seconds a run")
     failures = 0
     with tempfile.TemporaryDirectory(prefix="qconv-threads-") as name:

@@ -152,10 +152,10 @@ class RecipeOptions:
             said, where = f"--fmt {fmt}", "--fmt"
             if self.recipe is not None:
                 self._source()
-            from qconv.formats.gguf.mixture import MIXTURES
+            from qconv.formats.gguf.mixture import FILE_TYPES
 
-            if values["type"] not in MIXTURES:
-                known = ", ".join(MIXTURES)
+            if values["type"] not in FILE_TYPES:
+                known = ", ".join(FILE_TYPES)
                 raise UsageError(f"--fmt: {fmt} names no GGUF file type.", hint=f"Write gguf: and one of {known}.")
         elif self.recipe is not None or fmt is not None:
             values, where = read_values(self._source())

@@ -69,7 +69,7 @@ def plan_gguf(
 
     Args:
         source: The checkpoint.
-        file_type: A key of :data:`qconv.formats.gguf.mixture.MIXTURES`.
+        file_type: A key of :data:`qconv.formats.gguf.mixture.FILE_TYPES`.
         name: What the model and its files are called.
         importance: Whether there is an imatrix.
         override: Gives types before the file type does.
@@ -81,13 +81,13 @@ def plan_gguf(
         UsageError: llama.cpp cannot express the model, or qconv has no encoder of a type; says what.
     """
     model, config = source.architecture, source.checkpoint.config
-    metadata = model_metadata(config, model, name, file_type_id(file_type))
-    metadata |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
-    if folded:
-        metadata[FOLDED] = GGUFValue(True, GGUFValueType.BOOL)
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
     wanted = tensor_types(file_type, model, tensors, importance=importance, override=override)
     types = fitted(wanted, tensors)
+    metadata = model_metadata(config, model, name, file_type_id(file_type, tensors, types))
+    metadata |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
+    if folded:
+        metadata[FOLDED] = GGUFValue(True, GGUFValueType.BOOL)
     for type in set(types.values()):
         encoder(type)
     infos = [TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors]

@@ -31,7 +31,7 @@ from qconv.core.settings import (
     Section,
 )
 from qconv.errors import RecipeError, UsageError
-from qconv.formats.gguf.mixture import MIXTURES, Override
+from qconv.formats.gguf.mixture import FILE_TYPES, Override
 from qconv.formats.gguf.names import GgufTensor
 from qconv.methods import rounding_of
 from qconv.planning.recipe import Recipe, parse_as, require_rounding
@@ -124,8 +124,8 @@ class GgufRecipe(Section):
     @field_validator("type")
     @classmethod
     def _known_file_type(cls, value: str) -> str:
-        if value not in MIXTURES:
-            raise ValueError(f"{value!r} is no GGUF file type; known are {', '.join(MIXTURES)}")
+        if value not in FILE_TYPES:
+            raise ValueError(f"{value!r} is no GGUF file type; known are {', '.join(FILE_TYPES)}")
         return value
 
     @field_validator("method")

@@ -14,6 +14,7 @@ from torch import Tensor
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.artifacts.source import Source
 from qconv.core.architecture import HEAD
+from qconv.formats.gguf.mixture import called_after
 from qconv.formats.gguf.names import GgufTensor
 from qconv.grids.ggml import encode
 from qconv.planning.gguf_plan import GgufPlan, plan_gguf
@@ -25,8 +26,6 @@ TYPES = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """What is chosen from, where nothing is excluded."""
 SMALL_TYPES = ("IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0")
 """Where blocks of 256 do not divide the rows."""
-_FILE_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-"""What a file is called most of whose weights are of a type; after the type itself where none is given."""
 COMPENSATED = {
     "Q2_K": 0.30,
     "IQ3_S": 0.26,
@@ -109,12 +108,11 @@ class GgufTypes:
 
     def recipe_for(self, chosen: Mapping[str, str]) -> GgufRecipe:
         """The recipe that gives each tensor its type by name, called after the type of most weights."""
-        weights: Counter[str] = Counter()
+        weights: Counter[T] = Counter()
         for name, type in chosen.items():
-            weights[type] += self._tensors[name].numel
-        ((most, _),) = weights.most_common(1)
+            weights[T[type]] += self._tensors[name].numel
         types = {f"^{re.escape(name)}$": type for name, type in chosen.items()}
-        changes = {"type": _FILE_TYPES.get(most, most), "tensor_types": {**self.recipe.tensor_types, **types}}
+        changes = {"type": called_after(weights), "tensor_types": {**self.recipe.tensor_types, **types}}
         return self.recipe.model_copy(update=changes)
 
     def _plan(self, recipe: GgufRecipe, types: Mapping[str, str]) -> GgufPlan:

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValue, GGUFValueType, Keys
+from gguf import GGUFValue, GGUFValueType, Keys, LlamaFileType
 
 from qconv.artifacts.source import Source
 from qconv.boundary.printable import name_of
 from qconv.errors import UsageError
 from qconv.formats.gguf.header import Value
 from qconv.formats.gguf.metadata import Metadata, model_metadata
-from qconv.formats.gguf.mixture import file_type_id
 from qconv.formats.gguf.names import architecture_name
 from qconv.formats.gguf.reader import GgufModel
 from qconv.formats.gguf.tokenizer import tokenizer_metadata
@@ -39,7 +38,7 @@ def check_keys(made: GgufModel, is_ours: bool, source: Source, result: Verificat
         result: Gets what was found.
     """
     model, config = source.architecture, source.checkpoint.config
-    expected: Metadata = model_metadata(config, model, "", file_type_id("F32"))
+    expected: Metadata = model_metadata(config, model, "", LlamaFileType.ALL_F32)
     try:
         expected |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
     except UsageError as error:

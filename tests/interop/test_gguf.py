@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qconv.artifacts.source import Source
 from qconv.building.gguf_pipeline import quantize_gguf
-from qconv.formats.gguf.mixture import MIXTURES
+from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
 from qconv.grids.blocks import BlockGrid
 from qconv.grids.ggml import GgmlType
@@ -172,7 +172,7 @@ def test_every_architecture_computes_what_transformers_computes(name: str, llama
     assert largest_difference(transformers_logits(model, tokens), llama(file, tokens).logits) <= FLOAT32_BOUND
 
 
-@pytest.mark.parametrize("file_type", MIXTURES)
+@pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_file_type_loads_and_generates(file_type: str, llama: Llama, tmp_path: Path) -> None:
     (file,) = write(MODEL, tmp_path / "quantized", file_type)
     tokens = sequences(2048)

@@ -13,7 +13,8 @@ from qconv.building.bench import SliceShape
 from qconv.core.architecture import Architecture
 from qconv.errors import UsageError
 from qconv.formats.gguf.container import TensorInfo
-from qconv.formats.gguf.mixture import MIXTURES, file_type_id, fitted, fitting, needs_importance, tensor_types
+from qconv.formats.gguf.llama_cpp_mixtures import MIXTURES
+from qconv.formats.gguf.mixture import FILE_TYPES, file_type_id, fitted, fitting, needs_importance, tensor_types
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.models import architecture
 from tests.conftest import FAMILIES, SIZES
@@ -189,7 +190,7 @@ def test_a_block_that_does_not_divide_falls_back(type: T, smaller: T) -> None:
     assert [fitting(type, columns) for columns in (512, 96, 72)] == [type, smaller, T.F16]
 
 
-@given(st.sampled_from(sorted(MIXTURES)), st.integers(1, 20).map(lambda n: 8 * n), st.booleans())
+@given(st.sampled_from(sorted(FILE_TYPES)), st.integers(1, 20).map(lambda n: 8 * n), st.booleans())
 def test_every_row_is_whole_blocks(file_type: str, width: int, importance: bool) -> None:
     model = small("qwen3_moe", moe_intermediate_size=width, hidden_size=8 * width, head_dim=width)
     for tensor in gguf_tensors(model):
