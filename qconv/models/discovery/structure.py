@@ -1,0 +1,242 @@
+"""A model's structure by layers: what reads one input, what made that input, and every tensor of the checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconv.boundary.printable import name_of, one_line
+from qconv.checkpoint.config import MAX_EXPERTS, MAX_LAYERS, Config
+from qconv.errors import CheckpointError
+from qconv.models.discovery.tracing import is_fused_experts, is_reader, own_tensors, trace
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another one under a new name."""
+_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class InputGroup:
+    """Modules that read the very same tensor.
+
+    Attributes:
+        readers: Their names in the checkpoint, sorted: linears, routers and fused experts.
+        producer: The norm whose output they read as it is; None if something else made it.
+    """
+
+    readers: tuple[str, ...]
+    producer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """Experts that transformers holds together.
+
+    Attributes:
+        name: What their names in the checkpoint begin with.
+        shapes: Their tensors in transformers' model, by leaf name: weights are [experts, ...].
+        stored: The tensors of the checkpoint that each of those is saved as, in the order of experts.
+    """
+
+    name: str
+    shapes: Shapes
+    stored: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStructure:
+    """One decoder layer.
+
+    Attributes:
+        index: Its number.
+        groups: By what is read; in the order of their names.
+        linears: ``[out_features, in_features]`` of every linear that is no router and no expert, by name.
+        experts: Fused experts; empty for a dense layer.
+        tensors: Every tensor of the layer in the checkpoint.
+    """
+
+    index: int
+    groups: tuple[InputGroup, ...]
+    linears: Mapping[str, tuple[int, int]]
+    experts: tuple[FusedExperts, ...]
+    tensors: Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """A whole model.
+
+    Attributes:
+        model_type: transformers' name of it.
+        layers: In order.
+        outside: The checkpoint's tensors that belong to no layer; a tied head is none.
+    """
+
+    model_type: str
+    layers: tuple[LayerStructure, ...]
+    outside: Shapes
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint with its shape."""
+        found = dict(self.outside)
+        for layer in self.layers:
+            found |= layer.tensors
+        return found
+
+
+def discover(values: Mapping[str, Any]) -> Discovery:
+    """The structure of the model that a config.json describes; of its text part where it has several.
+
+    Raises:
+        CheckpointError: transformers knows no such model type, does not accept the config, or its model cannot run.
+    """
+    config = _config(values)
+    untyped: Any = _transformers().AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model: nn.Module = untyped.from_config(config, dtype=torch.bfloat16).eval()
+        experts = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
+        found = trace(model, experts)
+        saved = _Saved(model)
+        stated = saved.shapes(saved.state)
+    # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: transformers' model of type {config.model_type} does not run: {one_line(error)}.",
+            hint="Repair config.json, or declare the family in qconv/models/.",
+        ) from error
+    return _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type, stated)
+
+
+def _config(values: Mapping[str, Any]) -> Any:
+    text = values.get("text_config")
+    own = dict(text if isinstance(text, Mapping) and "model_type" in text else values)
+    model_type = own.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise CheckpointError("config.json has no model_type.", hint="Is this a Hugging Face checkpoint?")
+    limits = Config(own)
+    layers = limits.integer("num_hidden_layers", default=1, most=MAX_LAYERS)
+    if limits.integer(*_EXPERT_COUNTS, default=1, most=MAX_EXPERTS) * layers > MAX_EXPERTS:
+        raise CheckpointError(f"config.json: more than {MAX_EXPERTS:,} experts.", hint="Repair config.json.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    model_type = ALIASES.get(model_type, model_type)
+    if model_type not in KNOWN:
+        raise CheckpointError(
+            f"config.json: unknown architecture: transformers has no model of type {name_of(model_type)!r}.",
+            hint=f"Code that comes with a checkpoint is never run: declare the family in qconv/models/{model_type}.py."
+            if model_type.isidentifier()
+            else "Repair config.json.",
+        )
+    try:
+        config: Any = _transformers().AutoConfig.for_model(model_type, **own)
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: transformers does not accept it: {one_line(error)}.", hint="Repair config.json."
+        ) from error
+    # Of all implementations this one never asks whether a mask can be left out, which needs numbers.
+    config._attn_implementation = "eager"
+    return config
+
+
+def _transformers() -> Any:
+    import transformers
+
+    return transformers
+
+
+class _Saved:
+    """The names under which transformers saves a model's tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        self.state: dict[str, Tensor] = {name: one for name, one in model.state_dict().items() if name not in tied}
+
+    def shapes(self, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes in the checkpoint of some of the model's tensors."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        saved: Mapping[str, Tensor] = revert_weight_conversion(self._model, dict(state))
+        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """What one tensor of the model is saved as."""
+        return tuple(self.shapes({name: self.state[name]}))
+
+
+@dataclass(slots=True)
+class _Structure:
+    model: nn.Module
+    experts: Mapping[str, nn.Module]
+    saved: _Saved
+    reads: Mapping[str, int]
+    makes: Mapping[int, str]
+
+    def discovery(self, model_type: str, tensors: Shapes) -> Discovery:
+        outside: dict[str, tuple[int, ...]] = {}
+        by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
+        for name, shape in tensors.items():
+            index = _layer_of(name)
+            (outside if index is None else by_layer.setdefault(index, {}))[name] = shape
+        modules: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            index = _layer_of(f"{name}.")
+            if index is not None and (name in self.experts or is_reader(module)):
+                modules.setdefault(index, []).append(name)
+        layers = (self._layer(index, modules.get(index, []), by_layer[index]) for index in sorted(by_layer))
+        return Discovery(model_type, tuple(layers), outside)
+
+    def _layer(self, index: int, modules: Iterable[str], tensors: Shapes) -> LayerStructure:
+        read: dict[int, list[str]] = {}
+        linears, experts = {}, []
+        for name in modules:
+            called = self._stored(name)
+            if name in self.reads:
+                read.setdefault(self.reads[name], []).append(called)
+            module = self.model.get_submodule(name)
+            if name in self.experts:
+                experts.append(self._experts(name, called))
+            elif isinstance(module, nn.Linear):
+                linears[called] = (module.out_features, module.in_features)
+        groups = (InputGroup(tuple(sorted(readers)), self._producer(number)) for number, readers in read.items())
+        return LayerStructure(
+            index, tuple(sorted(groups, key=lambda group: group.readers)), linears, tuple(experts), tensors
+        )
+
+    def _producer(self, number: int) -> str | None:
+        made = self.makes.get(number)
+        if made is None or isinstance(self.model.get_submodule(made), nn.Embedding):
+            return None
+        return self._stored(made)
+
+    def _experts(self, name: str, called: str) -> FusedExperts:
+        own = dict(own_tensors(self.model.get_submodule(name)))
+        return FusedExperts(
+            called,
+            {leaf: tuple(tensor.shape) for leaf, tensor in own.items()},
+            {leaf: self.saved.of(f"{name}.{leaf}") for leaf in own},
+        )
+
+    def _stored(self, name: str) -> str:
+        """A module's name in the checkpoint, by that of a tensor of its own."""
+        leaf = next(leaf for leaf, _ in own_tensors(self.model.get_submodule(name)))
+        first = self.saved.of(f"{name}.{leaf}")[0]
+        if name not in self.experts:
+            return first.removesuffix(f".{leaf}")
+        # One tensor of all experts is saved as one an expert, with the number after the module's name.
+        before, _, _ = re.sub(r"\.\d+\.[^.]+(?:\.weight)?$", ".", first).rpartition(".")
+        return before
+
+
+def _layer_of(name: str) -> int | None:
+    found = _LAYER.match(name)
+    return None if found is None else int(found[1])

@@ -1,0 +1,260 @@
+"""Discovered structures against declared families, against what transformers saves, and against real inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qconv.core.architecture import Layer, Moe
+from qconv.errors import CheckpointError
+from qconv.models import architecture
+from qconv.models.discovery import Discovery, InputGroup, LayerStructure, discover
+from tests.models.test_families import BASE, FAMILIES, VARIATIONS
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "v_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "max_position_embeddings": 128,
+    "sliding_window": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""What a config has of these becomes so small."""
+TYPES: dict[str, dict[str, Any]] = {
+    # mixtures of experts
+    "qwen3_next": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    "glm4_moe": {},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8},
+    "minimax_m2": {},
+    "gpt_oss": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "ernie4_5_moe": {},
+    "olmoe": {},
+    "phimoe": {},
+    "exaone_moe": {"layer_types": None},
+    "hy_v3": {},
+    "solar_open": {},
+    "llama4_text": {"layer_types": None, "attn_temperature_tuning": False, "intermediate_size_mlp": 56},
+    # dense
+    "mistral": {},
+    "qwen2": {},
+    "smollm3": {"layer_types": None, "no_rope_layers": None},
+    "phi3": {},
+    "gemma2": {"layer_types": None},
+    "starcoder2": {},
+    "granite": {},
+    "olmo2": {},
+    "cohere2": {"layer_types": None},
+}
+
+
+def config_of(model_type: str) -> Any:
+    """A small config of a type, made of what transformers' default has."""
+    default = AutoConfig.for_model(model_type)
+    changes = {name: value for name, value in SMALL.items() if hasattr(default, name)} | TYPES[model_type]
+    kept = {name: changes[name] for name in changes if changes[name] is not None}
+    return AutoConfig.for_model(model_type, **kept)
+
+
+def model_of(config: Any) -> Any:
+    """A random model whose norms and biases are not trivial either."""
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made.eval()
+
+
+def saved(model: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what transformers saves of it."""
+    model.save_pretrained(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def declared(layer: Layer) -> Iterator[InputGroup]:
+    """The groups of a layer whose family is declared."""
+    yield InputGroup(tuple(sorted(one.name for one in layer.attention.linears()[:3])), layer.input_norm.name)
+    yield InputGroup((layer.attention.o.name,), None)
+    readers = [router.name for router in layer.routers()]
+    for mlp in layer.mlps():
+        if isinstance(layer.mlp, Moe) and mlp is not layer.mlp.shared_expert:
+            continue
+        readers += [mlp.gate.name, mlp.up.name]
+        yield InputGroup((mlp.down.name,), None)
+    if isinstance(layer.mlp, Moe):
+        readers.append(f"{layer.mlp.router.name.rpartition('.')[0]}.experts")
+    yield InputGroup(tuple(sorted(readers)), layer.post_attention_norm.name)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIATIONS)
+def test_declared_families_are_discovered(model_type: str, changes: dict[str, Any]) -> None:
+    values = AutoConfig.for_model(model_type, **BASE | FAMILIES[model_type] | changes).to_dict()
+    expected, found = architecture(values), discover(values)
+    assert found.tensors() == dict(expected.tensors())
+    assert found.model_type == model_type
+    for layer, structure in zip(expected.layers, found.layers, strict=True):
+        assert structure.index == layer.index
+        assert structure.groups == tuple(sorted(declared(layer), key=lambda group: group.readers))
+        assert structure.tensors == dict(layer.tensors())
+        sparse = isinstance(layer.mlp, Moe)
+        assert len(structure.experts) == sparse
+        beside = [one for one in layer.linears() if ".experts." not in one.name]
+        gates = [one for one in layer.routers() if one.name in structure.linears]  # Qwen2's shared gate is a linear
+        assert structure.linears == {one.name: (one.out_features, one.in_features) for one in [*beside, *gates]}
+        if isinstance(layer.mlp, Moe):
+            _check_experts(structure, layer.mlp)
+
+
+def _check_experts(structure: LayerStructure, moe: Moe) -> None:
+    (experts,) = structure.experts
+    assert experts.shapes["down_proj"] == (
+        len(moe.experts),
+        moe.experts[0].down.out_features,
+        moe.experts[0].down.in_features,
+    )
+    assert experts.stored["down_proj"] == tuple(mlp.down.weight for mlp in moe.experts)
+    gates, ups = ([getattr(mlp, leaf).weight for mlp in moe.experts] for leaf in ("gate", "up"))
+    assert experts.stored["gate_up_proj"] == (*gates, *ups)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_tensor_and_every_shared_input(model_type: str, tmp_path: Path) -> None:
+    config = config_of(model_type)
+    model = model_of(config)
+    found = discover(config.to_dict())
+    assert found.tensors() == saved(model, tmp_path)
+    _check_inputs(model, found)
+
+
+def _check_inputs(model: Any, found: Discovery) -> None:
+    """Run real tokens: readers of a group get one tensor, those of different groups do not."""
+    seen, made = _values(model)
+    for layer in found.layers:
+        inputs = {}
+        for group in layer.groups:
+            first, *others = (seen[name] for name in group.readers)
+            for other in others:
+                assert torch.equal(first, other), group
+            inputs[group] = first
+            if group.producer is not None:
+                assert torch.equal(first, made[group.producer]), group
+        values = list(inputs.values())
+        for at, one in enumerate(values):
+            assert not any(one.shape == other.shape and torch.equal(one, other) for other in values[at + 1 :])
+
+
+def _values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of linears, routers and experts, and outputs of norms, [tokens, features], by name in the checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    untyped: Any = model
+    names = {}
+    for name, module in model.named_modules():
+        leaf = next((leaf for leaf, _ in module.named_parameters(recurse=False)), None)
+        if leaf is not None:
+            first = next(iter(revert_weight_conversion(untyped, {f"{name}.{leaf}": state[f"{name}.{leaf}"]})))
+            names[name] = first.partition(".experts")[0] + ".experts" if ".experts" in name else first[: -len(leaf) - 1]
+    seen: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    for name, called in names.items():
+        module = model.get_submodule(name)
+
+        def before(_: Any, arguments: tuple[Any, ...], named: Mapping[str, Any], called: str = called) -> None:
+            value = next((one for one in (*arguments, *named.values()) if isinstance(one, Tensor)), None)
+            if value is not None and value.is_floating_point():
+                seen[called] = value.flatten(0, -2).float()
+
+        def after(_: Any, arguments: Any, output: Any, called: str = called) -> None:
+            if isinstance(output, Tensor):
+                made[called] = output.flatten(0, -2).float()
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
+    with torch.no_grad(), warnings.catch_warnings():
+        model(input_ids=torch.arange(3, 15).unsqueeze(0), use_cache=False)
+    return seen, made
+
+
+def test_a_true_size_costs_no_memory() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = discover({"model_type": "deepseek_v3", "num_hidden_layers": 5})
+    assert found.layers[4].experts[0].shapes["gate_up_proj"] == (256, 4096, 7168)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kibibytes; a layer has 22 GB
+
+
+def test_another_name_and_a_nested_text_part() -> None:
+    text = {"num_hidden_layers": 4, "hidden_size": 64, "n_routed_experts": 32, "moe_intermediate_size": 32}
+    plain = discover({"model_type": "deepseek_v3", **text})
+    assert discover({"model_type": "kimi_k2", **text}) == plain
+    nested = {"model_type": "kimi_k25", "vision_config": {}, "text_config": {"model_type": "kimi_k2", **text}}
+    assert discover(nested) == plain
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no type": ({}, "no model_type"),
+    "unknown": ({"model_type": "martian"}, "no model of type 'martian'"),
+    "not for text": ({"model_type": "vit"}, "no model of type 'vit'"),
+    "a wrong kind": ({"model_type": "llama", "hidden_size": "many"}, "config.json: "),
+    "no head fits": ({"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 2}, "config.json: "),
+    "layers": ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers"),
+    "experts": ({"model_type": "qwen3_moe", "num_experts": 10**6, "num_hidden_layers": 9}, "num_experts"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_config_is_named(name: str) -> None:
+    values, said = BROKEN[name]
+    with pytest.raises(CheckpointError) as caught:
+        discover(values)
+    assert said in caught.value.message
+
+
+def test_a_type_that_transformers_lacks_names_the_file_to_write() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        discover({"model_type": "martian", "auto_map": {"AutoModelForCausalLM": "modeling_martian.Martian"}})
+    assert "qconv/models/martian.py" in str(caught.value.hint)
