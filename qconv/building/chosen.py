@@ -58,4 +58,4 @@ def predicted_words(values: Mapping[str, Any]) -> str:
     """What is predicted of a choice, given its part of a report."""
     if "predicted_kld" in values:
         return f"predicted mean KL divergence {values['predicted_kld']:.3g} nats"
-    return f"mean relative error of outputs {values['predicted_relative_error']:.3g}"
+    return f"estimated relative error of the logits {values['predicted_relative_error']:.3g}"

@@ -265,7 +265,7 @@ def _print(found: Allocation[Any], save: Path | None) -> None:
     if found.is_divergence:
         said = f"mean KL divergence {found.predicted:.3g} (measured, it is one to three times as much)"
     else:
-        said = f"mean relative error of outputs {found.predicted:.3g}, which is no divergence"
+        said = f"relative error of the logits {found.predicted:.3g}, estimated without gradients: no divergence"
     say(console, f"predicted    {said}")
     if save is not None:
         say(console, f"recipe       {save}")

@@ -79,8 +79,8 @@ class Allocation(Generic[RecipeT]):
         units: What grids were chosen for.
         chosen: The grid of each by name.
         losses: What each is predicted to cost.
-        is_divergence: Whether that is a mean KL divergence in nats, about half of what is measured; else it is the mean
-            error of linears' outputs, relative to their mean square.
+        is_divergence: Whether that is a mean KL divergence in nats, about half of what is measured; else it is an
+            estimate of the logits' error relative to their mean square.
         extent: The build's size.
         recipe: Makes that build.
         curve: Sizes in bits per weight, and what is predicted there.

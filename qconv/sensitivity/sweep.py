@@ -7,6 +7,7 @@ on from its last step and ends with the same bytes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ INPUTS, OUTPUTS = "input_squares", "output_gradient_squares"
 """What a statistic's name ends with: the mean square of a linear's inputs over the tokens that it saw, by column; the
 sum of the squared gradients of its outputs, by row, over all tokens, divided by their number."""
 SEEN = "tokens"
-"""int64 [1], the tokens that a linear saw."""
+"""int64 [1], the tokens that a linear saw; of the embedding how often each row was read."""
+SHARE = "residual_share"
+"""float32 [1], the mean square of what a linear's block (attention, MLP) adds to the residual stream over that of the
+stream afterwards."""
 _HEAD = "head"
 
 
@@ -91,7 +95,7 @@ class Sweep:
         return self.source.architecture
 
     def run(self) -> dict[str, Tensor]:
-        """Every statistic by its name: a linear's, a dot, and :data:`INPUTS`, :data:`OUTPUTS` or :data:`SEEN`.
+        """Every statistic by its name: a linear's, a dot, and one of those above.
 
         Raises:
             CheckpointError: a weight cannot be read or is not finite.
@@ -112,7 +116,7 @@ class Sweep:
         return self._all([*map(forward_key, layers), _HEAD, *map(backward_key, layers)])
 
     def run_forward(self) -> dict[str, Tensor]:
-        """Without gradients: of every linear, the embedding and the head :data:`INPUTS` and :data:`SEEN` alone.
+        """Without gradients: the same but for :data:`OUTPUTS`.
 
         Raises:
             CheckpointError, OutputError, VerificationError: as :meth:`run`.
@@ -155,6 +159,7 @@ class Sweep:
             ):
                 statistics[f"{linear.name}.{INPUTS}"] = (squares.sums / max(squares.tokens, 1)).float()
                 statistics[f"{linear.name}.{SEEN}"] = torch.tensor([squares.tokens])
+        statistics |= _shares(layer, work)
         following = self._inputs(layer.index + 1).create()
         for start, stop in following.windows():
             following.write(start, work.total.read(start, stop))
@@ -279,3 +284,16 @@ class Sweep:
 
     def _require(self, path: Path, key: str, what: str) -> None:
         require_kept(path, self.journal.units[key][what], "made")
+
+
+def _shares(layer: Layer, work: Workspace) -> dict[str, Tensor]:
+    """:data:`SHARE` of a layer's linears, once it was passed."""
+    added, after = [0.0, 0.0], [0.0, 0.0]
+    for start, stop in work.inputs.windows():
+        stream = [file.read(start, stop) for file in (work.inputs, work.middle, work.total)]
+        for block, (before, behind) in enumerate(itertools.pairwise(stream)):
+            added[block] += float((behind - before).square().sum(dtype=torch.float64))
+            after[block] += float(behind.square().sum(dtype=torch.float64))
+    shares = [torch.tensor([one / of if of > 0.0 else 0.0]) for one, of in zip(added, after, strict=True)]
+    attention = {linear.name for linear in layer.attention.linears()}
+    return {f"{linear.name}.{SHARE}": shares[linear.name not in attention] for linear in layer.linears()}

@@ -17,7 +17,7 @@ from qconv.core.settings import TextSettings
 from qconv.errors import Interrupted, StaleJournalError, VerificationError
 from qconv.folders.journal import WORK_FOLDER
 from qconv.sensitivity.allocating import SENSITIVITY_NAME
-from qconv.sensitivity.sweep import INPUTS, OUTPUTS, SEEN
+from qconv.sensitivity.sweep import INPUTS, OUTPUTS, SEEN, SHARE
 from tests.conftest import folder_bytes
 
 TEXT = TextSettings(tokens=256, sequence_length=32)
@@ -65,6 +65,41 @@ def test_another_seed_draws_other_labels(measured: Path, moe: Path, tmp_path: Pa
     name = f"model.layers.0.self_attn.o_proj.{OUTPUTS}"
     assert not torch.equal(one[name], other[name])
     assert 0.3 < float(one[name].sum() / other[name].sum()) < 3.0
+
+
+def test_without_gradients_it_goes_forward_only(measured: Path, moe: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    measure(moe, tmp_path / "out", gradients=False, progress=lambda what, done, total: seen.append(what))
+    assert not any("back" in what for what in seen)
+    found, whole = (load_file(folder / SENSITIVITY_NAME) for folder in (tmp_path / "out", measured))
+    assert found.keys() == {name for name in whole if not name.endswith(OUTPUTS)}
+    for name, one in found.items():
+        torch.testing.assert_close(one, whole[name], rtol=1e-5, atol=0.0)
+    # The first attention adds to embeddings, which are smaller than what it adds; later ones to a larger stream.
+    assert 0.0 < float(found[f"model.layers.1.self_attn.q_proj.{SHARE}"]) < 1.5
+    with pytest.raises(StaleJournalError, match="recipe"):
+        measure(moe, tmp_path / "out")
+
+
+def test_without_gradients_it_resumes_to_the_same_bytes(moe: Path, tmp_path: Path) -> None:
+    measure(moe, tmp_path / "whole", gradients=False)
+    stopped = set[str]()
+
+    def progress(what: str, done: int, total: int) -> None:
+        # At most two layers' inputs lie on disk: a layer's and the next one's.
+        assert len(list((tmp_path / "out" / WORK_FOLDER).glob("inputs-*.bin"))) <= 2
+        if what not in stopped:
+            stopped.add(what)
+            raise Interrupted(2)
+
+    for _ in range(20):
+        try:
+            measure(moe, tmp_path / "out", gradients=False, progress=progress)
+        except Interrupted:
+            continue
+        break
+    assert "forward through layer 1" in stopped
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("threads", [1, 3])

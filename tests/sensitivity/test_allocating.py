@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
 from qconv.sensitivity.allocating import SENSITIVITY_NAME, Allocation, Target, allocate, read_sensitivity
 from qconv.sensitivity.errors import _drawn
 from qconv.sensitivity.gguf_types import TYPES, GgufTypes
-from qconv.sensitivity.sweep import OUTPUTS
+from qconv.sensitivity.sweep import OUTPUTS, SHARE
 from tests.conftest import random_model, save_model
 
 QUIET: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None}
@@ -95,6 +96,35 @@ def test_bits_follow_what_is_measured(model: Path, statistics: Path) -> None:
     for role in ("attn_q", "ffn_down_exps"):
         low, high = (order.index(types[f"blk.{layer}.{role}.weight"]) for layer in (0, 1))
         assert high > low
+
+
+def test_without_gradients_bits_follow_shares_of_the_residual_stream(model: Path, statistics: Path) -> None:
+    stats = {name: one for name, one in load_file(statistics / SENSITIVITY_NAME).items() if not name.endswith(OUTPUTS)}
+    plain = allocated(model, stats, bits=4.5)
+    assert not plain.is_divergence
+    assert "predicted_relative_error" in plain.values()
+    for name in stats:
+        if name.startswith("model.layers.1.") and name.endswith(SHARE):
+            stats[name] = stats[name] * 1000.0
+    types, order = allocated(model, stats, bits=4.5).chosen, list(TYPES)
+    for role in ("attn_q", "ffn_down_exps"):
+        low, high = (order.index(types[f"blk.{layer}.{role}.weight"]) for layer in (0, 1))
+        assert high > low
+
+
+def test_a_relative_error_is_of_a_scale_of_its_own(model: Path, statistics: Path, tmp_path: Path) -> None:
+    """A linear that is larger by a power of two has the same codes, and loses the same share of its outputs."""
+    stats = {name: one for name, one in load_file(statistics / SENSITIVITY_NAME).items() if not name.endswith(OUTPUTS)}
+    shutil.copytree(model, tmp_path / "model")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            save_file({**tensors, name: tensors[name] * 4.0}, file, {"format": "pt"})
+    losses = [allocated(folder, stats, bits=4.5).losses for folder in (model, tmp_path / "model")]
+    unit = "blk.0.attn_output.weight"
+    assert losses[0][unit] == pytest.approx(losses[1][unit], rel=1e-3)
+    assert losses[0][unit] > 0.0
 
 
 def test_what_cannot_be_used_is_said(model: Path, statistics: Path, tmp_path: Path) -> None:
