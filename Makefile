@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files scale compensation-speed several-targets gate-sensitivity sanitize many-threads digests fuzz clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files target-sizes scale compensation-speed several-targets gate-sensitivity sanitize many-threads digests fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,13 @@ compensation-speed: $(STAMP)  ## what one true expert costs by GPTQ on Q4_K and 
 
 several-targets: $(STAMP)  ## what two formats of one calibration cost beside one
 	$(BIN)/python -m evals.several_targets
+
+target-sizes: $(STAMP)  ## the best GGUF file of a size by four ways to choose types, on three models, and what was predicted
+	test -d build/tiny-coder-dense || $(BIN)/python -m evals.dense_model build/tiny-coder-dense
+	$(BIN)/python -m evals.target_sizes
+	$(BIN)/python -m evals.target_sizes --model build/tiny-coder-dense
+	$(BIN)/python -m evals.target_sizes --outliers
+	$(BIN)/python -m evals.predicted_divergence
 
 gate-sensitivity: $(STAMP)  ## damage a build three ways: gates must see and blame must name each, and nothing in 20 runs of sound builds
 	$(BIN)/python evals/gate_sensitivity.py

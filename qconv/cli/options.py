@@ -43,7 +43,8 @@ _RECIPE_OPTIONS = (
         "--fmt",
         metavar="NAME",
         multiple=True,
-        help=f"A packaged recipe: {', '.join(packaged_recipes())}; or gguf:TYPE for llama.cpp, such as gguf:Q4_K_M. "
+        help=f"A packaged recipe: {', '.join(packaged_recipes())}; or gguf:TYPE for llama.cpp, such as gguf:Q4_K_M, "
+        "or gguf:Q4_A of its size, where attention's types are high (Q2_A to Q5_A). "
         "Repeatable, also with --recipe: several builds of one calibration.",
     ),
     click.option(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qconv.artifacts.source import Source
 from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.building.sized_pipeline import quantize_to_size
 from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
 from qconv.grids.blocks import BlockGrid
@@ -30,6 +31,7 @@ from qconv.planning.gguf_plan import plan_gguf, write_file
 from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.runtime.loading import load
 from qconv.runtime.tokenizer import load_tokenizer
+from qconv.sensitivity.allocating import Request, Target
 from tests.conftest import random_model, save_model
 from tests.gguf_copies import copied
 from tests.interop.conftest import MODEL, Client
@@ -200,6 +202,15 @@ def test_a_file_with_scales_folded_in_is_computed_alike(llama: Llama, tmp_path: 
     recipe = parse_gguf_recipe({"type": "Q4_K_M", "method": "awq+gptq", "calibration": text})
     report = quantize_gguf(MODEL, tmp_path / "out", recipe, progress=lambda *_: None, log=lambda _: None).report
     assert any(not one["kept_rtn"] for layer in report["layers"] for one in layer["searches"].values())
+    assert_computed_alike(tmp_path / "out" / report["files"][0], llama)
+
+
+def test_a_build_of_a_size_whose_tensors_all_differ_is_computed_alike(llama: Llama, tmp_path: Path) -> None:
+    recipe = parse_gguf_recipe({"type": "Q4_K_M", "calibration": {"tokens": 1024, "sequence_length": 64}})
+    quiet: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None}
+    report = quantize_to_size(MODEL, tmp_path / "out", recipe, Request(Target(bits=4.2)), **quiet).report
+    types = {one["type"] for one in report["tensors"].values()} - {"F32"}
+    assert len(types) >= 4  # of the eight that there are to choose from
     assert_computed_alike(tmp_path / "out" / report["files"][0], llama)
 
 
