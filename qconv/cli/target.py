@@ -254,10 +254,11 @@ def _print(found: Allocation[Any], save: Path | None) -> None:
     rows = [(str(layer), *(by_role.get(role, "") for role in roles)) for layer, by_role in layers.items()]
     print_table(console, ("layer", *roles), rows)
     say(console, "")
-    for unit in found.units:
-        if unit.layer is None:
-            say(console, f"{unit.role:<13}{found.chosen[unit.name]}")
-    say(console, "")
+    outside = [unit for unit in found.units if unit.layer is None]
+    for unit in outside:
+        say(console, f"{unit.role:<13}{found.chosen[unit.name]}")
+    if outside:
+        say(console, "")
     name = "predicted KLD" if found.is_divergence else "relative error"
     print_table(console, ("bits", name), [(bits(size), f"{loss:.3g}") for size, loss in found.curve])
     say(console, "")

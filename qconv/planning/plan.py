@@ -126,6 +126,13 @@ class BuildPlan:
                 f"{len(blocks)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
                 f"{first.name} of {first.out_features} x {first.in_features}: {TRANSFORMERS} refuses or misreads them"
             ] = None
+        of_experts = {self.schemes[one.name].grid for one in self.quantized if ".experts." in one.name}
+        if len(of_experts) > 1:
+            sentences[
+                f"layers' experts are on {len(of_experts)} grids: {TRANSFORMERS} takes one for all of a model, and "
+                "fails to load others (compressed-tensors itself takes each layer's); --rule 'experts.*=int4-g128' "
+                "gives them one, and leaves the choice to the rest"
+            ] = None
         return list(sentences)
 
     def allowance(self, workers: int) -> float:

@@ -67,6 +67,20 @@ def build_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     return make
 
 
+@pytest.fixture
+def build_to_bits(tmp_path: Path) -> Callable[..., Path]:
+    """A w4a16 build of the bundled model whose grids are chosen for bits per weight, without gradients."""
+
+    def make(bits: float, *rules: dict[str, str]) -> Path:
+        given = [value for rule in rules for value in ("--rule", f"{rule['match']}={rule['grid']}")]
+        command = [sys.executable, "-m", "qconv", "quantize", MODEL, "--fmt", "w4a16", *given]
+        wanted = ["--target-bits", bits, "--no-gradients", "--tokens", CALIBRATION_TOKENS]
+        _run([*command, *wanted, "-o", tmp_path / "build"])
+        return tmp_path / "build"
+
+    return make
+
+
 def _run(command: list[object], **variables: str) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"} | variables
     done = subprocess.run(

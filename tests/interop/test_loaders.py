@@ -114,6 +114,24 @@ def test_transformers_decodes_mixtures_as_the_dequantized_model(
     _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
 
 
+def test_transformers_decodes_chosen_grids_as_the_dequantized_model(
+    build_to_bits: Callable[..., Path], client: Client, tmp_path: Path
+) -> None:
+    """It has one config group for all experts of a model; attention's linears differ by layer."""
+    made = build_to_bits(4.4, {"match": "mlp.experts.*", "grid": "int4-g128"})
+    groups = json.loads((made / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
+    assert any("layers" in target for group in groups for target in group["targets"])
+    reference = _reference(made, torch.bfloat16, client, tmp_path)
+    request = _request(tmp_path / "request.json", reference.tokens.tolist())
+    client("compressed-tensors", "transformers_generate", made, "bfloat16", request, tmp_path / "sized.safetensors")
+    loaded = _read(tmp_path / "sized.safetensors")
+
+    assert not any(loaded.loading.values()), loaded.loading
+    assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND
+    _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
+
+
 @pytest.mark.parametrize("changes", [{}, {"grid": {"symmetric": False}, "gptq": {"ordering": "desc_act"}}])
 def test_gptqmodel_decodes_as_the_dequantized_model(
     build_recipe: Callable[[dict[str, Any]], Path], client: Client, tmp_path: Path, changes: dict[str, Any]

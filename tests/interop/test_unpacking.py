@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qconv.artifacts.build import Build
-from qconv.core.qtensor import QTensor
+from qconv.core.qtensor import Grid, QTensor
 from tests.interop.conftest import Client
 
 pytestmark = pytest.mark.interop
@@ -87,6 +87,22 @@ def test_compressed_tensors_gives_every_linear_of_a_mixture_its_scheme(
         _assert_same_bits(theirs.pop(name), ours.dequantize(torch.float32), name)
     assert not theirs
     assert len(grids) == (2 if len(values["rules"]) == 1 else 4)
+
+
+def test_compressed_tensors_gives_every_linear_its_chosen_scheme(
+    build_to_bits: Callable[..., Path], client: Client, tmp_path: Path
+) -> None:
+    """Layers differ in all that engines hold as one: q, k, v; o; the experts."""
+    made = build_to_bits(4.58)
+    client("compressed-tensors", "compressed_tensors_groups", made, tmp_path / "unpacked.safetensors")
+    theirs = load_file(tmp_path / "unpacked.safetensors")
+    of_experts, of_attention = set[Grid](), set[Grid]()
+    for name, ours in _quantized(made):
+        (of_experts if ".experts." in name else of_attention).add(ours.grid)
+        _assert_same_bits(theirs.pop(name), ours.dequantize(torch.float32), name)
+    assert not theirs
+    assert len(of_experts) > 1
+    assert {grid.bits for grid in of_experts | of_attention} == {4, 8}
 
 
 def _quantized(folder: Path) -> Iterator[tuple[str, QTensor]]:

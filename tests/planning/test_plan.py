@@ -277,3 +277,10 @@ def test_group_sizes_that_split_are_found() -> None:
 def test_the_plan_needs_a_known_format() -> None:
     with pytest.raises(RecipeError, match="format: unknown format 'gguf'"):
         make_plan(model("llama"), parse_recipe({"format": "gguf"}), lambda _: torch.bfloat16)
+
+
+@pytest.mark.parametrize(("match", "told"), [("layers.0.mlp.experts.*", True), ("mlp.experts.*", False)])
+def test_a_reader_that_takes_one_grid_for_all_experts_is_told_of(match: str, told: bool) -> None:
+    rules = [{"match": match, "grid": "int8-g32"}, {"match": "self_attn.*", "grid": "int8-channel"}]
+    said = plan(model("qwen3_moe"), format="w4a16", grid={"group_size": 32}, rules=rules).notices()
+    assert any("layers' experts are on 2 grids" in notice for notice in said) == told
