@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from gguf import GGML_QUANT_SIZES, MODEL_TENSOR
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
@@ -43,6 +44,9 @@ COMPENSATED = {
 """What calibrated rounding leaves of the divergence (README, Quality)."""
 
 
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
 class GgufTypes:
     """Types of a GGUF build's tensors.
 
@@ -66,18 +70,22 @@ class GgufTypes:
         known = dict.fromkeys((*TYPES, *SMALL_TYPES))
         self._left = without(tuple(known), excluded)
         self._override = recipe.override(source.dtype)
-        self._bare = self._plan(recipe, {})
-        free = [one for one in self._bare.tensors.values() if one.quantizable and self._override(one) is None]
-        self._tensors = {tensor.name: tensor for tensor in free}
+        bare = self._plan(recipe, {})
+        self._tensors = {tensor.name: tensor for tensor in bare.tensors.values() if tensor.quantizable}
+        self._given = {
+            name: bare.types[name].name for name, one in self._tensors.items() if self._override(one) is not None
+        }
 
     @property
     def units(self) -> list[Unit]:
-        """Every tensor that a type is chosen for."""
+        """Every tensor that a file type decides about."""
         tied = self._source.architecture.lm_head is None
         return [_unit(tensor, tied) for tensor in self._tensors.values()]
 
     def names(self, unit: Unit) -> list[str]:
-        """The types whose blocks divide its rows; others are llama.cpp's own fallbacks there."""
+        """The types whose blocks divide its rows, or the one that the recipe gives it."""
+        if unit.name in self._given:
+            return [self._given[unit.name]]
         columns = self._tensors[unit.name].columns
         for types in (TYPES, SMALL_TYPES) if columns % GGML_QUANT_SIZES[T.Q4_K][0] == 0 else (SMALL_TYPES,):
             found = [one for one in types if one in self._left and columns % GGML_QUANT_SIZES[T[one]][0] == 0]
@@ -92,8 +100,8 @@ class GgufTypes:
 
     def rounded(self, rows: Tensor, name: str, importance: Tensor) -> Tensor:
         """Encoded with importance, and decoded."""
-        if name == "F16":
-            return rows.half().float()
+        if name in _FLOATS:
+            return rows.to(_FLOATS[name]).float()
         return decoded(encode(rows, encoder(T[name]), importance), T[name])
 
     def left(self, unit: Unit, name: str) -> float:
@@ -111,7 +119,7 @@ class GgufTypes:
         weights: Counter[T] = Counter()
         for name, type in chosen.items():
             weights[T[type]] += self._tensors[name].numel
-        types = {f"^{re.escape(name)}$": type for name, type in chosen.items()}
+        types = {f"^{re.escape(name)}$": type for name, type in chosen.items() if name not in self._given}
         changes = {"type": called_after(weights), "tensor_types": {**self.recipe.tensor_types, **types}}
         return self.recipe.model_copy(update=changes)
 

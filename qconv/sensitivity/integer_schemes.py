@@ -12,11 +12,11 @@ from qconv.core.architecture import Layer, Linear, Moe
 from qconv.core.qtensor import Grid
 from qconv.errors import UsageError
 from qconv.formats import get_format
-from qconv.grids import integers
+from qconv.grids import e4m3, integers
 from qconv.planning.plan import make_plan
 from qconv.planning.recipe import Recipe
 from qconv.planning.rules import Rule, RuleGrid
-from qconv.planning.schemes import fused
+from qconv.planning.schemes import LinearScheme, fused, in_full, resolve
 from qconv.sensitivity.palette import Extent, Part, Unit, without
 
 SCHEMES = ("int4-g128", "int4-g64", "int4-g32", "int8-g128")
@@ -64,21 +64,29 @@ class IntegerSchemes:
                 f"--target-size, --target-bits: format {recipe.format} holds one grid, so that nothing is to choose.",
                 hint="Take --fmt gguf or --fmt w4a16.",
             )
-        self._left = without(tuple(dict.fromkeys((*SCHEMES, *SMALL_SCHEMES))), excluded)
+        known = tuple(dict.fromkeys((*SCHEMES, *SMALL_SCHEMES)))
+        self._left = without(known, excluded)
+        self._given: dict[str, str] = {}
+        self._grids: dict[str, Grid] = {name: self._grid(name) for name in known}
         self._linears: dict[str, tuple[Linear, ...]] = {}
         self._units: list[Unit] = []
+        schemes = resolve(source.architecture, recipe, self._format, source.dtype)
         for layer in source.architecture.layers:
             for role, linears in _units(layer):
-                if not any(recipe.skips(one.name) or recipe.rule(one.name) for one in linears):
+                if not any(recipe.skips(one.name) for one in linears):
                     self._add(layer, role, linears)
+                    if any(recipe.rule(one.name) is not None for one in linears):
+                        self._give(self._units[-1], schemes[linears[0].name])
 
     @property
     def units(self) -> list[Unit]:
-        """What is fused, of every layer, that no rule is for."""
+        """What is fused, of every layer."""
         return self._units
 
     def names(self, unit: Unit) -> list[str]:
         """The schemes whose groups divide its rows."""
+        if unit.name in self._given:
+            return [self._given[unit.name]]
         for schemes in (SCHEMES, SMALL_SCHEMES):
             found = [name for name in schemes if name in self._left and self._fits(unit, name)]
             if found and (schemes is SMALL_SCHEMES or self._fits(unit, "int8-g128")):
@@ -90,7 +98,7 @@ class IntegerSchemes:
 
     def size(self, unit: Unit, name: str) -> int:
         """Bytes of the tensors of its linears."""
-        grid = self._grid(name)
+        grid = self._grids[name]
         shapes = Counter((one.out_features, one.in_features) for one in self._linears[unit.name])
         return sum(
             count * sum(spec.nbytes for spec in self._format.specs("linear", *shape, grid))
@@ -100,11 +108,13 @@ class IntegerSchemes:
     def rounded(self, rows: Tensor, name: str, importance: Tensor) -> Tensor:
         """To nearest, in clipping ranges of least squared error where the recipe searches them."""
         clip = self.recipe.clip if self.recipe.clips(self.recipe.method) else None
-        return integers.quantize(rows, self._grid(name), clip).dequantize()
+        grid = self._grids[name]
+        quantize = e4m3.quantize if grid.is_float else integers.quantize
+        return quantize(rows, grid, clip).dequantize()
 
     def left(self, unit: Unit, name: str) -> float:
         """What GPTQ leaves."""
-        return 1.0 if self.recipe.rounding is None else COMPENSATED[name]
+        return 1.0 if self.recipe.rounding is None else COMPENSATED.get(name, 1.0)
 
     def extent(self, chosen: Mapping[str, str]) -> Extent:
         """Of all shards; bits are counted over quantized linears, since all else stays as it is."""
@@ -121,9 +131,10 @@ class IntegerSchemes:
         """The recipe with rules behind its own, for what is not on its own grid."""
         layers: dict[tuple[str, str], list[int]] = {}
         for unit in self._units:
-            if unit.layer is not None and self._grid(chosen[unit.name]) != self._own:
+            given = unit.name in self._given
+            if unit.layer is not None and not given and self._grids[chosen[unit.name]] != self._own:
                 layers.setdefault((unit.role, chosen[unit.name]), []).append(unit.layer)
-        everywhere = Counter(unit.role for unit in self._units)
+        everywhere = Counter(unit.role for unit in self._units if unit.name not in self._given)
         rules = [
             Rule.model_validate({"match": pattern, "grid": name})
             for (role, name), of in layers.items()
@@ -140,8 +151,15 @@ class IntegerSchemes:
         numel = sum(linear.numel for linear in linears)
         self._units.append(Unit(name, layer.index, role, tuple(map(tuple, groups.values())), numel))
 
+    def _give(self, unit: Unit, scheme: LinearScheme) -> None:
+        """Let a unit have what a rule says."""
+        name = f"{in_full(scheme.grid)}, {scheme.method_name}"
+        if scheme.method == self.recipe.method:
+            name = next((one for one, grid in self._grids.items() if grid == scheme.grid), name)
+        self._given[unit.name], self._grids[name] = name, scheme.grid
+
     def _fits(self, unit: Unit, name: str) -> bool:
-        grid = self._grid(name)
+        grid = self._grids[name]
         shapes = {(one.out_features, one.in_features) for one in self._linears[unit.name]}
         return all(self._format.check(*shape, grid) is None for shape in shapes)
 

@@ -19,9 +19,12 @@ from qconv.core.settings import TextSettings
 from qconv.errors import CheckpointError, UsageError
 from qconv.executors.threads import Threads
 from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
+from qconv.planning.recipe import parse_recipe
 from qconv.sensitivity.allocating import SENSITIVITY_NAME, Allocation, Target, allocate, read_sensitivity
 from qconv.sensitivity.errors import _drawn
 from qconv.sensitivity.gguf_types import TYPES, GgufTypes
+from qconv.sensitivity.palette import Palette
+from qconv.sensitivity.palettes import AnyRecipe, palette_of
 from qconv.sensitivity.sweep import OUTPUTS, SHARE
 from tests.conftest import random_model, save_model
 
@@ -125,6 +128,31 @@ def test_a_relative_error_is_of_a_scale_of_its_own(model: Path, statistics: Path
     unit = "blk.0.attn_output.weight"
     assert losses[0][unit] == pytest.approx(losses[1][unit], rel=1e-3)
     assert losses[0][unit] > 0.0
+
+
+def test_what_the_recipe_gives_stays_and_counts(model: Path, statistics: Path) -> None:
+    types = parse_gguf_recipe({"type": "Q4_K_M", "tensor_types": {"ffn_down": "Q2_K"}})
+    rules = parse_recipe(
+        {"format": "w4a16", "method": "gptq", "rules": [{"match": "mlp.experts.*", "grid": "int4-g32"}]}
+    )
+    for recipe, unit, given in (
+        (types, "blk.0.ffn_down_exps.weight", "Q2_K"),
+        (rules, "model.layers.0.mlp.experts.*", "int4-g32"),
+    ):
+        source = Source.open(model)
+        with Threads(2) as workers:
+            palette: Palette[AnyRecipe] = palette_of(source, recipe, ())
+            found = allocate(source, read_sensitivity(statistics), palette, Target(bits=5.5), workers)
+        assert found.chosen[unit] == given
+        assert found.losses[unit] > 0.0
+        assert found.extent.bits <= 5.5
+        made = found.recipe
+        if isinstance(made, GgufRecipe):
+            assert [pattern for pattern in made.tensor_types if "ffn_down" in pattern] == ["ffn_down"]
+        else:
+            assert [rule for rule in made.rules if rule.fits("model.layers.0.mlp.experts.1.up_proj")] == [
+                rules.rules[0]
+            ]
 
 
 def test_what_cannot_be_used_is_said(model: Path, statistics: Path, tmp_path: Path) -> None:

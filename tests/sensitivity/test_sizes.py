@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 GGUF = GgufRecipe(type="Q4_K_M")
-W4A16 = parse_recipe({"format": "w4a16", "method": "gptq", "grid": {"group_size": 64}})
+W4A16 = parse_recipe({"format": "w4a16", "method": "gptq"})
 BUILDS: dict[str, tuple[AnyRecipe, tuple[str, ...], float]] = {
     "gguf": (GGUF, (), 0.995),
     "gguf, no IQ types": (GGUF, ("IQ*",), 0.995),
