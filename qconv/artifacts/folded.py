@@ -16,7 +16,7 @@ from torch import Tensor
 from qconv.artifacts.build import read_scales
 from qconv.artifacts.source import Source
 from qconv.boundary.content import FOLDED_SCALES
-from qconv.core.architecture import Architecture, Layer, Linear, Norm
+from qconv.core.architecture import Architecture, Layer, Linear, Module
 from qconv.errors import CheckpointError, UsageError
 from qconv.models.folding import SCALE_SUFFIX, Folds, folded_vector, folded_weight, output_channels
 
@@ -49,17 +49,16 @@ class FoldedSource:
     """
 
     source: Source
-    touched: Mapping[str, tuple[Linear | Norm, Folds]]
+    touched: Mapping[str, tuple[Module, Folds]]
 
     @classmethod
     def of(cls, source: Source, scales: Mapping[str, Tensor]) -> FoldedSource:
         """With these scales, float32 [channels], by their producers' names."""
         model = source.architecture
-        touched: dict[str, tuple[Linear | Norm, Folds]] = {}
+        touched: dict[str, tuple[Module, Folds]] = {}
         for layer in model.layers:
             folds = Folds.of(model, layer, of_layer(layer, scales))
-            modules: list[Linear | Norm] = [*layer.norms(), *layer.routers(), *layer.linears()]
-            for module in modules:
+            for module in layer.modules():
                 if folds.touches(module):
                     touched |= {name: (module, folds) for name, _ in module.tensors()}
         return cls(source, touched)
@@ -82,7 +81,7 @@ class FoldedSource:
         module, folds = self.touched[name]
         out_scale = folds.output_scale(module)
         out_scale = None if out_scale is None else out_scale[row : row + len(block)]
-        if isinstance(module, Norm) or name != module.weight:
+        if not isinstance(module, Linear) or name != module.weight:
             return folded_vector(block, out_scale)
         return folded_weight(block, folds.input_scale(module), out_scale)
 

@@ -14,7 +14,7 @@ from qconv.calibration.layer import Finished, LayerBuild, LayerContext, Workspac
 from qconv.calibration.rounding import Factors, compensate, empty_statistics
 from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputSquares, InputStatistics
-from qconv.core.architecture import Linear, Norm
+from qconv.core.architecture import Linear
 
 WINDOW_TOKENS = 2048
 PROBE_SEQUENCES = 4
@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 def calibrate_attention(context: LayerContext) -> Iterator[tuple[LayerBuild, Finished]]:
     """Quantize the attention of a layer for each build and write the layer's middle activations.
 
-    Yields each build's modules in the order of the plan: input norm, q, k, v, o, head norms.
+    Yields each build's modules in the order of the plan: input norm, q, k, v, o, what attention keeps.
     """
     half = _AttentionHalf(context)
     half.collect()
@@ -35,8 +35,8 @@ def calibrate_attention(context: LayerContext) -> Iterator[tuple[LayerBuild, Fin
         yield build, build.dense(context.layer.input_norm)
         for linear in attention.linears():
             yield build, build.finished(linear, part.weights.get(linear.name))
-        for norm in attention.head_norms:
-            yield build, build.dense(norm)
+        for kept in attention.kept():
+            yield build, build.dense(kept)
     half.pass_on()
 
 
@@ -45,11 +45,7 @@ class _AttentionHalf:
         self.context = context
         self.reference = context.work.reference
         layer, source = context.layer, context.source
-        modules: tuple[Linear | Norm, ...] = (
-            *layer.attention.linears(),
-            *layer.attention.head_norms,
-            layer.input_norm,
-        )
+        modules = (*layer.attention.modules(), layer.input_norm)
         tensors = {name: source.read(name).float() for module in modules for name, _ in module.tensors()}
         self.tensors = tensors
         self.norm_weight = source.read(layer.input_norm.weight)

@@ -35,8 +35,8 @@ def calibrate_mlps(context: LayerContext) -> Iterator[tuple[LayerBuild, Finished
     for build in context.builds:
         search_shared_scale(half.inputs, build)
         yield build, build.dense(context.layer.post_attention_norm)
-        for router in context.layer.routers():
-            yield build, build.dense(router)
+        for kept in context.layer.routing():
+            yield build, build.dense(kept)
     yield from half.quantize_all()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import Layer, Norm
+from qconv.core.architecture import Layer, Module, Moe, Norm, module_path
 from qconv.errors import CheckpointError
 
 Activation = Callable[[Tensor], Tensor]
@@ -67,9 +67,20 @@ class Decoder:
         """The norm after the last layer with its weight, [hidden]."""
         return self._loaded(self._skeleton.norm, {"weight": weight})
 
-    def router(self, layer: Layer, weight: Tensor) -> nn.Module:
-        """A sparse layer's router with its weight, [experts, hidden]."""
-        return self._real(layer, "mlp.gate", {"weight": weight})
+    def router(self, layer: Layer, moe: Moe, read: Callable[[str], Tensor]) -> RouterBlock:
+        """A sparse layer's routing.
+
+        Args:
+            layer: The layer.
+            moe: Its sparse block.
+            read: Gives a tensor of the checkpoint.
+        """
+        block = moe.router.name.rpartition(".")[0]
+        modules: tuple[Module, ...] = (moe.router, *moe.parameters)
+        names = [name for module in modules for name, _ in module.tensors()]
+        state = {name.removeprefix(f"{block}."): read(name).to(self.dtype) for name in names}
+        empty = self._skeleton.layers[layer.index].get_submodule(module_path(block.removeprefix(f"{layer.name}.")))
+        return RouterBlock.of(empty, state)
 
     def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> AttentionBlock:
         """A layer's self-attention.
@@ -93,6 +104,68 @@ class Decoder:
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return module
+
+
+@dataclass(frozen=True, slots=True)
+class RouterBlock:
+    """A sparse block without its experts; threads may share one."""
+
+    module: nn.Module
+    kept: threading.local
+
+    @classmethod
+    def of(cls, empty: nn.Module, state: Mapping[str, Tensor]) -> RouterBlock:
+        """transformers' sparse block with stand-ins for all that computes, and the router's tensors.
+
+        Args:
+            empty: The block on the meta device; not changed.
+            state: The router's tensors by their names within the block.
+        """
+        kept = threading.local()
+        module = copy.deepcopy(empty)
+        for name, child in [*module.named_children()]:
+            if name == "experts":
+                module.register_module(name, _Chosen(kept))
+            elif not any(key.startswith(f"{name}.") for key in state):
+                module.register_module(name, _Zeros(child))
+        module.load_state_dict(state, assign=True)
+        return cls(module.requires_grad_(False), kept)
+
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Who sees which token, and how much its output counts.
+
+        Args:
+            normed: The block's input, [tokens, hidden].
+
+        Returns:
+            Factors and indices of experts, [tokens, experts per token].
+        """
+        self.module(normed.unsqueeze(0))
+        indices, factors = self.kept.__dict__.pop("chosen")
+        return factors, indices
+
+
+class _Chosen(nn.Module):
+    """In the place of the experts: keeps what the router chose."""
+
+    def __init__(self, kept: threading.local) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def forward(self, hidden: Tensor, indices: Tensor, factors: Tensor) -> Tensor:
+        self._kept.chosen = indices, factors
+        return torch.zeros_like(hidden)
+
+
+class _Zeros(nn.Module):
+    """In the place of a shared expert or of its gate: zeros of the shape that it gives."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self._features = replaced.out_features if isinstance(replaced, nn.Linear) else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], self._features or hidden.shape[-1])
 
 
 def attention_window(config: Any, layer: int) -> int | None:

@@ -15,7 +15,7 @@ from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import Decoder
 from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.statistics import InputSquares, InputStatistics
-from qconv.core.architecture import Architecture, Layer, Linear, Norm
+from qconv.core.architecture import Architecture, Layer, Linear, Module
 from qconv.core.grid import Packed
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import Workers
@@ -29,7 +29,7 @@ from qconv.planning.recipe import Recipe
 class Finished:
     """A module as the build will hold it: a quantized weight or None, then its plain tensors as blocks of rows."""
 
-    module: Linear | Norm
+    module: Module
     weight: Packed | None
     dense: tuple[tuple[str, Iterable[Tensor]], ...]
 
@@ -163,7 +163,7 @@ class LayerBuild:
         if statistics.gram.numel():
             self.squares.update(dict.fromkeys((linear.name for linear in linears), statistics.squares))
 
-    def dense(self, module: Linear | Norm) -> Finished:
+    def dense(self, module: Module) -> Finished:
         """A module that stays unquantized, after folding."""
         tensors = [(name, [self.folds.expected(module, name, self.source.read(name))]) for name, _ in module.tensors()]
         return Finished(module, None, tuple(tensors))

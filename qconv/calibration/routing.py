@@ -33,13 +33,13 @@ class Routing:
         if not isinstance(mlp, Moe):
             return
         self._experts = len(mlp.experts)
-        router = decoder.router(layer, source.read(mlp.router.weight))
+        router = decoder.router(layer, mlp, source.read)
         gate = mlp.shared_expert_gate
         gate_weight = None if gate is None else source.read(gate.weight).float()
         chosen, factors, shared = [], [], []
         for start, stop in work.middle.windows():
             normed: Tensor = norm(work.middle.read(start, stop))
-            _, scores, indices = router(normed)
+            scores, indices = router(normed)
             chosen.append(indices.to(torch.int32))
             factors.append(scores.float())
             if gate_weight is not None:

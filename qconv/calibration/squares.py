@@ -19,7 +19,7 @@ from qconv.calibration.mlp import GatedWeights
 from qconv.calibration.mlp_inputs import WINDOW_TOKENS
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputSquares
-from qconv.core.architecture import Layer, Linear, Mlp, Norm
+from qconv.core.architecture import Layer, Linear, Mlp
 from qconv.core.workers import Workers
 
 WHOLE_TOKENS = 8192
@@ -55,8 +55,8 @@ def collect_squares(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquare
 def _attention(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
     source, decoder, layer, work = layer_pass.source, layer_pass.decoder, layer_pass.layer, layer_pass.work
     attention = layer.attention
-    modules: tuple[Linear | Norm, ...] = (*attention.linears(), *attention.head_norms)
-    block = decoder.attention(layer, {name: source.read(name) for module in modules for name, _ in module.tensors()})
+    names = [name for module in attention.modules() for name, _ in module.tensors()]
+    block = decoder.attention(layer, {name: source.read(name) for name in names})
     norm = decoder.norm(layer, layer.input_norm, source.read(layer.input_norm.weight))
 
     def attend(window: tuple[int, int]) -> tuple[InputSquares, InputSquares]:

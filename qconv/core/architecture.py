@@ -6,11 +6,15 @@ plan, calibration, packing) walks that description.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 """Names of the embedding and of the output head, tied to it or not."""
+_SPARSE_BLOCK = re.compile(r"(?<![^.])block_sparse_moe(?=\.|$)")
 TIED = "tie_word_embeddings"
 """The key of config.json that says whether the head is the embedding."""
 
@@ -64,18 +68,52 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor that is neither a linear's nor a norm's, such as a router's correction bias: it stays as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def weight(self) -> str:
+        """The name of the tensor: its own."""
+        return self.name
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Its name and shape."""
+        yield self.name, self.shape
+
+
+Module: TypeAlias = Linear | Norm | Parameter
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
-    """Self-attention: q, k and v share one input; the head norms are empty where the family has none."""
+    """Self-attention: q, k and v share one input; head norms and parameters are empty where the family has none."""
 
     q: Linear
     k: Linear
     v: Linear
     o: Linear
     head_norms: tuple[Norm, ...]
+    parameters: tuple[Parameter, ...] = ()
 
     def linears(self) -> tuple[Linear, ...]:
         """q, k, v, o."""
         return self.q, self.k, self.v, self.o
+
+    def kept(self) -> tuple[Module, ...]:
+        """What is never quantized: head norms and parameters."""
+        return *self.head_norms, *self.parameters
+
+    def modules(self) -> tuple[Module, ...]:
+        """The linears, then what is kept."""
+        return *self.linears(), *self.kept()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +131,25 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """A sparse block: the router and every expert (and the shared expert and its gate) see the same input."""
+    """A sparse block: the router and every expert (and the shared expert and its gate) see the same input.
+
+    The parameters are the router's own beside its weight.
+    """
 
     router: Linear
     experts: tuple[Mlp, ...]
     top_k: int
     shared_expert: Mlp | None = None
     shared_expert_gate: Linear | None = None
+    parameters: tuple[Parameter, ...] = ()
 
     def routers(self) -> tuple[Linear, ...]:
         """The linears that decide how much each expert counts; they stay unquantized."""
         return (self.router,) if self.shared_expert_gate is None else (self.router, self.shared_expert_gate)
+
+    def routing(self) -> tuple[Module, ...]:
+        """The routers and their parameters."""
+        return *self.routers(), *self.parameters
 
     def mlps(self) -> tuple[Mlp, ...]:
         """The experts, then the shared expert."""
@@ -135,18 +181,27 @@ class Layer:
         """The layer's router and shared-expert gate; empty for a dense layer."""
         return self.mlp.routers() if isinstance(self.mlp, Moe) else ()
 
+    def routing(self) -> tuple[Module, ...]:
+        """The routers and their parameters; empty for a dense layer."""
+        return self.mlp.routing() if isinstance(self.mlp, Moe) else ()
+
     def norms(self) -> tuple[Norm, ...]:
         """All norms of the layer."""
         return self.input_norm, *self.attention.head_norms, self.post_attention_norm
 
+    def modules(self) -> Iterator[Module]:
+        """Everything that has tensors, in the order in which builds finish and write it."""
+        yield self.input_norm
+        yield from self.attention.modules()
+        yield self.post_attention_norm
+        yield from self.routing()
+        for mlp in self.mlps():
+            yield from mlp.linears()
+
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of every tensor of the layer in a dense checkpoint."""
-        for norm in self.norms():
-            yield from norm.tensors()
-        for router in self.routers():
-            yield from router.tensors()
-        for linear in self.linears():
-            yield from linear.tensors()
+        for module in self.modules():
+            yield from module.tensors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +233,8 @@ class Architecture:
         if self.lm_head is None:
             names.add(f"{HEAD}.weight")
         return frozenset(names)
+
+
+def module_path(name: str) -> str:
+    """Where transformers has a module that the checkpoint calls so: every sparse block is ``mlp`` there."""
+    return _SPARSE_BLOCK.sub("mlp", name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Linear, Norm
+from qconv.core.architecture import Architecture, Layer, Linear, Module, Moe
 from qconv.models.folding import Folds
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.files import ModelFiles
@@ -51,12 +51,12 @@ class Mixed:
     build: ModelFiles
     chosen: Collection[str]
     folds: Folds
-    modules: Mapping[str, Linear | Norm]
+    modules: Mapping[str, Module]
 
     @classmethod
     def of(cls, reference: ModelFiles, build: ModelFiles, layer: Layer, chosen: Collection[str], folds: Folds) -> Mixed:
         """The files of one layer."""
-        return cls(reference, build, chosen, folds, {module.name: module for module in modules_of(layer)})
+        return cls(reference, build, chosen, folds, {module.name: module for module in layer.modules()})
 
     @property
     def path(self) -> Path:
@@ -111,15 +111,10 @@ class Mixed:
         return self.reference.inverse_frequency_divisors()
 
 
-def modules_of(layer: Layer) -> list[Linear | Norm]:
-    """Every linear and norm of a layer."""
-    return [*layer.norms(), *layer.routers(), *layer.linears()]
-
-
 def whole_layers(architecture: Architecture) -> Iterator[Part]:
     """Every layer as one part."""
     for layer in architecture.layers:
-        yield Part(layer.name, layer.index, frozenset(module.name for module in modules_of(layer)))
+        yield Part(layer.name, layer.index, frozenset(module.name for module in layer.modules()))
 
 
 def outside_layers(architecture: Architecture) -> Iterator[Part]:
@@ -132,12 +127,13 @@ def outside_layers(architecture: Architecture) -> Iterator[Part]:
 def parts_of(layer: Layer) -> Iterator[Part]:
     """Attention, norms, routers, every expert or the dense MLP of a layer."""
 
-    def part(name: str, modules: Sequence[Linear | Norm]) -> Part:
+    def part(name: str, modules: Sequence[Module]) -> Part:
         return Part(name, layer.index, frozenset(module.name for module in modules))
 
-    yield part(f"{layer.name}.self_attn", layer.attention.linears())
+    yield part(f"{layer.name}.self_attn", (*layer.attention.linears(), *layer.attention.parameters))
     yield part(f"{layer.name} norms", layer.norms())
-    for router in layer.routers():
-        yield part(router.name, [router])
+    if isinstance(layer.mlp, Moe):
+        yield part(layer.mlp.router.name, [layer.mlp.router, *layer.mlp.parameters])
+        yield from (part(gate.name, [gate]) for gate in layer.routers()[1:])
     for mlp in layer.mlps():
         yield part(mlp.gate.name.rpartition(".")[0], mlp.linears())

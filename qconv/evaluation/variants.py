@@ -28,7 +28,7 @@ from torch.nn import functional
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import AttentionBlock, attention_window
 from qconv.core.architecture import Layer, Moe
-from qconv.evaluation.mixing import DTYPE, Mixed, modules_of
+from qconv.evaluation.mixing import DTYPE, Mixed
 from qconv.models.folding import Folds
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import Dequantized, ModelFiles
@@ -138,7 +138,7 @@ class Variants:
 
     def _step(self, layer: Layer, variants: Sequence[frozenset[str]], hidden: ActivationFile, away: set[int]) -> None:
         """One layer for all variants; those that leave the reference here join those ``away``."""
-        own = {module.name for module in modules_of(layer)}
+        own = {module.name for module in layer.modules()}
         groups: dict[frozenset[str], list[int]] = {}
         exchanged: dict[int, list[int]] = {}
         for index, names in enumerate(variants):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Linear, Norm
+from qconv.core.architecture import Architecture, Layer, Linear, Module
 
 SCALE_SUFFIX = ".scale"
 """A fold's tensor in a scales file is its producer's name with this suffix."""
@@ -53,18 +53,18 @@ class Folds:
             return scale
         return spread_heads(scale, self.repeats, self.head_dim)
 
-    def output_scale(self, module: Linear | Norm) -> Tensor | None:
+    def output_scale(self, module: Module) -> Tensor | None:
         """What the output of ``module`` is divided by, float32 [channels], or None."""
         return self.scales.get(module.name)
 
-    def touches(self, module: Linear | Norm) -> bool:
+    def touches(self, module: Module) -> bool:
         """Whether folding changes any tensor of ``module``."""
         return module.name in self.scales or self.producers.get(module.name) in self.scales
 
-    def expected(self, module: Linear | Norm, name: str, tensor: Tensor) -> Tensor:
+    def expected(self, module: Module, name: str, tensor: Tensor) -> Tensor:
         """What an unquantized tensor of the source must be in the build, in the source's dtype."""
         out_scale = self.output_scale(module)
-        if isinstance(module, Norm) or name != module.weight:
+        if not isinstance(module, Linear) or name != module.weight:
             return folded_vector(tensor, out_scale)
         in_scale = self.input_scale(module)
         if in_scale is None and out_scale is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qconv.checkpoint.header import TensorSpec, encode_header
-from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Norm
+from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Module
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.engines.rules import TRANSFORMERS, limits
 from qconv.formats import get_format
@@ -22,7 +22,6 @@ from qconv.planning.fitting import check_shapes
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme, in_full, in_words, resolve
 
-Module = Linear | Norm
 DtypeOf = Callable[[str], torch.dtype]
 """The stored dtype of a source tensor by name."""
 ACTIVATION_BYTES = 2 + 2 + 2 + 4
@@ -222,7 +221,7 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
 
     groups: list[tuple[str, Layer | None, list[Item]]] = [("embeddings", None, [item(architecture.embedding)])]
     for layer in architecture.layers:
-        items = [item(module) for module in layer_modules(layer)]
+        items = [item(module) for module in layer.modules()]
         groups.append((f"layer-{layer.index:05d}", layer, items))
     head = [item(architecture.final_norm)]
     if architecture.lm_head is not None:
@@ -240,17 +239,6 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
         units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
     return BuildPlan(architecture, recipe, output_format, schemes, tuple(units))
-
-
-def layer_modules(layer: Layer) -> Iterator[Module]:
-    """A layer's modules in the order in which they are finished and written."""
-    yield layer.input_norm
-    yield from layer.attention.linears()
-    yield from layer.attention.head_norms
-    yield layer.post_attention_norm
-    yield from layer.routers()
-    for mlp in layer.mlps():
-        yield from mlp.linears()
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -12,7 +12,7 @@ from qconv.boundary.content import is_gguf
 from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
-from qconv.core.architecture import Linear, Norm
+from qconv.core.architecture import Linear, Module
 from qconv.errors import OutputError
 from qconv.runtime.files import open_files, require_no_bias
 from qconv.runtime.tokenizer import load_tokenizer
@@ -36,8 +36,8 @@ def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
         if any(out.iterdir()):
             raise OutputError(f"{out}: is not empty.", hint="Choose another folder.")
     model = files.architecture
-    groups: list[list[Linear | Norm]] = [[model.embedding]]
-    groups += [[*layer.norms(), *layer.routers(), *layer.linears()] for layer in model.layers]
+    groups: list[list[Module]] = [[model.embedding]]
+    groups += [[*layer.modules()] for layer in model.layers]
     groups.append([model.final_norm, *([model.lm_head] if model.lm_head is not None else [])])
 
     weight_map: dict[str, str] = {}

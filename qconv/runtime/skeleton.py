@@ -7,7 +7,6 @@ parameters.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import Layer, Linear, Moe, Norm
+from qconv.core.architecture import Layer, Linear, Moe, Norm, Parameter, module_path
 from qconv.errors import CheckpointError
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends.base import Activation, Backend
@@ -23,8 +22,6 @@ from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
 from qconv.runtime.rounded import RoundedExperts, RoundedLinear, RoundedMlp
-
-_SPARSE_BLOCK = re.compile(r"(?<=\.)block_sparse_moe(?=\.|$)")
 
 
 def empty_model(files: ModelFiles, dtype: torch.dtype) -> Any:
@@ -150,6 +147,9 @@ class Installer:
         """All of a decoder layer but its routed experts."""
         for norm in layer.norms():
             self.norm(norm)
+        for module in (*layer.attention.kept(), *layer.routing()):
+            if isinstance(module, Parameter):
+                self._parameter(module)
         for linear in layer.attention.linears():
             self.linear(linear)
         for router in layer.routers():
@@ -182,6 +182,16 @@ class Installer:
         """A norm."""
         self._assign(norm.name, weight=self.files.tensor(norm.weight, (norm.size,)))
 
+    def _parameter(self, parameter: Parameter) -> None:
+        """A tensor of transformers' own module; a buffer, such as a correction bias, keeps the file's dtype."""
+        parent, _, leaf = module_path(parameter.name).rpartition(".")
+        tensor = self.files.tensor(parameter.name, parameter.shape).to(self.backend.device)
+        module = self.model.get_submodule(parent)
+        if leaf in dict(module.named_buffers(recurse=False)):
+            module.register_buffer(leaf, tensor)
+        else:
+            module.register_parameter(leaf, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
+
     def _packed(self, name: str, weight: PackedWeight, bias: Tensor | None) -> None:
         if bias is not None:
             bias = bias.to(self.backend.device, self.dtype)
@@ -202,11 +212,6 @@ class Installer:
         """Put a module in the place of the one that the checkpoint calls so."""
         parent, _, leaf = module_path(name).rpartition(".")
         self.model.get_submodule(parent).register_module(leaf, module.eval())
-
-
-def module_path(name: str) -> str:
-    """Where transformers has a module that the checkpoint calls so: every sparse block is ``mlp`` there."""
-    return _SPARSE_BLOCK.sub("mlp", name)
 
 
 def experts_name(moe: Moe) -> str:

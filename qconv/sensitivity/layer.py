@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from qconv.artifacts.source import Source
 from qconv.calibration.activations import SetAside
-from qconv.calibration.forward import Decoder
-from qconv.core.architecture import Layer, Linear, Mlp, Moe, Norm
+from qconv.calibration.forward import Decoder, RouterBlock
+from qconv.core.architecture import Layer, Linear, Mlp, Moe
 from qconv.core.workers import Workers
 from qconv.sensitivity.files import LayerFiles
 
@@ -111,8 +111,8 @@ class _Attention:
     def __init__(self, work: LayerBackward) -> None:
         layer, attention = work.layer, work.layer.attention
         self.work, self.files = work, work.files
-        modules: tuple[Linear | Norm, ...] = (*attention.linears(), *attention.head_norms)
-        tensors = {name: work.source.read(name) for module in modules for name, _ in module.tensors()}
+        names = [name for module in attention.modules() for name, _ in module.tensors()]
+        tensors = {name: work.source.read(name) for name in names}
         self.block = work.decoder.attention(layer, tensors)
         self.norm = work.decoder.norm(layer, layer.input_norm, work.source.read(layer.input_norm.weight))
         self.kept = threading.local()
@@ -201,21 +201,21 @@ class _Mlps:
         norm = layer.post_attention_norm
         self.norm = work.decoder.norm(layer, norm, work.source.read(norm.weight))
         self.moe = layer.mlp if isinstance(layer.mlp, Moe) else None
-        self.router: nn.Module | None = None
+        self.router: RouterBlock | None = None
         self.shared_factors: Tensor | None = None
         self.shared_slopes: Tensor | None = None
         self.shared_gate: Tensor | None = None
         if self.moe is not None:
-            self.router = work.decoder.router(layer, work.source.read(self.moe.router.weight))
+            self.router = work.decoder.router(layer, self.moe, work.source.read)
             gate = self.moe.shared_expert_gate
             self.shared_gate = None if gate is None else work.read(gate.weight)
             self._route(self.router)
 
-    def _route(self, router: nn.Module) -> None:
+    def _route(self, router: RouterBlock) -> None:
         chosen, factors, shared = [], [], []
         for start, stop in self.files.middle.windows(WINDOW_TOKENS):
             normed = self._normed(start, stop)
-            _, scores, indices = router(normed)
+            scores, indices = router(normed)
             chosen.append(indices)
             factors.append(scores.to(normed.dtype))
             if self.shared_gate is not None:
@@ -281,7 +281,7 @@ class _Mlps:
             return torch.zeros_like(normed)
         with torch.enable_grad():
             leaf = normed.requires_grad_(True)
-            _, scores, _ = self.router(leaf)
+            scores, _ = self.router(leaf)
             slopes = self.factor_slopes.view(-1, self.choices)[start:stop]
             total = (scores.to(slopes.dtype) * slopes).sum()
             if self.shared_gate is not None and self.shared_slopes is not None:

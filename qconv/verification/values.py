@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qconv.artifacts.build import Build
 from qconv.checkpoint.reader import require_finite
-from qconv.core.architecture import Layer, Linear, Norm
+from qconv.core.architecture import Layer, Linear, Module, Norm
 from qconv.core.qtensor import QTensor
 from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
@@ -92,9 +92,9 @@ def check_inputs(build: Build, result: Verification, workers: Workers) -> None:
 def plain_problems(build: Build, workers: Workers) -> Iterator[str]:
     """Of what is not quantized, the tensors that hold a NaN or an infinity."""
     model = build.architecture
-    modules: list[Linear | Norm] = [model.embedding, model.final_norm]
+    modules: list[Module] = [model.embedding, model.final_norm]
     for layer in model.layers:
-        modules += [*layer.norms(), *layer.routers(), *layer.linears()]
+        modules += layer.modules()
     modules += [] if model.lm_head is None else [model.lm_head]
     names = [
         name

@@ -14,13 +14,12 @@ from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Tensors
 from qconv.core import integer_grid
-from qconv.core.architecture import Layer, Linear
+from qconv.core.architecture import Layer, Linear, Module
 from qconv.core.qtensor import QTensor, SquaredError
 from qconv.core.rounding import row_blocks
 from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
 from qconv.models.folding import Folds, folded_weight
-from qconv.planning.plan import Module
 from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
@@ -118,7 +117,7 @@ def check_weights(
         ends.append(model.lm_head)
     compensated = build.compensated()
     groups: list[tuple[Layer | None, list[Module]]] = [(None, ends)]
-    groups += [(layer, [*layer.norms(), *layer.routers(), *layer.linears()]) for layer in model.layers]
+    groups += [(layer, [*layer.modules()]) for layer in model.layers]
     for done, (layer, modules) in enumerate(groups):
         if progress is not None:
             progress("weights", done, len(groups))

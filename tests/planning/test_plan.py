@@ -13,7 +13,7 @@ import torch
 from qconv.core.architecture import Architecture
 from qconv.errors import RecipeError
 from qconv.models import architecture
-from qconv.planning.plan import BuildPlan, layer_modules, make_plan
+from qconv.planning.plan import BuildPlan, make_plan
 from qconv.planning.recipe import parse_recipe
 from qconv.planning.topology import topology_group_sizes, topology_problems
 from tests.conftest import EXPERTS, FAMILIES, SIZES, small_recipe
@@ -219,7 +219,7 @@ def test_a_skipped_module_needs_no_fitting_group() -> None:
 
 def test_modules_come_in_the_order_of_the_work() -> None:
     (layer, *_) = model("qwen2_moe").layers
-    names = [module.name.removeprefix("model.layers.0.") for module in layer_modules(layer)]
+    names = [module.name.removeprefix("model.layers.0.") for module in layer.modules()]
     assert names[:6] == [
         "input_layernorm",
         "self_attn.q_proj",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Linear, Moe, Norm
+from qconv.core.architecture import Architecture, Layer, Module, Moe
 from qconv.errors import UsageError
 
 ARCHITECTURES = {
@@ -141,7 +141,7 @@ def _architecture(family: str) -> MODEL_ARCH:
     return ARCHITECTURES[family]
 
 
-def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Linear | Norm]]]:
+def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Module]]]:
     """Modules that become one tensor together (or one for weights and one for biases), with their layer."""
     yield None, [model.embedding]
     for layer in model.layers:
@@ -152,7 +152,7 @@ def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Linear |
         yield None, [model.lm_head]
 
 
-def _layer_groups(layer: Layer) -> Iterator[Sequence[Linear | Norm]]:
+def _layer_groups(layer: Layer) -> Iterator[Sequence[Module]]:
     yield [layer.input_norm]
     yield from ([linear] for linear in layer.attention.linears())
     yield from ([norm] for norm in (*layer.attention.head_norms, layer.post_attention_norm))
@@ -163,7 +163,7 @@ def _layer_groups(layer: Layer) -> Iterator[Sequence[Linear | Norm]]:
         yield from ([linear] for linear in mlp.linears())
 
 
-def _shape(modules: Sequence[Linear | Norm], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape(modules: Sequence[Module], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a merged tensor one dimension more; of the shared expert's gate, a single row, the vector that it is."""
     if _EXPERT_NUMBER.search(modules[0].name):
         return (len(modules), *shape)
