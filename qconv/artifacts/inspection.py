@@ -26,7 +26,7 @@ from qconv.checkpoint.reader import Checkpoint
 from qconv.errors import CheckpointError, UnreadLayoutError
 from qconv.folders.state import require_finished
 from qconv.formats.base import by_target
-from qconv.models import families
+from qconv.models import is_known
 
 SKIP_KEYS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "llm_int8_skip_modules")
 """Where a quantization_config lists what is not quantized: AWQ, compressed-tensors, FP8, ModelOpt, bitsandbytes."""
@@ -205,7 +205,7 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
     return Inspection(
         path=path,
         architecture=_architecture(config),
-        known=config.get("model_type") in families(),
+        known=is_known(config),
         quantization=None if section is None else dict(_plain_values(section)),
         format=None if layout is None else layout.name,
         skipped=tuple(_skip_list(section or {})),

@@ -42,15 +42,31 @@ def family(model_type: str) -> Family:
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """The resolved architecture of a checkpoint's config.json.
+    """The resolved architecture of a checkpoint's config.json; of a type without a family file a discovered one.
 
     Raises:
-        CheckpointError: unknown family, or a key of config.json missing or of the wrong type.
+        CheckpointError: transformers has no such model type either, or its layers are of a kind that qconv does not
+            work on; a key of config.json is missing or of the wrong type.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError("config.json has no model_type.", hint="Is this a Hugging Face checkpoint?")
+    if model_type not in families():
+        from qconv.models.discovery.fitting import fitted
+
+        return fitted(config)
     return build(family(model_type), config)
 
 
-__all__ = ["Architecture", "Family", "architecture", "families", "family"]
+def is_known(config: dict[str, Any]) -> bool:
+    """Whether a config.json's model type is declared, or discovered to be of a kind that qconv works on."""
+    if config.get("model_type") in families():
+        return True
+    try:
+        architecture(config)
+    except CheckpointError:
+        return False
+    return True
+
+
+__all__ = ["Architecture", "Family", "architecture", "families", "family", "is_known"]

@@ -18,7 +18,7 @@ from qconv.core.qtensor import SquaredError
 from qconv.core.workers import Workers
 from qconv.errors import CheckpointError, UnreadLayoutError, UsageError
 from qconv.executors.threads import Threads
-from qconv.models import architecture, families
+from qconv.models import architecture, families, is_known
 from qconv.verification.checksums import check_sums
 from qconv.verification.companions import check_companions
 from qconv.verification.floors import float_snr_floor_db
@@ -44,7 +44,7 @@ def verify(path: Path, against: Path | None = None, progress: Progress | None = 
         checkpoint = open_checkpoint(path)
         layout = layout_of(path, checkpoint.config)
         kind = checkpoint.config.get("model_type")
-        if isinstance(kind, str) and kind not in families():
+        if isinstance(kind, str) and not is_known(checkpoint.config):
             known = ", ".join(families())
             result.not_checked.append(f"an architecture that qconv does not know, {name_of(kind)!r}; it knows {known}")
         elif not result.problems:

@@ -98,6 +98,15 @@ def discover(values: Mapping[str, Any]) -> Discovery:
     Raises:
         CheckpointError: transformers knows no such model type, does not accept the config, or its model cannot run.
     """
+    return read_model(values)[0]
+
+
+def read_model(values: Mapping[str, Any]) -> tuple[Discovery, nn.Module]:
+    """The structure, and the model on the meta device that it was read off; its experts compute nothing any more.
+
+    Raises:
+        CheckpointError: as :func:`discover`.
+    """
     config = _config(values)
     untyped: Any = _transformers().AutoModelForCausalLM
     try:
@@ -110,10 +119,11 @@ def discover(values: Mapping[str, Any]) -> Discovery:
     # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
     except Exception as error:
         raise CheckpointError(
-            f"config.json: transformers' model of type {config.model_type} does not run: {one_line(error)}.",
-            hint="Repair config.json, or declare the family in qconv/models/.",
+            f"config.json: unknown architecture: model_type {config.model_type!r}, and transformers' model of it does "
+            f"not run: {one_line(error)}.",
+            hint=f"Repair config.json, or declare the family in qconv/models/{config.model_type}.py.",
         ) from error
-    return _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type, stated)
+    return _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type, stated), model
 
 
 def _config(values: Mapping[str, Any]) -> Any:
@@ -131,7 +141,7 @@ def _config(values: Mapping[str, Any]) -> Any:
     model_type = ALIASES.get(model_type, model_type)
     if model_type not in KNOWN:
         raise CheckpointError(
-            f"config.json: unknown architecture: transformers has no model of type {name_of(model_type)!r}.",
+            f"config.json: unknown architecture: model_type {name_of(model_type)!r}, which transformers lacks too.",
             hint=f"Code that comes with a checkpoint is never run: declare the family in qconv/models/{model_type}.py."
             if model_type.isidentifier()
             else "Repair config.json.",

@@ -237,8 +237,8 @@ def test_another_name_and_a_nested_text_part() -> None:
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({}, "no model_type"),
-    "unknown": ({"model_type": "martian"}, "no model of type 'martian'"),
-    "not for text": ({"model_type": "vit"}, "no model of type 'vit'"),
+    "unknown": ({"model_type": "martian"}, "model_type 'martian', which transformers lacks"),
+    "not for text": ({"model_type": "vit"}, "model_type 'vit', which transformers lacks"),
     "a wrong kind": ({"model_type": "llama", "hidden_size": "many"}, "config.json: "),
     "no head fits": ({"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 2}, "config.json: "),
     "layers": ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers"),

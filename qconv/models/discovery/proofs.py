@@ -1,0 +1,273 @@
+"""What names and shapes cannot say of a layer, shown by numbers: how its parts are put together.
+
+Each part of transformers' model is copied off the meta device with stand-ins in the place of everything large, which
+give random numbers and keep what they were given. So a layer of any size is run in no memory, and what comes out is
+compared with what qconv computes in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconv.boundary.printable import one_line
+from qconv.core.architecture import HEAD, Attention, Layer, Mlp, Moe, module_path
+from qconv.models.discovery.tracing import is_reader
+
+_TOKENS = 6
+_TOLERANCE = 1e-4
+"""Relative to the largest number: these are a few operations in float32."""
+_WIDTH = 4
+"""Of the experts that stand for those of a model."""
+
+
+class Unproved(Exception):
+    """A part of a model that is not of the kind that is looked for; says which."""
+
+
+class StandIn(nn.Module):
+    """Gives the same numbers whatever it gets, and keeps what it got."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = given
+        self.seen: list[Any] = []
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        self.seen.append((*arguments, *named.values())[0])
+        self.arguments = arguments
+        return self.given[0] if len(self.given) == 1 else self.given
+
+
+class Proofs:
+    """Of one model, which lies on the meta device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._config: Any = self._model.config
+        self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return int(self._config.num_attention_heads)
+
+    def ends(self) -> None:
+        """The embedding's rows go into the first layer, and the final norm's into the head, whose outputs are logits.
+
+        Raises:
+            Unproved: something is done to them.
+        """
+        with _running("the model around its layers"):
+            outer = copy.copy(self._model)
+            outer.__dict__ = dict(outer.__dict__)
+            outer._modules = dict(outer._modules)
+            inner = copy.copy(self._model.model)
+            inner.__dict__ = dict(inner.__dict__)
+            inner._modules = dict(inner._modules)
+            hidden = self._model.model.embed_tokens.embedding_dim
+            rows, logits = self._random(1, _TOKENS, hidden), self._random(1, _TOKENS, 5)
+            inner._modules |= {
+                "layers": nn.ModuleList(),
+                "embed_tokens": StandIn(rows),
+                "norm": StandIn(rows),
+                "rotary_emb": StandIn(rows),
+            }
+            head = StandIn(logits)
+            outer._modules |= {"model": inner, HEAD: head}
+            output = outer(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
+            _equal(inner._modules["norm"].seen[0], rows, "the embedding is scaled")
+            _equal(head.seen[0], rows, "the head does not read the final norm")
+            _equal(output.logits, logits, "logits are scaled")
+
+    def layer(self, layer: Layer) -> None:
+        """A layer is what qconv computes in its place.
+
+        Raises:
+            Unproved: it is not; says where.
+        """
+        self._residuals(layer)
+        self._attention(layer.attention)
+        if isinstance(layer.mlp, Moe):
+            self._sparse(layer.mlp)
+            self._experts(layer.mlp)
+        for mlp in layer.mlps() if not isinstance(layer.mlp, Moe) else [layer.mlp.shared_expert]:
+            if mlp is not None:
+                self._mlp(mlp)
+
+    def experts_per_token(self, block: str) -> int:
+        """How many experts of a sparse block a token goes to, by its name in the checkpoint."""
+        with _running(block):
+            module, experts, hidden = self._block(block)
+            module(self._random(1, _TOKENS, hidden))
+            return int(experts.arguments[1].shape[-1])
+
+    def _residuals(self, layer: Layer) -> None:
+        hidden, attended, fed = (self._random(1, _TOKENS, layer.input_norm.size) for _ in range(3))
+        names = [layer.attention.q.name, layer.input_norm.name, layer.post_attention_norm.name]
+        attention, first, second = (one.removeprefix(f"{layer.name}.").split(".")[0] for one in names)
+        inside = layer.mlp.router.name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
+        block = module_path(inside.removeprefix(f"{layer.name}.").split(".")[0])
+        with _running(layer.name):
+            module = self._real(layer.name, {attention: StandIn(attended, torch.zeros(0)), block: StandIn(fed)})
+            output = module(hidden, position_embeddings=None, attention_mask=None, use_cache=False)
+            output = output[0] if isinstance(output, tuple) else output
+            middle = hidden + attended
+            _equal(output, middle + fed, "what attention and MLP give is not simply added")
+            one, two = module.get_submodule(first), module.get_submodule(second)
+            _equal(module.get_submodule(attention).seen[0], one(hidden), "attention does not read the first norm")
+            _equal(module.get_submodule(block).seen[0], two(middle), "the MLP does not read the second norm")
+            for norm in (one, two):
+                before = norm(hidden)
+                norm.weight.mul_(2.0)
+                _equal(norm(hidden), 2.0 * before, "a norm's weight does not scale what it gives")
+
+    def _attention(self, attention: Attention) -> None:
+        """What o reads is linear in v's outputs, and each head reads one key-value head's."""
+        name = attention.q.name.rpartition(".")[0]
+        head_dim = attention.o.in_features // self.heads
+        if attention.q.out_features != attention.o.in_features or attention.k.out_features != attention.v.out_features:
+            raise Unproved(f"{name}: q and o, or k and v, differ in size")
+        if attention.o.in_features % self.heads or attention.v.out_features % head_dim:
+            raise Unproved(f"{name}: heads are no whole number")
+        groups = attention.v.out_features // head_dim
+        if self.heads % groups:
+            raise Unproved(f"{name}: heads do not share keys and values evenly")
+        q, k, v = (self._random(1, _TOKENS, one.out_features) for one in attention.linears()[:3])
+        scale = 0.5 + torch.rand(attention.v.out_features, generator=self._generator)
+        spread = scale.view(groups, 1, head_dim).expand(groups, self.heads // groups, head_dim).reshape(-1)
+        hidden = self._random(1, _TOKENS, attention.q.in_features)
+        with _running(name):
+            rotary: Any = type(self._model.model.rotary_emb)(self._config)
+            positions = torch.arange(_TOKENS).unsqueeze(0)
+            read = []
+            module = self._real(name, {})
+            for values in (v, v * scale):
+                o = StandIn(hidden)
+                for leaf, stand_in in (("q", StandIn(q)), ("k", StandIn(k)), ("v", StandIn(values)), ("o", o)):
+                    module.register_module(f"{leaf}_proj", stand_in)
+                module(hidden_states=hidden, position_embeddings=rotary(hidden, positions), attention_mask=None)
+                read.append(o.seen[0])
+            _equal(read[1], read[0] * spread, f"{name}.o_proj does not read v's outputs by heads")
+
+    def _mlp(self, mlp: Mlp) -> None:
+        name = mlp.gate.name.rpartition(".")[0]
+        gate, up = (self._random(1, _TOKENS, mlp.gate.out_features) for _ in range(2))
+        down = StandIn(self._random(1, _TOKENS, mlp.down.out_features))
+        with _running(name):
+            module = self._real(name, {"gate_proj": StandIn(gate), "up_proj": StandIn(up), "down_proj": down})
+            module(self._random(1, _TOKENS, mlp.gate.in_features))
+            _equal(down.seen[0], self._activation(gate) * up, f"{name} is not gated as its config says")
+
+    def _sparse(self, moe: Moe) -> None:
+        """What experts give, and the shared expert times its gate's sigmoid, is added."""
+        block = moe.router.name.rpartition(".")[0]
+        with _running(block):
+            module, experts, hidden = self._block(block)
+            shared = torch.zeros(1, _TOKENS, hidden)
+            if moe.shared_expert is not None:
+                shared = self._random(1, _TOKENS, hidden)
+                module.register_module(_leaf(moe.shared_expert.gate.name.rpartition(".")[0]), StandIn(shared[0]))
+            if moe.shared_expert_gate is not None:
+                gate = self._random(_TOKENS, 1)
+                module.register_module(_leaf(moe.shared_expert_gate.name), StandIn(gate))
+                shared = shared * torch.sigmoid(gate)
+            given = self._random(1, _TOKENS, hidden)
+            output = module(given)
+            output = output[0] if isinstance(output, tuple) else output
+            _equal(experts.seen[0].view(_TOKENS, -1), given[0], f"{block}.experts do not read the block's input")
+            _equal(output.view(_TOKENS, -1), (experts.given[0] + shared).view(_TOKENS, -1), f"{block} is no plain sum")
+            if not experts.arguments[2].shape == experts.arguments[1].shape:
+                raise Unproved(f"{block}.experts get no factor for each expert")
+
+    def _experts(self, moe: Moe) -> None:
+        """Two small experts in the place of all: gate above up, factors on what they give."""
+        name = f"{moe.router.name.rpartition('.')[0]}.experts"
+        hidden = moe.router.in_features
+        with _running(name):
+            module = copy.deepcopy(self._model.get_submodule(module_path(name)))
+            module.__dict__.pop("forward", None)  # the stand-in of the trace
+            joined, down = self._random(2, 2 * _WIDTH, hidden), self._random(2, hidden, _WIDTH)
+            module.gate_up_proj, module.down_proj = nn.Parameter(joined), nn.Parameter(down)
+            module.num_experts = 2
+            module.config = copy.copy(self._config)
+            module.config._experts_implementation = "eager"
+            tokens, factors = self._random(_TOKENS, hidden), self._random(_TOKENS, 2)
+            indices = torch.tensor([[0, 1], [1, 0]] * (_TOKENS // 2))
+            output = module(tokens, indices, factors)
+            expected = torch.zeros_like(tokens)
+            for expert in range(2):
+                gate, up = (tokens @ joined[expert].t()).chunk(2, dim=-1)
+                made = (self._activation(gate) * up) @ down[expert].t()
+                expected += made * (factors * (indices == expert)).sum(-1, keepdim=True)
+            _equal(output, expected, f"{name} are not gated as their config says")
+
+    def _block(self, block: str) -> tuple[nn.Module, StandIn, int]:
+        """A sparse block with random routers, stand-ins for its experts, and the size of what it reads."""
+        empty = self._model.get_submodule(module_path(block))
+        weights = {name: one for name, one in empty.experts.named_parameters()}
+        hidden = int(weights["down_proj"].shape[1])
+        experts = StandIn(self._random(_TOKENS, hidden))
+        stand_ins: dict[str, nn.Module] = {"experts": experts}
+        for name, child in empty.named_children():
+            if name != "experts" and not is_reader(child):
+                stand_ins[name] = StandIn(torch.zeros(_TOKENS, hidden))
+        return self._real(block, stand_ins), experts, hidden
+
+    def _real(self, name: str, stand_ins: dict[str, nn.Module]) -> Any:
+        """A copy of a module off the meta device, with random numbers for its tensors and other modules for some."""
+        empty = self._model.get_submodule(module_path(name))
+        kept = {child: module for child, module in empty.named_children() if child not in stand_ins}
+        module = copy.copy(empty)
+        module.__dict__ = dict(empty.__dict__)
+        for field in ("_parameters", "_buffers"):
+            module.__dict__[field] = copy.deepcopy(empty.__dict__[field])
+        module.__dict__["_modules"] = {
+            child: stand_ins[child] if child in stand_ins else copy.deepcopy(kept[child])
+            for child, _ in empty.named_children()
+        }
+        module = module.to_empty(device="cpu").float()
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(self._random(*tensor.shape))
+        return module.eval()
+
+    def _activation(self, gate: Tensor) -> Tensor:
+        from transformers.activations import ACT2FN
+
+        activation: Callable[[Tensor], Tensor] = ACT2FN[self._config.hidden_act]
+        return activation(gate)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+
+@contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Without gradients; whatever transformers' modules raise says that they are of another kind.
+
+    Raises:
+        Unproved: they raised something.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    except Unproved:
+        raise
+    except Exception as error:
+        raise Unproved(f"{what} does not run by itself: {one_line(error)}") from error
+
+
+def _equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
+    bound = _TOLERANCE * float(expected.abs().max())
+    if found.shape != expected.shape or not float((found - expected).abs().max()) <= bound:
+        raise Unproved(otherwise)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,84 @@
+"""Architectures of types without a family file: equal to the declared ones where both exist, refused where unlike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from qconv.core.architecture import Moe, Norm, Parameter
+from qconv.errors import CheckpointError
+from qconv.models import architecture, is_known
+from qconv.models.discovery.fitting import fitted
+from tests.models.discovery.test_structure import config_of
+from tests.models.test_families import BASE, FAMILIES, VARIATIONS
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIATIONS)
+def test_declared_families_fit_as_they_are_declared(model_type: str, changes: dict[str, Any]) -> None:
+    values = AutoConfig.for_model(model_type, **BASE | FAMILIES[model_type] | changes).to_dict()
+    declared, found = architecture(values), fitted(values)
+    for one, other in zip(declared.layers, found.layers, strict=True):
+        assert one.input_norm == other.input_norm
+        assert one.post_attention_norm == other.post_attention_norm
+        assert one.attention.linears() == other.attention.linears()
+        assert {*one.attention.head_norms} == {*other.attention.head_norms}
+        assert one.mlp == other.mlp
+    kept = ("family", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding", "lm_head")
+    for name in (*kept, "final_norm"):
+        assert getattr(declared, name) == getattr(found, name), name
+
+
+FITTING = ["mistral", "qwen2", "smollm3", "olmoe", "glm4_moe", "minimax_m2", "solar_open"]
+
+
+@pytest.mark.parametrize("model_type", FITTING)
+def test_types_without_a_file(model_type: str) -> None:
+    config = config_of(model_type).to_dict()
+    found = architecture(config)
+    assert found.family == model_type
+    assert is_known(config)
+    assert len(found.layers) == config["num_hidden_layers"]
+
+
+def test_what_is_kept_beside_linears() -> None:
+    found = architecture(config_of("minimax_m2").to_dict())
+    layer = found.layers[1]
+    assert isinstance(layer.mlp, Moe)
+    assert layer.mlp.parameters == (Parameter("model.layers.1.block_sparse_moe.e_score_correction_bias", (4,)),)
+    assert {*layer.attention.head_norms} == {
+        Norm("model.layers.1.self_attn.q_norm", 64),  # over all heads, not over one
+        Norm("model.layers.1.self_attn.k_norm", 32),
+    }
+    glm = architecture(config_of("glm4_moe").to_dict())
+    first, second = glm.layers[0].mlp, glm.layers[1].mlp
+    assert not isinstance(first, Moe)
+    assert isinstance(second, Moe)
+    assert second.shared_expert is not None
+    assert second.shared_expert_gate is None
+    assert second.top_k == 2
+
+
+UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "multi-head latent attention": ("deepseek_v3", {}, "q_proj does not read what"),
+    "logits that are capped": ("gemma2", {}, "logits are scaled"),
+    "norms after": ("olmo2", {}, "no norm makes what"),
+    "joined q, k and v": ("phi3", {}, "q_proj does not read what"),
+    "experts that are stored together": ("gpt_oss", {}, "are not gated experts without biases"),
+    "a multiplier on what is added": ("granite", {"residual_multiplier": 0.5}, "is not simply added"),
+    "a multiplier on the embedding": ("granite", {"embedding_multiplier": 2.0}, "the embedding is scaled"),
+    "norms plus one": ("qwen3_next", {}, "q_proj"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_another_kind_is_refused_with_what_is_unlike(name: str) -> None:
+    model_type, changes, said = UNLIKE[name]
+    config = config_of(model_type).to_dict() | changes
+    with pytest.raises(CheckpointError) as caught:
+        architecture(config)
+    assert "unknown architecture" in caught.value.message
+    assert said in caught.value.message
+    assert f"qconv/models/{model_type}.py" in str(caught.value.hint)
+    assert not is_known(config)
