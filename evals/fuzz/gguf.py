@@ -225,7 +225,7 @@ def read(path: Path) -> str:
         complete(load(path), tokenizer, ["def f("], max_tokens=1)
 
     ends = []
-    for step in (lambda: commands.inspect(path, True, True), lambda: verify_gguf(path), generate):
+    for step in (lambda: commands.inspect(path, "tensors", True), lambda: verify_gguf(path), generate):
         try:
             step()
             ends.append("ok")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qconv.artifacts.bits import BitsByLayer, module_bits
 from qconv.artifacts.layout import layout_of, quantization_section
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
@@ -93,6 +94,7 @@ class Inspection:
         shards: How many files hold them.
         classes: The module classes, in the files' order.
         layers: What lies outside of layers, then each layer.
+        bits_by_layer: Of the layers' matrices, by role.
         notices: What a reader should know, as sentences: files that a failed download left.
     """
 
@@ -106,6 +108,7 @@ class Inspection:
     shards: int
     classes: tuple[ModuleClass, ...]
     layers: tuple[LayerSummary, ...]
+    bits_by_layer: BitsByLayer
     notices: tuple[str, ...] = ()
 
     @property
@@ -184,12 +187,16 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
     classes: dict[str, ModuleClass] = {}
     layers: dict[str, LayerSummary] = {}
     modules = set()
+    matrices = {split_name(entry.name)[0] for entry in entries.values() if len(entry.shape) > 1}
+    amounts = []
     for entry in entries.values():
         module, leaf = split_name(entry.name)
         # A dtype whose elements share bytes counts elements in its shapes.
         weights = (
             entry.numel if entry.packed else logical_weights(leaf, entry.dtype, entry.shape, bits_of.get(module, bits))
         )
+        if module in matrices:
+            amounts.append((module, entry.nbytes, weights))
         dtype = entry.dtype_name
         one = classes.setdefault(name_class(module), ModuleClass(name_class(module)))
         one.modules += module not in modules
@@ -212,6 +219,7 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
         entries=entries,
         shards=len({entry.file for entry in entries.values()}),
         classes=tuple(classes.values()),
+        bits_by_layer=module_bits(amounts),
         layers=tuple(sorted(layers.values(), key=lambda layer: natural_order(layer.name))),
     )
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from qconv.artifacts.bits import BITS, gguf_bits
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
 from qconv.building.chosen import allocation_lines
 from qconv.errors import RecipeError, UsageError
@@ -162,7 +163,17 @@ def plan_values(plan: GgufPlan) -> dict[str, Any]:
         "parameters": sum(tensor.numel for tensor in plan.tensors.values()),
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "files": [file.name for file in plan.files],
+        **_bits(plan),
     }
+
+
+def _bits(plan: GgufPlan) -> dict[str, Any]:
+    """Bits by layer and role, where there are several types."""
+    sizes = {info.name: info.nbytes for file in plan.files for info in file.tensors}
+    matrices = {name: one for name, one in plan.tensors.items() if one.quantizable}
+    if len({plan.types[name] for name, one in matrices.items() if one.layer is not None}) < 2:
+        return {}
+    return {BITS: gguf_bits({name: (sizes[name], one.numel) for name, one in matrices.items()}).values()}
 
 
 def tensor_values(plan: GgufPlan, snr_db: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qconv import __version__
+from qconv.artifacts.bits import BITS, module_bits
 from qconv.boundary.printable import markdown_block, markdown_text
 from qconv.building.chosen import Chosen, allocation_lines, allocation_values
 from qconv.planning.plan import BuildPlan
@@ -59,6 +60,7 @@ class Report:
                 "format": plan.format.name,
                 "scheme": plan.scheme,
                 **_schemes(plan),
+                **_bits(plan),
                 "recipe": plan.recipe.model_dump(mode="json"),
                 **allocation_values(chosen),
                 "fingerprints": dict(fingerprints),
@@ -151,6 +153,16 @@ def _schemes(plan: BuildPlan) -> dict[str, Any]:
         for one, of in names.items()
     ]
     return {"schemes": rows} if len(rows) > 1 else {}
+
+
+def _bits(plan: BuildPlan) -> dict[str, Any]:
+    """Bits by layer and role, where linears are on several grids."""
+    if len(plan.grids()) < 2:
+        return {}
+    candidates = {linear.name for layer in plan.architecture.layers for linear in layer.linears()}
+    items = [item for item in plan.items() if item.module.name in candidates]
+    sizes = ((one.module.name, sum(spec.nbytes for spec in one.specs), one.module.numel) for one in items)
+    return {BITS: module_bits(sizes).values()}
 
 
 def _scheme_lines(schemes: Sequence[Mapping[str, Any]]) -> list[str]:

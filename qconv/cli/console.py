@@ -23,6 +23,7 @@ from qconv.boundary.printable import printable
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
+    from qconv.artifacts.bits import BitsByLayer
     from qconv.planning.costs import Costs
     from qconv.planning.gguf_recipe import GgufRecipe
     from qconv.planning.recipe import Recipe
@@ -81,6 +82,13 @@ def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
         for name, cell in zip(header[1:], row[1:], strict=True):
             if cell:
                 say(console, f"  {name}: {', '.join(cell.splitlines())}")
+
+
+def print_roles(console: Console, found: BitsByLayer) -> None:
+    """Print bits per weight by layer and role."""
+    roles = found.roles
+    rows = [(str(layer), *(bits(of.get(role)) for role in roles)) for layer, of in found.rows().items()]
+    print_table(console, ("layer", *roles), rows)
 
 
 def print_json(value: Any) -> None:

@@ -17,6 +17,7 @@ from qconv.cli.console import (
     print_json,
     print_other_way,
     print_plan_costs,
+    print_roles,
     print_table,
     say,
     shape,
@@ -170,8 +171,9 @@ def print_plan(planned: Outline, recipe: GgufRecipe) -> None:
         say(console, f"notice       {notice}")
 
 
-def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    """``qconv inspect`` of a GGUF file or set."""
+def inspect(path: Path, view: str | None, as_json: bool) -> None:
+    """``qconv inspect`` of a GGUF file or set; ``view`` is ``tensors``, ``roles``, or None for types."""
+    from qconv.artifacts.bits import gguf_bits
     from qconv.formats.gguf.reader import IMATRIX_TYPE, GgufModel
 
     made = GgufModel.open(path)
@@ -181,7 +183,7 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     numel = sum(entry.numel for entry in made.entries.values())
     nbytes = sum(entry.nbytes for entry in made.entries.values())
     if as_json:
-        print_json(_values(made, numel, nbytes, tensors))
+        print_json(_values(made, numel, nbytes, view))
         return
     console = stdout()
     say(console, str(path))
@@ -189,7 +191,9 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     say(console, f"size          {numel:,} weights, {size(nbytes)}, {8 * nbytes / numel:.2f} bits per weight")
     say(console, f"files         {len(made.entries)} tensors in {len(made.files)} files")
     say(console, "")
-    if tensors:
+    if view == "roles":
+        print_roles(console, gguf_bits(_matrices(made)))
+    elif view == "tensors":
         rows = [(name, one.type.name, shape(one.shape), size(one.nbytes)) for name, one in made.entries.items()]
         print_table(console, ("tensor", "type", "shape", "size"), rows)
     else:
@@ -237,7 +241,14 @@ def _print_types(console: Console, tensors: Sequence[tuple[str, int, int]]) -> N
     print_table(console, ("type", "tensors", "weights", "size", "bits"), rows)
 
 
-def _values(made: GgufModel, numel: int, nbytes: int, tensors: bool) -> dict[str, Any]:
+def _matrices(made: GgufModel) -> dict[str, tuple[int, int]]:
+    """Bytes and weights by name of what is no vector."""
+    return {name: (one.nbytes, one.numel) for name, one in made.entries.items() if len(one.shape) > 1}
+
+
+def _values(made: GgufModel, numel: int, nbytes: int, view: str | None) -> dict[str, Any]:
+    from qconv.artifacts.bits import gguf_bits
+
     values: dict[str, Any] = {
         "files": [str(file) for file in made.files],
         "metadata": {key: _plain(value) for key, value in made.metadata.items()},
@@ -246,7 +257,9 @@ def _values(made: GgufModel, numel: int, nbytes: int, tensors: bool) -> dict[str
         "bits_per_weight": 8.0 * nbytes / numel if numel else math.nan,
         "types": Counter(entry.type.name for entry in made.entries.values()),
     }
-    if tensors:
+    if view == "roles":
+        values["bits_by_layer"] = gguf_bits(_matrices(made)).values()
+    if view == "tensors":
         values["tensors"] = [
             {"name": name, "type": one.type.name, "shape": list(one.shape), "bytes": one.nbytes}
             for name, one in made.entries.items()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli import gguf
-from qconv.cli.console import bits, print_json, print_table, say, shape, short_names, size, stdout
+from qconv.cli.console import bits, print_json, print_roles, print_table, say, shape, short_names, size, stdout
 from qconv.cli.options import json_option
 from qconv.errors import UsageError
 
@@ -30,6 +30,7 @@ _TELLING = (
 @click.command(short_help="Show what a checkpoint or build consists of.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", "view", flag_value="layers", help="A row for each layer.")
+@click.option("--roles", "view", flag_value="roles", help="Bits per weight by layer and role.")
 @click.option("--tensors", "view", flag_value="tensors", help="A row for each tensor.")
 @json_option
 def command(path: Path, view: str | None, as_json: bool) -> None:
@@ -45,7 +46,7 @@ def command(path: Path, view: str | None, as_json: bool) -> None:
         raise UsageError(f"{path}: no such file or folder.", hint="inspect reads what is on this machine.")
     if is_gguf(path):
         require_finished(path if path.is_dir() else path.parent)
-        gguf.inspect(path, view == "tensors", as_json)
+        gguf.inspect(path, view, as_json)
         return
 
     inspection = inspect(path)
@@ -57,6 +58,8 @@ def command(path: Path, view: str | None, as_json: bool) -> None:
     say(console, "")
     if view == "layers":
         _print_layers(console, inspection)
+    elif view == "roles":
+        print_roles(console, inspection.bits_by_layer)
     elif view == "tensors":
         _print_tensors(console, inspection)
     else:
@@ -93,6 +96,8 @@ def _values(inspection: Inspection, view: str | None) -> dict[str, Any]:
             }
             for layer in inspection.layers
         ]
+    if view == "roles":
+        values["bits_by_layer"] = inspection.bits_by_layer.values()
     if view == "tensors":
         values["by_tensor"] = [
             {

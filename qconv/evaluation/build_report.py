@@ -57,6 +57,19 @@ class LayerReport(_Read):
     compensations: dict[str, Compensation] = {}
 
 
+class LayerBits(_Read):
+    """Bits per weight of a layer's linears by role."""
+
+    layer: Annotated[int, Field(ge=0, lt=1 << 31)]
+    roles: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]]
+
+
+class Choice(_Read):
+    """What was predicted of a build whose grids were chosen."""
+
+    predicted_kld: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+
+
 class BuildReport(_Read):
     """A build's report; of GGUF it has no layers."""
 
@@ -67,6 +80,8 @@ class BuildReport(_Read):
     coverage: JsonValue = None
     degenerate: tuple[JsonValue, ...] = ()
     layers: tuple[LayerReport, ...] = ()
+    bits_by_layer: tuple[LayerBits, ...] = ()
+    allocation: Choice = Choice()
 
     @property
     def method(self) -> str | None:

@@ -99,6 +99,11 @@ def test_the_report_says_what_was_chosen_and_why(case: Any, model: Path) -> None
     assert ("predicted_kld" in found) == wanted.gradients
     assert ("predicted_relative_error" in found) != wanted.gradients
     assert "## Choice" in (undisturbed / "README.md").read_text()
+    # Every layer and role once, and all together what the linears of the layers have.
+    shown = report_of(model, undisturbed, recipe, wanted)["bits_by_layer"]
+    assert [layer["layer"] for layer in shown] == [0, 1]
+    assert all(2.0 < bits < 9.0 for layer in shown for bits in layer["roles"].values())
+    assert len({bits for layer in shown for bits in layer["roles"].values()}) > 1
     files = [*undisturbed.glob("*.safetensors"), *undisturbed.glob(f"{model.name}*.gguf")]
     total = sum(file.stat().st_size for file in files)
     if wanted.target.size is not None:

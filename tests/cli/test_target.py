@@ -94,6 +94,11 @@ def test_a_choice_is_planned_saved_and_built(fmt: str, invoke: Invoke, model: Pa
     assert values["allocation"][name] == planned[name]
     weights = [*(tmp_path / "out").glob("*.safetensors"), *(tmp_path / "out").glob("model-*.gguf")]
     assert sum(file.stat().st_size for file in weights) == planned["output_bytes"]
+    inspected = json.loads(invoke("inspect", tmp_path / "out", "--roles", "--json").stdout)["bits_by_layer"]
+    report = json.loads((tmp_path / "out" / "qconv-report.json").read_text())["bits_by_layer"]
+    for mine, theirs in zip(inspected, report, strict=True):  # headers hold routers, too
+        assert {role: mine["roles"][role] for role in theirs["roles"]} == pytest.approx(theirs["roles"], abs=1e-4)
+    assert "8.50" in invoke("inspect", tmp_path / "out", "--roles").stdout or fmt == "w4a16"
     # Both files are recipes of the same build.
     for file in ("plan.yaml", "made.yaml"):
         assert yaml.safe_load((tmp_path / file).read_text())["calibration"]["tokens"] == 128

@@ -69,6 +69,10 @@ def markdown(views: Sequence[RunView]) -> str:
         if one.gates:
             columns = ("gate", "status", "value", "limit", "baseline", "noise", "detectable")
             lines += [*_table(columns, [_gate_row(gate) for gate in one.gates]), ""]
+        if one.bits is not None:
+            cells = [(layer, *("" if cell is None else cell[0] for cell in row)) for layer, row in one.bits.rows]
+            lines += ["Bits per weight:", "", *_table(("layer", *one.bits.roles), cells), ""]
+        lines += [f"{name}: {markdown_text(said)}\n" for name, said in one.facts if name == "KL divergence"]
         for task in one.tasks:
             lines += [f"### {markdown_text(task.name)}", "", markdown_text(task.summary), ""]
             lines += [*_table(("metric", "value", "unit", "over", "note"), task.metrics), ""]

@@ -11,11 +11,12 @@ import numpy as np
 from markupsafe import Markup
 
 from qconv.errors import ArtifactError
-from qconv.evaluation.build_report import parse_report
+from qconv.evaluation.build_report import BuildReport, parse_report
 from qconv.evaluation.gates import GATED
 from qconv.evaluation.history import History, differences
 from qconv.evaluation.kept_files import load_arrays, load_json
 from qconv.evaluation.record import AGAIN, Gate, Metric, Run, Task
+from qconv.evaluation.report.bits import BitsTable, bits_table, predicted
 from qconv.evaluation.report.charts import TrendPoint, heat_map, histogram, trend
 from qconv.evaluation.report.experts import expert_maps
 from qconv.evaluation.report.parts import Answer, BlameRecord, Confidence, answers_of, blame_of, confidences_of
@@ -91,6 +92,7 @@ class RunView:
     tasks: tuple[TaskView, ...]
     charts: tuple[Chart, ...]
     worst: tuple[tuple[str, str], ...]
+    bits: BitsTable | None
     blame: tuple[tuple[str, str, str], ...]
     blame_baseline: str | None
     command: str
@@ -119,17 +121,20 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
         before = history.before(run, followed)
         if before is not None:
             changes, since = tuple(differences(before.run, run)), before.run.started
-    maps, worst = _maps(folder, run)
+    report = _report_of(folder, run)
+    maps, worst = ([], ()) if report is None else _maps(report)
+    expected = None if report is None else predicted(report, run)
     blame = blame_of(folder)
     return RunView(
         run=run,
         name=followed,
         heading=f"{followed}: {_described(run)}",
-        facts=_facts(run),
+        facts=(*_facts(run), *((("KL divergence", expected),) if expected is not None else ())),
         gates=run.gates,
         tasks=tuple(_task(folder, task) for task in run.tasks),
         charts=(*charts, *maps),
         worst=worst,
+        bits=None if report is None else bits_table(report),
         blame=() if blame is None else _blame(blame),
         blame_baseline=None if blame is None else blame.baseline,
         command=shlex.join(run.command),
@@ -263,10 +268,13 @@ def _trends(history: History, followed: str, run: Run) -> list[Chart]:
     return charts
 
 
-def _maps(folder: Path, run: Run) -> tuple[list[Chart], tuple[tuple[str, str], ...]]:
-    if run.build_report is None:
-        return [], ()
-    maps = expert_maps(parse_report(load_json(folder, run.build_report), f"{folder}: {run.build_report.name}"))
+def _report_of(folder: Path, run: Run) -> BuildReport | None:
+    file = run.build_report
+    return None if file is None else parse_report(load_json(folder, file), f"{folder}: {file.name}")
+
+
+def _maps(report: BuildReport) -> tuple[list[Chart], tuple[tuple[str, str], ...]]:
+    maps = expert_maps(report)
     if maps is None:
         return [], ()
     note = "Squared error over squared weights, in percent, the worst linear of each expert."
