@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import Layer, Module, Moe, Norm, module_path
+from qconv.core.architecture import Architecture, Layer, Moe, Norm
 from qconv.errors import CheckpointError
 
 Activation = Callable[[Tensor], Tensor]
@@ -26,11 +26,12 @@ Activation = Callable[[Tensor], Tensor]
 class Decoder:
     """transformers' modules of one model, made real layer by layer. Everything computes in one dtype."""
 
-    def __init__(self, model_path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model_path: Path, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
         """Build the skeleton from config.json.
 
         Args:
             model_path: The checkpoint's folder.
+            architecture: What config.json describes.
             dtype: In which is computed.
 
         Raises:
@@ -40,6 +41,7 @@ class Decoder:
         from transformers.activations import ACT2FN
 
         self.dtype = dtype
+        self._architecture = architecture
 
         try:
             self.config = AutoConfig.from_pretrained(model_path, local_files_only=True)
@@ -75,11 +77,12 @@ class Decoder:
             moe: Its sparse block.
             read: Gives a tensor of the checkpoint.
         """
-        block = moe.router.name.rpartition(".")[0]
-        modules: tuple[Module, ...] = (moe.router, *moe.parameters)
-        names = [name for module in modules for name, _ in module.tensors()]
-        state = {name.removeprefix(f"{block}."): read(name).to(self.dtype) for name in names}
-        empty = self._skeleton.layers[layer.index].get_submodule(module_path(block.removeprefix(f"{layer.name}.")))
+        held = self._architecture.held_name
+        block = held(moe.experts_name).rpartition(".")[0]
+        names = {f"{held(moe.router.name)}.weight": moe.router.weight}
+        names |= {held(parameter.name): parameter.name for parameter in moe.parameters}
+        state = {name.removeprefix(f"{block}."): read(stored).to(self.dtype) for name, stored in names.items()}
+        empty = self._skeleton.layers[layer.index].get_submodule(block.removeprefix(f"{layer.name}."))
         return RouterBlock.of(empty, state)
 
     def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> AttentionBlock:

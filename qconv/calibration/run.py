@@ -45,7 +45,7 @@ class Calibration:
         self._source = source
         self._settings = settings
         self._workers = workers
-        self._decoder = Decoder(source.checkpoint.path)
+        self._decoder = Decoder(source.checkpoint.path, source.architecture)
         with torch.no_grad():
             matched = settings.propagate == MATCHED
             self._stream = LayerStream(source, tokens.ids, work, journal, reference=matched)

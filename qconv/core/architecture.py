@@ -7,14 +7,12 @@ plan, calibration, packing) walks that description.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 """Names of the embedding and of the output head, tied to it or not."""
-_SPARSE_BLOCK = re.compile(r"(?<![^.])block_sparse_moe(?=\.|$)")
 TIED = "tie_word_embeddings"
 """The key of config.json that says whether the head is the embedding."""
 
@@ -143,6 +141,11 @@ class Moe:
     shared_expert_gate: Linear | None = None
     parameters: tuple[Parameter, ...] = ()
 
+    @property
+    def experts_name(self) -> str:
+        """What the names of all experts begin with."""
+        return self.experts[0].gate.name.rpartition(".experts.")[0] + ".experts"
+
     def routers(self) -> tuple[Linear, ...]:
         """The linears that decide how much each expert counts; they stay unquantized."""
         return (self.router,) if self.shared_expert_gate is None else (self.router, self.shared_expert_gate)
@@ -206,7 +209,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A whole model. ``lm_head`` is None when it is tied to the embedding."""
+    """A whole model. ``lm_head`` is None when it is tied to the embedding.
+
+    ``held`` says what modules, and parameters that are no module's weight, are called in transformers' model, where
+    the checkpoint calls them otherwise.
+    """
 
     family: str
     hidden_size: int
@@ -217,6 +224,11 @@ class Architecture:
     layers: tuple[Layer, ...]
     final_norm: Norm
     lm_head: Linear | None
+    held: Mapping[str, str] = field(default_factory=dict)
+
+    def held_name(self, name: str) -> str:
+        """What transformers calls a module or parameter that the checkpoint calls so."""
+        return self.held.get(name, name)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of every tensor that a dense checkpoint must hold, each once."""
@@ -233,8 +245,3 @@ class Architecture:
         if self.lm_head is None:
             names.add(f"{HEAD}.weight")
         return frozenset(names)
-
-
-def module_path(name: str) -> str:
-    """Where transformers has a module that the checkpoint calls so: every sparse block is ``mlp`` there."""
-    return _SPARSE_BLOCK.sub("mlp", name)

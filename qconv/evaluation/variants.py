@@ -33,7 +33,7 @@ from qconv.models.folding import Folds
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import Dequantized, ModelFiles
 from qconv.runtime.modules import PackedExperts
-from qconv.runtime.skeleton import Installer, empty_model, experts_name
+from qconv.runtime.skeleton import Installer, empty_model
 from qconv.runtime.stream import HEAD_ROWS, LOGIT_BYTES, StreamedExperts
 
 WINDOW_VALUES = 2**25
@@ -223,7 +223,7 @@ class Variants:
         installer = Installer(self.model, files, self.backend, DTYPE)
         installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
-            name = experts_name(layer.mlp)
+            name = layer.mlp.experts_name
             experts = StreamedExperts(files, layer.mlp, self.backend, installer.activation(name), installer.rounding)
             installer.replace(name, PackedExperts(experts))
         yield self.model.model.layers[layer.index]

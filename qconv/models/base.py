@@ -6,7 +6,7 @@ it and a config into an :class:`~qconv.core.architecture.Architecture`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,15 @@ class _Builder:
             layers=tuple(self._layer(index) for index in range(layers)),
             final_norm=Norm("model.norm", self.hidden),
             lm_head=None if tied else Linear(HEAD, vocabulary, self.hidden),
+            held=dict(self._held(layers)),
         )
+
+    def _held(self, layers: int) -> Iterator[tuple[str, str]]:
+        """transformers calls every sparse block ``mlp``."""
+        block = self.family.sparse_block
+        for index in range(layers if block != "mlp" else 0):
+            for leaf in ("gate", "experts"):
+                yield f"model.layers.{index}.{block}.{leaf}", f"model.layers.{index}.mlp.{leaf}"
 
     def _layer(self, index: int) -> Layer:
         name = f"model.layers.{index}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import Layer, Linear, Moe, Norm, Parameter, module_path
+from qconv.core.architecture import Layer, Linear, Moe, Norm, Parameter
 from qconv.errors import CheckpointError
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends.base import Activation, Backend
@@ -71,6 +71,10 @@ class Installer:
     dtype: torch.dtype
     round_inputs: bool = False
 
+    def held_name(self, name: str) -> str:
+        """What a module or parameter of the checkpoint is called in the model."""
+        return self.files.architecture.held_name(name)
+
     def everything(self) -> None:
         """The whole model.
 
@@ -116,7 +120,7 @@ class Installer:
 
     def experts(self, moe: Moe) -> None:
         """The experts of a sparse block."""
-        name = experts_name(moe)
+        name = moe.experts_name
         self.check_experts(moe)
         act = self.activation(name)
         if any(self.rounding(linear) is not None for mlp in moe.experts for linear in mlp.linears()):
@@ -161,7 +165,7 @@ class Installer:
 
     def activation(self, name: str) -> Activation:
         """The activation of transformers' experts of that name, which :meth:`replace` then replaces."""
-        experts: Any = self.model.get_submodule(module_path(name))
+        experts: Any = self.model.get_submodule(self.held_name(name))
         act: Activation = experts.act_fn
         return act
 
@@ -175,7 +179,7 @@ class Installer:
             self._packed(linear.name, weight, bias)
         rounding = self.rounding(linear)
         if rounding is not None:
-            placed = self.model.get_submodule(module_path(linear.name))
+            placed = self.model.get_submodule(self.held_name(linear.name))
             placed.register_forward_pre_hook(lambda _, arguments: (rounding(arguments[0]),))
 
     def norm(self, norm: Norm) -> None:
@@ -184,7 +188,7 @@ class Installer:
 
     def _parameter(self, parameter: Parameter) -> None:
         """A tensor of transformers' own module; a buffer, such as a correction bias, keeps the file's dtype."""
-        parent, _, leaf = module_path(parameter.name).rpartition(".")
+        parent, _, leaf = self.held_name(parameter.name).rpartition(".")
         tensor = self.files.tensor(parameter.name, parameter.shape).to(self.backend.device)
         module = self.model.get_submodule(parent)
         if leaf in dict(module.named_buffers(recurse=False)):
@@ -203,17 +207,12 @@ class Installer:
         return DenseWeight(weight.name, weight.weight.to(self.dtype)) if isinstance(weight, DenseWeight) else weight
 
     def _assign(self, name: str, **tensors: Tensor) -> None:
-        module = self.model.get_submodule(module_path(name))
+        module = self.model.get_submodule(self.held_name(name))
         for leaf, tensor in tensors.items():
             placed = tensor.to(self.backend.device, self.dtype)
             module.register_parameter(leaf, nn.Parameter(placed, requires_grad=False))
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of the one that the checkpoint calls so."""
-        parent, _, leaf = module_path(name).rpartition(".")
+        parent, _, leaf = self.held_name(name).rpartition(".")
         self.model.get_submodule(parent).register_module(leaf, module.eval())
-
-
-def experts_name(moe: Moe) -> str:
-    """What the module of a sparse block's experts is called in the checkpoint."""
-    return f"{moe.router.name.rpartition('.')[0]}.experts"

@@ -33,7 +33,7 @@ from qconv.runtime.files import Dequantized, ModelFiles, open_files
 from qconv.runtime.loading import chosen_dtype
 from qconv.runtime.modules import PackedExperts
 from qconv.runtime.rounded import RoundedLinear
-from qconv.runtime.skeleton import Installer, empty_model, experts_name
+from qconv.runtime.skeleton import Installer, empty_model
 
 WINDOW_TOKENS = 4096
 """Tokens that pass the experts together; each window reads the layer's experts once."""
@@ -153,7 +153,7 @@ class _Scorer:
     def _installed(self, layer: Layer) -> nn.Module:
         self.installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
-            name = experts_name(layer.mlp)
+            name = layer.mlp.experts_name
             self.installer.check_experts(layer.mlp)
             act = self.installer.activation(name)
             experts = StreamedExperts(self.files, layer.mlp, self.backend, act, self.installer.rounding)

@@ -102,7 +102,7 @@ class Sweep:
             OutputError: the disk is full.
             VerificationError: what an earlier run kept is gone or damaged.
         """
-        decoder, layers = Decoder(self.source.checkpoint.path), self.model.layers
+        decoder, layers = Decoder(self.source.checkpoint.path, self.source.architecture), self.model.layers
         for layer in layers:
             self._show("forward through", layer, 2 * len(layers))
             if forward_key(layer) not in self.journal.units:
@@ -121,7 +121,7 @@ class Sweep:
         Raises:
             CheckpointError, OutputError, VerificationError: as :meth:`run`.
         """
-        decoder, layers = Decoder(self.source.checkpoint.path), self.model.layers
+        decoder, layers = Decoder(self.source.checkpoint.path, self.source.architecture), self.model.layers
         for layer in layers:
             self._show("forward through", layer, len(layers))
             if forward_key(layer) not in self.journal.units:

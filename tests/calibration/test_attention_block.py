@@ -14,7 +14,8 @@ MODEL = Path(__file__).parents[2] / "evals/models/tiny-coder-moe"
 
 
 def test_calls_in_several_threads_do_not_see_each_others_inputs() -> None:
-    source, decoder = Source.open(MODEL), Decoder(MODEL)
+    source = Source.open(MODEL)
+    decoder = Decoder(MODEL, source.architecture)
     layer = source.architecture.layers[0]
     names = [name for name, _ in layer.tensors() if ".self_attn." in name]
     tensors = {name: source.read(name) for name in names}

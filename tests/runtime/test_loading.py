@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import qconv
+from qconv.artifacts.source import Source
 from qconv.calibration.forward import Decoder
 from qconv.checkpoint.reader import Checkpoint
 from qconv.errors import CheckpointError, UsageError
@@ -148,7 +149,8 @@ def test_a_config_that_transformers_refuses_is_named(moe: Path, tmp_path: Path, 
     copied = Path(shutil.copytree(moe, tmp_path / "copy"))
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | damage))
-    for use in (qconv.load, Decoder):
+    described = Source.open(moe).architecture
+    for use in (qconv.load, lambda folder: Decoder(folder, described)):
         with pytest.raises(CheckpointError, match="transformers does not accept"):
             use(copied)
 

@@ -93,7 +93,7 @@ def backward(
     source: Source, whole: Whole, ids: Tensor, folder: Path, limit: float = math.inf
 ) -> tuple[Seen, Tensor, Tensor]:
     """Layer by layer from the inputs that the whole model has; also the head's squares and the labels."""
-    model, decoder = source.architecture, Decoder(source.checkpoint.path, DTYPE)
+    model, decoder = source.architecture, Decoder(source.checkpoint.path, source.architecture, DTYPE)
     tokens, hidden = ids.numel(), model.hidden_size
     final: dict[str, Tensor] = {}
     hook = whole.model.model.norm.register_forward_pre_hook(lambda _, args: final.update(states=args[0].detach()))

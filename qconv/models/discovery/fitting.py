@@ -26,7 +26,6 @@ from qconv.core.architecture import (
     Moe,
     Norm,
     Parameter,
-    module_path,
 )
 from qconv.errors import CheckpointError
 from qconv.models.discovery.proofs import Proofs, Unproved
@@ -67,7 +66,7 @@ class _Fitting:
     proved: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.proofs = Proofs(self.model)
+        self.proofs = Proofs(self.model, self.found.held)
 
     def architecture(self) -> Architecture:
         outside = dict(self.found.outside)
@@ -88,11 +87,12 @@ class _Fitting:
             layers=layers,
             final_norm=Norm(_FINAL_NORM, final[0]),
             lm_head=None if head is None else Linear(HEAD, head[0], head[1]),
+            held=self.found.held,
         )
 
     def _layer(self, structure: LayerStructure) -> Layer:
         name = f"model.layers.{structure.index}"
-        parts = _Parts.of(structure, self.model)
+        parts = _Parts.of(structure, self.model, self.found.held)
         attention, input_norm = parts.attention(f"{name}.self_attn")
         experts = structure.experts
         mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts, self.proofs) if experts else parts.dense(f"{name}.mlp")
@@ -110,16 +110,19 @@ class _Parts:
     """A layer's groups by reader and its tensors, as they are taken for one thing after the other."""
 
     model: nn.Module
+    held: Mapping[str, str]
     groups: dict[str, InputGroup]
     tensors: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, structure: LayerStructure, model: nn.Module) -> _Parts:
+    def of(cls, structure: LayerStructure, model: nn.Module, held: Mapping[str, str]) -> _Parts:
         groups = {reader: group for group in structure.groups for reader in group.readers}
-        return cls(model, groups, dict(structure.tensors))
+        return cls(model, held, groups, dict(structure.tensors))
 
     def attention(self, name: str) -> tuple[Attention, Norm]:
         """q, k, v and o, what attention has beside them, and the norm before them."""
+        if any(stored.startswith(f"{name}.") for stored in self.held):
+            raise Unproved(f"transformers holds {name} under another name")
         q, k, v, o = (f"{name}.{leaf}_proj" for leaf in "qkvo")
         shared = self._take([q, k, v])
         self._take([o])
@@ -149,7 +152,8 @@ class _Parts:
         block = experts.name.rpartition(".")[0]
         by_shape = {self.tensors.get(f"{one}.weight"): one for one in group.readers if one != experts.name}
         router, gate = by_shape.pop((count, hidden), None), by_shape.pop((1, hidden), None)
-        if router is None or router.rpartition(".")[0] != block:
+        held = self._held(experts.name).rpartition(".")[0]
+        if router is None or self._held(router).rpartition(".")[0] != held:
             raise Unproved(f"{block} has no router beside its experts")
         shared = [one.rpartition(".")[0] for one in group.readers if one.endswith(".gate_proj")]
         readers = {experts.name, router, *(f"{one}.{leaf}" for one in shared for leaf in _DENSE[:2])}
@@ -164,7 +168,7 @@ class _Parts:
         made = Moe(
             self._linear(router),
             mlps,
-            proofs.experts_per_token(block),
+            proofs.experts_per_token(held),
             self._mlp(shared[0]) if shared else None,
             None if gate is None else self._linear(gate),
             tuple(self._parameter(one) for one in self._below(block)),
@@ -202,7 +206,7 @@ class _Parts:
 
     def _norm(self, group: InputGroup) -> Norm:
         shape = None if group.producer is None else self.tensors.pop(f"{group.producer}.weight", None)
-        if group.producer is None or shape is None or len(shape) != 1:
+        if group.producer is None or group.producer in self.held or shape is None or len(shape) != 1:
             raise Unproved(f"no norm makes what {group.readers[0]} reads")
         return Norm(group.producer, shape[0])
 
@@ -212,20 +216,12 @@ class _Parts:
 
     def _kept(self, tensor: str) -> Norm | Parameter:
         owner, shape = tensor.rpartition(".")[0], self.tensors[tensor]
-        if not tensor.endswith(".weight") or len(shape) != 1 or not is_norm(self._module(owner, tensor)):
+        if not tensor.endswith(".weight") or len(shape) != 1 or not is_norm(self.model.get_submodule(owner)):
             return self._parameter(tensor)
         return Norm(owner, self.tensors.pop(tensor)[0])
 
     def _parameter(self, tensor: str) -> Parameter:
-        owner, _, leaf = tensor.rpartition(".")
-        shape = self.tensors.pop(tensor)
-        held = getattr(self._module(owner, tensor), leaf, None)
-        if held is None or tuple(held.shape) != shape:
-            raise Unproved(f"transformers holds {tensor} under another name")
-        return Parameter(tensor, shape)
+        return Parameter(tensor, self.tensors.pop(tensor))
 
-    def _module(self, name: str, tensor: str) -> nn.Module:
-        try:
-            return self.model.get_submodule(module_path(name))
-        except AttributeError as error:
-            raise Unproved(f"transformers holds {tensor} under another name") from error
+    def _held(self, name: str) -> str:
+        return self.held.get(name, name)

@@ -8,7 +8,7 @@ compared with what qconv computes in its place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import HEAD, Attention, Layer, Mlp, Moe, module_path
+from qconv.core.architecture import HEAD, Attention, Layer, Mlp, Moe
 from qconv.models.discovery.tracing import is_reader
 
 _TOKENS = 6
@@ -45,10 +45,11 @@ class StandIn(nn.Module):
 
 
 class Proofs:
-    """Of one model, which lies on the meta device."""
+    """Of one model, which lies on the meta device; ``held`` are its names of what the checkpoint calls otherwise."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, held: Mapping[str, str]) -> None:
         self._model: Any = model
+        self._names = held
         self._config: Any = self._model.config
         self._generator = torch.Generator().manual_seed(0)
 
@@ -101,7 +102,7 @@ class Proofs:
                 self._mlp(mlp)
 
     def experts_per_token(self, block: str) -> int:
-        """How many experts of a sparse block a token goes to, by its name in the checkpoint."""
+        """How many experts a token goes to, by the name that the sparse block has in transformers' model."""
         with _running(block):
             module, experts, hidden = self._block(block)
             module(self._random(1, _TOKENS, hidden))
@@ -111,8 +112,8 @@ class Proofs:
         hidden, attended, fed = (self._random(1, _TOKENS, layer.input_norm.size) for _ in range(3))
         names = [layer.attention.q.name, layer.input_norm.name, layer.post_attention_norm.name]
         attention, first, second = (one.removeprefix(f"{layer.name}.").split(".")[0] for one in names)
-        inside = layer.mlp.router.name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
-        block = module_path(inside.removeprefix(f"{layer.name}.").split(".")[0])
+        inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
+        block = self._held(inside).removeprefix(f"{layer.name}.").split(".")[0]
         with _running(layer.name):
             module = self._real(layer.name, {attention: StandIn(attended, torch.zeros(0)), block: StandIn(fed)})
             output = module(hidden, position_embeddings=None, attention_mask=None, use_cache=False)
@@ -156,7 +157,7 @@ class Proofs:
             _equal(read[1], read[0] * spread, f"{name}.o_proj does not read v's outputs by heads")
 
     def _mlp(self, mlp: Mlp) -> None:
-        name = mlp.gate.name.rpartition(".")[0]
+        name = self._held(mlp.gate.name).rpartition(".")[0]
         gate, up = (self._random(1, _TOKENS, mlp.gate.out_features) for _ in range(2))
         down = StandIn(self._random(1, _TOKENS, mlp.down.out_features))
         with _running(name):
@@ -166,16 +167,17 @@ class Proofs:
 
     def _sparse(self, moe: Moe) -> None:
         """What experts give, and the shared expert times its gate's sigmoid, is added."""
-        block = moe.router.name.rpartition(".")[0]
+        block = self._held(moe.experts_name).rpartition(".")[0]
         with _running(block):
             module, experts, hidden = self._block(block)
             shared = torch.zeros(1, _TOKENS, hidden)
             if moe.shared_expert is not None:
                 shared = self._random(1, _TOKENS, hidden)
-                module.register_module(_leaf(moe.shared_expert.gate.name.rpartition(".")[0]), StandIn(shared[0]))
+                shared_expert = self._held(moe.shared_expert.gate.name).rpartition(".")[0]
+                module.register_module(_leaf(shared_expert), StandIn(shared[0]))
             if moe.shared_expert_gate is not None:
                 gate = self._random(_TOKENS, 1)
-                module.register_module(_leaf(moe.shared_expert_gate.name), StandIn(gate))
+                module.register_module(_leaf(self._held(moe.shared_expert_gate.name)), StandIn(gate))
                 shared = shared * torch.sigmoid(gate)
             given = self._random(1, _TOKENS, hidden)
             output = module(given)
@@ -187,10 +189,10 @@ class Proofs:
 
     def _experts(self, moe: Moe) -> None:
         """Two small experts in the place of all: gate above up, factors on what they give."""
-        name = f"{moe.router.name.rpartition('.')[0]}.experts"
+        name = self._held(moe.experts_name)
         hidden = moe.router.in_features
         with _running(name):
-            module = copy.deepcopy(self._model.get_submodule(module_path(name)))
+            module = copy.deepcopy(self._model.get_submodule(name))
             module.__dict__.pop("forward", None)  # the stand-in of the trace
             joined, down = self._random(2, 2 * _WIDTH, hidden), self._random(2, hidden, _WIDTH)
             module.gate_up_proj, module.down_proj = nn.Parameter(joined), nn.Parameter(down)
@@ -209,7 +211,7 @@ class Proofs:
 
     def _block(self, block: str) -> tuple[nn.Module, StandIn, int]:
         """A sparse block with random routers, stand-ins for its experts, and the size of what it reads."""
-        empty = self._model.get_submodule(module_path(block))
+        empty = self._model.get_submodule(block)
         weights = {name: one for name, one in empty.experts.named_parameters()}
         hidden = int(weights["down_proj"].shape[1])
         experts = StandIn(self._random(_TOKENS, hidden))
@@ -221,7 +223,7 @@ class Proofs:
 
     def _real(self, name: str, stand_ins: dict[str, nn.Module]) -> Any:
         """A copy of a module off the meta device, with random numbers for its tensors and other modules for some."""
-        empty = self._model.get_submodule(module_path(name))
+        empty = self._model.get_submodule(name)
         kept = {child: module for child, module in empty.named_children() if child not in stand_ins}
         module = copy.copy(empty)
         module.__dict__ = dict(empty.__dict__)
@@ -236,6 +238,9 @@ class Proofs:
             if tensor.is_floating_point():
                 tensor.copy_(self._random(*tensor.shape))
         return module.eval()
+
+    def _held(self, name: str) -> str:
+        return self._names.get(name, name)
 
     def _activation(self, gate: Tensor) -> Tensor:
         from transformers.activations import ACT2FN

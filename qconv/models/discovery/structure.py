@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,13 @@ class Discovery:
         model_type: transformers' name of it.
         layers: In order.
         outside: The checkpoint's tensors that belong to no layer; a tied head is none.
+        held: What modules and parameters of the checkpoint are called in transformers' model, where it is not the same.
     """
 
     model_type: str
     layers: tuple[LayerStructure, ...]
     outside: Shapes
+    held: Mapping[str, str]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint with its shape."""
@@ -115,7 +117,6 @@ def read_model(values: Mapping[str, Any]) -> tuple[Discovery, nn.Module]:
         experts = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
         found = trace(model, experts)
         saved = _Saved(model)
-        stated = saved.shapes(saved.state)
     # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
     except Exception as error:
         raise CheckpointError(
@@ -123,7 +124,7 @@ def read_model(values: Mapping[str, Any]) -> tuple[Discovery, nn.Module]:
             f"not run: {one_line(error)}.",
             hint=f"Repair config.json, or declare the family in qconv/models/{config.model_type}.py.",
         ) from error
-    return _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type, stated), model
+    return _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type), model
 
 
 def _config(values: Mapping[str, Any]) -> Any:
@@ -164,23 +165,37 @@ def _transformers() -> Any:
 
 
 class _Saved:
-    """The names under which transformers saves a model's tensors."""
+    """The names and shapes under which transformers saves a model's tensors, each tensor of the model by itself."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        self.state: dict[str, Tensor] = {name: one for name, one in model.state_dict().items() if name not in tied}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        alone = {name: tensor for name, tensor in state.items() if tensor.dim() < 3}
+        names = {id(tensor): name for name, tensor in alone.items()}
+        self._saved: dict[str, dict[str, tuple[int, ...]]] = {}
+        # What is only renamed is still the same tensor, so that all of it can be asked for together.
+        for stored, tensor in _reverted(model, alone).items():
+            if id(tensor) in names:
+                self._saved[names[id(tensor)]] = {stored: tuple(tensor.shape)}
+        for name in state.keys() - self._saved.keys():
+            saved = _reverted(model, {name: state[name]})
+            self._saved[name] = {stored: tuple(tensor.shape) for stored, tensor in saved.items()}
+        self.names = list(state)
 
-    def shapes(self, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes in the checkpoint of some of the model's tensors."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        saved: Mapping[str, Tensor] = revert_weight_conversion(self._model, dict(state))
-        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of everything in the checkpoint."""
+        return {stored: shape for name in self.names for stored, shape in self._saved[name].items()}
 
     def of(self, name: str) -> tuple[str, ...]:
         """What one tensor of the model is saved as."""
-        return tuple(self.shapes({name: self.state[name]}))
+        return tuple(self._saved[name])
+
+
+def _reverted(model: Any, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: Mapping[str, Tensor] = revert_weight_conversion(model, state)
+    return saved
 
 
 @dataclass(slots=True)
@@ -191,10 +206,10 @@ class _Structure:
     reads: Mapping[str, int]
     makes: Mapping[int, str]
 
-    def discovery(self, model_type: str, tensors: Shapes) -> Discovery:
+    def discovery(self, model_type: str) -> Discovery:
         outside: dict[str, tuple[int, ...]] = {}
         by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
-        for name, shape in tensors.items():
+        for name, shape in self.saved.shapes().items():
             index = _layer_of(name)
             (outside if index is None else by_layer.setdefault(index, {}))[name] = shape
         modules: dict[int, list[str]] = {}
@@ -203,7 +218,19 @@ class _Structure:
             if index is not None and (name in self.experts or is_reader(module)):
                 modules.setdefault(index, []).append(name)
         layers = (self._layer(index, modules.get(index, []), by_layer[index]) for index in sorted(by_layer))
-        return Discovery(model_type, tuple(layers), outside)
+        return Discovery(model_type, tuple(layers), outside, dict(self._held()))
+
+    def _held(self) -> Iterator[tuple[str, str]]:
+        for name in self.saved.names:
+            owner, _, leaf = name.rpartition(".")
+            if owner in self.experts:
+                stored, held = self._stored(owner), owner
+            else:
+                stored, held = self.saved.of(name)[0], name
+                if leaf in ("weight", "bias") and stored.endswith(f".{leaf}"):
+                    stored, held = stored.removesuffix(f".{leaf}"), owner
+            if stored != held:
+                yield stored, held
 
     def _layer(self, index: int, modules: Iterable[str], tensors: Shapes) -> LayerStructure:
         read: dict[int, list[str]] = {}

@@ -21,9 +21,9 @@ from qconv.runtime.dense import write_dense
 from qconv.runtime.stream import stream_logits
 from qconv.verification.build import verify
 from tests.conftest import BUNDLED, VOCABULARY, build, small_recipe
+from tests.models.discovery.test_fitting import FITTING
 from tests.models.discovery.test_structure import config_of, model_of
 
-TYPES = ["mistral", "qwen2", "smollm3", "olmoe", "glm4_moe", "minimax_m2", "solar_open"]
 WIDTHS = {
     "vocab_size": VOCABULARY,
     "intermediate_size": 96,
@@ -71,7 +71,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", FITTING)
 def test_a_build_computes_what_its_dequantized_weights_do(
     source: Callable[[str], Path], tmp_path: Path, model_type: str, method: str
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_build_computes_what_its_dequantized_weights_do(
     assert_near(torch.stack(list(streamed)), expected)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", FITTING)
 def test_folding_alone_moves_no_logit(source: Callable[[str], Path], tmp_path: Path, model_type: str) -> None:
     model = Source.open(source(model_type))
     generator = torch.Generator().manual_seed(0)

@@ -26,11 +26,22 @@ def test_declared_families_fit_as_they_are_declared(model_type: str, changes: di
         assert {*one.attention.head_norms} == {*other.attention.head_norms}
         assert one.mlp == other.mlp
     kept = ("family", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding", "lm_head")
-    for name in (*kept, "final_norm"):
+    for name in (*kept, "final_norm", "held"):
         assert getattr(declared, name) == getattr(found, name), name
 
 
-FITTING = ["mistral", "qwen2", "smollm3", "olmoe", "glm4_moe", "minimax_m2", "solar_open"]
+FITTING = [
+    "mistral",
+    "qwen2",
+    "smollm3",
+    "olmoe",
+    "glm4_moe",
+    "minimax_m2",
+    "solar_open",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "hy_v3",
+]
 
 
 @pytest.mark.parametrize("model_type", FITTING)
