@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qconv.building import sized_pipeline
 from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.building.pipeline import quantize
 from qconv.building.sensitivity_pipeline import measure_sensitivity
@@ -128,6 +129,29 @@ def test_another_request_is_not_continued(case: Any, model: Path, tmp_path: Path
             quantize_to_size(model, out, recipe, without, **QUIET)
     again = quantize_to_size(model, tmp_path / "out", recipe, other, restart=True, **QUIET)
     assert again.report["allocation"]["target_bits"] == 7.0
+
+
+def test_what_was_chosen_is_not_chosen_again(
+    case: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, wanted, undisturbed = case
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what in ("layer-00001", "calibrating layer 1"):
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        quantize_to_size(model, tmp_path / "out", recipe, wanted, **(QUIET | {"progress": stop}))
+    kept = {path.name for path in (tmp_path / "out" / WORK_FOLDER / "sensitivity").iterdir()}
+    assert kept == {".qconv-files", "journal.jsonl"}, "what the pass kept is gone once its choice is safe"
+
+    def never(*_: object) -> None:
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr(sized_pipeline, "allocate", never)
+    monkeypatch.setattr(sized_pipeline, "sweep", never)
+    quantize_to_size(model, tmp_path / "out", recipe, wanted, **QUIET)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
 
 
 def test_a_given_sensitivity_is_an_input(model: Path, tmp_path: Path) -> None:
