@@ -32,7 +32,7 @@ from qconv.executors.threads import Threads
 from qconv.planning.allocation import Choice, choose
 from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.sensitivity.allocating import Target, read_sensitivity
-from qconv.sensitivity.errors import Errors
+from qconv.sensitivity.errors import Errors, divergence
 from qconv.sensitivity.gguf_types import GgufTypes
 from qconv.sensitivity.palette import Unit
 from qconv.sensitivity.sweep import OUTPUTS
@@ -125,14 +125,14 @@ def run(model: Path, text: Text, work: Path) -> dict[str, list[Row]]:
 
     def row(name: str, of: Choices, bits: float) -> Row:
         chosen = allocated(palette, of, Target(bits=bits))
-        predicted = sum(next(one.loss for one in choices[unit] if one.kind == kind) for unit, kind in chosen.items())
+        loss = sum(next(one.loss for one in choices[unit] if one.kind == kind) for unit, kind in chosen.items())
         recipe = work / f"{name.replace(' ', '-')}.yaml"
         recipe.write_text(yaml.safe_dump(palette.recipe_for(chosen).model_dump(mode="json", exclude_unset=True)))
         file, real = quantize(model, work / recipe.stem, "--recipe", str(recipe))
         measured = measured_once(text, file)
         made = Row(
             name,
-            predicted,
+            divergence(loss, source.architecture),
             measured.mean(measured.kl),
             measured.standard_error(measured.kl),
             real,

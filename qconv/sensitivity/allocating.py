@@ -20,7 +20,7 @@ from qconv.checkpoint.reader import map_tensor
 from qconv.core.workers import Workers
 from qconv.errors import UsageError
 from qconv.planning.allocation import Choice, choose, curve
-from qconv.sensitivity.errors import Errors
+from qconv.sensitivity.errors import Errors, divergence
 from qconv.sensitivity.palette import Extent, Palette, Unit
 
 RecipeT = TypeVar("RecipeT")
@@ -78,8 +78,9 @@ class Allocation(Generic[RecipeT]):
     Attributes:
         units: What grids were chosen for.
         chosen: The grid of each by name.
-        losses: What each is predicted to cost.
-        is_divergence: Whether that is a mean KL divergence in nats, about half of what is measured; else it is an
+        losses: What each is predicted to cost by itself.
+        predicted: What the whole build is predicted to cost.
+        is_divergence: Whether that is a mean KL divergence in nats; else it is an
             estimate of the logits' error relative to their mean square.
         extent: The build's size.
         recipe: Makes that build.
@@ -89,15 +90,11 @@ class Allocation(Generic[RecipeT]):
     units: Sequence[Unit]
     chosen: Mapping[str, str]
     losses: Mapping[str, float]
+    predicted: float
     is_divergence: bool
     extent: Extent
     recipe: RecipeT
     curve: Sequence[tuple[float, float]]
-
-    @property
-    def predicted(self) -> float:
-        """Of the whole build."""
-        return sum(self.losses.values())
 
     def values(self) -> dict[str, Any]:
         """For reports: what is predicted, of this size and of others."""
@@ -170,14 +167,20 @@ def allocate(
         if over <= 0:
             break
         budget = max(smallest, budget - over)  # a longer header, or tensors aligned otherwise
+    points = _curve(choices, extent, extent.counted - sum(one.size for one in found.values()))
+
+    def total(loss: float) -> float:
+        return divergence(loss, source.architecture) if errors.has_gradients else loss
+
     return Allocation(
         units,
         chosen,
         {name: one.loss for name, one in found.items()},
+        total(sum(one.loss for one in found.values())),
         errors.has_gradients,
         extent,
         palette.recipe_for(chosen),
-        _curve(choices, extent, extent.counted - sum(one.size for one in found.values())),
+        [(bits, total(loss)) for bits, loss in points],
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from evals.predicted_divergence import FACTORS, Row, shortfalls, spearman, summary, weighted
+from evals.options import REPOSITORY
+from evals.predicted_divergence import FACTORS, WITHIN, Row, shortfalls, spearman, summary, weighted
 from qconv.planning.allocation import Choice
 from qconv.sensitivity.palette import Unit
 
@@ -27,6 +30,16 @@ def test_ratios_outside_of_one_to_three_and_wrong_orders_are_shortfalls() -> Non
     assert len(shortfalls([row(1.0, 0.9), *good[1:]])) == 1
     assert len(shortfalls([*good[:2], row(3.0, 9.1)])) == 1
     assert any("rank" in problem for problem in shortfalls([row(1.0, 3.0), row(2.0, 2.5)]))
+
+
+def test_the_results_have_what_is_asked_for() -> None:
+    results = json.loads((REPOSITORY / "evals/results/predicted-divergence.json").read_text())["tiny-coder-moe"]
+    for series in ("one size", "sizes"):
+        rows = [Row(**row) for row in results[series]["builds"]]
+        assert len(rows) == 8
+        assert shortfalls(rows) == []
+    sizes = [row["size"] for row in results["one size"]["builds"]]
+    assert max(sizes) <= (1.0 + WITHIN) * min(sizes)
 
 
 def test_every_way_gives_units_another_part_of_the_bits() -> None:

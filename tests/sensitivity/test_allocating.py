@@ -18,15 +18,16 @@ from qconv.cli.target import parse_size
 from qconv.core.settings import TextSettings
 from qconv.errors import CheckpointError, UsageError
 from qconv.executors.threads import Threads
+from qconv.models import architecture
 from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
 from qconv.planning.recipe import parse_recipe
 from qconv.sensitivity.allocating import SENSITIVITY_NAME, Allocation, Target, allocate, read_sensitivity
-from qconv.sensitivity.errors import _drawn
+from qconv.sensitivity.errors import _drawn, divergence
 from qconv.sensitivity.gguf_types import TYPES, GgufTypes
 from qconv.sensitivity.palette import Palette
 from qconv.sensitivity.palettes import AnyRecipe, palette_of
 from qconv.sensitivity.sweep import OUTPUTS, SHARE
-from tests.conftest import random_model, save_model
+from tests.conftest import FAMILIES, SIZES, random_model, save_model
 
 QUIET: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None}
 
@@ -86,6 +87,20 @@ def test_more_bits_are_predicted_to_cost_less(model: Path, statistics: Path) -> 
         "IQ4_XS",
         "Q3_K",
     }
+
+
+def test_routers_make_a_small_divergence_fall_slower_than_the_losses(model: Path, statistics: Path) -> None:
+    found = allocated(model, read_sensitivity(statistics), bits=4.5)
+    assert found.predicted == divergence(sum(found.losses.values()), Source.open(model).architecture)
+    (low, dearest), *_, (high, least) = found.curve
+    assert low < 4.5 < high
+    assert dearest > found.predicted > least  # the curve is of whole builds, too
+    moe, dense = (architecture(SIZES | FAMILIES[name] | {"model_type": name}) for name in ("qwen3_moe", "qwen3"))
+    ratios = [divergence(loss, moe) / loss for loss in (1e-2, 1e-3, 1e-4)]
+    # A hundredth of the error's square is a tenth of the error, and so many fewer tokens go to another expert.
+    assert ratios[2] - 1.0 == pytest.approx(10.0 * (ratios[0] - 1.0))
+    assert 1.0 < ratios[0] < ratios[1] < ratios[2]
+    assert divergence(1e-4, dense) == 1e-4
 
 
 def test_bits_follow_what_is_measured(model: Path, statistics: Path) -> None:
