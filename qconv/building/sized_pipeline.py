@@ -79,7 +79,8 @@ def quantize_to_size(
         VerificationError: what was written does not stand for the source.
     """
     source = open_source(model, out, log)
-    require_reachable(palette_of(source, recipe, request.excluded), request.target)
+    palette = palette_of(source, recipe, request.excluded)
+    smallest = palette.recipe_for(require_reachable(palette, request.target))
     file = None if sensitivity is None else sensitivity_file(sensitivity)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -88,8 +89,9 @@ def quantize_to_size(
         tokens = build_tokens(text_of(recipe), source.checkpoint.path)
         by = tokens.digest if file is None else sha256_of(file)
         chosen = Chosen(request.digest(recipe.digest()), by)
-        plain = dataclasses.replace(_target(source, recipe, out, lambda _: None), chosen=chosen)
-        belongs = plain.fingerprints(None if plain.calibration is None else tokens)
+        # Whatever is chosen: the recipe's own grid may not fit the model, the smallest ones do.
+        any_choice = dataclasses.replace(_target(source, smallest, out, lambda _: None), chosen=chosen)
+        belongs = any_choice.fingerprints(None if any_choice.calibration is None else tokens)
         if state is FolderState.COMPLETE and not restart:
             made: Mapping[str, Any] = read_report(out)
             require_same(out, made["fingerprints"], belongs, ignored=[ARITHMETIC])

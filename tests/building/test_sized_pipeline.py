@@ -166,6 +166,18 @@ def test_a_given_sensitivity_is_an_input(model: Path, tmp_path: Path) -> None:
         quantize_to_size(model, tmp_path / "given", GGUF, request, sensitivity=tmp_path / "s1", **QUIET)
 
 
+@pytest.mark.parametrize("recipe", [GGUF, W4A16], ids=["gguf", "w4a16"])
+def test_rows_that_the_usual_blocks_and_groups_do_not_divide(recipe: AnyRecipe, tmp_path: Path) -> None:
+    """As SmolLM2: a dense model, hidden size 576, its head the embedding."""
+    sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 192, "head_dim": 64, "tie_word_embeddings": True}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    source = save_model(random_model("llama", **sizes, **heads), tmp_path / "model", "4MB")
+    outcome = quantize_to_size(source, tmp_path / "out", recipe, Request(Target(bits=5.5)), **QUIET)
+    counted = "bits_per_weight" if recipe is GGUF else "quantized_bits_per_weight"
+    assert 5.2 < outcome.report[counted] <= 5.5
+    assert quantize_to_size(source, tmp_path / "out", recipe, Request(Target(bits=5.5)), **QUIET).already_complete
+
+
 def test_what_cannot_be_is_said_before_anything_is_measured(model: Path, tmp_path: Path) -> None:
     for recipe in (GGUF, W4A16):
         with pytest.raises(UsageError, match="the smallest build of these types has"):
