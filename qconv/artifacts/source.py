@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.artifacts.separation import separated
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import printable
 from qconv.chat.files import additional_files
@@ -23,7 +23,7 @@ from qconv.checkpoint.hub import folder_name, require_inside
 from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
 from qconv.checkpoint.rope import in_both_spellings
 from qconv.core.architecture import EMBEDDING, HEAD, TIED, Architecture
-from qconv.errors import CheckpointError, UsageError
+from qconv.errors import CheckpointError
 from qconv.models import architecture
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,12 +61,11 @@ class Source:
 
         Raises:
             CheckpointError: the first thing that is wrong, by file and tensor.
-            UsageError: experts are fused; config.json says two things of rotary embeddings.
+            UsageError: experts are joined and quantized; config.json says two things of rotary embeddings.
         """
-        stored = Checkpoint.open(path)
-        require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
-        checkpoint = untied(stored)
         with in_config(path):
+            stored = separated(Checkpoint.open(path))
+            checkpoint = untied(stored)
             scheme = fp8_scheme(path, checkpoint.config)
             model, is_untied = architecture(checkpoint.config), checkpoint is not stored
             if scheme is not None:
@@ -190,15 +189,14 @@ def companions(path: Path) -> list[Path]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint or build whose experts have tensors of their own, with the head that its files hold.
+    """A checkpoint or build as one with tensors for each expert, with the head that its files hold.
 
     Raises:
-        CheckpointError: as :meth:`Checkpoint.open`.
-        UsageError: experts are fused.
+        CheckpointError: as :meth:`Checkpoint.open` and :func:`separated`.
+        UsageError: as :func:`separated`.
     """
-    stored = Checkpoint.open(path)
-    require_single_experts(path, {name: entry.file.name for name, entry in stored.entries.items()})
-    return untied(stored)
+    with in_config(path):
+        return untied(separated(Checkpoint.open(path)))
 
 
 def is_companion(name: str) -> bool:
@@ -237,30 +235,6 @@ def listed_files(path: Path) -> dict[str, str]:
     if not (path / SINGLE_NAME).is_file() or SINGLE_NAME in {Path(name).name for name in misplaced_files(path)}:
         return {}
     return dict.fromkeys(read_header(path / SINGLE_NAME), SINGLE_NAME)
-
-
-_FUSED = re.compile(r"\.experts\.(?!\d)")
-
-
-def require_single_experts(path: Path, listed: Mapping[str, str]) -> None:
-    """Check that every expert has tensors of its own.
-
-    Args:
-        path: The checkpoint's folder.
-        listed: The file of each tensor, by the tensor's name.
-
-    Raises:
-        UsageError: a tensor holds all experts of a layer, as transformers 5 has them in memory.
-    """
-    fused = sorted(name for name in listed if _FUSED.search(name))
-    if fused:
-        raise UsageError(
-            f"{path / listed[fused[0]]}: tensor {fused[0]!r} holds all experts of a layer, and so do {len(fused) - 1} "
-            "others: fused experts, which qconv does not read.",
-            hint="Give the checkpoint with tensors for each expert. In transformers 5: old = "
-            "AutoModelForCausalLM.from_pretrained(MODEL); new = AutoModelForCausalLM.from_config(old.config); "
-            "new.load_state_dict(old.state_dict()); new.save_pretrained(FOLDER) writes it.",
-        )
 
 
 def fp8_scheme(path: Path, config: dict[str, Any]) -> Fp8Scheme | None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from qconv.artifacts.inspection import SKIP_KEYS, name_class
-from qconv.artifacts.source import fp8_scheme, listed_files, require_single_experts, weight_dtype
+from qconv.artifacts.separation import require_readable_experts
+from qconv.artifacts.source import fp8_scheme, listed_files, weight_dtype
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme, is_cache_scale
@@ -102,7 +103,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     Raises:
         CheckpointError: config.json is missing, damaged, of unknown architecture, or quantized otherwise than to FP8.
         RecipeError: the recipe does not fit the model.
-        UsageError: experts are fused; config.json says two things of rotary embeddings.
+        UsageError: experts are joined and quantized; config.json says two things of rotary embeddings.
     """
     config = read_json(path / "config.json")
     with in_config(path):
@@ -111,7 +112,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         in_both_spellings(config)
         dtype = weight_dtype(path, config)
     listed = read_weight_map(path)
-    require_single_experts(path, listed_files(path))
+    require_readable_experts(path, listed_files(path), config)
     stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
     plan = make_plan(model, recipe, lambda name: dtype)
     classes = _classes(plan, stored)

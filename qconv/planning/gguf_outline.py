@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv.artifacts.source import TOKENIZER_FILES, listed_files, require_single_experts, weight_dtype
+from qconv.artifacts.separation import require_readable_experts
+from qconv.artifacts.source import TOKENIZER_FILES, listed_files, weight_dtype
 from qconv.checkpoint.reader import read_json
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.metadata import require_expressible
@@ -33,12 +34,12 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
 
     Raises:
         CheckpointError: config.json or the tokenizer is missing, damaged or of an unknown kind.
-        UsageError: a model or tokenizer that llama.cpp cannot express; fused experts.
+        UsageError: a model or tokenizer that llama.cpp cannot express; experts that are joined and quantized.
         RecipeError: a rule that fits no tensor.
     """
     config = read_json(model / "config.json")
     described = architecture(config)
-    require_single_experts(model, listed_files(model))
+    require_readable_experts(model, listed_files(model), config)
     require_expressible(config, described)
     tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
     require_matches(recipe, tensors)

@@ -15,12 +15,8 @@ from torch import Tensor
 from qconv.artifacts.source import Source
 from qconv.checkpoint import reader
 from qconv.checkpoint.reader import INDEX_NAME
-from qconv.errors import CheckpointError, UsageError
-from qconv.planning.estimate import estimate
-from qconv.planning.gguf_outline import outline
-from qconv.planning.gguf_recipe import GgufRecipe
-from qconv.runtime.files import open_files
-from tests.conftest import random_model, save_model, small_recipe
+from qconv.errors import CheckpointError
+from tests.conftest import random_model, save_model
 
 NORM = "model.layers.1.post_attention_layernorm.weight"
 Edit = Callable[..., None]
@@ -173,41 +169,3 @@ def test_older_configs_mean_the_same(moe_copy: Path, edit_json: Edit) -> None:
     older = Source.open(moe_copy).architecture
     edit_json(moe_copy / "config.json", num_local_experts=count, num_experts=None)
     assert Source.open(moe_copy).architecture == older
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "mixtral"])
-def test_fused_experts_are_refused_as_such(tmp_path: Path, model_type: str) -> None:
-    # As transformers 5 has them in memory, saved that way.
-    model = random_model(model_type).to(torch.bfloat16)
-    folder = save_model(model, tmp_path / "model")
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    model.save_pretrained(folder, save_original_format=False)
-    (fused, *_) = sorted(name for name in load_file(folder / "model.safetensors") if "experts" in name)
-    plans = (lambda path: estimate(path, small_recipe()), lambda path: outline(path, GgufRecipe(type="Q8_0")))
-    for refuse in (Source.open, open_files, *plans):
-        with pytest.raises(UsageError, match=rf"model\.safetensors: tensor '{fused}' holds all experts") as caught:
-            refuse(folder)
-        assert caught.value.exit_code == 2
-        assert "save_pretrained" in str(caught.value.hint)
-    # The way out that the hint names.
-    from transformers import AutoModelForCausalLM
-
-    untyped: Any = AutoModelForCausalLM
-    old = untyped.from_pretrained(folder)
-    new = untyped.from_config(old.config)
-    new.load_state_dict(old.state_dict())
-    new.save_pretrained(folder)
-    assert Source.open(folder).architecture.family == model_type
-
-
-def test_plan_sees_fused_experts_in_an_index_without_shards(moe_copy: Path) -> None:
-    index = json.loads((moe_copy / INDEX_NAME).read_text())
-    index["weight_map"]["model.layers.0.mlp.experts.gate_up_proj"] = "model-00001-of-00009.safetensors"
-    (moe_copy / INDEX_NAME).write_text(json.dumps(index))
-    for shard in moe_copy.glob("*.safetensors"):
-        shard.unlink()
-    with pytest.raises(UsageError, match="fused experts"):
-        estimate(moe_copy, small_recipe())
-    with pytest.raises(UsageError, match="fused experts"):
-        outline(moe_copy, GgufRecipe(type="Q8_0"))
