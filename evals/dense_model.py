@@ -1,9 +1,9 @@
 """A trained dense model: the bundled one with one wide MLP in place of its experts, trained on from there.
 
 Embeddings, attention, norms and head are the bundled model's; each layer's MLP starts as the experts that its router
-chooses most. It then learns from standard-library files that neither calibration nor held-out text of the scripts here
-contains. 600,000 tokens, a quarter of an hour on a core; the last digits depend on the machine's arithmetic. As weak as
-the bundled model, it ranks ways to quantize a dense one.
+chooses most. It then learns from standard-library files, those that the scripts here hold out left away. 600,000
+tokens, a quarter of an hour on a core; the last digits depend on the machine's arithmetic. As weak as the bundled
+model, it ranks ways to quantize a dense one.
 """
 
 from __future__ import annotations
