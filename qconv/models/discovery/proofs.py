@@ -65,25 +65,17 @@ class Proofs:
             Unproved: something is done to them.
         """
         with _running("the model around its layers"):
-            outer = copy.copy(self._model)
-            outer.__dict__ = dict(outer.__dict__)
-            outer._modules = dict(outer._modules)
-            inner = copy.copy(self._model.model)
-            inner.__dict__ = dict(inner.__dict__)
-            inner._modules = dict(inner._modules)
             hidden = self._model.model.embed_tokens.embedding_dim
-            rows, logits = self._random(1, _TOKENS, hidden), self._random(1, _TOKENS, 5)
-            inner._modules |= {
-                "layers": nn.ModuleList(),
-                "embed_tokens": StandIn(rows),
-                "norm": StandIn(rows),
-                "rotary_emb": StandIn(rows),
-            }
-            head = StandIn(logits)
-            outer._modules |= {"model": inner, HEAD: head}
-            output = outer(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
-            _equal(inner._modules["norm"].seen[0], rows, "the embedding is scaled")
-            _equal(head.seen[0], rows, "the head does not read the final norm")
+            rows, normed = (self._random(1, _TOKENS, hidden) for _ in range(2))
+            logits = self._random(1, _TOKENS, 5)
+            norm, head = StandIn(normed), StandIn(logits)
+            around = {"embed_tokens": StandIn(rows), "rotary_emb": StandIn(rows), "layers": nn.ModuleList()}
+            inner = _with_children(self._model.model, {**around, "norm": norm})
+            output = _with_children(self._model, {"model": inner, HEAD: head})(
+                input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False
+            )
+            _equal(norm.seen[0], rows, "the embedding is scaled")
+            _equal(head.seen[0], normed, "the head does not read the final norm")
             _equal(output.logits, logits, "logits are scaled")
 
     def layer(self, layer: Layer) -> None:
@@ -146,15 +138,12 @@ class Proofs:
         with _running(name):
             rotary: Any = type(self._model.model.rotary_emb)(self._config)
             positions = torch.arange(_TOKENS).unsqueeze(0)
-            read = []
-            module = self._real(name, {})
+            o = StandIn(hidden)
+            module = self._real(name, {"q_proj": StandIn(q), "k_proj": StandIn(k), "v_proj": StandIn(v), "o_proj": o})
             for values in (v, v * scale):
-                o = StandIn(hidden)
-                for leaf, stand_in in (("q", StandIn(q)), ("k", StandIn(k)), ("v", StandIn(values)), ("o", o)):
-                    module.register_module(f"{leaf}_proj", stand_in)
+                module.register_module("v_proj", StandIn(values))
                 module(hidden_states=hidden, position_embeddings=rotary(hidden, positions), attention_mask=None)
-                read.append(o.seen[0])
-            _equal(read[1], read[0] * spread, f"{name}.o_proj does not read v's outputs by heads")
+            _equal(o.seen[1], o.seen[0] * spread, f"{name}.o_proj does not read v's outputs by heads")
 
     def _mlp(self, mlp: Mlp) -> None:
         name = self._held(mlp.gate.name).rpartition(".")[0]
@@ -223,16 +212,11 @@ class Proofs:
 
     def _real(self, name: str, stand_ins: dict[str, nn.Module]) -> Any:
         """A copy of a module off the meta device, with random numbers for its tensors and other modules for some."""
-        empty = self._model.get_submodule(name)
-        kept = {child: module for child, module in empty.named_children() if child not in stand_ins}
-        module = copy.copy(empty)
-        module.__dict__ = dict(empty.__dict__)
-        for field in ("_parameters", "_buffers"):
-            module.__dict__[field] = copy.deepcopy(empty.__dict__[field])
-        module.__dict__["_modules"] = {
-            child: stand_ins[child] if child in stand_ins else copy.deepcopy(kept[child])
-            for child, _ in empty.named_children()
-        }
+        module = copy.deepcopy(
+            _with_children(self._model.get_submodule(name), {child: _Nothing() for child in stand_ins})
+        )
+        for child, stand_in in stand_ins.items():
+            module.register_module(child, stand_in)
         module = module.to_empty(device="cpu").float()
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
@@ -250,6 +234,17 @@ class Proofs:
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)
+
+
+class _Nothing(nn.Module):
+    """In the place of what a stand-in replaces after a copy was made."""
+
+
+def _with_children(module: Any, children: Mapping[str, nn.Module]) -> Any:
+    """The same module with some other children; its tensors and the rest are shared."""
+    changed = copy.copy(module)
+    changed.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
+    return changed
 
 
 @contextmanager

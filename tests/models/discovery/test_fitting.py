@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from qconv.core.architecture import Moe, Norm, Parameter
@@ -93,3 +96,44 @@ def test_another_kind_is_refused_with_what_is_unlike(name: str) -> None:
     assert said in caught.value.message
     assert f"qconv/models/{model_type}.py" in str(caught.value.hint)
     assert not is_known(config)
+
+
+def _swapped_mlp(self: Any, x: Tensor) -> Any:
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def _swapped_experts(self: Any, hidden: Tensor, indices: Tensor, factors: Tensor) -> Tensor:
+    found = torch.zeros_like(hidden)
+    for expert in range(len(self.down_proj)):
+        up, gate = (hidden @ self.gate_up_proj[expert].t()).chunk(2, dim=-1)
+        share = (factors * (indices == expert)).sum(-1, keepdim=True)
+        found += share * ((self.act_fn(gate) * up) @ self.down_proj[expert].t())
+    return found
+
+
+def _plus_one(self: Any, hidden: Tensor) -> Any:
+    return (self.weight + 1.0) * hidden
+
+
+PLANTED = {
+    "gate and up of an MLP": ("mistral", "mistral", "MistralMLP", _swapped_mlp, "is not gated as its config says"),
+    "gate and up of experts": (
+        "olmoe",
+        "olmoe",
+        "OlmoeExperts",
+        _swapped_experts,
+        "are not gated as their config says",
+    ),
+    "a norm": ("qwen2", "qwen2", "Qwen2RMSNorm", _plus_one, "weight does not scale what it gives"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_module_that_computes_otherwise_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_type, module, kind, forward, said = PLANTED[name]
+    values = config_of(model_type).to_dict()
+    planted = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind)
+    monkeypatch.setattr(planted, "forward", forward)
+    with pytest.raises(CheckpointError) as caught:
+        fitted(values | {"architectures": [name]})  # another text, so that no earlier answer is given
+    assert said in caught.value.message
