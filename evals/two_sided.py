@@ -6,9 +6,10 @@ gradients for labels drawn from the model itself (the Fisher information's Krone
 https://arxiv.org/abs/1503.05671). So rows can hand on theirs as well, in the metric F: blocks of rows are rounded by
 GPTQ one after the other, the most important first, each from what the rows before have left it.
 
-Both builds are GPTQ with one pass of refinement on all linears of the layers, the same types and sizes; H and F are those
-of the unquantized model. A few tokens have gradients a thousand times the others'; those count at most ten times the
-median, without which nothing is gained. What is measured is the mean KL divergence on text that calibration has not seen.
+Both builds are GPTQ with one pass of refinement on all linears of the layers, the same types and sizes; H and F are
+those of the unquantized model. A few tokens have gradients a thousand times the others'; those count at most ten times
+the median, without which nothing is gained. What is measured is the mean KL divergence on text that calibration has not
+seen.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def collect(model: Path, tokens: int) -> tuple[Moments, Moments]:
     for sequence in build_tokens(settings, model).ids:
         logits = made(sequence[None]).logits[0]
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        functional.cross_entropy(logits, labels, reduction="sum").backward()
+        loss: Any = functional.cross_entropy(logits, labels, reduction="sum")
+        loss.backward()
         made.zero_grad()
     return inputs, gradients
 
@@ -149,7 +151,7 @@ class _Seen:
     def __init__(self, inputs: Moments, gradients: Moments) -> None:
         self.inputs, self.gradients = inputs, gradients
 
-    def __call__(self, name: str, given: Tensor, output: Tensor) -> None:
+    def __call__(self, name: str, given: Tensor, output: Any) -> None:
         _add(self.inputs, name, given.detach())
         output.register_hook(lambda slope: _add(self.gradients, name, _limited(slope)))
 
@@ -191,7 +193,8 @@ def _add(moments: Moments, name: str, values: Tensor) -> None:
 def _limited(slopes: Tensor) -> Tensor:
     """No token's gradient longer than :data:`LIMIT` times the median."""
     norms = slopes.norm(dim=-1, keepdim=True)
-    return slopes * (LIMIT * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+    factors: Tensor = LIMIT * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    return slopes * factors.clamp(max=1.0)
 
 
 if __name__ == "__main__":
