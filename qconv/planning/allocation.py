@@ -2,16 +2,27 @@
 
 Each tensor has its choices, a size and a loss each; the sum of losses is to be least while that of sizes stays within
 the budget. A price of a byte (a Lagrange multiplier) makes each tensor choose by itself; it is raised until the budget
-holds, and what is left over is spent on the best of the single steps that still fit.
+holds, and what is left over is spent on the best of the single steps that still fit. Where that leaves much of the
+budget, as with few tensors of few choices, all combinations are gone through by dynamic programming (Bellman 1957).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
+from torch import Tensor
+
 Kind = TypeVar("Kind")
+
+_FEW = 128
+"""Units of which all combinations are gone through."""
+_LEFT_OVER = 0.002
+"""Of the budget, where that is not worth it."""
+_GRID = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +61,36 @@ def choose(units: Mapping[str, Sequence[Choice[Kind]]], budget: int) -> dict[str
         larger = useful[name][at].size - useful[name][at - 1].size
         if taken[name] == at - 1 and size + larger <= budget:
             taken[name], size = at, size + larger
-    found = {name: useful[name][at] for name, at in taken.items()}
-    return _filled(units, found, budget)
+    found = _filled(units, {name: useful[name][at] for name, at in taken.items()}, budget)
+    if len(units) > _FEW or budget - _size(found) <= _LEFT_OVER * budget:
+        return found
+    exact = _filled(units, _exact(units, budget), budget)
+    return min(found, exact, key=_loss)
+
+
+def _exact(units: Mapping[str, Sequence[Choice[Kind]]], budget: int) -> dict[str, Choice[Kind]]:
+    """The least loss of all combinations; sizes above the smallest are rounded up to a fine grid of the budget."""
+    least = {name: min(one.size for one in choices) for name, choices in units.items()}
+    spare = budget - sum(least.values())
+    step = max(1, spare // _GRID)
+    losses = torch.zeros(spare // step + 1, dtype=torch.float64)  # by what may be spent
+    picks: dict[str, Tensor] = {}
+    for name, choices in units.items():
+        best = torch.full_like(losses, math.inf)
+        picks[name] = torch.zeros(len(losses), dtype=torch.int64)
+        for index, one in enumerate(choices):
+            spent = -(-(one.size - least[name]) // step)
+            if spent < len(losses):
+                made = torch.full_like(losses, math.inf)
+                made[spent:] = losses[: len(losses) - spent] + one.loss
+                picks[name][made < best] = index
+                best = torch.minimum(best, made)
+        losses = best
+    left, found = len(losses) - 1, {}
+    for name, choices in reversed([*units.items()]):
+        found[name] = choices[int(picks[name][left])]
+        left += (found[name].size - least[name]) // -step
+    return found
 
 
 def _filled(
@@ -103,6 +142,10 @@ def _useful(choices: Sequence[Choice[Kind]]) -> list[Choice[Kind]]:
 def _slope(smaller: Choice[Kind], larger: Choice[Kind]) -> float:
     """What a byte changes of the loss: negative."""
     return (larger.loss - smaller.loss) / max(1, larger.size - smaller.size)
+
+
+def _loss(found: Mapping[str, Choice[Kind]]) -> float:
+    return sum(one.loss for one in found.values())
 
 
 def _size(found: Mapping[str, Choice[Kind]]) -> int:

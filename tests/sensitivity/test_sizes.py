@@ -48,8 +48,7 @@ W4A16 = parse_recipe({"format": "w4a16", "method": "gptq"})
 BUILDS: dict[str, tuple[AnyRecipe, tuple[str, ...], float]] = {
     "gguf": (GGUF, (), 0.995),
     "gguf, no IQ types": (GGUF, ("IQ*",), 0.995),
-    # Four schemes, and nothing between 4.5 bits and 8.1: one unit's step is several percent of models this small.
-    "w4a16": (W4A16, (), 0.98),
+    "w4a16": (W4A16, (), 0.995),
 }
 """What is built, without which types, and the least share of the size that is used."""
 
@@ -77,6 +76,8 @@ def test_it_is_just_below_the_target(name: str, kind: str, tmp_path: Path, monke
     layers = 16 if kind == "w4a16" and name == "experts" else 6  # there a layer's experts are one unit of four schemes
     source = Source.open(save_model(random_model(family, num_hidden_layers=layers, **sizes), tmp_path / "model", "5GB"))
     recipe, excluded, share = BUILDS[kind]
+    if kind == "w4a16" and name == "rows of 576":
+        share = 0.99  # three schemes, and nothing between 4.5 bits and 8.1: near the largest no combination is nearer
     palette: Palette[Any] = palette_of(source, recipe, excluded)
     statistics, chance = invented(source.architecture, 0), random.Random(1)
     smallest = palette.extent(require_reachable(palette, Target(bits=32.0)))
