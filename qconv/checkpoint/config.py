@@ -12,6 +12,8 @@ MAX_SIZE = 2**31 - 1
 """The largest number that a config.json may give for a size. Engines count most of them in 32 bits."""
 MAX_LAYERS = 10_000
 MAX_HEAD_DIM = 65_536
+MAX_WIDTH = 2**20
+"""Of what a layer computes, where transformers' model of it is run: forty times the widest MLP there is."""
 MAX_EXPERTS = 250_000
 """Of all layers together: ten times what a model of a trillion weights has. A description takes memory for each."""
 _MAX_NUMBER = 1e300

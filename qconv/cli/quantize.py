@@ -24,7 +24,7 @@ from qconv.cli.numbers import THREADS
 from qconv.cli.options import executor_option, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
-from qconv.cli.target import TargetOptions, print_choice, save_recipe, target_options
+from qconv.cli.target import TargetOptions, print_choice, require_savable, save_recipe, target_options
 
 if TYPE_CHECKING:
     from qconv.building.output import Outcome
@@ -129,8 +129,11 @@ def _quantize_to_size(
         from qconv.building.sized_pipeline import quantize_to_size
         from qconv.checkpoint.hub import resolve_model
 
+        folder = resolve_model(model)
+        if target.save is not None:
+            require_savable(target.save, folder, out)
         outcome = quantize_to_size(
-            resolve_model(model),
+            folder,
             out,
             recipe,
             target.request(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -159,10 +160,12 @@ def plan_target(model: str, recipe: Recipe | GgufRecipe, options: TargetOptions,
     from qconv.sensitivity.palette import Palette
     from qconv.sensitivity.palettes import AnyRecipe, palette_of
 
-    request = options.request()
+    folder, request = resolve_model(model), options.request()
+    if options.save is not None:
+        require_savable(options.save, folder)
     statistics = read_sensitivity(options.sensitivity)
     with Threads() as workers:
-        source = Source.open(resolve_model(model))
+        source = Source.open(folder)
         palette: Palette[AnyRecipe] = palette_of(source, recipe, request.excluded)
         found = allocate(source, statistics, palette, request.target, workers)
     if options.save is not None:
@@ -171,6 +174,24 @@ def plan_target(model: str, recipe: Recipe | GgufRecipe, options: TargetOptions,
         print_json(_values(found))
     else:
         _print(found, options.save)
+
+
+def require_savable(path: Path, *folders: Path) -> None:
+    """Check, before any work, that a recipe can be saved there.
+
+    Args:
+        path: Of the file.
+        folders: The model's and the build's, whose files are checkpoint and build and nothing else.
+
+    Raises:
+        UsageError: it would lie in one of them, or where nothing can be written.
+    """
+    parent = path.resolve().parent
+    for folder in folders:
+        if parent.is_relative_to(folder.resolve()):
+            raise UsageError(f"--save {path}: lies in {folder}.", hint="Save the recipe beside it.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"--save {path}: nothing can be written in {parent}.", hint="Choose a folder that exists.")
 
 
 def save_recipe(path: Path, recipe: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:

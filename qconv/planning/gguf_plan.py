@@ -17,7 +17,7 @@ from qconv.checkpoint.writer import ShardRecord
 from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
 from qconv.formats.gguf.metadata import FOLDED, model_metadata
 from qconv.formats.gguf.mixture import Override, file_type_id, fitted, no_override, tensor_types
-from qconv.formats.gguf.names import GgufTensor, gguf_tensors
+from qconv.formats.gguf.names import GgufTensor, architecture_name, gguf_tensors
 from qconv.formats.gguf.rope import rope_of
 from qconv.formats.gguf.tokenizer import tokenizer_metadata
 
@@ -81,6 +81,7 @@ def plan_gguf(
         UsageError: llama.cpp cannot express the model, or qconv has no encoder of a type; says what.
     """
     model, config = source.architecture, source.checkpoint.config
+    architecture_name(model.family)  # what lacks a form at all is not to be told of a rope that has none
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
     wanted = tensor_types(file_type, model, tensors, importance=importance, override=override)
     types = fitted(wanted, tensors)

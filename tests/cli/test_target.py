@@ -57,6 +57,21 @@ def test_what_cannot_be_asked_for_is_wrong_usage(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["nowhere/best.yaml", "out/best.yaml", "out/deep/best.yaml", "model/config.json"])
+def test_where_a_recipe_cannot_be_saved_is_said_before_any_work(
+    place: str, invoke: Invoke, model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    source.symlink_to(model)
+    before = (model / "config.json").read_bytes()
+    options = ("--fmt", "gguf", "--target-bits", 5, *TEXT, "--save", tmp_path / place)
+    refused = invoke("quantize", source, *options, "-o", tmp_path / "out")
+    assert refused.exit_code == 2, refused.output
+    assert "--save" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    assert (model / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("fmt", ["gguf", "w4a16"])
 @pytest.mark.parametrize("flag", [(), ("--no-gradients",)])
 def test_without_a_sensitivity_the_plan_says_what_it_costs(

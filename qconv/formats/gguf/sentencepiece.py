@@ -17,10 +17,11 @@ from typing import Any
 
 from gguf import TokenType
 
-from qconv.formats.gguf.vocabulary import Vocabulary, read_merges, read_tokens, unsupported
+from qconv.formats.gguf.vocabulary import Vocabulary, read_merges, read_tokens, require_tokens, shown, unsupported
 
 SPACE = "▁"
 _UNSUPPORTED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+_SCHEMES = ("always", "first", "never")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -39,10 +40,11 @@ def read_sentencepiece(path: Path, described: dict[str, Any], rows: int) -> Voca
     model = described["model"]
     used = [option for option in _UNSUPPORTED if model.get(option)]
     if used:
-        raise unsupported(path, f"BPE with byte fallback and {used[0]} {model[used[0]]!r}")
+        raise unsupported(path, f"BPE with byte fallback and {used[0]} {shown(model[used[0]])}")
     begins_with_space = _begins_with_space(path, described.get("normalizer"), described.get("pre_tokenizer"))
     merges = read_merges(path, model.get("merges"))
     tokens, types = read_tokens(path, described, rows)
+    require_tokens(path, merges, tokens)
     lacking = {*_BYTES}.difference(tokens)
     if lacking:
         raise unsupported(path, f"BPE with byte fallback and without a token for {min(lacking)}")
@@ -67,7 +69,8 @@ def _begins_with_space(path: Path, normalizer: Any, pre_tokenizer: Any) -> bool:
             return False
         case None, {"type": "Metaspace", "replacement": "▁", "split": False, **rest}:
             scheme = rest.get("prepend_scheme", "always")
-            return bool(scheme != "never" and rest.get("add_prefix_space", True))
+            if scheme in _SCHEMES:
+                return bool(scheme != "never" and rest.get("add_prefix_space", True))
     raise unsupported(path, "BPE with byte fallback whose normalizer and pre-tokenizer do more than write spaces as ▁")
 
 
@@ -85,7 +88,7 @@ def _scores(
     for left, right in merges:
         made = left + right
         if made != latest and made in ranks:
-            raise unsupported(path, f"BPE with byte fallback whose merges into {made!r} lie apart")
+            raise unsupported(path, f"BPE with byte fallback whose merges into {shown(made)} lie apart")
         ranks.setdefault(made, len(ranks))
         pairs.setdefault(made, set()).add(left)
         latest = made
@@ -96,5 +99,7 @@ def _scores(
         for place in range(1, len(token)):
             left = token[:place]
             if left in known and token[place:] in known and left not in pairs.get(token, ()):
-                raise unsupported(path, f"BPE with byte fallback that does not merge {left!r} and {token[place:]!r}")
+                raise unsupported(
+                    path, f"BPE with byte fallback that does not merge {shown(left)} and {shown(token[place:])}"
+                )
     return [-float(ranks.get(token, len(ranks))) for token in tokens]

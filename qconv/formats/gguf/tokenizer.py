@@ -14,6 +14,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from qconv.boundary.printable import name_of
 from qconv.chat.files import templates_of
 from qconv.checkpoint.generation_config import GENERATION_CONFIG, read_generation_config
 from qconv.checkpoint.reader import read_json
@@ -23,7 +24,15 @@ from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, QWEN2
 from qconv.formats.gguf.sampling import sampling_metadata
 from qconv.formats.gguf.sentencepiece import read_sentencepiece
 from qconv.formats.gguf.special import END_OF_MESSAGE, END_TEXTS
-from qconv.formats.gguf.vocabulary import REDOWNLOAD, Vocabulary, read_merges, read_tokens, unsupported
+from qconv.formats.gguf.vocabulary import (
+    REDOWNLOAD,
+    Vocabulary,
+    read_merges,
+    read_tokens,
+    require_tokens,
+    shown,
+    unsupported,
+)
 
 PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe"}
 """llama.cpp's name of a splitting pattern. Both are checked against it, token by token, in the interop tests."""
@@ -108,21 +117,24 @@ def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabul
     model = described.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
-        raise unsupported(path, f"a {kind} tokenizer, not byte-level BPE")
+        raise unsupported(path, f"a {name_of(str(kind), 80)} tokenizer, not byte-level BPE")
     if model.get("byte_fallback"):
         return read_sentencepiece(path, described, rows)
     used = [option for option in _UNSUPPORTED_BPE if model.get(option)]
     if used:
-        raise unsupported(path, f"BPE with {used[0]} {model[used[0]]!r}")
-    if (described.get("normalizer") or {"type": "NFC"}) != {"type": "NFC"}:
-        raise unsupported(path, f"a normalizer of type {described['normalizer'].get('type')}")
+        raise unsupported(path, f"BPE with {used[0]} {shown(model[used[0]])}")
+    normalizer = described.get("normalizer") or {"type": "NFC"}
+    if normalizer != {"type": "NFC"}:
+        kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
+        raise unsupported(path, f"a normalizer of type {name_of(str(kind), 80)}")
     pre = detect_pre_tokenizer(path, described.get("pre_tokenizer"))
     if bool(model.get("ignore_merges")) != PRE_TOKENIZERS[pre].ignores_merges:
-        raise unsupported(path, f"ignore_merges {model.get('ignore_merges')!r} with pre-tokenizer {pre}")
+        raise unsupported(path, f"ignore_merges {shown(model.get('ignore_merges'))} with pre-tokenizer {pre}")
     # The byte-level alphabet writes a space as another letter, so a space within a part means another alphabet.
-    merges = [" ".join(pair) for pair in read_merges(path, model.get("merges"))]
+    pairs = read_merges(path, model.get("merges"))
     tokens, types = read_tokens(path, described, rows)
-    return Vocabulary(tokens, types, pre, merges)
+    require_tokens(path, pairs, tokens)
+    return Vocabulary(tokens, types, pre, [" ".join(pair) for pair in pairs])
 
 
 def detect_pre_tokenizer(path: Path, described: Any) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
+from qconv.boundary.printable import name_of
 from qconv.errors import CheckpointError, UsageError
 
 REDOWNLOAD = "Download tokenizer.json again."
@@ -51,22 +52,25 @@ def read_tokens(path: Path, described: dict[str, Any], rows: int) -> tuple[list[
 
     def add(token: Any, number: Any, kind: TokenType) -> None:
         if not isinstance(token, str) or not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise CheckpointError(f"{path}: token {token!r} with id {number!r} is malformed.", hint=REDOWNLOAD)
+            raise CheckpointError(
+                f"{path}: token {shown(token)} with id {shown(number)} is malformed.", hint=REDOWNLOAD
+            )
         if "\0" in token:
-            raise unsupported(path, f"a token with a NUL, {token!r}")
+            raise unsupported(path, f"a token with a NUL, {shown(token)}")
         if number >= rows:
             raise CheckpointError(
-                f"{path}: token {token!r} has id {number}, the embedding has {rows} rows.",
+                f"{path}: token {shown(token)} has id {number}, the embedding has {rows} rows.",
                 hint="Tokenizer and weights belong to different models.",
             )
         if of_text.setdefault(token, number) != number:
             raise CheckpointError(
-                f"{path}: token {token!r} is there twice, as {of_text[token]} and as {number}.",
+                f"{path}: token {shown(token)} is there twice, as {of_text[token]} and as {number}.",
                 hint="llama.cpp aborts on such a file: rename one of them.",
             )
         if number in found and found[number][0] != token:
             raise CheckpointError(
-                f"{path}: tokens {found[number][0]!r} and {token!r} have the same id {number}.", hint=REDOWNLOAD
+                f"{path}: tokens {shown(found[number][0])} and {shown(token)} have the same id {number}.",
+                hint=REDOWNLOAD,
             )
         found[number] = (token, kind)
 
@@ -75,12 +79,15 @@ def read_tokens(path: Path, described: dict[str, Any], rows: int) -> tuple[list[
         raise CheckpointError(f"{path}: no vocabulary.", hint=REDOWNLOAD)
     for token, number in vocabulary.items():
         add(token, number, TokenType.NORMAL)
-    for entry in described.get("added_tokens") or []:
+    added = described.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise CheckpointError(f"{path}: added_tokens are {shown(added)}, not a list.", hint=REDOWNLOAD)
+    for entry in added:
         if not isinstance(entry, dict):
-            raise CheckpointError(f"{path}: added token {entry!r} is malformed.", hint=REDOWNLOAD)
+            raise CheckpointError(f"{path}: added token {shown(entry)} is malformed.", hint=REDOWNLOAD)
         stripping = [flag for flag in ("lstrip", "rstrip", "single_word") if entry.get(flag)]
         if stripping:
-            raise unsupported(path, f"added token {entry.get('content')!r} with {stripping[0]}")
+            raise unsupported(path, f"added token {shown(entry.get('content'))} with {stripping[0]}")
         kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
         add(entry.get("content"), entry.get("id"), kind)
     for number in range(rows):
@@ -103,9 +110,29 @@ def read_merges(path: Path, merges: Any) -> list[tuple[str, str]]:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         sound = isinstance(parts, list) and len(parts) == 2
         if not sound or not all(isinstance(part, str) and part and " " not in part for part in parts):
-            raise CheckpointError(f"{path}: merge {merge!r} is malformed.", hint=REDOWNLOAD)
+            raise CheckpointError(f"{path}: merge {shown(merge)} is malformed.", hint=REDOWNLOAD)
         pairs.append((parts[0], parts[1]))
     return pairs
+
+
+def require_tokens(path: Path, merges: Iterable[tuple[str, str]], tokens: Iterable[str]) -> None:
+    """Check that what is merged are tokens, and what comes of it: tokenizers loads no other file.
+
+    Raises:
+        CheckpointError: one is none.
+    """
+    known = {*tokens}
+    for left, right in merges:
+        for part in (left, right, left + right):
+            if part not in known:
+                raise CheckpointError(
+                    f"{path}: merge {shown([left, right])}: {shown(part)} is no token.", hint=REDOWNLOAD
+                )
+
+
+def shown(value: Any) -> str:
+    """A value of tokenizer.json for a message, cut where it is long."""
+    return name_of(repr(value), 80)
 
 
 def unsupported(path: Path, what: str) -> UsageError:

@@ -55,8 +55,15 @@ class Proofs:
 
     @property
     def heads(self) -> int:
-        """Attention heads."""
-        return int(self._config.num_attention_heads)
+        """Attention heads.
+
+        Raises:
+            Unproved: there are none.
+        """
+        heads = int(self._config.num_attention_heads)
+        if heads < 1:
+            raise Unproved(f"it has {heads} attention heads")
+        return heads
 
     def ends(self) -> None:
         """The embedding's rows go into the first layer, and the final norm's into the head, whose outputs are logits.
@@ -94,11 +101,18 @@ class Proofs:
                 self._mlp(mlp)
 
     def experts_per_token(self, block: str) -> int:
-        """How many experts a token goes to, by the name that the sparse block has in transformers' model."""
+        """How many experts a token goes to, by the name that the sparse block has in transformers' model.
+
+        Raises:
+            Unproved: to none.
+        """
         with _running(block):
             module, experts, hidden = self._block(block)
             module(self._random(1, _TOKENS, hidden))
-            return int(experts.arguments[1].shape[-1])
+            chosen = int(experts.arguments[1].shape[-1])
+        if chosen < 1:
+            raise Unproved(f"{block} sends a token to no expert")
+        return chosen
 
     def _residuals(self, layer: Layer) -> None:
         hidden, attended, fed = (self._random(1, _TOKENS, layer.input_norm.size) for _ in range(3))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import name_of, one_line
-from qconv.checkpoint.config import MAX_EXPERTS, MAX_LAYERS, Config
+from qconv.checkpoint.config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, Config
 from qconv.errors import CheckpointError
 from qconv.models.discovery.tracing import is_fused_experts, is_reader, own_tensors, trace
 
@@ -124,7 +124,24 @@ def read_model(values: Mapping[str, Any]) -> tuple[Discovery, nn.Module]:
             f"not run: {one_line(error)}.",
             hint=f"Repair config.json, or declare the family in qconv/models/{config.model_type}.py.",
         ) from error
-    return _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type), model
+    structure = _Structure(model, experts, saved, found.reads, found.makes).discovery(config.model_type)
+    _require_plausible(structure)
+    return structure, model
+
+
+def _require_plausible(found: Discovery) -> None:
+    """Check that no tensor of a layer is empty, or wider than can be: what runs it to prove something takes memory.
+
+    Raises:
+        CheckpointError: one is; names it.
+    """
+    for layer in found.layers:
+        for name, shape in layer.tensors.items():
+            if not all(1 <= size <= MAX_WIDTH for size in shape):
+                raise CheckpointError(
+                    f"config.json: {name} would be {list(shape)}; sizes of 1 to {MAX_WIDTH:,} are read.",
+                    hint="Repair config.json.",
+                )
 
 
 def _config(values: Mapping[str, Any]) -> Any:

@@ -120,6 +120,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a normalizer": (lambda values: values.update(normalizer={"type": "NFKC"}), "more than write spaces"),
     "dropout": (lambda values: values["model"].update(dropout=0.1), "dropout 0.1"),
     "ignored merges": (lambda values: values["model"].update(ignore_merges=True), "ignore_merges True"),
+    "a scheme of no kind": (
+        lambda values: values.update(pre_tokenizer=METASPACE | {"prepend_scheme": "x"}),
+        "more than write spaces",
+    ),
     "no merges": (merges(), "a tokenizer without merges"),
 }
 
@@ -135,3 +139,12 @@ def test_what_llama_cpp_would_do_otherwise_is_refused(tmp_path: Path, name: str)
 def test_a_damaged_merge_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="merge 'ab' is malformed"):
         keys_of(tmp_path, lambda values: values["model"].update(merges=["ab"]))
+
+
+@pytest.mark.parametrize("token", ["a", "▁", "ab"])
+def test_a_merge_of_what_is_no_token_is_named(tmp_path: Path, token: str) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["model"]["vocab"][f"<no {token}>"] = values["model"]["vocab"].pop(token)
+
+    with pytest.raises(CheckpointError, match=f"{token!r} is no token"):
+        keys_of(tmp_path, change)

@@ -252,6 +252,9 @@ REFUSED: dict[str, tuple[Change, type[QconvError], str]] = {
     "an id of text": (added(id="5"), CheckpointError, "malformed"),
     "a token of number": (added(content=5), CheckpointError, "malformed"),
     "an added text": (lambda values: values["added_tokens"].append("x"), CheckpointError, "malformed"),
+    "added tokens that are none": (lambda values: values.update(added_tokens=3), CheckpointError, "are 3, not a list"),
+    "a normalizer of text": (lambda values: values.update(normalizer="NFC"), UsageError, "a normalizer of type NFC"),
+    "a list of normalizers": (lambda values: values.update(normalizer=["x"]), UsageError, "a normalizer of type ['x']"),
     "no vocabulary": (model(vocab={}), CheckpointError, "no vocabulary"),
     "a merge of three": (model(merges=["a b c"]), CheckpointError, "merge 'a b c' is malformed"),
     "a merge of one": (model(merges=[["a"]]), CheckpointError, "is malformed"),
@@ -270,6 +273,13 @@ def test_what_llama_cpp_would_do_otherwise_is_refused(name: str, folder: Path) -
     with pytest.raises(kind) as caught:
         keys_of(changed(folder, change), rows=2050)
     assert what in caught.value.message
+
+
+def test_what_is_long_is_cut_in_messages(folder: Path) -> None:
+    for change in (model(merges=["a" * 10**6]), added(content="a" * 10**6, id=-1), model(dropout="a" * 10**6)):
+        with pytest.raises((CheckpointError, UsageError)) as caught:
+            keys_of(changed(folder, change), rows=2050)
+        assert len(caught.value.message) < 1000
     assert "tokenizer.json" in caught.value.message
     assert caught.value.hint
 

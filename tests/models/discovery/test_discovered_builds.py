@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 import qconv
 from qconv.artifacts.folded import FoldedSource
 from qconv.artifacts.source import Source
+from qconv.building.gguf_pipeline import gguf_target
+from qconv.errors import UsageError
 from qconv.models.folding import output_channels
+from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.runtime.dense import write_dense
 from qconv.runtime.stream import stream_logits
 from qconv.verification.build import verify
@@ -105,3 +108,12 @@ def test_folding_alone_moves_no_logit(source: Callable[[str], Path], tmp_path: P
     assert sum(bool((tensors[name] != model.read(name).float()).any()) for name in tensors) > 10
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     assert_near(logits_of(tmp_path), expected)
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "minimax_m2", "mistral"])
+def test_a_gguf_is_refused_for_what_it_is_and_not_for_a_detail(
+    source: Callable[[str], Path], tmp_path: Path, model_type: str
+) -> None:
+    with pytest.raises(UsageError, match=f"family {model_type} has no GGUF form"):
+        gguf_target(Source.open(source(model_type)), parse_gguf_recipe({"type": "Q8_0"}), tmp_path, "", lambda _: None)
+    assert not [*tmp_path.iterdir()]

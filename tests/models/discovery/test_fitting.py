@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 from typing import Any
 
 import pytest
@@ -137,3 +138,28 @@ def test_a_module_that_computes_otherwise_is_found(name: str, monkeypatch: pytes
     with pytest.raises(CheckpointError) as caught:
         fitted(values | {"architectures": [name]})  # another text, so that no earlier answer is given
     assert said in caught.value.message
+
+
+IMPLAUSIBLE = {
+    "an empty expert": ("olmoe", {"intermediate_size": 0}, "would be [0, 64]"),
+    "an empty MLP": ("mistral", {"intermediate_size": 0}, "config.json: "),
+    "a wide expert": ("glm4_moe", {"moe_intermediate_size": 10**9}, "would be [1000000000, 64]"),
+    "a wide MLP": ("mistral", {"intermediate_size": 10**9}, "would be [1000000000, 64]"),
+    "many shared experts": ("ernie4_5_moe", {"moe_num_shared_experts": 10**9}, "sizes of 1 to"),
+    "wide heads": ("glm4_moe", {"head_dim": 10**9}, "sizes of 1 to"),
+    "many heads": ("glm4_moe", {"num_attention_heads": 10**9}, "config.json: "),
+    "no heads": ("mistral", {"num_attention_heads": 0}, "config.json: "),
+    "negative heads": ("mistral", {"num_attention_heads": -4}, "config.json: "),
+    "no expert a token": ("ernie4_5_moe", {"moe_k": 0}, "sends a token to no expert"),
+}
+
+
+@pytest.mark.parametrize("name", IMPLAUSIBLE)
+def test_implausible_sizes_are_refused_before_they_take_memory(name: str) -> None:
+    model_type, changes, said = IMPLAUSIBLE[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError) as caught:
+        architecture(config_of(model_type).to_dict() | changes)
+    assert said in caught.value.message
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 500 * 1024  # kibibytes; one number a row has 4 GB
