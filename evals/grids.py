@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from evals.options import REPOSITORY, json_option, model_option, work_option
+from evals.options import REPOSITORY, json_option, model_option, outliers_option, work_option
 from evals.quality import (
     CALIBRATION,
     Difference,
@@ -83,7 +83,7 @@ class Row:
 @click.option("--type", "types", multiple=True, default=TYPES, show_default=True, help="Of ggml; repeatable.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), default=tuple(METHODS))
 @click.option("--tokens", type=click.IntRange(min=512), default=16384, show_default=True, help="Held-out tokens.")
-@click.option("--outliers", is_flag=True, help="Measure a copy of the model with outliers.")
+@outliers_option
 @work_option("build/grids")
 @json_option
 def main(

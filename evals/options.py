@@ -37,3 +37,20 @@ def work_option(folder: str) -> Callable[[Function], Function]:
 def json_option(function: Function) -> Function:
     """``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def outliers_option(function: Function) -> Function:
+    """``--outliers``: a copy of the model that is harder to round."""
+    return click.option("--outliers", is_flag=True, help="Measure a copy of the model with outliers.")(function)
+
+
+def results_option(name: str) -> Callable[[Function], Function]:
+    """``--results``: the file of figures, by default that in evals/results."""
+
+    def add(function: Function) -> Function:
+        kind = click.Path(dir_okay=False, path_type=Path, resolve_path=True)
+        return click.option("--results", type=kind, default=REPOSITORY / "evals/results" / name, show_default=True)(
+            function
+        )
+
+    return add

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 import yaml
 
-from evals.grids import with_outliers
-from evals.options import REPOSITORY, model_option, work_option
+from evals.options import model_option, outliers_option, results_option, work_option
 from evals.quality import CALIBRATION, WINDOW
-from evals.target_sizes import Text, measured_once, measured_sensitivity, quantize
+from evals.target_sizes import Text, measured_once, measured_sensitivity, quantize, variant, with_outliers_once
 from qconv.artifacts.source import Source
 from qconv.errors import QconvError
 from qconv.executors.threads import Threads
@@ -62,24 +61,16 @@ class Row:
 
 @click.command(help=__doc__)
 @model_option
-@click.option("--outliers", is_flag=True, help="Measure a copy of the model with outliers.")
+@outliers_option
 @click.option("--tokens", type=click.IntRange(min=WINDOW), default=16384, show_default=True, help="Held-out tokens.")
 @click.option("--calibration", type=click.IntRange(min=WINDOW), default=CALIBRATION.tokens, show_default=True)
 @work_option("build/predicted-divergence")
-@click.option(
-    "--results",
-    type=click.Path(dir_okay=False, path_type=Path, resolve_path=True),
-    default=REPOSITORY / "evals/results/predicted-divergence.json",
-    show_default=True,
-)
+@results_option("predicted-divergence.json")
 def main(model: Path, outliers: bool, tokens: int, calibration: int, work: Path, results: Path) -> None:
     torch.set_num_threads(1)
-    name = f"{model.name}, outliers" if outliers else model.name
-    work /= name.replace(", ", "-")
+    name, work = variant(model, outliers, work)
     try:
-        if outliers:
-            harder = work / model.name
-            model = harder if harder.exists() else with_outliers(model, harder)
+        model = with_outliers_once(model, work) if outliers else model
         text = Text.of(model, calibration, tokens)
         found = run(model, text, work)
     except QconvError as error:

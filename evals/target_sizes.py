@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from evals.grids import with_outliers
-from evals.options import REPOSITORY, model_option, work_option
+from evals.options import REPOSITORY, model_option, outliers_option, results_option, work_option
 from evals.quality import (
     CALIBRATION,
     RESAMPLES,
@@ -94,29 +94,33 @@ class Text:
         return ("--calib", self.calibration.corpus, "--tokens", str(self.calibration.tokens))
 
 
+def variant(model: Path, outliers: bool, work: Path) -> tuple[str, Path]:
+    """What the model is called in tables, and the folder within ``work`` for its builds."""
+    name = f"{model.name}, outliers" if outliers else model.name
+    return name, work / name.replace(", ", "-")
+
+
+def with_outliers_once(model: Path, work: Path) -> Path:
+    """The model's copy with outliers in ``work``, made unless it is there."""
+    harder = work / model.name
+    return harder if harder.exists() else with_outliers(model, harder)
+
+
 @click.command(help=__doc__)
 @model_option
-@click.option("--outliers", is_flag=True, help="Measure a copy of the model with outliers.")
+@outliers_option
 @click.option("--size", "sizes", multiple=True, type=click.Choice(list(READY_OF)), default=tuple(READY_OF))
 @click.option("--tokens", type=click.IntRange(min=WINDOW), default=16384, show_default=True, help="Held-out tokens.")
 @click.option("--calibration", type=click.IntRange(min=WINDOW), default=CALIBRATION.tokens, show_default=True)
 @work_option("build/target-sizes")
-@click.option(
-    "--results",
-    type=click.Path(dir_okay=False, path_type=Path, resolve_path=True),
-    default=REPOSITORY / "evals/results/target-sizes.json",
-    show_default=True,
-)
+@results_option("target-sizes.json")
 def main(
     model: Path, outliers: bool, sizes: tuple[str, ...], tokens: int, calibration: int, work: Path, results: Path
 ) -> None:
     torch.set_num_threads(1)
-    name = f"{model.name}, outliers" if outliers else model.name
-    work /= name.replace(", ", "-")
+    name, work = variant(model, outliers, work)
     try:
-        if outliers:
-            harder = work / model.name
-            model = harder if harder.exists() else with_outliers(model, harder)
+        model = with_outliers_once(model, work) if outliers else model
         text = Text.of(model, calibration, tokens)
         found = {size: run_size(model, size, text, work) for size in sizes}
     except QconvError as error:

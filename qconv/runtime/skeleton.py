@@ -189,12 +189,12 @@ class Installer:
     def _parameter(self, parameter: Parameter) -> None:
         """A tensor of transformers' own module; a buffer, such as a correction bias, keeps the file's dtype."""
         parent, _, leaf = self.held_name(parameter.name).rpartition(".")
-        tensor = self.files.tensor(parameter.name, parameter.shape).to(self.backend.device)
+        tensor = self.files.tensor(parameter.name, parameter.shape)
         module = self.model.get_submodule(parent)
         if leaf in dict(module.named_buffers(recurse=False)):
-            module.register_buffer(leaf, tensor)
+            module.register_buffer(leaf, tensor.to(self.backend.device))
         else:
-            module.register_parameter(leaf, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
+            self._place(module, leaf, tensor)
 
     def _packed(self, name: str, weight: PackedWeight, bias: Tensor | None) -> None:
         if bias is not None:
@@ -209,8 +209,11 @@ class Installer:
     def _assign(self, name: str, **tensors: Tensor) -> None:
         module = self.model.get_submodule(self.held_name(name))
         for leaf, tensor in tensors.items():
-            placed = tensor.to(self.backend.device, self.dtype)
-            module.register_parameter(leaf, nn.Parameter(placed, requires_grad=False))
+            self._place(module, leaf, tensor)
+
+    def _place(self, module: nn.Module, leaf: str, tensor: Tensor) -> None:
+        placed = tensor.to(self.backend.device, self.dtype)
+        module.register_parameter(leaf, nn.Parameter(placed, requires_grad=False))
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of the one that the checkpoint calls so."""

@@ -27,12 +27,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def llama(client: Client, tmp_path: Path) -> Llama:
-    """Runs llama.cpp."""
-    return Llama(client, tmp_path)
-
-
 def trained(scheme: str, path: Path) -> None:
     """Train on the tests' texts, then merge every pair that makes a token, as a conversion from SentencePiece does."""
     learner = Tokenizer(models.BPE())
@@ -63,7 +57,7 @@ def trained(scheme: str, path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_tokenization_is_that_of_transformers(
-    scheme: str, llama: Llama, tmp_path: Path, edit_json: Callable[..., None]
+    scheme: str, client: Client, tmp_path: Path, edit_json: Callable[..., None]
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -76,7 +70,7 @@ def test_tokenization_is_that_of_transformers(
         special = (*SPECIAL, "<tool_call>")
         given = [text for text in given if not text.startswith(" ") and not any(one in text for one in special)]
         assert len(given) > 140
-    answer = llama(file, texts=given)
+    answer = Llama(client, tmp_path)(file, texts=given)
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert answer.tokens == [tokenizer(text)["input_ids"] for text in given]
     assert len({token for tokens in answer.tokens for token in tokens if 3 <= token < 259}) > 20, "bytes are among them"

@@ -58,12 +58,18 @@ def save(folder: Path, model_type: str, changes: dict[str, Any]) -> tuple[dict[s
     """A random model of the family saved by transformers: its config.json and the shapes of its tensors."""
     config = AutoConfig.for_model(model_type, **BASE | FAMILIES[model_type] | changes)
     model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    shapes = saved(model, folder)
+    return json.loads((folder / "config.json").read_text()), shapes
+
+
+def saved(model: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what transformers saves of a model."""
     model.save_pretrained(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return json.loads((folder / "config.json").read_text()), shapes
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+    return shapes
 
 
 def with_older_keys(config: dict[str, Any], model_type: str) -> dict[str, Any]:

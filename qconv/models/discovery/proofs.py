@@ -273,6 +273,7 @@ def _running(what: str) -> Iterator[None]:
             yield
     except Unproved:
         raise
+    # Modules of another kind raise whatever they raise when they are called as this kind is.
     except Exception as error:
         raise Unproved(f"{what} does not run by itself: {one_line(error)}") from error
 

@@ -166,6 +166,7 @@ def _config(values: Mapping[str, Any]) -> Any:
         )
     try:
         config: Any = _transformers().AutoConfig.for_model(model_type, **own)
+    # Its checks raise a kind of their own, its code whatever a value of another type makes it raise.
     except Exception as error:
         raise CheckpointError(
             f"config.json: transformers does not accept it: {one_line(error)}.", hint="Repair config.json."
@@ -268,9 +269,7 @@ class _Structure:
 
     def _producer(self, number: int) -> str | None:
         made = self.makes.get(number)
-        if made is None or isinstance(self.model.get_submodule(made), nn.Embedding):
-            return None
-        return self._stored(made)
+        return None if made is None else self._stored(made)
 
     def _experts(self, name: str, called: str) -> FusedExperts:
         own = dict(own_tensors(self.model.get_submodule(name)))

@@ -35,7 +35,7 @@ class Trace:
 
     Attributes:
         reads: By module, in the order in which they ran, a number that stands for the tensor that it read.
-        makes: By such a number, the norm or embedding that made the tensor.
+        makes: By such a number, the norm that made the tensor.
     """
 
     reads: dict[str, int] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def trace(model: nn.Module, experts: Mapping[str, nn.Module]) -> Trace:
     for name, module in model.named_modules():
         if name in experts or is_reader(module):
             handles.append(module.register_forward_pre_hook(reads(name), with_kwargs=True))
-        elif is_norm(module) or isinstance(module, nn.Embedding):
+        elif is_norm(module):
             handles.append(module.register_forward_hook(makes(name)))
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     try:
@@ -94,16 +94,18 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def is_reader(module: nn.Module) -> bool:
     """Whether it multiplies its input by a weight: a linear, or a router that is no linear."""
-    if isinstance(module, nn.Linear):
-        return True
-    weight = dict(own_tensors(module)).get("weight")
-    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    return _dimensions(module) == 2 and not isinstance(module, nn.Embedding)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it scales its input by a weight for each feature."""
+    return _dimensions(module) == 1
+
+
+def _dimensions(module: nn.Module) -> int | None:
+    """Of its own weight, if it has one."""
     weight = dict(own_tensors(module)).get("weight")
-    return weight is not None and weight.dim() == 1
+    return None if weight is None else weight.dim()
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -117,7 +119,7 @@ def _zeros_like_input(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type its class
     """Gives one number to a tensor and to those that come of it by operations that keep its rows."""
 
     def __init__(self) -> None:

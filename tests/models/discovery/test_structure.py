@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,7 +16,7 @@ from qconv.core.architecture import Layer, Moe
 from qconv.errors import CheckpointError
 from qconv.models import architecture
 from qconv.models.discovery import Discovery, InputGroup, LayerStructure, discover
-from tests.models.test_families import BASE, FAMILIES, VARIATIONS
+from tests.models.test_families import BASE, FAMILIES, VARIATIONS, saved
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -96,21 +95,12 @@ def model_of(config: Any) -> Any:
     """A random model whose norms and biases are not trivial either."""
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    untyped: Any = AutoModelForCausalLM
+    made = untyped.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made.eval()
-
-
-def saved(model: Any, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what transformers saves of it."""
-    model.save_pretrained(folder)
-    found: dict[str, tuple[int, ...]] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 def declared(layer: Layer) -> Iterator[InputGroup]:
