@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType, Keys
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
@@ -17,10 +17,10 @@ from qconv.checkpoint.reader import Tensors, map_tensor
 from qconv.core.architecture import Architecture, Linear
 from qconv.errors import CheckpointError
 from qconv.formats.gguf.config import config_of
+from qconv.formats.gguf.forms import form
 from qconv.formats.gguf.header import GgufEntry
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.reader import GgufModel
-from qconv.formats.gguf.rope import ROTATES_BY_FACTORS
 from qconv.models import architecture
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedWeight, dequantized_rows, is_decoded, row_bytes
@@ -63,7 +63,7 @@ class GgufFiles:
         config = config_of(model)
         resolved = architecture(config)
         tensors = gguf_tensors(resolved)
-        _check_tensors(model, tensors, rotated=model.metadata[Keys.General.ARCHITECTURE] == ROTATES_BY_FACTORS)
+        _check_tensors(model, tensors, rotated=form(resolved.family).rope_factors)
         places = {source: (tensor, part) for tensor in tensors for part, source in enumerate(tensor.sources)}
         return cls(model, config, resolved, mapped, places)
 

@@ -6,29 +6,21 @@ with the tensors before anything is built of them.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-from gguf import Keys
+from gguf import ExpertGatingFuncType, Keys
 
 from qconv.errors import CheckpointError
+from qconv.formats.gguf.forms import Form, families, form
+from qconv.formats.gguf.forms.base import Experts, Stated
 from qconv.formats.gguf.keys import SCALE_LINEAR, ModelKeys
-from qconv.formats.gguf.names import ARCHITECTURES, architecture_name
 from qconv.formats.gguf.reader import GgufModel
 from qconv.formats.gguf.special import end_ids, token_id
 
-_RENORMALIZES = {"qwen3_moe": True, "qwen2_moe": False}
-"""Whether llama.cpp makes the weights of the chosen experts sum to one; in Mixtral they do by construction."""
-_ARCHITECTURE_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.")
-_ATTENTION_BIAS = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.bias")
-_MLP_BIAS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.bias")
+_SPARSE = "ffn_gate_exps.weight"
 
 
 def config_of(model: GgufModel) -> dict[str, Any]:
@@ -45,24 +37,24 @@ class _Reader:
     def __init__(self, model: GgufModel) -> None:
         self.model = model
         self.keys = ModelKeys.of(model.files[0], model.metadata)
-        self.family = self._family()
+        self.family, self.form = self._family()
 
     def config(self) -> dict[str, Any]:
         keys, entries = self.keys, self.model.entries
         vocabulary = self.model.entry("token_embd.weight").shape[0]
-        heads = keys.integer(Keys.Attention.HEAD_COUNT)
+        layers, heads = self._layers(), keys.integer(Keys.Attention.HEAD_COUNT)
         hidden = keys.integer(Keys.LLM.EMBEDDING_LENGTH)
         head_dim = keys.integer(Keys.Attention.KEY_LENGTH, max(1, hidden // heads))
         self._require(Keys.Attention.VALUE_LENGTH, keys.integer(Keys.Attention.VALUE_LENGTH, head_dim), head_dim)
         config: dict[str, Any] = {
-            "architectures": [_ARCHITECTURE_CLASSES[self.family]],
+            "architectures": [self.form.model_class],
             "model_type": self.family,
             "dtype": "bfloat16",
             "hidden_act": "silu",
             "vocab_size": vocabulary,
             "hidden_size": hidden,
             "intermediate_size": keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1),
-            "num_hidden_layers": self._layers(),
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": keys.integer(Keys.Attention.HEAD_COUNT_KV, heads),
             "head_dim": head_dim,
@@ -71,26 +63,31 @@ class _Reader:
             "rope_parameters": self._rope(head_dim),
             "sliding_window": None,
             "tie_word_embeddings": "output.weight" not in entries,
-            "attention_bias": any(map(_ATTENTION_BIAS.fullmatch, entries)),
         }
-        config |= self._experts()
-        if self.family == "llama":
-            config["mlp_bias"] = any(map(_MLP_BIAS.fullmatch, entries))
+        config |= {key: self._is_present(names) for key, names in self.form.present.items()}
+        config |= {one.config: one.value for one in self.form.fixed if one.config is not None}
+        config |= {one.config: self._stated(one) for one in self.form.stated}
+        if self.form.experts is not None:
+            config |= self._experts(self.form.experts, layers)
+        self._check_fixed()
         for kind, key in (("bos", Keys.Tokenizer.BOS_ID), ("pad", Keys.Tokenizer.PAD_ID)):
             config[f"{kind}_token_id"] = token_id(self.model, key, vocabulary)
         config["eos_token_id"] = end_ids(self.model, vocabulary) or None
         keys.require_rest_to_say_nothing()
         return config
 
-    def _family(self) -> str:
-        by_name = {architecture_name(family): family for family in ARCHITECTURES if family != "mixtral"}
-        if self.keys.architecture not in by_name:
-            raise CheckpointError(
-                f"{self.model.files[0]}: architecture {self.keys.architecture[:80]!r} is not known.",
-                hint=f"qconv runs {', '.join(sorted(by_name))}.",
-            )
-        family = by_name[self.keys.architecture]
-        return "mixtral" if family == "llama" and self.keys.integer(Keys.LLM.EXPERT_COUNT, 0) else family
+    def _family(self) -> tuple[str, Form]:
+        read = {family: form(family) for family in families() if form(family).read}
+        sparse = bool(self.keys.integer(Keys.LLM.EXPERT_COUNT, 0))
+        for family, one in read.items():
+            if one.architecture == self.keys.architecture and (one.experts is not None) == sparse:
+                return family, one
+        known = ", ".join(sorted({one.architecture for one in read.values()}))
+        raise CheckpointError(
+            f"{self.model.files[0]}: architecture {self.keys.architecture[:80]!r} is not known"
+            f"{' with experts' if sparse else ''}.",
+            hint=f"qconv runs {known}.",
+        )
 
     def _layers(self) -> int:
         """The number of layers, of which there are no more than the tensors name."""
@@ -101,34 +98,47 @@ class _Reader:
             raise self.keys.error(f"{name} is {count}, and the file holds tensors of {len(found)} layers")
         return count
 
-    def _experts(self) -> dict[str, Any]:
-        count = self.keys.integer(Keys.LLM.EXPERT_COUNT, 0)
-        if not count:
-            self.keys.integer(Keys.LLM.EXPERT_USED_COUNT, 0)
-            return {}
-        shape = self.model.entry("blk.0.ffn_gate_exps.weight").shape
-        self._require(Keys.LLM.EXPERT_COUNT, count, shape[0])
-        config: dict[str, Any] = {
-            "num_local_experts": count,
-            "num_experts": count,
-            "num_experts_per_tok": self.keys.integer(Keys.LLM.EXPERT_USED_COUNT),
-        }
-        normalizes = _RENORMALIZES.get(self.family, True)
-        if self.keys.has(Keys.LLM.EXPERT_WEIGHTS_NORM):
-            said = self.keys.flag(Keys.LLM.EXPERT_WEIGHTS_NORM)
-            self._require(Keys.LLM.EXPERT_WEIGHTS_NORM, said, normalizes)
-        if self.family == "mixtral":
-            return config
-        config |= {
-            "moe_intermediate_size": self._width("blk.0.ffn_gate_exps.weight"),
-            "norm_topk_prob": normalizes,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
-        if self.family == "qwen2_moe":
-            config["shared_expert_intermediate_size"] = self._width("blk.0.ffn_gate_shexp.weight")
-            config["qkv_bias"] = any(map(_ATTENTION_BIAS.fullmatch, self.model.entries))
+    def _is_present(self, names: str) -> bool:
+        """Whether a tensor of a layer has such a name."""
+        pattern = re.compile(rf"blk\.\d+\.{names}")
+        return any(map(pattern.fullmatch, self.model.entries))
+
+    def _stated(self, one: Stated) -> bool | int | float:
+        if isinstance(one.default, bool):
+            return self.keys.flag(one.key) if self.keys.has(one.key) else one.absent
+        if isinstance(one.default, int):
+            return self.keys.integer(one.key, int(one.absent))
+        return self.keys.number(one.key, float(one.absent))
+
+    def _check_fixed(self) -> None:
+        for one in self.form.fixed:
+            if one.key is not None and self.keys.has(one.key):
+                said = self.keys.flag(one.key) if isinstance(one.value, bool) else self.keys.integer(one.key)
+                self._require(one.key, said, one.value)
+
+    def _experts(self, experts: Experts, layers: int) -> dict[str, Any]:
+        keys, count = self.keys, self.keys.integer(Keys.LLM.EXPERT_COUNT)
+        dense = 0 if experts.dense_first is None else self._dense(layers)
+        first = f"blk.{dense}.{_SPARSE}"
+        self._require(Keys.LLM.EXPERT_COUNT, count, self.model.entry(first).shape[0])
+        config: dict[str, Any] = dict.fromkeys(experts.count, count)
+        config[experts.used] = keys.integer(Keys.LLM.EXPERT_USED_COUNT)
+        if experts.gating is not ExpertGatingFuncType.SOFTMAX:
+            said = keys.integer(Keys.LLM.EXPERT_GATING_FUNC, 0)
+            self._require(Keys.LLM.EXPERT_GATING_FUNC, said or experts.gating, experts.gating)
+        if experts.dense_first is not None:
+            said = keys.integer(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, 0)
+            self._require(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, said, dense)
+            config |= experts.dense_first(dense, layers)
+        if experts.width is not None:
+            config[experts.width] = self._width(first)
+        if experts.shared_width is not None:
+            config[experts.shared_width] = self._width(f"blk.{dense}.ffn_gate_shexp.weight")
         return config
+
+    def _dense(self, layers: int) -> int:
+        """How many layers have no experts before the first that has."""
+        return next((layer for layer in range(layers) if f"blk.{layer}.{_SPARSE}" in self.model.entries), 0)
 
     def _width(self, name: str) -> int:
         """Rows of a gate: of one expert's, where a tensor holds them all."""
@@ -140,9 +150,15 @@ class _Reader:
     def _rope(self, head_dim: int) -> dict[str, Any]:
         """As llama.cpp reads it: a factor without a type is linear, the newer key's goes first, 0 is none."""
         keys = self.keys
-        rotated = keys.integer(Keys.Rope.DIMENSION_COUNT, head_dim)
-        self._require(Keys.Rope.DIMENSION_COUNT, rotated, head_dim)
         parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number(Keys.Rope.FREQ_BASE, 10000.0)}
+        rotated = keys.integer(Keys.Rope.DIMENSION_COUNT, head_dim)
+        if self.form.rotated is not None and rotated <= head_dim:
+            share = rotated / head_dim
+            # transformers cuts the product off, which may lie a little below the whole number.
+            whole = int(head_dim * share) == rotated
+            parameters["partial_rotary_factor"] = share if whole else math.nextafter(share, math.inf)
+        else:
+            self._require(Keys.Rope.DIMENSION_COUNT, rotated, head_dim)
         kind = keys.text(Keys.Rope.SCALING_TYPE, "linear")
         factors = [keys.amount(key) for key in (Keys.Rope.SCALING_FACTOR, SCALE_LINEAR) if keys.has(key)]
         factor = (factors or [1.0])[0] or 1.0

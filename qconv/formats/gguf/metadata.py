@@ -9,13 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any, TypeAlias
 
-from gguf import GGML_QUANT_VERSION, GGUFValue, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import (
+    GGML_QUANT_VERSION,
+    ExpertGatingFuncType,
+    GGUFValue,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+)
 
 from qconv.checkpoint.config import Config
 from qconv.core.architecture import Architecture, Moe
 from qconv.errors import CheckpointError, UsageError
-from qconv.formats.gguf.names import architecture_name
-from qconv.formats.gguf.rope import ROTATES_BY_FACTORS, Rope, rope_of
+from qconv.formats.gguf.forms import Form, form
+from qconv.formats.gguf.forms.base import Fixed, Stated
+from qconv.formats.gguf.rope import Rope, rope_of
 
 Metadata: TypeAlias = dict[str, GGUFValue]
 """Keys with their values and the types in which the file holds them, in file order."""
@@ -23,8 +32,8 @@ Metadata: TypeAlias = dict[str, GGUFValue]
 FOLDED = "qconv.scales_folded"
 """Says of a model that scales were folded into it, which leaves its outputs as they are: its weights are not the
 source's. llama.cpp does not look at it."""
-_RENORMALIZES = {"qwen3_moe": True, "qwen2_moe": False}
-"""Whether llama.cpp makes the weights of the chosen experts sum to one: fixed by the architecture."""
+_PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "output", "gate": "gate", "up": "up", "down": "down"}
+_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
 
 
 def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_type: LlamaFileType) -> Metadata:
@@ -41,8 +50,8 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
         UsageError: llama.cpp cannot express the model; says what.
     """
     require_expressible(config, model)
-    values = Config(config)
-    writer = GGUFWriter(None, architecture_name(model.family))
+    values, of = Config(config), form(model.family)
+    writer = GGUFWriter(None, of.architecture)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -60,7 +69,10 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     _add_rope(writer, rope_of(config), model.head_dim)
-    _add_experts(writer, model)
+    _add_experts(writer, model, of)
+    for stated in of.stated:
+        key = stated.key.format(arch=of.architecture)
+        writer.add_key_value(key, stated_value(config, stated), _TYPES[type(stated.default)])
     return writer.kv_data[0]
 
 
@@ -71,52 +83,98 @@ def require_expressible(config: dict[str, Any], model: Architecture) -> None:
         CheckpointError: a key of config.json is malformed.
         UsageError: it is not; says where they differ.
     """
-    values = Config(config)
-    reason = None
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        reason = f"hidden_act {config['hidden_act']!r}: the activation is always silu"
-    elif _slides(config):
-        reason = "sliding-window attention: every layer attends to the whole context"
-    elif model.family in _RENORMALIZES:
-        # transformers takes an absent key as false, for both families.
-        if values.flag("norm_topk_prob", default=False) != _RENORMALIZES[model.family]:
-            fixed = "always" if _RENORMALIZES[model.family] else "never"
-            reason = f"norm_topk_prob {config.get('norm_topk_prob')!r}: the chosen experts' weights {fixed} sum to one"
-        elif not all(isinstance(layer.mlp, Moe) for layer in model.layers):
-            dense = next(layer.index for layer in model.layers if not isinstance(layer.mlp, Moe))
-            reason = f"layer {dense} is dense (mlp_only_layers, decoder_sparse_step): every layer has experts"
-    if reason is None:
-        reason = _attention_difference(model)
-    if reason is None and architecture_name(model.family) != ROTATES_BY_FACTORS:
-        factors = rope_of(config).factors(model.head_dim)
-        reason = "rope_type 'llama3': the tensor of its factors is not read" if factors else None
+    of = form(model.family)
+    reason = (
+        _activation_difference(config)
+        or _attention_difference(config, model, of)
+        or next((found for fixed in of.fixed if (found := _fixed_difference(config, fixed)) is not None), None)
+        or _layer_difference(model, of)
+        or of.differs(config, model)
+    )
     if reason is not None:
         raise UsageError(
-            f"config.json: {reason} in llama.cpp's {architecture_name(model.family)}.",
+            f"config.json: {reason} in llama.cpp's {of.architecture}.", hint="This model cannot be written as GGUF."
+        )
+    rotated = rope_of(config).rotated(model.head_dim)
+    if rotated % 2:
+        raise UsageError(
+            f"config.json: {rotated} of {model.head_dim} channels of a head are rotated: llama.cpp rotates pairs.",
             hint="This model cannot be written as GGUF.",
         )
 
 
-def _attention_difference(model: Architecture) -> str | None:
-    """What llama.cpp's attention of the architecture has no place for, or None."""
+def stated_value(config: dict[str, Any], stated: Stated) -> bool | int | float:
+    """What config.json says of a value that the file states.
+
+    Raises:
+        CheckpointError: it is of another type.
+    """
+    values = Config(config)
+    if isinstance(stated.default, bool):
+        return values.flag(stated.config, stated.default)
+    if isinstance(stated.default, int):
+        return values.integer(stated.config, default=stated.default)
+    given = values.positive(stated.config)
+    return stated.default if given is None else given
+
+
+def _activation_difference(config: dict[str, Any]) -> str | None:
+    if config.get("hidden_act", "silu") in ("silu", "swish"):
+        return None
+    return f"hidden_act {config['hidden_act']!r}: the activation is always silu"
+
+
+def _attention_difference(config: dict[str, Any], model: Architecture, of: Form) -> str | None:
     queries = model.num_attention_heads * model.head_dim
+    if _slides(config, of):
+        return "sliding-window attention: every layer attends to the whole context"
     if model.head_dim % 2:
         return f"head_dim {model.head_dim} is odd: rotary embeddings need pairs"
-    if model.family == "qwen2_moe" and queries != model.hidden_size:
+    if of.heads_fill_hidden and queries != model.hidden_size:
         return f"{model.num_attention_heads} heads of {model.head_dim}: together they are hidden_size wide"
-    if model.family in ("qwen3", "qwen3_moe") and any(layer.attention.o.bias for layer in model.layers):
-        return "attention_bias: the output projection has no bias"
     return None
 
 
-def _slides(config: dict[str, Any]) -> bool:
+def _fixed_difference(config: dict[str, Any], fixed: Fixed) -> str | None:
+    """What a key of config.json has that llama.cpp has otherwise, or None.
+
+    Raises:
+        CheckpointError: it is to be true or false, and is neither.
+    """
+    if fixed.config is None:
+        return None
+    if isinstance(fixed.value, bool):
+        said = Config(config).flag(fixed.config, bool(fixed.default))
+    else:
+        said = config.get(fixed.config, fixed.default)
+    return None if said == fixed.value else f"{fixed.config} {config.get(fixed.config)!r}: {fixed.because}"
+
+
+def _layer_difference(model: Architecture, of: Form) -> str | None:
+    for layer in model.layers:
+        named = dict(zip("qkvo", layer.attention.linears(), strict=True))
+        for mlp in () if isinstance(layer.mlp, Moe) else layer.mlps():
+            named |= {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
+        for role, linear in named.items():
+            if linear.bias and role not in of.biases:
+                return f"{linear.name}.bias: the {_PROJECTIONS[role]} projection has no bias"
+    if model.lm_head is None and not of.tied:
+        return "tie_word_embeddings: the head is a tensor of its own"
+    if of.experts is None:
+        return None
+    dense = [layer.index for layer in model.layers if not isinstance(layer.mlp, Moe)]
+    if of.experts.dense_first is None and dense:
+        return f"layer {dense[0]} is dense: every layer has experts"
+    later = [index for number, index in enumerate(dense) if index != number]
+    return f"layer {later[0]} is dense behind one that has experts: dense layers come first" if later else None
+
+
+def _slides(config: dict[str, Any], of: Form) -> bool:
     """Whether a layer attends to a window. Qwen's configs give a window and switch it off."""
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
         return True
-    window = config.get("sliding_window")
-    switched_on = config.get("use_sliding_window", config.get("model_type") == "mixtral")
-    return window is not None and bool(switched_on)
+    return config.get("sliding_window") is not None and bool(config.get("use_sliding_window", of.window))
 
 
 def _rms_epsilon(config: dict[str, Any]) -> float:
@@ -129,7 +187,7 @@ def _rms_epsilon(config: dict[str, Any]) -> float:
 
 
 def _add_rope(writer: GGUFWriter, rope: Rope, head_dim: int) -> None:
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(rope.rotated(head_dim))
     # Never left out: llama.cpp would take 10000, load, and be silently wrong.
     writer.add_rope_freq_base(rope.theta)
     values = rope.parameters
@@ -140,12 +198,16 @@ def _add_rope(writer: GGUFWriter, rope: Rope, head_dim: int) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(values["original_max_position_embeddings"]))
 
 
-def _add_experts(writer: GGUFWriter, model: Architecture) -> None:
-    moe = model.layers[0].mlp
-    if not isinstance(moe, Moe):
+def _add_experts(writer: GGUFWriter, model: Architecture, of: Form) -> None:
+    moe = next((layer.mlp for layer in model.layers if isinstance(layer.mlp, Moe)), None)
+    if moe is None or of.experts is None:
         return
     writer.add_expert_count(len(moe.experts))
     writer.add_expert_used_count(moe.top_k)
     writer.add_expert_feed_forward_length(moe.experts[0].gate.out_features)
     if moe.shared_expert is not None:
         writer.add_expert_shared_feed_forward_length(moe.shared_expert.gate.out_features)
+    if of.experts.dense_first is not None:
+        writer.add_leading_dense_block_count(sum(not isinstance(layer.mlp, Moe) for layer in model.layers))
+    if of.experts.gating is not ExpertGatingFuncType.SOFTMAX:
+        writer.add_expert_gating_func(of.experts.gating)

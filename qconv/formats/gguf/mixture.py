@@ -15,7 +15,7 @@ from qconv.core.architecture import Architecture, Moe
 from qconv.errors import UsageError
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.llama_cpp_mixtures import MIXTURES, Mixture, Place, always
-from qconv.formats.gguf.names import GgufTensor
+from qconv.formats.gguf.names import GgufTensor, architecture_name
 from qconv.formats.gguf.ready import READY, ready_types
 
 T: TypeAlias = GGMLQuantizationType
@@ -220,7 +220,7 @@ def _in_layer(mixture: Mixture, tensor: GgufTensor, place: Place, model: Archite
 def _is_llama_70b(model: Architecture) -> bool:
     """Llama 2 and 3 70B: v is an eighth of q, so a better type costs little."""
     return (
-        model.family in ("llama", "mixtral")
+        architecture_name(model.family) == "llama"
         and len(model.layers) == 80
         and model.num_attention_heads != model.num_key_value_heads
     )

@@ -11,20 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
+from gguf import MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
 from torch import Tensor
 
 from qconv.core.architecture import Architecture, Layer, Module, Moe
 from qconv.errors import UsageError
-
-ARCHITECTURES = {
-    "llama": MODEL_ARCH.LLAMA,
-    "mixtral": MODEL_ARCH.LLAMA,
-    "qwen2_moe": MODEL_ARCH.QWEN2MOE,
-    "qwen3": MODEL_ARCH.QWEN3,
-    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
-}
-"""llama.cpp's architecture by qconv's family; Mixtral is its llama with experts."""
+from qconv.formats.gguf.forms import form
 
 _UNQUANTIZED = (MODEL_TENSOR.FFN_GATE_INP,)
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
@@ -84,7 +76,7 @@ def architecture_name(family: str) -> str:
     Raises:
         UsageError: llama.cpp's form of that family is not known here.
     """
-    return MODEL_ARCH_NAMES[_architecture(family)]
+    return form(family).architecture
 
 
 def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> list[GgufTensor]:
@@ -97,10 +89,10 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
     Raises:
         UsageError: llama.cpp's form of the family is not known here, or has no place for one of its tensors.
     """
-    architecture = _architecture(model.family)
-    names = get_tensor_name_map(architecture, len(model.layers))
+    of = form(model.family)
+    names = get_tensor_name_map(of.table, len(model.layers))
     permuted = {}
-    if architecture is MODEL_ARCH.LLAMA:
+    if of.pairs:
         permuted = {MODEL_TENSOR.ATTN_Q: model.num_attention_heads, MODEL_TENSOR.ATTN_K: model.num_key_value_heads}
     tensors = []
     for layer, modules in _groups(model):
@@ -109,7 +101,7 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
             found = names.get_type_and_name(_EXPERT_NUMBER.sub("", sources[0]), try_suffixes=(".weight", ".bias"))
             if found is None:
                 raise UsageError(
-                    f"{sources[0]}: llama.cpp's {MODEL_ARCH_NAMES[architecture]} has no place for it.",
+                    f"{sources[0]}: llama.cpp's {of.architecture} has no place for it.",
                     hint="This model cannot be written as GGUF.",
                 )
             kind, name = found
@@ -130,15 +122,6 @@ def permute_heads(rows: Tensor, heads: int) -> Tensor:
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
-
-
-def _architecture(family: str) -> MODEL_ARCH:
-    if family not in ARCHITECTURES:
-        raise UsageError(
-            f"family {family} has no GGUF form in qconv.",
-            hint=f"GGUF is written for {', '.join(sorted(ARCHITECTURES))}.",
-        )
-    return ARCHITECTURES[family]
 
 
 def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Module]]]:

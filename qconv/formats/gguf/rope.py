@@ -8,27 +8,28 @@ from typing import Any
 
 from qconv.checkpoint.rope import stated_rope
 from qconv.errors import CheckpointError, UsageError
-
-_DEFAULT_THETA = {"llama": 10000.0}
-"""Where a config may leave the base out. Llama's first models did; everywhere else a guess would be silently wrong."""
-
-ROTATES_BY_FACTORS = "llama"
-"""The architecture, of those that qconv writes, for which llama.cpp reads a tensor of :meth:`Rope.factors`."""
+from qconv.formats.gguf.forms import Form, form
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Frequencies are ``theta ** (-2i / head_dim)``, then scaled by ``kind``.
+    """Frequencies are ``theta ** (-2i / rotated)``, then scaled by ``kind``.
 
     Attributes:
         theta: The base.
         kind: ``default``, ``linear``, ``yarn`` or ``llama3``.
         parameters: The numbers of the scaling, as config.json names them.
+        share: How much of a head is rotated.
     """
 
     theta: float
     kind: str
     parameters: dict[str, float]
+    share: float = 1.0
+
+    def rotated(self, head_dim: int) -> int:
+        """How many of a head's channels are rotated, its first."""
+        return int(head_dim * self.share)
 
     def factors(self, head_dim: int) -> tuple[float, ...]:
         """What each of the ``head_dim / 2`` frequencies is divided by; empty unless ``llama3``.
@@ -49,6 +50,7 @@ class Rope:
         return tuple(factors)
 
 
+_SHARE = "partial_rotary_factor"
 _REQUIRED = {
     "default": (),
     "linear": ("factor",),
@@ -64,10 +66,12 @@ def rope_of(config: dict[str, Any]) -> Rope:
 
     Raises:
         CheckpointError: the base or a number of the scaling is missing or is no positive number.
-        UsageError: a scaling that llama.cpp does not compute as transformers does, or two that contradict each other.
+        UsageError: the family has no GGUF form; a scaling that llama.cpp does not compute as transformers does, or two
+            that contradict each other.
     """
+    of = form(str(config.get("model_type")))
     stated = stated_rope(config)
-    theta = stated.get("rope_theta", _DEFAULT_THETA.get(str(config.get("model_type"))))
+    theta = stated.get("rope_theta", of.theta)
     kind = stated["rope_type"]
     if kind not in _REQUIRED:
         raise UsageError(
@@ -75,16 +79,19 @@ def rope_of(config: dict[str, Any]) -> Rope:
             hint=f"llama.cpp computes {', '.join(_REQUIRED)}.",
         )
     parameters = {name: _positive(name, stated.get(name)) for name in _REQUIRED[kind]}
-    rope = Rope(_positive("rope_theta", theta), kind, parameters)
-    _check_expressible(stated, rope)
+    share = 1.0 if of.rotated is None else stated.get(_SHARE, of.rotated(config))
+    rope = Rope(_positive("rope_theta", theta), kind, parameters, _positive(_SHARE, share))
+    _check_expressible(stated, rope, of)
     return rope
 
 
-def _check_expressible(stated: dict[str, Any], rope: Rope) -> None:
-    partial = stated.get("partial_rotary_factor")
+def _check_expressible(stated: dict[str, Any], rope: Rope, of: Form) -> None:
+    partial = stated.get(_SHARE)
     reason = None
-    if partial not in (None, 1):
-        reason = f"partial_rotary_factor {partial!r}: llama.cpp rotates whole heads of this architecture"
+    if of.rotated is None and partial not in (None, 1):
+        reason = f"{_SHARE} {partial!r}: llama.cpp rotates whole heads of this architecture"
+    elif rope.kind == "llama3" and not of.rope_factors:
+        reason = f"rope_type 'llama3': the tensor of its factors is not read in llama.cpp's {of.architecture}"
     elif rope.kind == "yarn":
         reason = _yarn_difference(stated, rope.parameters["factor"])
     if reason is not None:

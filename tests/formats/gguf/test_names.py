@@ -10,7 +10,8 @@ from gguf import MODEL_ARCH, MODEL_TENSORS
 
 from qconv.building.bench import SliceShape
 from qconv.errors import UsageError
-from qconv.formats.gguf.names import ARCHITECTURES, GgufTensor, architecture_name, gguf_tensors, permute_heads
+from qconv.formats.gguf.forms import form
+from qconv.formats.gguf.names import GgufTensor, architecture_name, gguf_tensors, permute_heads
 from qconv.models import architecture
 from tests.conftest import FAMILIES, SIZES
 
@@ -61,7 +62,7 @@ def test_every_tensor_of_the_checkpoint_goes_to_one_place(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_what_the_architecture_knows_is_named(family: str) -> None:
     kinds = {tensor.kind for tensor in tensors_of(family)}
-    assert kinds <= set(MODEL_TENSORS[ARCHITECTURES[family]])
+    assert kinds <= set(MODEL_TENSORS[form(family).table])
 
 
 def test_experts_lie_behind_each_other_by_number() -> None:
@@ -104,7 +105,7 @@ def test_rope_factors_are_a_tensor_of_their_own() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_llama_permutes_and_only_q_and_k(family: str) -> None:
     permuted = {tensor.name.split(".")[2]: tensor.heads for tensor in tensors_of(family) if tensor.heads}
-    expected = {"attn_q": 4, "attn_k": 2} if ARCHITECTURES[family] is MODEL_ARCH.LLAMA else {}
+    expected = {"attn_q": 4, "attn_k": 2} if form(family).table is MODEL_ARCH.LLAMA else {}
     assert permuted == expected
 
 

@@ -1,0 +1,140 @@
+"""What a family's form in GGUF declares.
+
+llama.cpp hard-codes much of an architecture that a config.json can vary, and reads the rest from keys of its own. A
+:class:`Form` says which is which, so that one file a family gives the keys of a GGUF file, what must be refused, and
+the config.json that a file stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, Keys
+
+from qconv.core.architecture import Architecture
+
+Values: TypeAlias = Mapping[str, Any]
+"""A config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """A value that a key of the file states as a key of config.json does.
+
+    Attributes:
+        key: The file's, such as :data:`gguf.Keys.LLM.EXPERT_WEIGHTS_SCALE`.
+        config: config.json's.
+        default: What transformers takes where config.json lacks it; its type, bool, int or float, is the value's.
+        absent: What llama.cpp takes where the file lacks it.
+    """
+
+    key: str
+    config: str
+    default: bool | int | float
+    absent: bool | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A value that llama.cpp has for all models of the architecture.
+
+    Attributes:
+        config: The key of config.json that says otherwise where it has another value; None where none does.
+        value: The only one.
+        because: What llama.cpp does, for the message.
+        default: What transformers takes where config.json lacks it.
+        key: The key of a file that may say it too.
+    """
+
+    config: str | None
+    value: Any
+    because: str = ""
+    default: Any = None
+    key: str | None = None
+
+
+ATTENTION_BIAS = "attn_(q|k|v|output).bias"
+"""Names of biases below a layer, for :attr:`Form.present`."""
+ALWAYS_ONE = Fixed(
+    "norm_topk_prob", True, "the chosen experts' weights always sum to one", False, Keys.LLM.EXPERT_WEIGHTS_NORM
+)
+NEVER_ONE = Fixed(
+    "norm_topk_prob", False, "the chosen experts' weights never sum to one", False, Keys.LLM.EXPERT_WEIGHTS_NORM
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A sparse family's experts.
+
+    Attributes:
+        count: config.json's keys of their number.
+        used: Its key of how many a token goes to.
+        width: Its key of their intermediate size, None where that is ``intermediate_size``.
+        shared_width: Its key of the shared expert's, None where it has none or others tell.
+        gating: What makes weights of the router's outputs. Any but softmax is stated in the file.
+        dense_first: What config.json says of a number of leading dense layers, and of all; None where all are sparse.
+    """
+
+    count: tuple[str, ...] = ("num_local_experts", "num_experts")
+    used: str = "num_experts_per_tok"
+    width: str | None = "moe_intermediate_size"
+    shared_width: str | None = None
+    gating: ExpertGatingFuncType = ExpertGatingFuncType.SOFTMAX
+    dense_first: Callable[[int, int], dict[str, Any]] | None = None
+
+
+def _no_difference(config: Values, model: Architecture) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """A family's form in GGUF.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        model_class: transformers' class for causal language modelling.
+        names: Whose tensor names these are, where the ``gguf`` package does not know the architecture.
+        read: Whether files of the architecture are read as this family; one of several that compute the same is.
+        pairs: Whether llama.cpp rotates neighbours where transformers rotates halves, so that q and k are permuted.
+        biases: Which of a layer's linears outside the experts may have one: of q, k, v, o, gate, up, down.
+        tied: Whether the head may be the embedding.
+        heads_fill_hidden: Whether all heads together must be as wide as the model.
+        window: Whether ``sliding_window`` holds unless ``use_sliding_window`` says that it does not.
+        theta: The base of the rotary frequencies where config.json may leave it out.
+        rope_factors: Whether llama.cpp reads a tensor by which frequencies are divided.
+        rotated: The share of a head that is rotated where config.json does not say it; None for whole heads always.
+        experts: The experts, None of a dense family.
+        stated: What the file states besides.
+        fixed: What llama.cpp leaves no choice of.
+        present: Keys of config.json that say whether layers have tensors of such names, as expressions.
+        differs: What else llama.cpp computes otherwise, or None.
+    """
+
+    architecture: str
+    model_class: str
+    names: MODEL_ARCH | None = None
+    read: bool = True
+    pairs: bool = False
+    biases: tuple[str, ...] = ("q", "k", "v")
+    tied: bool = True
+    heads_fill_hidden: bool = False
+    window: bool = False
+    theta: float | None = None
+    rope_factors: bool = False
+    rotated: Callable[[Values], float] | None = None
+    experts: Experts | None = None
+    stated: tuple[Stated, ...] = ()
+    fixed: tuple[Fixed, ...] = ()
+    present: Mapping[str, str] = field(default_factory=lambda: {"attention_bias": ATTENTION_BIAS})
+    differs: Callable[[Values, Architecture], str | None] = _no_difference
+
+    @property
+    def table(self) -> MODEL_ARCH:
+        """The architecture in the ``gguf`` package's tables of names."""
+        if self.names is not None:
+            return self.names
+        return next(one for one, name in MODEL_ARCH_NAMES.items() if name == self.architecture)
