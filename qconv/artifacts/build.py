@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from qconv.artifacts.layout import layout_of
 from qconv.artifacts.reported import has_report, read_report, says_matched
 from qconv.artifacts.source import WEIGHT_DTYPES, untied
+from qconv.artifacts.verbatim import Verbatim, VerbatimPart, verbatim_of
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.checkpoint.maps import MapTensor
@@ -166,6 +167,15 @@ class Build:
         """Whether qconv made it, by the report that lies in it."""
         return has_report(self.path)
 
+    def reported_verbatim(self) -> list[VerbatimPart]:
+        """What a report says of the parts that the build holds beside the model; nothing where there is none.
+
+        Raises:
+            CheckpointError: the report is damaged.
+        """
+        said = read_report(self.path).get("verbatim", []) if self.is_ours else []
+        return [VerbatimPart(**{field.name: one[field.name] for field in fields(VerbatimPart)}) for one in said]
+
     def method(self) -> tuple[str, ...] | None:
         """By which steps the build was made, if a report tells.
 
@@ -214,6 +224,16 @@ class Build:
             for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid_of(linear)):
                 if spec.name in self.checkpoint.entries or not self._may_lack(linear, spec.name):
                     yield spec.name, spec.shape
+
+    def verbatim(self) -> tuple[Verbatim, ...]:
+        """What it holds beside the model, as transformers' own model of the type declares it.
+
+        Raises:
+            CheckpointError: elements of such a tensor share bytes.
+        """
+        expected = {name for name, _ in self.expected_tensors()}
+        others = [name for name in self.checkpoint.entries if name not in expected]
+        return verbatim_of(self.checkpoint, self.architecture, others)
 
     def fold_scales(self, layer: Layer) -> dict[str, Tensor]:
         """What was folded into a layer, float32 by producer; empty if nothing was.

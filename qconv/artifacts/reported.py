@@ -65,6 +65,13 @@ class _ImatrixCoverage(_Coverage):
     mostly_shared: Count
 
 
+class _Verbatim(_Part):
+    part: str
+    tensors: Count
+    nbytes: Count
+    dequantized: Count
+
+
 class _Recipe(_Part):
     method: str | list[str]
 
@@ -83,6 +90,7 @@ class _BuildReport(_Report):
     parameters: Count
     coverage: _Coverage | None
     degenerate: list[dict[str, str]]
+    verbatim: list[_Verbatim] = []
     layers: list[_Layer]
 
 

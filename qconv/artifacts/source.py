@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.separation import separated
+from qconv.artifacts.verbatim import Verbatim, verbatim_of
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import printable
 from qconv.chat.files import additional_files
@@ -47,15 +48,17 @@ class Source:
     """A checked checkpoint and its architecture; an FP8 checkpoint reads as the dense one that it stands for.
 
     ``untied`` tells that its head is one of its own though config.json calls it the embedding: see :func:`untied`.
+    ``verbatim`` is what the checkpoint holds beside the model.
     """
 
     checkpoint: Checkpoint
     architecture: Architecture
     untied: bool
+    verbatim: tuple[Verbatim, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Source:
-        """Open and check a checkpoint: every tensor of the architecture once, of its shape, none unknown.
+        """Open and check a checkpoint: every tensor of the architecture once, of its shape, none that nobody declares.
 
         Of an FP8 checkpoint also every weight's scale, and that there is no other.
 
@@ -70,11 +73,11 @@ class Source:
             model, is_untied = architecture(checkpoint.config), checkpoint is not stored
             if scheme is not None:
                 checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
-            check_tensors(checkpoint, model)
+            verbatim = check_tensors(checkpoint, model)
             in_both_spellings(checkpoint.config)  # contradictions are told now, and not when the work is done
         require_tokenizer(path)
         _require_fetched(path)
-        return cls(checkpoint, model, is_untied)
+        return cls(checkpoint, model, is_untied, verbatim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,8 +294,10 @@ def _require_fetched(path: Path) -> None:
             raise CheckpointError(f"{path / name}: is {instead.what}.", hint=instead.remedy)
 
 
-def check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
+def check_tensors(checkpoint: Checkpoint, model: Architecture) -> tuple[Verbatim, ...]:
     """Check that a dense checkpoint holds every tensor of its architecture once, of its shape, and no unknown one.
+
+    Gives those that are none of the architecture's, but declared by transformers' own model of the type.
 
     Raises:
         CheckpointError: the first thing that is wrong, by file and tensor.
@@ -306,7 +311,9 @@ def check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
             hint="The checkpoint is incomplete, or config.json belongs to another model.",
         )
     ignorable = model.ignorable()
-    unknown = sorted(name for name in checkpoint.entries if name not in expected and name not in ignorable)
+    others = [name for name in checkpoint.entries if name not in expected and name not in ignorable]
+    verbatim = verbatim_of(checkpoint, model, others)
+    unknown = sorted({*others} - {one.name for one in verbatim})
     if unknown:
         raise CheckpointError(
             f"{checkpoint.entry(unknown[0]).file}: {len(unknown)} tensors are not part of a {model.family} model, the "
@@ -327,3 +334,4 @@ def check_tensors(checkpoint: Checkpoint, model: Architecture) -> None:
                 f"{allowed}.",
                 hint="Give the original, unquantized checkpoint.",
             )
+    return verbatim

@@ -11,14 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from qconv.artifacts.build import scales_path
 from qconv.artifacts.source import Source
 from qconv.building.scale_range import require_storable
 from qconv.checkpoint.header import TensorSpec
-from qconv.checkpoint.reader import Tensors
+from qconv.checkpoint.reader import Tensors, same_bits
 from qconv.checkpoint.stream import TensorStream
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
 from qconv.core.architecture import Linear
@@ -223,6 +222,6 @@ class _ReadBack:
 
 def _is_copy(stream: TensorStream, name: str, source: Tensors) -> bool:
     """Whether the stream's next tensor equals the source's bit for bit; read block by block."""
-    stream.begin(name)
+    scalar = not stream.begin(name).shape
     # Every block is read even after a difference: the stream must stay in step.
-    return all([torch.equal(stream.rows(len(block)), block) for block in source.blocks(name)])
+    return all([same_bits(stream.rows(1 if scalar else len(block)), block) for block in source.blocks(name)])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qconv import native
 from qconv.artifacts.source import Source
+from qconv.artifacts.verbatim import not_taken, parts_of
 from qconv.building.gguf_report import needing_importance, require_compensated, require_coverage
 from qconv.building.gguf_target import GgufTarget
 from qconv.building.output import Outcome
@@ -72,6 +73,8 @@ def gguf_target(source: Source, recipe: GgufRecipe, folder: Path, name: str, log
         require_coverage(plan, recipe.imatrix.shrinkage_tokens, merge(given), complete=text is None)
     if text is not None and recipe.calibration is None and not recipe.is_calibrated:
         log(f"gguf:{recipe.type} needs an imatrix: one is collected")
+    if source.verbatim:
+        log(f"{name or 'build'}: {not_taken(parts_of(source.verbatim))}")
     replaced = fallbacks(plan.wanted, plan.types)
     if replaced is not None:
         log(f"types: {replaced}")

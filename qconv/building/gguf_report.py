@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from qconv.artifacts.bits import BITS, gguf_bits
+from qconv.artifacts.verbatim import Verbatim, VerbatimPart, not_taken, part_values
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
 from qconv.building.chosen import allocation_lines
 from qconv.errors import RecipeError, UsageError
@@ -201,6 +202,11 @@ def importance_values(matrix: Imatrix, coverage: Coverage, file: str | None) -> 
     return {"datasets": list(matrix.datasets), "file": file, "coverage": coverage.values()}
 
 
+def left_out_values(verbatim: Sequence[Verbatim]) -> dict[str, Any]:
+    """What a report says of the parts of a source that the files have no place for, if there are any."""
+    return {"left_out": part_values(verbatim)} if verbatim else {}
+
+
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md for a build's folder, in the Hub's form, from the report's values."""
     front = yaml.safe_dump({"base_model": report["source"], "tags": ["gguf", "qconv"]}, sort_keys=False)
@@ -217,6 +223,7 @@ def model_card(report: Mapping[str, Any]) -> str:
             else f"The model is {markdown_code(report['files'][0])}."
         ),
         _table(("type", "tensors"), [(name, str(count)) for name, count in sorted(types.items())]),
+        *_left_out_lines(report.get("left_out", ())),
         *allocation_lines(report),
         "## Importance matrix",
         *_imatrix_lines(report["imatrix"]),
@@ -237,6 +244,10 @@ def model_card(report: Mapping[str, Any]) -> str:
         "against the source again; `sha256sum -c SHA256SUMS` checks the files alone."
     )
     return "\n\n".join(lines) + "\n"
+
+
+def _left_out_lines(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"Of the source {not_taken([VerbatimPart(**one) for one in parts])}."] if parts else []
 
 
 def _imatrix_lines(imatrix: Mapping[str, Any] | None) -> list[str]:

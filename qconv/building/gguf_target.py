@@ -31,6 +31,7 @@ from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, en
 from qconv.building.gguf_report import (
     Coverage,
     importance_values,
+    left_out_values,
     model_card,
     plan_values,
     require_coverage,
@@ -390,6 +391,7 @@ class GgufBuilder:
             **allocation_values(self.target.chosen),
             "imatrix": importance,
             **plan_values(self.plan),
+            **left_out_values(source.verbatim),
             "layers": [] if self.staged is None else self.staged.report(),
             "tensors": tensor_values(self.plan, {file.name: units[file.name]["snr_db"] for file in self.plan.files}),
         }

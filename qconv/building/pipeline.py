@@ -10,7 +10,7 @@ from qconv.building.run import make_builds
 from qconv.building.safetensors_target import SafetensorsTarget
 from qconv.building.target import Log
 from qconv.executors import DEFAULT
-from qconv.planning.plan import make_plan
+from qconv.planning.plan import plan_of
 from qconv.planning.recipe import Recipe
 from qconv.verification.outcome import Progress
 
@@ -73,7 +73,7 @@ def safetensors_target(source: Source, recipe: Recipe, folder: Path, name: str, 
     Raises:
         RecipeError: the recipe does not fit the model.
     """
-    plan = make_plan(source.architecture, recipe, lambda tensor: source.checkpoint.entry(tensor).dtype)
+    plan = plan_of(source, recipe)
     for notice in plan.notices():
         log(f"{name or 'build'}: {notice}")
     return SafetensorsTarget(source, plan, folder, name)

@@ -15,6 +15,7 @@ import yaml
 
 from qconv import __version__
 from qconv.artifacts.bits import BITS, module_bits
+from qconv.artifacts.verbatim import VerbatimPart, copied, part_values
 from qconv.boundary.printable import markdown_block, markdown_text
 from qconv.building.chosen import Chosen, allocation_lines, allocation_values
 from qconv.planning.plan import BuildPlan
@@ -69,6 +70,7 @@ class Report:
                 "quantized_bits_per_weight": round(plan.quantized_bits_per_weight, 4),
                 "parameters": plan.weights,
                 "skipped": plan.skipped,
+                **_verbatim(plan),
                 "coverage": _coverage(layers, plan),
                 "degenerate": _degenerate(layers),
                 "layers": layers,
@@ -92,6 +94,7 @@ class Report:
             f"{values['bits_per_weight']:.2f} bits per weight over all {values['parameters']:,} parameters, "
             f"{values['quantized_bits_per_weight']:.2f} over the quantized ones. "
             "Routers, norms, embeddings and the output head are not quantized.",
+            *_verbatim_lines(values.get("verbatim", ())),
             *_scheme_lines(values.get("schemes", ())),
             *allocation_lines(values),
             "## Error",
@@ -163,6 +166,23 @@ def _bits(plan: BuildPlan) -> dict[str, Any]:
     items = [item for item in plan.items() if item.module.name in candidates]
     sizes = ((one.module.name, sum(spec.nbytes for spec in one.specs), one.module.numel) for one in items)
     return {BITS: module_bits(sizes).values()}
+
+
+def _verbatim(plan: BuildPlan) -> dict[str, Any]:
+    """What is copied beside the model, if anything is."""
+    return {"verbatim": part_values(plan.verbatim)} if plan.verbatim else {}
+
+
+def _verbatim_lines(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not parts:
+        return []
+    rows = [(one["part"], f"{one['tensors']:,}", f"{one['nbytes']:,}", f"{one['dequantized']:,}") for one in parts]
+    return [
+        "## Not quantized",
+        f"Beside the language model: {copied([VerbatimPart(**one) for one in parts])}. The skip list of config.json "
+        "names their modules.",
+        _table(("part", "tensors", "bytes", "dequantized"), rows),
+    ]
 
 
 def _scheme_lines(schemes: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -172,6 +172,7 @@ class SafetensorsWriter:
         self.show = show
         self.done = 0
         self.committing: Future[None] | None = None
+        self.verbatim = {one.name for one in target.plan.verbatim}
         self.units = {unit.layer.index: unit for unit in self.plan.units if unit.layer is not None}
 
     def pending(self, layer: Layer) -> bool:
@@ -205,8 +206,10 @@ class SafetensorsWriter:
         self._write(self.units[layer.index])
 
     def after_layers(self) -> None:
-        """The head."""
-        self._write(self.plan.units[-1])
+        """The head, and what is copied beside the model."""
+        for unit in self.plan.units[1:]:
+            if unit.layer is None:
+                self._write(unit)
 
     def _write(self, unit: Unit) -> None:
         behind = sum(one.weights for one in self.plan.units[: self.plan.units.index(unit)])
@@ -234,7 +237,9 @@ class SafetensorsWriter:
         if item.scheme is not None and isinstance(item.module, Linear):
             weight = self._round(item.module, item.scheme)
             names.remove(item.module.weight)
-        return Finished(item.module, weight, tuple((name, self.source.blocks(name)) for name in names))
+        # What nobody computes with may hold anything.
+        read = self.source.checkpoint.blocks if item.module.name in self.verbatim else self.source.blocks
+        return Finished(item.module, weight, tuple((name, read(name)) for name in names))
 
     def _round(self, linear: Linear, scheme: LinearScheme) -> QTensor:
         """A linear's weight without calibration, made block by block unless all rows share a scale."""

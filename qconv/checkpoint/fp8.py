@@ -165,6 +165,10 @@ class Dequantized(Checkpoint):
         """The shards, those that hold scales alone included."""
         return self.stored.files
 
+    def is_dequantized(self, name: str) -> bool:
+        """Whether it has a scale."""
+        return name in self.scales
+
     def fingerprint(self) -> str:
         """sha256 over the stored checkpoint's fingerprint and every byte of every scale.
 

@@ -140,6 +140,10 @@ class Checkpoint(Tensors):
         """The shards, sorted by name."""
         return sorted({entry.file for entry in self.entries.values()})
 
+    def is_dequantized(self, name: str) -> bool:
+        """Whether a tensor is stored quantized, and read as the numbers that it stands for."""
+        return False
+
     def fingerprint(self) -> str:
         """sha256 over config.json and, of every shard, its name, size, header and 64 pages spread evenly.
 
@@ -268,6 +272,14 @@ def populate(view: mmap.mmap, start: int = 0, nbytes: int | None = None) -> None
         if error.errno != errno.EINVAL:  # kernels before 5.14 do not know the advice
             raise
         view.madvise(mmap.MADV_WILLNEED, first, length)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes: a zero's sign counts, and a NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)
 
 
 def require_finite(tensor: Tensor, entry: TensorEntry, first_row: int = 0) -> Tensor:

@@ -48,13 +48,16 @@ class TensorStream:
         return entry
 
     def rows(self, count: int) -> Tensor:
-        """The next ``count`` rows of the tensor begun, a copy in memory.
+        """The next ``count`` rows of the tensor begun, a copy in memory; of one number the only one.
 
         Raises:
             VerificationError: the file ends before.
         """
         assert self._entry is not None
         entry = self._entry
+        if not entry.shape:
+            self._left = 0
+            return self._take(entry.nbytes).view(entry.dtype).view(())
         size = count * (entry.nbytes // max(entry.shape[0], 1))
         self._left -= size
         return self._take(size).view(entry.dtype).view(count, *entry.shape[1:])
@@ -65,7 +68,7 @@ class TensorStream:
         Raises:
             VerificationError: it is not the one expected, or the file ends before.
         """
-        return self.rows(self.begin(name).shape[0])
+        return self.rows((*self.begin(name).shape, 1)[0])
 
     def sha256(self) -> str:
         """The checksum of the whole file, hexadecimal, once everything was read.

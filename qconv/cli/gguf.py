@@ -89,6 +89,7 @@ def build_values(outcome: Outcome) -> dict[str, Any]:
         "bytes": sum((out / name).stat().st_size for name in report["files"]),
         "method": report.get("method", "rtn"),
         "imatrix": report["imatrix"],
+        "left_out": report.get("left_out", []),
         "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
     }
 
@@ -101,6 +102,8 @@ def print_build(result: Mapping[str, Any]) -> None:
     say(console, f"files        {len(result['files'])}, the first {result['files'][0]}")
     say(console, f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight")
     say(console, f"types        {', '.join(f'{count} {name}' for name, count in result['types'].items())}")
+    for part in result["left_out"]:
+        say(console, f"left out     {part['tensors']:,} tensors of {part['part']}, {size(part['nbytes'])}")
     if result["method"] != "rtn":
         say(console, f"method       {result['method']}: layers calibrated, each linear on its own type's grid")
     if result["imatrix"] is not None:

@@ -87,11 +87,10 @@ def command(
         from qconv.artifacts.source import Source
         from qconv.building.pipeline import quantize
         from qconv.checkpoint.hub import resolve_model
-        from qconv.planning.plan import make_plan
+        from qconv.planning.plan import plan_of
 
         folder = resolve_model(model)
-        source = Source.open(folder)
-        plan = make_plan(source.architecture, loaded, lambda name: source.checkpoint.entry(name).dtype)
+        plan = plan_of(Source.open(folder), loaded)
         reporter.log(f"plan: {plan_summary(plan)}")
         outcome = quantize(
             folder,
@@ -226,6 +225,7 @@ def results(report: dict[str, Any]) -> dict[str, Any]:
         "parameters": report["parameters"],
         "bits_per_weight": report["bits_per_weight"],
         "quantized_bits_per_weight": report["quantized_bits_per_weight"],
+        "verbatim": report.get("verbatim", []),
         "least_snr": None if worst is None else {"module": worst, "snr_db": finite[worst]},
         "searches": len(searches),
         "searches_kept_rtn": sum(bool(search["kept_rtn"]) for search in searches),
@@ -246,6 +246,8 @@ def _print(result: dict[str, Any]) -> None:
         f"size         {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight, "
         f"{result['quantized_bits_per_weight']:.2f} in the quantized linears",
     )
+    for part in result["verbatim"]:
+        say(console, f"copied       {part['tensors']:,} tensors of {part['part']}, {size(part['nbytes'])}")
     if result["least_snr"] is not None:
         least = result["least_snr"]
         say(console, f"least SNR    {least['snr_db']:.1f} dB, {least['module']}")

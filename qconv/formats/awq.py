@@ -7,6 +7,7 @@ GPTQModel's default, says how they were chosen: ``qzeros`` is stored, and read, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from qconv.formats.base import Described, Group, TensorReader, by_rows, read_ten
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each nibble holds, lowest nibble first."""
+_EXPERTS = re.compile(r".+\.experts(?=\.\d+\.)")
 
 
 def pack_rows(values: Tensor) -> Tensor:
@@ -123,6 +125,9 @@ class AwqFormat:
         """
         ((grid, names),) = quantized.items()
         relative = {name.split(".", 3)[3] for name in skipped if name.startswith("model.layers.")}
+        # Engines ask for a layer's experts as one module.
+        experts = dict.fromkeys(found[0] for found in map(_EXPERTS.match, skipped) if found is not None)
+        whole = [name for name in experts if not any(other.startswith(f"{name}.") for other in names)]
         safe = sorted(name for name in relative if not any(name in other for other in names))
         return {
             "quant_method": "awq",
@@ -130,7 +135,7 @@ class AwqFormat:
             "group_size": grid.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": [*safe, *skipped],
+            "modules_to_not_convert": [*safe, *skipped, *whole],
         }
 
     def recognizes(self, section: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from qconv.core.architecture import HEAD, Architecture
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.formats.base import skip_list
 from qconv.models import architecture
+from qconv.planning.beside import Beside
 from qconv.planning.costs import Costs, modelled_costs
 from qconv.planning.plan import BuildPlan, Item, make_plan
 from qconv.planning.recipe import Recipe
@@ -114,13 +115,14 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     listed = read_weight_map(path)
     require_readable_experts(path, listed_files(path), config)
     stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
-    plan = make_plan(model, recipe, lambda name: dtype)
-    classes = _classes(plan, stored)
+    beside = Beside.of(path, config, model, scheme, dtype)
+    plan = make_plan(model, recipe, lambda name: dtype, beside.verbatim)
+    classes = _classes(plan, stored, beside)
     return Estimate(
         path=path,
         plan=plan,
         dtype=stored.dtypes,
-        notices=(*_notices(path, model, stored, listed), *plan.notices()),
+        notices=(*_notices(path, model, stored, listed, beside), *plan.notices()),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
         output_bytes=plan.output_bytes,
@@ -169,18 +171,18 @@ def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[st
             yield linear.weight
 
 
-def _classes(plan: BuildPlan, stored: _Stored) -> tuple[PlannedClass, ...]:
+def _classes(plan: BuildPlan, stored: _Stored, beside: Beside) -> tuple[PlannedClass, ...]:
     methods = {scheme.method for scheme in plan.schemes.values()}
     rows: dict[tuple[str, LinearScheme | None], PlannedClass] = {}
     for item in plan.items():
         name = name_class(item.module.name)
         row = rows.get((name, item.scheme))
         if row is None:
-            said = DTYPE_NAMES[stored.dtype] if item.scheme is None else _scheme(item.scheme)
+            said = DTYPE_NAMES[item.specs[0].dtype] if item.scheme is None else _scheme(item.scheme)
             if item.scheme is not None and len(methods) > 1:
                 said = f"{said}, {item.scheme.method_name}"
             row = rows[name, item.scheme] = PlannedClass(name, said, [])
-        _add(row, item, stored)
+        _add(row, item, stored, beside)
     return tuple(rows.values())
 
 
@@ -198,22 +200,26 @@ def _grid(grid: Grid) -> str:
     return f"FP8 {grid.block_rows}x{grid.group_size}"
 
 
-def _add(row: PlannedClass, item: Item, stored: _Stored) -> None:
+def _add(row: PlannedClass, item: Item, stored: _Stored, beside: Beside) -> None:
     row.modules += 1
     for number, (name, dimensions) in enumerate(item.module.tensors()):
         if number == 0 and dimensions not in row.shapes:
             row.shapes.append(dimensions)
         row.weights += math.prod(dimensions)
-        row.source_bytes += stored.nbytes(name, dimensions)
+        row.source_bytes += beside.nbytes.get(name, stored.nbytes(name, dimensions))
     row.output_bytes += sum(spec.nbytes for spec in item.specs)
 
 
-def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, str] | None) -> Iterator[str]:
+def _notices(
+    path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, str] | None, beside: Beside
+) -> Iterator[str]:
     """Whether index and config.json are of one model, as far as names tell, and what lies there in files' stead."""
     misplaced = misplaced_files(path)
     for name, instead in list(misplaced.items())[:1]:
         more = f", and {len(misplaced) - 1} more" if len(misplaced) > 1 else ""
         yield f"{name_of(name)} is {instead.what}{more}: quantize will refuse. {instead.remedy.rstrip('.')}"
+    if beside.unseen:
+        yield beside.notice
     if listed is None:
         yield f"no {INDEX_NAME}: planned from config.json alone"
         return
@@ -228,7 +234,7 @@ def _notices(path: Path, model: Architecture, stored: _Stored, listed: Mapping[s
     for names, fault in (
         (sorted(expected - listed.keys()), "tensors of the model are not in the index"),
         (
-            sorted(listed.keys() - expected - model.ignorable() - stored.extras(listed)),
+            sorted(listed.keys() - expected - model.ignorable() - stored.extras(listed) - beside.names),
             "tensors of the index are not part of the model",
         ),
     ):

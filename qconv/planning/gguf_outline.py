@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qconv.formats.gguf.names import gguf_tensors
 from qconv.formats.gguf.rope import rope_of
 from qconv.formats.gguf.tokenizer import tokenizer_metadata
 from qconv.models import architecture
+from qconv.models.discovery import left_out
 from qconv.planning.costs import Costs, demand_of_gguf
 from qconv.planning.gguf_recipe import GgufRecipe, require_matches
 from qconv.planning.plan import ACTIVATION_BYTES
@@ -51,6 +53,11 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
         wanted = tensor_types(recipe.type, described, tensors, importance=True, override=override)
         types = fitted(wanted, tensors)
     notices = [notice for notice in (fallbacks(wanted, types),) if notice is not None]
+    expected = {name for name, _ in described.tensors()} | described.ignorable()
+    beside = left_out(config, described, listed_files(model).keys() - expected)
+    if beside:
+        parts = " and ".join(f"{count:,} tensors of {part}" for part, count in Counter(beside.values()).items())
+        notices.append(f"{parts} are left out: the file holds the language model alone")
     if any((model / name).is_file() for name in TOKENIZER_FILES):
         tokenizer_metadata(model, described.embedding.out_features, config)
     else:

@@ -1,19 +1,22 @@
 """From a config and a recipe, everything that a build will hold, before any weight is read.
 
-A plan is a list of units in the order of the work: the embeddings, each layer, the head. A unit's shards are committed
-together. The plan knows every output tensor's name, dtype and shape, so sizes are exact; memory and disk for scratch
-files are modelled.
+A plan is a list of units in the order of the work: the embeddings, each layer, the head, and what is copied beside them
+shard by shard. A unit's shards are committed together. The plan knows every output tensor's name, dtype and shape, so
+sizes are exact; memory and disk for scratch files are modelled.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from qconv.artifacts.source import Source
+from qconv.artifacts.verbatim import Verbatim, copied, parts_of
 from qconv.checkpoint.header import TensorSpec, encode_header
-from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Module
+from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Module, Parameter
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.engines.rules import TRANSFORMERS, limits
 from qconv.formats import get_format
@@ -49,7 +52,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is committed together. ``layer`` is None for the embeddings and the head."""
+    """What is committed together. ``layer`` is None for all but layers."""
 
     key: str
     layer: Layer | None
@@ -77,6 +80,8 @@ class BuildPlan:
     schemes: Mapping[str, LinearScheme]
     """Of each linear that is quantized, by name."""
     units: tuple[Unit, ...]
+    verbatim: tuple[Verbatim, ...] = ()
+    """Tensors that are copied beside the model, in file order."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -112,7 +117,7 @@ class BuildPlan:
     def notices(self) -> list[str]:
         """What a reader of the build may stumble over, as sentences."""
         grids = self.grids()
-        sentences: dict[str, None] = {}
+        sentences: dict[str, None] = {copied(parts_of(self.verbatim)): None} if self.verbatim else {}
         for grid, names in grids.items():
             experts = any(".experts." in name for name in names)
             sentences |= dict.fromkeys(map(str, limits(self.format.name, grid, experts=experts)))
@@ -156,7 +161,7 @@ class BuildPlan:
 
     @property
     def skipped(self) -> list[str]:
-        """The linears that are not, by name: routers, what the recipe skips, and lm_head.
+        """The linears that are not, by name: routers, what the recipe skips, what is copied, and lm_head.
 
         A tied head has no tensor in the build, and yet is a linear to every reader.
         """
@@ -166,12 +171,19 @@ class BuildPlan:
             for item in self.items()
             if not item.quantized and isinstance(item.module, Linear) and item.module.name not in ends
         ]
-        return [*inner, HEAD]
+        return [*inner, *self._copied_modules(), HEAD]
+
+    def _copied_modules(self) -> list[str]:
+        """The modules that are copied, but for those that others are parts of: readers would leave these alone, too."""
+        names = dict.fromkeys(one.module for one in self.verbatim if one.module is not None)
+        above = {name[:end] for name in self.schemes for end in _dots(name)}
+        return [name for name in names if name not in above]
 
     @property
     def weights(self) -> int:
         """The number of parameters of the source."""
-        return sum(_numel(shape) for _, shape in self.architecture.tensors())
+        shapes = [*(shape for _, shape in self.architecture.tensors()), *(one.shape for one in self.verbatim)]
+        return sum(map(math.prod, shapes))
 
     @property
     def output_bytes(self) -> int:
@@ -195,13 +207,16 @@ class BuildPlan:
         return 8.0 * sum(spec.nbytes for item in items for spec in item.specs) / numel if numel else 0.0
 
 
-def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> BuildPlan:
+def make_plan(
+    architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf, verbatim: Sequence[Verbatim] = ()
+) -> BuildPlan:
     """Plan a build.
 
     Args:
         architecture: The source's architecture.
         recipe: The recipe.
         dtype_of: The stored dtype of each source tensor.
+        verbatim: Tensors of the source that are copied beside the model.
 
     Raises:
         RecipeError: the format cannot hold a grid or a linear, engines cannot read one, or what is skipped or ruled
@@ -227,8 +242,9 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
     if architecture.lm_head is not None:
         head.append(item(architecture.lm_head))
     groups.append(("head", None, head))
-
     limit = recipe.output.max_shard_size
+    groups += [(f"verbatim-{number:05d}", None, items) for number, items in enumerate(_copies(verbatim, limit))]
+
     cuts = [list(_cut([spec for item in items for spec in item.specs], limit)) for _, _, items in groups]
     total = sum(map(len, cuts))
     units, number = [], 0
@@ -238,14 +254,28 @@ def make_plan(architecture: Architecture, recipe: Recipe, dtype_of: DtypeOf) -> 
             number += 1
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
         units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
-    return BuildPlan(architecture, recipe, output_format, schemes, tuple(units))
+    return BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim))
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def plan_of(source: Source, recipe: Recipe) -> BuildPlan:
+    """Plan a build of an open model.
+
+    Raises:
+        RecipeError: as :func:`make_plan`.
+    """
+    return make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype, source.verbatim)
+
+
+def _copies(verbatim: Sequence[Verbatim], limit: int) -> Iterator[list[Item]]:
+    """Items of what is copied, a shard's together: each is committed by itself."""
+    items = {one.name: Item(Parameter(one.name, one.shape), None, (one.spec,)) for one in verbatim}
+    for shard in _cut([one.spec for one in verbatim], limit) if verbatim else ():
+        yield [items[spec.name] for spec in shard]
+
+
+def _dots(name: str) -> Iterator[int]:
+    """Where the names end of what a module is a part of."""
+    return (position for position, character in enumerate(name) if character == ".")
 
 
 def _cut(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:

@@ -13,7 +13,7 @@ from qconv.core.qtensor import Grid
 from qconv.errors import UsageError
 from qconv.formats import get_format
 from qconv.grids import e4m3, integers
-from qconv.planning.plan import make_plan
+from qconv.planning.plan import plan_of
 from qconv.planning.recipe import Recipe
 from qconv.planning.rules import Rule, RuleGrid
 from qconv.planning.schemes import LinearScheme, fused, in_full, resolve
@@ -118,11 +118,7 @@ class IntegerSchemes:
 
     def extent(self, chosen: Mapping[str, str]) -> Extent:
         """Of all shards; bits are counted over quantized linears, since all else stays as it is."""
-        plan = make_plan(
-            self._source.architecture,
-            self.recipe_for(chosen),
-            lambda name: self._source.checkpoint.entry(name).dtype,
-        )
+        plan = plan_of(self._source, self.recipe_for(chosen))
         items = [item for item in plan.items() if item.quantized]
         counted = sum(spec.nbytes for item in items for spec in item.specs)
         return Extent(plan.output_bytes, counted, sum(linear.numel for linear in plan.quantized))

@@ -26,6 +26,7 @@ from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
 from qconv.verification.structure import check_structure
 from qconv.verification.values import check_inputs, check_values
+from qconv.verification.verbatim import check_copies
 from qconv.verification.weights import check_weights
 
 
@@ -69,6 +70,7 @@ def _check(
             elif not result.problems and source is not None:
                 check_inputs(build, result, workers)
                 check_weights(build, source, result, progress, workers)
+                check_copies(build, source, result, workers)
                 check_companions(checkpoint.path, build.is_ours, source, result)
         elif layout.scheme is not None:
             _check_float(checkpoint, layout, source, result, progress, workers)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from qconv.artifacts.build import Build
+from qconv.artifacts.verbatim import parts_of
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, is_cache_scale
 from qconv.core.architecture import HEAD, Linear
 from qconv.verification.outcome import Verification
+from qconv.verification.verbatim import check_listed
 
 _ACTIVATIONS = (*ACTIVATION_LEAVES, "input_zero_point", "output_scale", "output_zero_point")
 """Leaf names of what other tools store of a linear's activations."""
@@ -26,7 +28,9 @@ def check_structure(build: Build, result: Verification) -> None:
     for name in expected.keys() - entries.keys():
         result.problems.append(f"tensor {name} is missing")
     unused = set() if build.is_ours else unused_tensors(build)
-    for name in entries.keys() - expected.keys() - unused:
+    verbatim = build.verbatim()
+    beside = {one.name for one in verbatim}
+    for name in entries.keys() - expected.keys() - unused - beside:
         result.problems.append(f"{entries[name].file.name}: tensor {name_of(name)} is not part of the model")
     for name in expected.keys() & entries.keys():
         if entries[name].shape != expected[name]:
@@ -34,6 +38,7 @@ def check_structure(build: Build, result: Verification) -> None:
     # Older tools' own files beside config.json have no such list.
     if build.is_ours and "quantization_config" in build.checkpoint.config:
         result.problems += _differences(build)
+        check_listed(build, verbatim, result)
     else:
         differences = list(_differences(build))
         if differences:
@@ -42,6 +47,8 @@ def check_structure(build: Build, result: Verification) -> None:
     if unused:
         first = name_of(min(unused))
         result.notices.append(f"{len(unused)} tensors say nothing about weights and are not used, the first {first}")
+    if verbatim and not build.is_ours:
+        result.notices.append(f"{', '.join(map(str, parts_of(verbatim)))} beside the model are not looked at")
     result.problems.sort()
     result.checked.append(f"{len(expected)} tensors present once with their shapes, skip list of {len(build.skipped)}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
-from qconv.checkpoint.reader import Tensors
+from qconv.checkpoint.reader import Tensors, same_bits
 from qconv.core import integer_grid
 from qconv.core.architecture import Layer, Linear, Module
 from qconv.core.qtensor import QTensor, SquaredError
@@ -156,7 +156,7 @@ def _compare(
             found = comparison.folded(module, name, build.checkpoint.read(name))
         else:
             pairs = zip(build.checkpoint.blocks(name), comparison.source.blocks(name), strict=True)
-            if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            if not all(same_bits(ours, theirs) for ours, theirs in pairs):
                 found = f"{name}: differs from the source"
         problem = problem or found
     return snr, problem

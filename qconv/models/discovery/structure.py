@@ -109,7 +109,7 @@ def read_model(values: Mapping[str, Any]) -> tuple[Discovery, nn.Module]:
     Raises:
         CheckpointError: as :func:`discover`.
     """
-    config = _config(values)
+    config = read_config(values)
     untyped: Any = _transformers().AutoModelForCausalLM
     try:
         with torch.device("meta"):
@@ -144,7 +144,12 @@ def _require_plausible(found: Discovery) -> None:
                 )
 
 
-def _config(values: Mapping[str, Any]) -> Any:
+def read_config(values: Mapping[str, Any]) -> Any:
+    """transformers' config of the model that a config.json describes, of its text part where it has several.
+
+    Raises:
+        CheckpointError: transformers knows no such model type, or does not accept the config.
+    """
     text = values.get("text_config")
     own = dict(text if isinstance(text, Mapping) and "model_type" in text else values)
     model_type = own.pop("model_type", None)

@@ -1,0 +1,74 @@
+"""What a checkpoint holds beside its model, as far as an index and the shards that are here tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qconv.artifacts.source import listed_files
+from qconv.artifacts.verbatim import Verbatim, verbatim_of
+from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
+from qconv.checkpoint.header import read_header
+from qconv.checkpoint.reader import Checkpoint
+from qconv.core.architecture import Architecture
+from qconv.models.discovery import left_out
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Tensors that transformers' own model of the type leaves out.
+
+    Attributes:
+        names: All of them, by the index.
+        verbatim: What a build copies; nothing where :attr:`unseen` are.
+        nbytes: Bytes that each copied one takes in the source, its scales included.
+        unseen: Of how many the shards are not here, so that no size is known.
+    """
+
+    names: frozenset[str]
+    verbatim: tuple[Verbatim, ...]
+    nbytes: Mapping[str, int]
+    unseen: int
+
+    @classmethod
+    def of(
+        cls, path: Path, config: dict[str, Any], model: Architecture, scheme: Fp8Scheme | None, dtype: torch.dtype
+    ) -> Beside:
+        """Of the checkpoint in a folder.
+
+        Args:
+            path: The folder.
+            config: Its config.json.
+            model: The model that this describes.
+            scheme: How weights are stored in FP8, if they are.
+            dtype: What such weights are read as.
+
+        Raises:
+            CheckpointError: a shard that is here is damaged, or what it holds cannot be copied.
+        """
+        listed, expected = listed_files(path), {name for name, _ in model.tensors()} | model.ignorable()
+        names = left_out(config, model, listed.keys() - expected)
+        files = {path / listed[name] for name in names}
+        if not all(file.is_file() for file in files):
+            absent = sum(not (path / listed[name]).is_file() for name in names)
+            return cls(frozenset(names), (), {}, absent)
+        entries = {name: one for file in sorted(files) for name, one in read_header(file).items() if name in names}
+        stored = Checkpoint(entries, path, config)
+        quantized = any(entry.dtype == torch.float8_e4m3fn for entry in entries.values())
+        dense = stored if scheme is None or not quantized else Dequantized.of(stored, scheme, dtype)
+        nbytes = {name: entries[name].nbytes for name in dense.entries}
+        if isinstance(dense, Dequantized):
+            nbytes |= {name: nbytes[name] + scale.nbytes for name, scale in dense.scales.items()}
+        return cls(frozenset(names), verbatim_of(dense, model, dense.entries), nbytes, 0)
+
+    @property
+    def notice(self) -> str:
+        """That sizes are not known, as a sentence without its end."""
+        return (
+            f"{len(self.names):,} tensors beside the model are copied as they are, and not counted here: the shards of "
+            f"{self.unseen:,} of them are not here"
+        )
