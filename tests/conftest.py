@@ -62,19 +62,20 @@ def random_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A random transformers model in float32: its weights are bf16 numbers, its norms and biases not trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **SIZES | FAMILIES[model_type] | changes)
+    config = AutoConfig.for_model(model_type, **SIZES | FAMILIES.get(model_type, {}) | changes)
     config._attn_implementation = "sdpa"
     generator = torch.Generator().manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        corrections = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("_bias"))
+        for name, parameter in (*model.named_parameters(), *corrections):
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("layernorm.weight"):
                 parameter.copy_(1.0 + 0.2 * noise)
                 parameter[5::23] *= 8.0  # outlier channels, as trained models have them: what AWQ lives on
             elif name.endswith("norm.weight"):
                 parameter.copy_(1.0 + 0.2 * noise)
-            elif name.endswith(".bias"):
+            elif name.endswith(("_bias", ".bias")):
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))  # attention far from uniform, experts apart

@@ -16,9 +16,10 @@ from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Tensors, map_tensor
 from qconv.core.architecture import Architecture, Linear
 from qconv.errors import CheckpointError
-from qconv.formats.gguf.config import config_of
+from qconv.formats.gguf.config import config_of, predicting_layers
 from qconv.formats.gguf.forms import form
 from qconv.formats.gguf.header import GgufEntry
+from qconv.formats.gguf.keys import ModelKeys
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.reader import GgufModel
 from qconv.models import architecture
@@ -63,7 +64,7 @@ class GgufFiles:
         config = config_of(model)
         resolved = architecture(config)
         tensors = gguf_tensors(resolved)
-        _check_tensors(model, tensors, rotated=form(resolved.family).rope_factors)
+        _check_tensors(model, tensors, _left_out(model, resolved))
         places = {source: (tensor, part) for tensor in tensors for part, source in enumerate(tensor.sources)}
         return cls(model, config, resolved, mapped, places)
 
@@ -140,8 +141,18 @@ class GgufFiles:
         return self.model.entry(tensor.name)
 
 
-def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], *, rotated: bool) -> None:
-    """Check that the file holds the tensors of the architecture, of its shapes, and none that would be left out.
+def _left_out(model: GgufModel, resolved: Architecture) -> set[str]:
+    """The tensors that are not the checkpoint's: rotary factors, and layers that only predict further tokens."""
+    of = form(resolved.family)
+    layers = len(resolved.layers)
+    behind = range(layers, layers + predicting_layers(ModelKeys.of(model.files[0], model.metadata), of))
+    prefixes = tuple(f"blk.{layer}." for layer in behind)
+    left = {name for name in model.entries if name.startswith(prefixes)} if prefixes else set()
+    return left | ({_ROPE_FACTORS} if of.rope_factors else set())
+
+
+def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], left_out: set[str]) -> None:
+    """Check that the file holds the tensors of the architecture, of its shapes, and none that is not known.
 
     Raises:
         CheckpointError: a weight or norm is missing, a tensor is misshapen, or one is there that is not used.
@@ -157,9 +168,7 @@ def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], *, rotated:
                 f"{entry.file}: tensor {entry.name!r} is {entry.type.name}, which qconv does not read.",
                 hint="Quantize the original model again, or run it with llama.cpp.",
             )
-    unused = sorted(
-        model.entries.keys() - {tensor.name for tensor in expected} - ({_ROPE_FACTORS} if rotated else set())
-    )
+    unused = sorted(model.entries.keys() - {tensor.name for tensor in expected} - left_out)
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise CheckpointError(

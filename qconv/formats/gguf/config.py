@@ -33,6 +33,15 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     return _Reader(model).config()
 
 
+def predicting_layers(keys: ModelKeys, of: Form) -> int:
+    """How many layers behind the last predict further tokens; llama.cpp leaves them out of its graph, too.
+
+    Raises:
+        CheckpointError: the key is malformed.
+    """
+    return keys.integer(Keys.LLM.NEXTN_PREDICT_LAYERS, 0) if of.predicts else 0
+
+
 class _Reader:
     def __init__(self, model: GgufModel) -> None:
         self.model = model
@@ -67,6 +76,10 @@ class _Reader:
         config |= {key: self._is_present(names) for key, names in self.form.present.items()}
         config |= {one.config: one.value for one in self.form.fixed if one.config is not None}
         config |= {one.config: self._stated(one) for one in self.form.stated}
+        if self.form.windows is not None:
+            sliding = keys.flags(Keys.Attention.SLIDING_WINDOW_PATTERN, layers)
+            config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
+            config["sliding_window"] = keys.integer(Keys.Attention.SLIDING_WINDOW)
         if self.form.experts is not None:
             config |= self._experts(self.form.experts, layers)
         self._check_fixed()
@@ -90,13 +103,16 @@ class _Reader:
         )
 
     def _layers(self) -> int:
-        """The number of layers, of which there are no more than the tensors name."""
+        """The number of layers, of which there are no more than the tensors name, without those that only predict."""
         count = self.keys.integer(Keys.LLM.BLOCK_COUNT)
         found = {match[1] for match in map(_LAYER.match, self.model.entries) if match}
         if count > len(found):
             name = Keys.LLM.BLOCK_COUNT.format(arch=self.keys.architecture)
             raise self.keys.error(f"{name} is {count}, and the file holds tensors of {len(found)} layers")
-        return count
+        layers = count - predicting_layers(self.keys, self.form)
+        if layers < 1:
+            raise self.keys.error(f"all {count} layers only predict further tokens")
+        return layers
 
     def _is_present(self, names: str) -> bool:
         """Whether a tensor of a layer has such a name."""
@@ -112,9 +128,8 @@ class _Reader:
 
     def _check_fixed(self) -> None:
         for one in self.form.fixed:
-            if one.key is not None and self.keys.has(one.key):
-                said = self.keys.flag(one.key) if isinstance(one.value, bool) else self.keys.integer(one.key)
-                self._require(one.key, said, one.value)
+            if one.key is not None and (one.stated or self.keys.has(one.key)):
+                self._require(one.key, self.keys.flag(one.key), one.value)
 
     def _experts(self, experts: Experts, layers: int) -> dict[str, Any]:
         keys, count = self.keys, self.keys.integer(Keys.LLM.EXPERT_COUNT)

@@ -135,6 +135,18 @@ class ModelKeys:
             raise self.error(f"{self._full(key)} is {_shown(value)}, not true or false")
         return value
 
+    def flags(self, key: str, count: int) -> list[bool]:
+        """True or false for each of ``count`` layers.
+
+        Raises:
+            CheckpointError: it is absent or something else.
+        """
+        value = self._value(key, None)
+        given = value.tolist() if isinstance(value, ndarray) else value
+        if not isinstance(given, list) or len(given) < count or any(one not in (0, 1) for one in given):
+            raise self.error(f"{self._full(key)} is {_shown(value)}, not true or false for each of {count} layers")
+        return [bool(one) for one in given[:count]]
+
     def text(self, key: str, default: str) -> str:
         """A text.
 

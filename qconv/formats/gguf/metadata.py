@@ -69,7 +69,13 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     _add_rope(writer, rope_of(config), model.head_dim)
+    if of.windows is not None:
+        writer.add_sliding_window(values.integer("sliding_window"))
+        writer.add_sliding_window_pattern(of.windows(config, len(model.layers)))
     _add_experts(writer, model, of)
+    for fixed in of.fixed:
+        if fixed.key is not None and fixed.stated:
+            writer.add_key_value(fixed.key.format(arch=of.architecture), fixed.value, _TYPES[type(fixed.value)])
     for stated in of.stated:
         key = stated.key.format(arch=of.architecture)
         writer.add_key_value(key, stated_value(config, stated), _TYPES[type(stated.default)])
@@ -113,7 +119,8 @@ def stated_value(config: dict[str, Any], stated: Stated) -> bool | int | float:
     if isinstance(stated.default, bool):
         return values.flag(stated.config, stated.default)
     if isinstance(stated.default, int):
-        return values.integer(stated.config, default=stated.default)
+        none = stated.absent == 0 and config.get(stated.config) == 0
+        return 0 if none else values.integer(stated.config, default=stated.default)
     given = values.positive(stated.config)
     return stated.default if given is None else given
 
@@ -170,7 +177,9 @@ def _layer_difference(model: Architecture, of: Form) -> str | None:
 
 
 def _slides(config: dict[str, Any], of: Form) -> bool:
-    """Whether a layer attends to a window. Qwen's configs give a window and switch it off."""
+    """Whether a layer attends to a window that cannot be said. Qwen's configs give a window and switch it off."""
+    if of.windows is not None:
+        return False
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
         return True

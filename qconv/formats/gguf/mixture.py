@@ -189,12 +189,12 @@ def _mixture(name: str) -> Mixture:
 
 
 def _place(model: Architecture, layer: int, nth_down: int, importance: bool) -> Place:
-    moe = model.layers[layer].mlp
+    experts = max((len(one.mlp.experts) for one in model.layers if isinstance(one.mlp, Moe)), default=0)
     return Place(
         layer=layer,
         layers=len(model.layers),
         nth_down=nth_down,
-        experts=len(moe.experts) if isinstance(moe, Moe) else 0,
+        experts=experts,
         queries_per_key=model.num_attention_heads // model.num_key_value_heads,
         importance=importance,
     )
@@ -212,15 +212,14 @@ def _in_layer(mixture: Mixture, tensor: GgufTensor, place: Place, model: Archite
     if place.experts == 8 and role in ("k", "v", "o"):
         return mixture.eight_experts.get(role, mixture.base)
     type = mixture.rules.get(role, always(mixture.base))(place) or mixture.base
-    if role == "v" and _is_llama_70b(model) and type in (T.Q3_K, T.Q4_K):
+    if role == "v" and _is_70b(model) and type in (T.Q3_K, T.Q4_K):
         return T.Q5_K
     return type
 
 
-def _is_llama_70b(model: Architecture) -> bool:
-    """Llama 2 and 3 70B: v is an eighth of q, so a better type costs little."""
-    return (
-        architecture_name(model.family) == "llama"
-        and len(model.layers) == 80
-        and model.num_attention_heads != model.num_key_value_heads
+def _is_70b(model: Architecture) -> bool:
+    """Llama 2 and 3 70B and Qwen2 72B, as llama.cpp knows them: v is an eighth of q, so a better type costs little."""
+    grouped = model.num_attention_heads != model.num_key_value_heads
+    return len(model.layers) == 80 and (
+        (architecture_name(model.family) == "llama" and grouped) or model.family == "qwen2"
     )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gguf import MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
+from gguf import MODEL_TENSOR, TENSOR_NAMES, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 
 from qconv.core.architecture import Architecture, Layer, Module, Moe
@@ -98,7 +98,7 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
     for layer, modules in _groups(model):
         for parts in zip(*(module.tensors() for module in modules), strict=True):
             sources = tuple(name for name, _ in parts)
-            found = names.get_type_and_name(_EXPERT_NUMBER.sub("", sources[0]), try_suffixes=(".weight", ".bias"))
+            found = _named(names, _EXPERT_NUMBER.sub("", sources[0]))
             if found is None:
                 raise UsageError(
                     f"{sources[0]}: llama.cpp's {of.architecture} has no place for it.",
@@ -124,6 +124,15 @@ def permute_heads(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
+def _named(names: TensorNameMap, source: str) -> tuple[MODEL_TENSOR, str] | None:
+    """What a tensor of the checkpoint is in llama.cpp's form; the tables have a router's correction as a module."""
+    for name in (source, source.removesuffix("_bias") + ".bias"):
+        found: tuple[MODEL_TENSOR, str] | None = names.get_type_and_name(name, try_suffixes=(".weight", ".bias"))
+        if found is not None:
+            return found
+    return None
+
+
 def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Module]]]:
     """Modules that become one tensor together (or one for weights and one for biases), with their layer."""
     yield None, [model.embedding]
@@ -138,8 +147,8 @@ def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Module]]
 def _layer_groups(layer: Layer) -> Iterator[Sequence[Module]]:
     yield [layer.input_norm]
     yield from ([linear] for linear in layer.attention.linears())
-    yield from ([norm] for norm in (*layer.attention.head_norms, layer.post_attention_norm))
-    yield from ([router] for router in layer.routers())
+    yield from ([kept] for kept in (*layer.attention.kept(), layer.post_attention_norm))
+    yield from ([module] for module in layer.routing())
     if isinstance(layer.mlp, Moe):
         yield from zip(*(expert.linears() for expert in layer.mlp.experts), strict=True)
     for mlp in layer.mlps()[len(layer.mlp.experts) if isinstance(layer.mlp, Moe) else 0 :]:

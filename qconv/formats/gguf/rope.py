@@ -73,6 +73,10 @@ def rope_of(config: dict[str, Any]) -> Rope:
     stated = stated_rope(config)
     theta = stated.get("rope_theta", of.theta)
     kind = stated["rope_type"]
+    if kind == "dynamic" and of.alpha and stated.get("alpha") is not None:
+        head_dim = _positive("head_dim", config.get("head_dim"))
+        theta = _positive("rope_theta", theta) * _positive("alpha", stated["alpha"]) ** (head_dim / (head_dim - 2.0))
+        kind = "default"
     if kind not in _REQUIRED:
         raise UsageError(
             f"config.json: rope scaling {kind!r} cannot be expressed in a GGUF file of this architecture.",

@@ -17,7 +17,7 @@ from qconv.formats.gguf.llama_cpp_mixtures import MIXTURES
 from qconv.formats.gguf.mixture import FILE_TYPES, file_type_id, fitted, fitting, needs_importance, tensor_types
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.models import architecture
-from tests.conftest import FAMILIES, SIZES
+from tests.conftest import EXPERTS, FAMILIES, SIZES
 
 T = GGMLQuantizationType
 MODEL_480B = architecture(SliceShape().config(62, 160))
@@ -239,3 +239,21 @@ def test_every_file_type_has_llama_cpps_number(file_type: str) -> None:
 def test_an_unknown_file_type_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown GGUF file type 'Q4_K_XL'"):
         file_type_id("Q4_K_XL")
+
+
+def test_a_dense_layer_of_a_sparse_model_gets_what_a_model_of_eight_experts_gets() -> None:
+    """llama.cpp asks how many experts the model has, not the layer."""
+    sizes = {"model_type": "glm4_moe", "n_routed_experts": 8, "first_k_dense_replace": 1}
+    model = architecture(SIZES | EXPERTS | sizes | {"rope_theta": 1e4})
+    types = tensor_types("Q4_K_M", model, gguf_tensors(model), importance=False)
+    for layer in (0, 1):
+        assert [types[f"blk.{layer}.attn_{role}.weight"] for role in ("k", "v", "output")] == [T.Q8_0, T.Q8_0, T.Q5_K]
+    assert types["blk.1.exp_probs_b.bias"] == T.F32
+
+
+@pytest.mark.parametrize(("family", "expected"), [("qwen2", T.Q5_K), ("mistral", T.Q5_K), ("qwen3", T.Q4_K)])
+def test_llama_cpp_knows_a_70b_by_its_layers(family: str, expected: T) -> None:
+    changes = {"model_type": family, "num_hidden_layers": 80, "rope_theta": 1e4, "sliding_window": None, "head_dim": 16}
+    model = architecture(SIZES | changes)
+    types = tensor_types("Q4_K_M", model, gguf_tensors(model), importance=False)
+    assert types["blk.10.attn_v.weight"] == expected  # not one of the sensitive layers

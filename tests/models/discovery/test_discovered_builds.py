@@ -110,7 +110,7 @@ def test_folding_alone_moves_no_logit(source: Callable[[str], Path], tmp_path: P
     assert_near(logits_of(tmp_path), expected)
 
 
-@pytest.mark.parametrize("model_type", ["glm4_moe", "minimax_m2", "mistral"])
+@pytest.mark.parametrize("model_type", ["granite"])
 def test_a_gguf_is_refused_for_what_it_is_and_not_for_a_detail(
     source: Callable[[str], Path], tmp_path: Path, model_type: str
 ) -> None:

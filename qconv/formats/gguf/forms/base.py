@@ -27,7 +27,7 @@ class Stated:
         key: The file's, such as :data:`gguf.Keys.LLM.EXPERT_WEIGHTS_SCALE`.
         config: config.json's.
         default: What transformers takes where config.json lacks it; its type, bool, int or float, is the value's.
-        absent: What llama.cpp takes where the file lacks it.
+        absent: What llama.cpp takes where the file lacks it. Counts are positive unless it is 0.
     """
 
     key: str
@@ -46,6 +46,7 @@ class Fixed:
         because: What llama.cpp does, for the message.
         default: What transformers takes where config.json lacks it.
         key: The key of a file that may say it too.
+        stated: Whether a file must say it, since llama.cpp takes the other value where it does not.
     """
 
     config: str | None
@@ -53,6 +54,7 @@ class Fixed:
     because: str = ""
     default: Any = None
     key: str | None = None
+    stated: bool = False
 
 
 ATTENTION_BIAS = "attn_(q|k|v|output).bias"
@@ -86,6 +88,12 @@ class Experts:
     dense_first: Callable[[int, int], dict[str, Any]] | None = None
 
 
+def sliding_layers(config: Values, layers: int) -> list[bool]:
+    """Which layers attend to a window: by ``layer_types``, else all but each ``sliding_window_pattern``-th."""
+    kinds, period = config.get("layer_types"), config.get("sliding_window_pattern", 4)
+    return [(layer + 1) % period != 0 if not kinds else kinds[layer] != "full_attention" for layer in range(layers)]
+
+
 def _no_difference(config: Values, model: Architecture) -> str | None:
     return None
 
@@ -103,14 +111,17 @@ class Form:
         biases: Which of a layer's linears outside the experts may have one: of q, k, v, o, gate, up, down.
         tied: Whether the head may be the embedding.
         heads_fill_hidden: Whether all heads together must be as wide as the model.
+        windows: Which of so many layers attend to a window, None where llama.cpp knows none.
         window: Whether ``sliding_window`` holds unless ``use_sliding_window`` says that it does not.
         theta: The base of the rotary frequencies where config.json may leave it out.
+        alpha: Whether ``dynamic`` scaling with an ``alpha`` is a larger base, whatever the length of the text.
         rope_factors: Whether llama.cpp reads a tensor by which frequencies are divided.
         rotated: The share of a head that is rotated where config.json does not say it; None for whole heads always.
         experts: The experts, None of a dense family.
         stated: What the file states besides.
         fixed: What llama.cpp leaves no choice of.
         present: Keys of config.json that say whether layers have tensors of such names, as expressions.
+        predicts: Whether a file may hold layers behind the last that only predict further tokens.
         differs: What else llama.cpp computes otherwise, or None.
     """
 
@@ -122,14 +133,17 @@ class Form:
     biases: tuple[str, ...] = ("q", "k", "v")
     tied: bool = True
     heads_fill_hidden: bool = False
+    windows: Callable[[Values, int], list[bool]] | None = None
     window: bool = False
     theta: float | None = None
+    alpha: bool = False
     rope_factors: bool = False
     rotated: Callable[[Values], float] | None = None
     experts: Experts | None = None
     stated: tuple[Stated, ...] = ()
     fixed: tuple[Fixed, ...] = ()
     present: Mapping[str, str] = field(default_factory=lambda: {"attention_bias": ATTENTION_BIAS})
+    predicts: bool = False
     differs: Callable[[Values, Architecture], str | None] = _no_difference
 
     @property

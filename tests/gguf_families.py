@@ -1,0 +1,56 @@
+"""Small models of the families that have a GGUF form beside those that tests/conftest.py has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import EXPERTS, random_model, save_model
+
+THREE = {"num_hidden_layers": 3}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4_moe": (
+        "glm4_moe",
+        EXPERTS | THREE | {"n_routed_experts": 6, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7},
+    ),
+    "glm4_moe-all-else": (
+        "glm4_moe",
+        EXPERTS
+        | THREE
+        | {"n_routed_experts": 6, "first_k_dense_replace": 2, "n_shared_experts": 2, "norm_topk_prob": False}
+        | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.25},
+    ),
+    "solar_open": ("solar_open", EXPERTS | {"n_routed_experts": 6, "rope_parameters": YARN}),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 12}),
+    "ernie4_5_moe": ("ernie4_5_moe", EXPERTS | THREE | {"moe_num_experts": 6, "moe_k": 2}),
+    "ernie4_5_moe-none-shared": (
+        "ernie4_5_moe",
+        EXPERTS | THREE | {"moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 0, "tie_word_embeddings": False},
+    ),
+    "hy_v3": ("hy_v3", EXPERTS | THREE | {"num_experts": 6}),
+    "exaone_moe": ("exaone_moe", EXPERTS | {"num_experts": 6, "num_hidden_layers": 5, "sliding_window": 16}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"head_dim": 16}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "pad_token_id": None}),
+    "ernie4_5": ("ernie4_5", {}),
+    "seed_oss": ("seed_oss", {"attention_bias": True, "pad_token_id": None}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"rope_parameters": ALPHA}),
+}
+"""A family and its changes, by what it shows."""
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 256}
+"""What the K-quants' blocks divide."""
+
+
+def model_of(name: str, **changes: Any) -> Any:
+    """A random transformers model in float32."""
+    family, own = MODELS[name]
+    return random_model(family, **own | changes)
+
+
+def saved(name: str, folder: Path, **changes: Any) -> tuple[Any, Path]:
+    """The same, and its checkpoint in bf16."""
+    model = model_of(name, **changes)
+    return model, save_model(model, folder)
