@@ -16,7 +16,7 @@ from torch import Tensor
 from qconv.artifacts.build import read_scales
 from qconv.artifacts.source import Source
 from qconv.boundary.content import FOLDED_SCALES
-from qconv.core.architecture import Architecture, Layer, Linear, Module
+from qconv.core.architecture import Architecture, Layer, Linear, Module, Norm
 from qconv.errors import CheckpointError, UsageError
 from qconv.models.folding import SCALE_SUFFIX, Folds, folded_vector, folded_weight, output_channels
 
@@ -82,7 +82,7 @@ class FoldedSource:
         out_scale = folds.output_scale(module)
         out_scale = None if out_scale is None else out_scale[row : row + len(block)]
         if not isinstance(module, Linear) or name != module.weight:
-            return folded_vector(block, out_scale)
+            return folded_vector(block, out_scale, module.offset if isinstance(module, Norm) else 0.0)
         return folded_weight(block, folds.input_scale(module), out_scale)
 
 

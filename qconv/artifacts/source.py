@@ -82,7 +82,7 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first layer's weights."""
-        return self.checkpoint.entry(self.architecture.layers[0].attention.q.weight).dtype
+        return self.checkpoint.entry(self.architecture.layers[0].attention.linears()[0].weight).dtype
 
     def read(self, name: str) -> Tensor:
         """A tensor in its stored dtype, known to be finite.

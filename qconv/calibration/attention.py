@@ -1,4 +1,4 @@
-"""The attention half of a layer: statistics of q, k, v and o, scale searches, quantization, and the pass onward."""
+"""The attention half of a layer: statistics of what its linears read, scale searches, quantization, the pass onward."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from qconv.calibration.attention_build import AttentionBuild, Probe
-from qconv.calibration.forward import AttentionBlock
+from qconv.calibration.forward import MixerBlock
 from qconv.calibration.layer import Finished, LayerBuild, LayerContext, Workspace
 from qconv.calibration.rounding import Factors, compensate, empty_statistics
 from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputSquares, InputStatistics
-from qconv.core.architecture import Linear
+from qconv.core.architecture import InputGroup
 
 WINDOW_TOKENS = 2048
 PROBE_SEQUENCES = 4
@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 def calibrate_attention(context: LayerContext) -> Iterator[tuple[LayerBuild, Finished]]:
     """Quantize the attention of a layer for each build and write the layer's middle activations.
 
-    Yields each build's modules in the order of the plan: input norm, q, k, v, o, what attention keeps.
+    Yields each build's modules in the order of the plan: input norm, the linears, what attention keeps.
     """
     half = _AttentionHalf(context)
     half.collect()
@@ -50,24 +50,24 @@ class _AttentionHalf:
         self.tensors = tensors
         self.norm_weight = source.read(layer.input_norm.weight)
         self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight)
-        self.block: AttentionBlock = context.decoder.attention(layer, tensors)
-        self.parts = [AttentionBuild(context, build, tensors, self.norm_weight) for build in context.builds]
-        self.qkv = layer.attention.linears()[:3]
-        self.o = (layer.attention.o,)
-        self.qkv_inputs = self._statistics(self.qkv, map(self._width_of_qkv, self.parts))
-        self.o_inputs = self._statistics(self.o, map(self._first_width_of_o, self.parts))
+        self.block: MixerBlock = context.decoder.attention(layer, tensors)
+        self.parts = [AttentionBuild(context, build, tensors) for build in context.builds]
+        self.groups = layer.groups()
+        self.inputs = [
+            self._statistics(group, [self._first_width(part, number) for part in self.parts])
+            for number, group in enumerate(self.groups)
+        ]
 
-    def _statistics(self, linears: Sequence[Linear], widths: Iterable[int]) -> dict[int, InputStatistics]:
+    def _statistics(self, group: InputGroup, widths: Iterable[int]) -> dict[int, InputStatistics]:
         """Of an input, by width."""
-        return empty_statistics(linears[0].in_features, widths, drift=self.reference is not None)
+        return empty_statistics(group.in_features, widths, drift=self.reference is not None)
 
-    def _width_of_qkv(self, part: AttentionBuild) -> int:
-        return part.width(self.qkv)
-
-    def _first_width_of_o(self, part: AttentionBuild) -> int:
-        """Before q, k and v are quantized: squares alone, where its moments are those of what they then pass on."""
-        width = part.width(self.o)
-        return min(width, 1) if self.reference is not None and part.compensates(self.o) else width
+    def _first_width(self, part: AttentionBuild, number: int) -> int:
+        """Before anything is quantized: squares alone, where moments are those of what quantized linears pass on."""
+        linears = self.groups[number].linears
+        width = part.width(linears)
+        later = number > 0 and self.reference is not None and part.compensates(linears)
+        return min(width, 1) if later else width
 
     def _normed(self, start: int, stop: int, work: Workspace | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]; of the quantized model."""
@@ -75,49 +75,48 @@ class _AttentionHalf:
         normed: Tensor = self.norm(hidden)
         return hidden, normed.view(-1, self.context.work.sequence_length, hidden.shape[-1])
 
-    def _block(self, replaced: Mapping[str, Tensor]) -> AttentionBlock:
+    def _block(self, replaced: Mapping[str, Tensor]) -> MixerBlock:
         """The attention with some projections' weights exchanged, by module name."""
         exchanged = {f"{name}.weight": weight for name, weight in replaced.items()}
         return self.context.decoder.attention(self.context.layer, {**self.tensors, **exchanged})
 
     def collect(self) -> None:
-        """Statistics of both inputs over all tokens; the probes on which losses are measured."""
+        """Statistics of all inputs over all tokens; the probes on which losses are measured."""
 
-        def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None, list[InputSquares]]:
+        def inputs(window: tuple[int, int]) -> tuple[list[Tensor], Tensor | None, list[InputSquares]]:
             _, normed = self._normed(*window)
-            _, o_input = self.block.with_o_input(normed)
-            normed, o_input = normed.flatten(0, 1), o_input.flatten(0, 1)
+            read = [one.flatten(0, 1) for one in self.block.with_inputs(normed)[1]]
             unquantized = None if self.reference is None else self._normed(*window, self.reference)[1].flatten(0, 1)
-            squares = [] if self.context.seen is None else [InputSquares.of(normed), InputSquares.of(o_input)]
-            return normed, o_input, unquantized, squares
+            squares = [] if self.context.seen is None else [InputSquares.of(one) for one in read]
+            return read, unquantized, squares
 
-        for normed, o_input, unquantized, squares in self._windows(inputs):
-            for statistics in self.qkv_inputs.values():
-                statistics.update(normed, reference=unquantized)
-            for statistics in self.o_inputs.values():
-                statistics.update(o_input)
-            for linears, seen in zip((self.qkv, self.o), squares, strict=False):
-                self.context.see(linears, seen)
-        for statistics in self.qkv_inputs.values():
+        for read, unquantized, squares in self._windows(inputs):
+            for number, (found, one) in enumerate(zip(self.inputs, read, strict=True)):
+                for statistics in found.values():
+                    statistics.update(one, reference=unquantized if number == 0 else None)
+            for group, seen in zip(self.groups, squares, strict=False):
+                self.context.see(group.linears, seen)
+        for statistics in self.inputs[0].values():
             statistics.shrink_drift()
         probes = {tokens: self._probe(tokens) for tokens in {one.build.recipe.awq.search_tokens for one in self.parts}}
         for part in self.parts:
-            probe = probes[part.build.recipe.awq.search_tokens]
-            part.see(self.qkv_inputs[self._width_of_qkv(part)], self.o_inputs[self._first_width_of_o(part)], probe)
+            inputs_of = [found[self._first_width(part, number)] for number, found in enumerate(self.inputs)]
+            part.see(inputs_of, probes[part.build.recipe.awq.search_tokens])
 
-    def _collect_o(self, part: AttentionBuild, reference: Workspace) -> InputStatistics:
-        """Statistics of o's input anew: what the quantized q, k and v make of it, beside the unquantized model's."""
+    def _collect_again(self, part: AttentionBuild, number: int, reference: Workspace) -> InputStatistics:
+        """Statistics of an input anew: what quantized linears make of it, beside the unquantized model's."""
         block = self._block(part.effective())
 
         def inputs(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            _, o_input = block.with_o_input(self._normed(*window)[1])
-            _, unquantized = self.block.with_o_input(self._normed(*window, reference)[1])
-            return o_input.flatten(0, 1), unquantized.flatten(0, 1)
+            _, quantized = block.with_inputs(self._normed(*window)[1])
+            _, unquantized = self.block.with_inputs(self._normed(*window, reference)[1])
+            return quantized[number].flatten(0, 1), unquantized[number].flatten(0, 1)
 
-        width = part.width(self.o)
-        found = self._statistics(self.o, [width])[width]
-        for o_input, unquantized in self._windows(inputs):
-            found.update(o_input, reference=unquantized)
+        group = self.groups[number]
+        width = part.width(group.linears)
+        found = self._statistics(group, [width])[width]
+        for quantized, unquantized in self._windows(inputs):
+            found.update(quantized, reference=unquantized)
         found.shrink_drift()
         return found
 
@@ -134,47 +133,45 @@ class _AttentionHalf:
         picks = [sequences * index // count for index in range(count)]
         rows = [work.inputs.read(pick * work.sequence_length, pick * work.sequence_length + length) for pick in picks]
         normed: Tensor = self.norm(torch.stack(rows))
-        return Probe(normed, *self.block.with_o_input(normed))
+        return Probe(normed, *self.block.with_inputs(normed))
 
     def quantize(self) -> None:
         """Give each build its quantized projections."""
         for part in self.parts:
             part.search_scales(self._block)
             part.round(self._block)
-        self._compensate([part for part in self.parts if part.compensates((*self.qkv, *self.o))])
+        self._compensate([part for part in self.parts if part.compensates(self.context.layer.attention.linears())])
 
     def _compensate(self, parts: Sequence[AttentionBuild]) -> None:
-        """Quantize by GPTQ; q, k and v share one Hessian, and builds what they make of it."""
+        """Quantize by GPTQ; linears that read one tensor share a Hessian, and builds what they make of it."""
 
-        def solve(
-            subject: tuple[Sequence[Linear], Mapping[int, InputStatistics]],
-        ) -> list[dict[str, Compensated]]:
-            linears, statistics = subject
+        def solve(subject: tuple[InputGroup, Mapping[int, InputStatistics]]) -> list[dict[str, Compensated]]:
+            group, statistics = subject
             factors: Factors = {}
             found = []
             for part in parts:
-                weights = part.folded(linears)
-                scale = part.build.folds.input_scale(linears[0])
-                found.append(compensate(part.build, statistics[part.width(linears)], weights, scale, factors))
+                weights = part.folded(group.linears)
+                scale = part.build.folds.input_scale(group.linears[0])
+                found.append(compensate(part.build, statistics[part.width(group.linears)], weights, scale, factors))
             return found
 
+        subjects = list(zip(self.groups, self.inputs, strict=True))
         if self.reference is None:
-            # The larger one first, so that it need not be waited for.
-            subjects = ((self.o, self.o_inputs), (self.qkv, self.qkv_inputs))
-            of_o, of_qkv = self.context.workers.map(solve, subjects)
-            for part, first, last in zip(parts, of_qkv, of_o, strict=True):
-                part.keep(first)
-                part.keep(last)
+            # The last first: it is the largest, so that it need not be waited for.
+            solved = list(self.context.workers.map(solve, subjects[::-1]))[::-1]
+            for number, part in enumerate(parts):
+                for results in solved:
+                    part.keep(results[number])
             return
-        for part, one in zip(parts, solve((self.qkv, self.qkv_inputs)), strict=True):
-            part.keep(one)
-            if not part.compensates(self.o):
-                continue
-            # What was seen of the unquantized q, k and v has served: o's moments are as large again.
-            self.qkv_inputs, self.o_inputs = {}, {}
+        for part, first in zip(parts, solve(subjects[0]), strict=True):
+            part.keep(first)
+            # What was seen of the unquantized linears has served: later inputs' moments are as large again.
+            self.inputs, subjects = [], []
             part.forget_moments()
-            o_inputs = {part.width(self.o): self._collect_o(part, self.reference)}
-            part.keep(solve((self.o, o_inputs))[0])
+            for number, group in enumerate(self.groups):
+                if number > 0 and part.compensates(group.linears):
+                    inputs = {part.width(group.linears): self._collect_again(part, number, self.reference)}
+                    part.keep(solve((group, inputs))[0])
 
     def pass_on(self) -> None:
         """Write the residual stream after attention, through the quantized weights where the recipe propagates."""
@@ -185,7 +182,7 @@ class _AttentionHalf:
             if work is not None:
                 self._attend(work, attention)
 
-    def _attend(self, work: Workspace, block: AttentionBlock) -> None:
+    def _attend(self, work: Workspace, block: MixerBlock) -> None:
         def attend(window: tuple[int, int]) -> None:
             hidden, normed = self._normed(*window, work)
             hidden.add_(block(normed).view_as(hidden))

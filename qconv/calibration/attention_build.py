@@ -8,33 +8,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.calibration.forward import AttentionBlock
+from qconv.calibration.forward import MixerBlock
 from qconv.calibration.layer import LayerBuild, LayerContext
 from qconv.calibration.rounding import statistics_width
 from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputStatistics
-from qconv.core.architecture import Linear
+from qconv.core.architecture import InputGroup, Linear, Norm
 from qconv.core.grid import Packed
 from qconv.methods import awq
 from qconv.models.folding import folded_weight, norm_scale, spread_heads
 
-BlockOf = Callable[[Mapping[str, Tensor]], AttentionBlock]
+BlockOf = Callable[[Mapping[str, Tensor]], MixerBlock]
 """The attention with some projections' weights exchanged, by module name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What losses are measured on: inputs, and what the unquantized attention and its o make of them.
+    """What losses are measured on: inputs, and what the unquantized attention makes of them.
 
     Attributes:
         inputs: float32 [sequences, length, hidden], normalized.
         target: The output, of the same shape.
-        o_inputs: float32 [sequences, length, heads * head_dim].
+        read: What each group of linears reads, float32 [sequences, length, in_features].
     """
 
     inputs: Tensor
     target: Tensor
-    o_inputs: Tensor
+    read: Sequence[Tensor]
 
 
 class AttentionBuild:
@@ -45,14 +45,12 @@ class AttentionBuild:
         weights: The quantized projections by name, once they are made.
     """
 
-    def __init__(
-        self, context: LayerContext, build: LayerBuild, tensors: Mapping[str, Tensor], norm_weight: Tensor
-    ) -> None:
-        """Of source tensors by full name, float32, and the input norm's weight."""
+    def __init__(self, context: LayerContext, build: LayerBuild, tensors: Mapping[str, Tensor]) -> None:
+        """Of source tensors by full name, float32."""
         self.context = context
         self.build = build
+        self.groups = context.layer.groups()
         self.source_weights = {linear.name: tensors[linear.weight] for linear in context.layer.attention.linears()}
-        self.norm_weight = norm_weight
         self.weights: dict[str, Packed] = {}
 
     def compensates(self, linears: Sequence[Linear]) -> bool:
@@ -64,55 +62,64 @@ class AttentionBuild:
         wanted = any(linear.name in self.build.quantized for linear in linears)
         return statistics_width(self.build, linears) if wanted else 0
 
-    def see(self, qkv_inputs: InputStatistics, o_inputs: InputStatistics, probe: Probe) -> None:
-        """Take the statistics of both inputs, and what losses are measured on."""
-        attention = self.context.layer.attention
-        self.qkv_inputs, self.o_inputs, self.probe = qkv_inputs, o_inputs, probe
-        self.build.keep_squares(qkv_inputs, attention.linears()[:3])
-        self.build.keep_squares(o_inputs, (attention.o,))
+    def see(self, inputs: Sequence[InputStatistics], probe: Probe) -> None:
+        """Take the statistics of what each group reads, and what losses are measured on."""
+        self.inputs, self.probe = list(inputs), probe
+        for group, statistics in zip(self.groups, inputs, strict=True):
+            self.build.keep_squares(statistics, group.linears)
 
     def forget_moments(self) -> None:
-        """Keep of both inputs' statistics no second moments."""
-        self.qkv_inputs, self.o_inputs = self.qkv_inputs.without_moments(), self.o_inputs.without_moments()
+        """Keep of the inputs' statistics no second moments."""
+        self.inputs = [statistics.without_moments() for statistics in self.inputs]
 
     def search_scales(self, block: BlockOf) -> None:
-        """Choose what is folded into the input norm and into v."""
-        context, build, attention = self.context, self.build, self.context.layer.attention
-        points = build.recipe.awq.alpha_points
-        if build.searches_scales(attention.linears()[:3]):
-            candidates = awq.candidate_scales(self.qkv_inputs.magnitude, points)
-            scales = [norm_scale(self.norm_weight, scale) for scale in candidates]
-            choice = awq.choose(list(context.workers.map(lambda scale: self._qkv_loss(block, scale), scales)))
-            build.report.search(context.layer.input_norm.name, choice)
-            if choice.index:
-                build.scales[context.layer.input_norm.name] = scales[choice.index]
-        if build.searches_scales((attention.v, attention.o)):
-            self._search_v_scale(points)
+        """Choose what is folded into the norms and linears whose outputs are read."""
+        for number, group in enumerate(self.groups):
+            producer = group.producer
+            if isinstance(producer, Norm) and self.build.searches_scales(group.linears):
+                self._search_norm_scale(block, number, producer)
+            elif isinstance(producer, Linear) and self.build.searches_scales((producer, *group.linears)):
+                self._search_linear_scale(number, producer)
 
-    def _qkv_loss(self, block: BlockOf, scale: Tensor) -> float:
+    def _search_norm_scale(self, block: BlockOf, number: int, norm: Norm) -> None:
+        context, build, group = self.context, self.build, self.groups[number]
+        weight = context.source.read(norm.weight)
+        candidates = awq.candidate_scales(self.inputs[number].magnitude, build.recipe.awq.alpha_points)
+        if group.unquantized:
+            # What stays in 16 bits takes powers of two without a rounding.
+            candidates = [awq.nearest_power_of_two(scale) for scale in candidates]
+        scales = [norm_scale(weight, scale, norm.offset) for scale in candidates]
+        losses = context.workers.map(lambda scale: self._group_loss(block, group, scale), scales)
+        choice = awq.choose(list(losses))
+        build.report.search(norm.name, choice)
+        if choice.index:
+            build.scales[norm.name] = scales[choice.index]
+
+    def _group_loss(self, block: BlockOf, group: InputGroup, scale: Tensor) -> float:
         rounded = {
             linear.name: self.build.schemes[linear.name].nearest(self.source_weights[linear.name] * scale).div_(scale)
-            for linear in self.context.layer.attention.linears()[:3]
+            for linear in group.linears
         }
         return _squared_distance(block(rounded)(self.probe.inputs), self.probe.target)
 
-    def _search_v_scale(self, points: int) -> None:
+    def _search_linear_scale(self, number: int, producer: Linear) -> None:
         """v's output channels feed o alone: dividing v's rows is free, since its groups run along its input."""
-        build, attention = self.build, self.context.layer.attention
+        build = self.build
+        (linear,) = self.groups[number].linears
         repeats, head_dim = build.folds.repeats, build.folds.head_dim
-        by_channel = self.o_inputs.magnitude.view(-1, repeats, head_dim).mean(1).reshape(-1)
-        scales = awq.candidate_scales(by_channel, points)
-        weight, inputs = self.source_weights[attention.o.name], self.probe.o_inputs.flatten(0, 1)
+        by_channel = self.inputs[number].magnitude.view(-1, repeats, head_dim).mean(1).reshape(-1)
+        scales = awq.candidate_scales(by_channel, build.recipe.awq.alpha_points)
+        weight, inputs = self.source_weights[linear.name], self.probe.read[number].flatten(0, 1)
         target = inputs @ weight.t()
 
         def loss(scale: Tensor) -> float:
             spread = spread_heads(scale, repeats, head_dim)
-            return _squared_distance(build.schemes[attention.o.name].linear(inputs / spread, weight, spread), target)
+            return _squared_distance(build.schemes[linear.name].linear(inputs / spread, weight, spread), target)
 
         choice = awq.choose(list(self.context.workers.map(loss, scales)))
-        build.report.search(attention.v.name, choice)
+        build.report.search(producer.name, choice)
         if choice.index:
-            build.scales[attention.v.name] = scales[choice.index]
+            build.scales[producer.name] = scales[choice.index]
 
     def folded(self, linears: Sequence[Linear]) -> dict[str, Tensor]:
         """The folded weights of those whose codes second moments decide about, by name."""
@@ -133,18 +140,20 @@ class AttentionBuild:
 
     def _with_static_inputs(self) -> dict[str, Packed]:
         """The projections as floats, by name, each with the scale of its input."""
-        attention, static = self.context.layer.attention, self.build.static
+        static = self.build.static
         assert static is not None
         found: dict[str, Packed] = {}
-        for statistics, linears in ((self.qkv_inputs, attention.linears()[:3]), (self.o_inputs, (attention.o,))):
-            weights = {one.name: self.source_weights[one.name] for one in linears if one.name in self.build.quantized}
+        for statistics, group in zip(self.inputs, self.groups, strict=True):
+            weights = {one.name: self.source_weights[one.name] for one in group.linears}
+            weights = {name: weight for name, weight in weights.items() if name in self.build.quantized}
             found |= static.together(weights, statistics.peak)
         return found
 
     def _clipped(self, block: BlockOf) -> dict[str, Packed]:
-        """The projections rounded to nearest by name; v and o with clipping if that helps the block's output.
+        """The projections rounded to nearest by name, some with clipping if that helps the block's output.
 
-        q and k are never clipped: their errors meet in a product, which the clipping loss does not see.
+        Those are the last and what it reads the outputs of: o and v. Errors of q and k meet in a product, which the
+        clipping loss does not see.
         """
         context, attention = self.context, self.context.layer.attention
         quantized = [linear for linear in attention.linears() if linear.name in self.build.quantized]
@@ -155,7 +164,7 @@ class AttentionBuild:
         if not clipped:
             return plain
         without, with_clip = self._output_loss(block, plain), self._output_loss(block, {**plain, **clipped})
-        self.build.report.searches[f"{attention.o.name}.clip"] = {
+        self.build.report.searches[f"{self.groups[-1].linears[-1].name}.clip"] = {
             "loss": min(without, with_clip),
             "rtn_loss": without,
             "kept_rtn": not with_clip < without,
@@ -164,15 +173,14 @@ class AttentionBuild:
 
     def _round(self, linear: Linear) -> tuple[Packed, Packed | None]:
         """A projection quantized without clipping, and with it where clipping is searched."""
-        attention, folds = self.context.layer.attention, self.build.folds
-        in_scale = folds.input_scale(linear)
+        in_scale = self.build.folds.input_scale(linear)
         weight = self._folded(linear)
         scheme = self.build.schemes[linear.name]
         plain = scheme.round(weight)
-        if linear not in (attention.v, attention.o):
+        if linear not in (*self.groups[-1].linears, self.groups[-1].producer):
             return plain, None
-        inputs = self.o_inputs if linear == attention.o else self.qkv_inputs
-        seen = inputs if in_scale is None else inputs.rescaled(in_scale)
+        number = next(number for number, group in enumerate(self.groups) if linear in group.linears)
+        seen = self.inputs[number] if in_scale is None else self.inputs[number].rescaled(in_scale)
         return plain, scheme.clipped(weight, seen.diagonal(scheme.gram_width(linear.in_features)))
 
     def _output_loss(self, block: BlockOf, weights: Mapping[str, Packed]) -> float:

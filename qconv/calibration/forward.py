@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qconv.boundary.printable import one_line
 from qconv.core.architecture import Architecture, Layer, Moe, Norm
 from qconv.errors import CheckpointError
+from qconv.models.calls import Call, Calls
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -44,16 +45,16 @@ class Decoder:
         self._architecture = architecture
 
         try:
-            self.config = AutoConfig.from_pretrained(model_path, local_files_only=True)
-            self.config._attn_implementation = "sdpa"
+            config = AutoConfig.from_pretrained(model_path, local_files_only=True)
             with torch.device("meta"):
                 skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    self.config, dtype=dtype
+                    config, dtype=dtype
                 )
             self._skeleton = skeleton.eval().model
             # Rotary frequencies are computed, not loaded, so the module is built again off the meta device.
-            self._rotary = type(self._skeleton.rotary_emb)(self.config)
-            self.act: Activation = ACT2FN[self.config.hidden_act]
+            self._skeleton.rotary_emb = type(self._skeleton.rotary_emb)(config)
+            self._calls = Calls(self._skeleton, architecture.hidden_size)
+            self.act: Activation = ACT2FN[config.hidden_act]
         # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
         except Exception as error:
             raise CheckpointError(
@@ -85,18 +86,18 @@ class Decoder:
         empty = self._skeleton.layers[layer.index].get_submodule(block.removeprefix(f"{layer.name}."))
         return RouterBlock.of(empty, state)
 
-    def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> AttentionBlock:
-        """A layer's self-attention.
+    def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> MixerBlock:
+        """What mixes tokens in a layer.
 
         Args:
             layer: The layer.
             tensors: Its tensors by full name, any float dtype.
         """
-        prefix = layer.attention.q.name.removesuffix("q_proj")
-        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        return AttentionBlock.of(
-            self._real(layer, "self_attn", state), self._rotary, attention_window(self.config, layer.index)
-        )
+        prefix = f"{self._architecture.held_name(layer.attention.name)}."
+        held = {self._architecture.held_tensor(name): tensor for name, tensor in tensors.items()}
+        state = {name.removeprefix(prefix): tensor for name, tensor in held.items() if name.startswith(prefix)}
+        module = self._real(layer, layer.attention.name.removeprefix(f"{layer.name}."), state)
+        return MixerBlock.of(module, self._calls, layer)
 
     def _real(self, layer: Layer, name: str, state: Mapping[str, Tensor]) -> nn.Module:
         return self._loaded(self._skeleton.layers[layer.index].get_submodule(name), state)
@@ -171,35 +172,26 @@ class _Zeros(nn.Module):
         return hidden.new_zeros(*hidden.shape[:-1], self._features or hidden.shape[-1])
 
 
-def attention_window(config: Any, layer: int) -> int | None:
-    """A layer's sliding attention window in tokens by transformers' config, or None for full attention."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and kinds[layer] == "full_attention"):
-        return None
-    return int(window)
-
-
 @dataclass(frozen=True, slots=True)
-class AttentionBlock:
-    """Self-attention on packed sequences; threads may share one."""
+class MixerBlock:
+    """What mixes the tokens of packed sequences; threads may share one."""
 
     module: nn.Module
-    rotary: nn.Module
-    window: int | None
+    calls: Calls
+    layer: Layer
     kept: threading.local
 
     @classmethod
-    def of(cls, module: nn.Module, rotary: nn.Module, window: int | None) -> AttentionBlock:
-        """Wrap transformers' module; from now on each call keeps o_proj's input in its own thread."""
+    def of(cls, module: nn.Module, calls: Calls, layer: Layer) -> MixerBlock:
+        """Wrap transformers' module; from now on each call keeps what its linears read in its own thread."""
         kept = threading.local()
-        module.get_submodule("o_proj").register_forward_pre_hook(
-            lambda _, arguments: setattr(kept, "o_input", arguments[0])
-        )
-        return cls(module, rotary, window, kept)
+        for number, group in enumerate(layer.groups()):
+            name = group.linears[0].name.removeprefix(f"{layer.attention.name}.")
+            module.get_submodule(name).register_forward_pre_hook(_keeping(kept, f"group {number}"))
+        return cls(module, calls, layer, kept)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Attend causally within each sequence.
+        """Mix causally within each sequence.
 
         Args:
             hidden: Normalized input, float32 [sequences, length, hidden].
@@ -207,29 +199,77 @@ class AttentionBlock:
         Returns:
             The block's output before the residual is added, of the same shape.
         """
-        output, _ = self.with_o_input(hidden)
+        output, _ = self.with_inputs(hidden)
         return output
 
-    def with_o_input(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The output and the input of o_proj, float32 [sequences, length, heads * head_dim]."""
-        output = self._run(hidden)
-        # The hook runs in the thread that computes, so what it kept there is this call's own.
-        o_input: Tensor = self.kept.__dict__.pop("o_input")
-        return output, o_input
+    def with_inputs(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The output, and what each group of linears reads, float32 [sequences, length, in_features]."""
+        name = self.layer.attention.name.removeprefix(f"{self.layer.name}.")
+        output = self.calls.mixer(self.layer.index, name, hidden)(self.module, hidden)
+        # The hooks run in the thread that computes, so what they kept there is this call's own.
+        kept = self.kept.__dict__
+        return output, [kept.pop(f"group {number}") for number in range(len(self.layer.groups()))]
 
-    def _run(self, hidden: Tensor) -> Tensor:
-        length = hidden.shape[1]
-        positions = torch.arange(length, device=hidden.device).unsqueeze(0)
-        output: Any = self.module(
-            hidden_states=hidden,
-            position_embeddings=self.rotary(hidden, positions),
-            attention_mask=self._mask(positions[0]),
+
+def _keeping(kept: threading.local, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        setattr(kept, name, arguments[0])
+
+    return hook
+
+
+@dataclass(frozen=True, slots=True)
+class RunningLayer:
+    """A decoder layer with its weights, half by half.
+
+    Attributes:
+        mixer: What mixes tokens.
+        input_norm: The norm before it.
+        block: The MLP or sparse block.
+        norm: The norm before that.
+        call: Gives what the mixer is called with for an input.
+    """
+
+    mixer: nn.Module
+    input_norm: nn.Module
+    block: nn.Module
+    norm: nn.Module
+    call: Callable[[Tensor], Call]
+
+    @classmethod
+    def of(cls, module: nn.Module, calls: Calls, layer: Layer, architecture: Architecture) -> RunningLayer:
+        """Of transformers' layer and its parts' names."""
+
+        def part(name: str) -> nn.Module:
+            return module.get_submodule(architecture.held_name(name).removeprefix(f"{layer.name}."))
+
+        mixer = layer.attention.name.removeprefix(f"{layer.name}.")
+        return cls(
+            part(layer.attention.name),
+            part(layer.input_norm.name),
+            module.get_submodule(block_name(layer, architecture)),
+            part(layer.post_attention_norm.name),
+            lambda inputs: calls.mixer(layer.index, mixer, inputs),
         )
-        attended: Tensor = output[0]
-        return attended
 
-    def _mask(self, positions: Tensor) -> Tensor | None:
-        if self.window is None or len(positions) <= self.window:
-            return None  # sdpa's own causal path
-        distance = positions.unsqueeze(-1) - positions
-        return ((distance >= 0) & (distance < self.window)).unsqueeze(0).unsqueeze(0)
+    @property
+    def experts(self) -> nn.Module:
+        """Those of a sparse block."""
+        return self.block.get_submodule("experts")
+
+    def mixed(self, hidden: Tensor) -> Tensor:
+        """What the mixer adds to what runs through the layers, [sequences, length, hidden]."""
+        normed: Tensor = self.input_norm(hidden)
+        return self.call(normed)(self.mixer, normed)
+
+    def fed(self, hidden: Tensor) -> Tensor:
+        """What the MLP or sparse block adds to it, of the same shape."""
+        output: Any = self.block(self.norm(hidden))
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found.view_as(hidden)
+
+
+def block_name(layer: Layer, architecture: Architecture) -> str:
+    """What transformers calls a layer's MLP or sparse block within the layer."""
+    inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
+    return architecture.held_name(inside).removeprefix(f"{layer.name}.").split(".")[0]

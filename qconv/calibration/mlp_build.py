@@ -35,7 +35,8 @@ def search_shared_scale(inputs: MlpInputs, build: LayerBuild) -> None:
     if context.layer.routers():
         # The router stays in 16 bits; powers of two fold into it without a rounding that would shift the routing.
         candidates = [awq.nearest_power_of_two(scale) for scale in candidates]
-    scales = [norm_scale(inputs.norm_weight, scale) for scale in candidates]
+    offset = context.layer.post_attention_norm.offset
+    scales = [norm_scale(inputs.norm_weight, scale, offset) for scale in candidates]
     size = min(build.recipe.awq.search_tokens, max(16, SHARED_SEARCH_TOKENS // len(mlps)))
 
     def losses(index: int) -> list[float]:

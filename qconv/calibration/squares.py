@@ -59,20 +59,23 @@ def _attention(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
     block = decoder.attention(layer, {name: source.read(name) for name in names})
     norm = decoder.norm(layer, layer.input_norm, source.read(layer.input_norm.weight))
 
-    def attend(window: tuple[int, int]) -> tuple[InputSquares, InputSquares]:
+    groups = layer.groups()
+
+    def attend(window: tuple[int, int]) -> list[InputSquares]:
         hidden = work.inputs.read(*window)
         normed: Tensor = norm(hidden)
-        output, o_input = block.with_o_input(normed.view(-1, work.sequence_length, normed.shape[-1]))
+        output, read = block.with_inputs(normed.view(-1, work.sequence_length, normed.shape[-1]))
         hidden.add_(output.view_as(hidden))
         work.middle.write(window[0], hidden)
         work.total.write(window[0], hidden)
-        return InputSquares.of(normed), InputSquares.of(o_input.flatten(0, 1))
+        return [InputSquares.of(one.flatten(0, 1)) for one in read]
 
-    shared, inner = InputSquares.empty(attention.q.in_features), InputSquares.empty(attention.o.in_features)
-    for normed, o_input in layer_pass.workers.map(attend, work.sequence_windows(WINDOW_TOKENS)):
-        shared, inner = shared + normed, inner + o_input
-    for linear in attention.linears():
-        yield linear, inner if linear == attention.o else shared
+    seen = [InputSquares.empty(group.in_features) for group in groups]
+    for part in layer_pass.workers.map(attend, work.sequence_windows(WINDOW_TOKENS)):
+        seen = [before + one for before, one in zip(seen, part, strict=True)]
+    for group, squares in zip(groups, seen, strict=True):
+        for linear in group.linears:
+            yield linear, squares
 
 
 def _mlps(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:

@@ -45,10 +45,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMS norm: ``weight`` is [size]."""
+    """A norm that scales each feature by ``weight + offset``; ``weight`` is [size]."""
 
     name: str
     size: int
+    offset: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -91,6 +92,28 @@ Module: TypeAlias = Linear | Norm | Parameter
 
 
 @dataclass(frozen=True, slots=True)
+class InputGroup:
+    """Linears that read one tensor.
+
+    Attributes:
+        linears: Those that are candidates for quantization.
+        producer: The norm or linear whose output that is, where dividing its channels and multiplying the linears'
+            columns by the same numbers changes nothing; None where it would. A linear with fewer outputs is read by
+            heads, several of which share a key-value head's.
+        unquantized: Linears that read it, too, and stay as they are.
+    """
+
+    linears: tuple[Linear, ...]
+    producer: Norm | Linear | None = None
+    unquantized: tuple[Linear, ...] = ()
+
+    @property
+    def in_features(self) -> int:
+        """The width of what is read."""
+        return (*self.linears, *self.unquantized)[0].in_features
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Self-attention: q, k and v share one input; head norms and parameters are empty where the family has none."""
 
@@ -101,6 +124,11 @@ class Attention:
     head_norms: tuple[Norm, ...]
     parameters: tuple[Parameter, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The module's name."""
+        return self.q.name.rpartition(".")[0]
+
     def linears(self) -> tuple[Linear, ...]:
         """q, k, v, o."""
         return self.q, self.k, self.v, self.o
@@ -108,6 +136,34 @@ class Attention:
     def kept(self) -> tuple[Module, ...]:
         """What is never quantized: head norms and parameters."""
         return *self.head_norms, *self.parameters
+
+    def modules(self) -> tuple[Module, ...]:
+        """The linears, then what is kept."""
+        return *self.linears(), *self.kept()
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """What mixes tokens in a layer where it is no :class:`Attention`: latent attention, a delta rule, a state space.
+
+    Attributes:
+        name: The module's name.
+        groups: Its linears by what they read, in the order in which they run. The first reads the normed stream, and
+            what the last gives is the mixer's output.
+        unquantized: Norms, parameters and linears that stay as they are.
+    """
+
+    name: str
+    groups: tuple[InputGroup, ...]
+    unquantized: tuple[Module, ...] = ()
+
+    def linears(self) -> tuple[Linear, ...]:
+        """All linears that are candidates for quantization."""
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+    def kept(self) -> tuple[Module, ...]:
+        """What is never quantized."""
+        return self.unquantized
 
     def modules(self) -> tuple[Module, ...]:
         """The linears, then what is kept."""
@@ -166,9 +222,28 @@ class Layer:
     index: int
     name: str
     input_norm: Norm
-    attention: Attention
+    attention: Attention | Mixer
     post_attention_norm: Norm
     mlp: Mlp | Moe
+
+    @property
+    def heads(self) -> Attention:
+        """Its attention, of a layer that has q, k, v and o.
+
+        Raises:
+            TypeError: it has another mixer.
+        """
+        if isinstance(self.attention, Mixer):
+            raise TypeError(f"{self.attention.name} has no q, k, v and o")
+        return self.attention
+
+    def groups(self) -> tuple[InputGroup, ...]:
+        """The linears of attention by what they read, in the order in which they run."""
+        attention = self.attention
+        if isinstance(attention, Mixer):
+            return attention.groups
+        shared = InputGroup((attention.q, attention.k, attention.v), self.input_norm)
+        return shared, InputGroup((attention.o,), attention.v)
 
     def mlps(self) -> tuple[Mlp, ...]:
         """The gated MLPs: the experts and the shared expert, or the dense one."""
@@ -190,7 +265,8 @@ class Layer:
 
     def norms(self) -> tuple[Norm, ...]:
         """All norms of the layer."""
-        return self.input_norm, *self.attention.head_norms, self.post_attention_norm
+        within = (module for module in self.attention.kept() if isinstance(module, Norm))
+        return self.input_norm, *within, self.post_attention_norm
 
     def modules(self) -> Iterator[Module]:
         """Everything that has tensors, in the order in which builds finish and write it."""
@@ -229,6 +305,11 @@ class Architecture:
     def held_name(self, name: str) -> str:
         """What transformers calls a module or parameter that the checkpoint calls so."""
         return self.held.get(name, name)
+
+    def held_tensor(self, name: str) -> str:
+        """What transformers calls a tensor that the checkpoint calls so."""
+        owner, _, leaf = name.rpartition(".")
+        return self.held.get(name) or f"{self.held_name(owner)}.{leaf}"
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of every tensor that a dense checkpoint must hold, each once."""

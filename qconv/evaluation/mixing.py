@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Linear, Module, Moe
+from qconv.core.architecture import Architecture, Layer, Linear, Module, Moe, Norm
 from qconv.models.folding import Folds
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.files import ModelFiles
@@ -130,7 +130,8 @@ def parts_of(layer: Layer) -> Iterator[Part]:
     def part(name: str, modules: Sequence[Module]) -> Part:
         return Part(name, layer.index, frozenset(module.name for module in modules))
 
-    yield part(f"{layer.name}.self_attn", (*layer.attention.linears(), *layer.attention.parameters))
+    within = [module for module in layer.attention.modules() if not isinstance(module, Norm)]
+    yield part(layer.attention.name, within)
     yield part(f"{layer.name} norms", layer.norms())
     if isinstance(layer.mlp, Moe):
         yield part(layer.mlp.router.name, [layer.mlp.router, *layer.mlp.parameters])

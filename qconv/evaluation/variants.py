@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconv.calibration.activations import ActivationFile
-from qconv.calibration.forward import AttentionBlock, attention_window
+from qconv.calibration.forward import RunningLayer
 from qconv.core.architecture import Layer, Moe
 from qconv.evaluation.mixing import DTYPE, Mixed
+from qconv.models.calls import Calls
 from qconv.models.folding import Folds
 from qconv.runtime.backends import get_backend
 from qconv.runtime.files import Dequantized, ModelFiles
@@ -81,6 +82,7 @@ class Variants:
         self.architecture = reference.architecture
         self.model = empty_model(reference, DTYPE)
         self.model.model.rotary_emb.to(self.backend.device)
+        self.calls = Calls(self.model.model, self.architecture.hidden_size)
         ends = np.cumsum([0, *map(len, sequences)]).tolist()
         self.tokens: int = ends[-1]
         self.spans: list[Span] = list(pairwise(ends))
@@ -168,11 +170,13 @@ class Variants:
     def _pass(self, layer: Layer, files: ModelFiles, hidden: ActivationFile, spans: Sequence[Span]) -> None:
         """One layer in place: attention sequence by sequence, then the MLP by windows of any tokens."""
         with self._installed(layer, files) as module:
-            self._attend(layer, module, hidden, spans)
+            self._attend(module, hidden, spans)
             for pieces in _windows(spans, self._window):
                 before = torch.cat([self._read(hidden, start, stop) for start, stop in pieces], dim=1)
-                after = (before + module.mlp(module.post_attention_layernorm(before)))[0]
-                for (start, _), rows in zip(pieces, after.split([stop - start for start, stop in pieces]), strict=True):
+                after: Tensor = (before + module.fed(before))[0]
+                for (start, _), rows in zip(
+                    pieces, torch.split(after, [stop - start for start, stop in pieces]), strict=True
+                ):
                     hidden.write(start, rows)
 
     def _exchange(self, layer: Layer, exchanged: Mapping[int, Sequence[int]], hidden: ActivationFile) -> None:
@@ -190,25 +194,24 @@ class Variants:
         files = Mixed.of(self.reference, self.build, layer, (), self.folds(layer))
         with self._installed(layer, files) as module:
             assert isinstance(layer.mlp, Moe)
-            streamed = module.mlp.experts.operator
+            placed: Any = module.experts
+            streamed = placed.operator
             experts = _Exchanged(streamed, replace(streamed, files=self.build), exchanged)
-            module.mlp.experts.operator = experts
-            self._attend(layer, module, common, self.spans)
+            placed.operator = experts
+            self._attend(module, common, self.spans)
             for start, stop in common.windows(self._window):
                 before = self._read(common, start, stop)
-                after = (before + module.mlp(module.post_attention_layernorm(before)))[0]
+                after = (before + module.fed(before))[0]
                 for expert, members in exchanged.items():
                     rows = after.index_add(0, *experts.changes[expert]) if expert in experts.changes else after
                     for index in members:
                         hidden.write(index * self.tokens + start, rows)
         common.path.unlink()
 
-    def _attend(self, layer: Layer, module: Any, hidden: ActivationFile, spans: Sequence[Span]) -> None:
-        window = attention_window(self.model.config, layer.index)
-        attention = AttentionBlock.of(module.self_attn, self.model.model.rotary_emb, window)
+    def _attend(self, module: RunningLayer, hidden: ActivationFile, spans: Sequence[Span]) -> None:
         for start, stop in spans:
             before = self._read(hidden, start, stop)
-            hidden.write(start, (before + attention(module.input_layernorm(before)))[0])
+            hidden.write(start, (before + module.mixed(before))[0])
 
     @property
     def _window(self) -> int:
@@ -216,7 +219,7 @@ class Variants:
         return max(1, WINDOW_VALUES // self.architecture.hidden_size)
 
     @contextlib.contextmanager
-    def _installed(self, layer: Layer, files: ModelFiles) -> Iterator[Any]:
+    def _installed(self, layer: Layer, files: ModelFiles) -> Iterator[RunningLayer]:
         """The layer with its weights, which are dropped again."""
         pristine = self.model.model.layers[layer.index]
         self.model.model.layers[layer.index] = copy.deepcopy(pristine)  # on the meta device: it costs nothing
@@ -226,7 +229,7 @@ class Variants:
             name = layer.mlp.experts_name
             experts = StreamedExperts(files, layer.mlp, self.backend, installer.activation(name), installer.rounding)
             installer.replace(name, PackedExperts(experts))
-        yield self.model.model.layers[layer.index]
+        yield RunningLayer.of(self.model.model.layers[layer.index], self.calls, layer, self.architecture)
         self.model.model.layers[layer.index] = pristine
 
     def _divergences(self, hidden: ActivationFile, variants: Sequence[frozenset[str]], away: set[int]) -> list[Sums]:

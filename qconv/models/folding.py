@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Linear, Module
+from qconv.core.architecture import Architecture, Layer, Linear, Module, Norm
 
 SCALE_SUFFIX = ".scale"
 """A fold's tensor in a scales file is its producer's name with this suffix."""
@@ -65,7 +65,7 @@ class Folds:
         """What an unquantized tensor of the source must be in the build, in the source's dtype."""
         out_scale = self.output_scale(module)
         if not isinstance(module, Linear) or name != module.weight:
-            return folded_vector(tensor, out_scale)
+            return folded_vector(tensor, out_scale, module.offset if isinstance(module, Norm) else 0.0)
         in_scale = self.input_scale(module)
         if in_scale is None and out_scale is None:
             return tensor
@@ -75,8 +75,9 @@ class Folds:
 def producers(layer: Layer) -> dict[str, str]:
     """For every linear of a layer, routers included, the name of the module whose output is its input."""
     table = dict.fromkeys((router.name for router in layer.routers()), layer.post_attention_norm.name)
-    table |= {linear.name: layer.input_norm.name for linear in layer.attention.linears()[:3]}
-    table[layer.attention.o.name] = layer.attention.v.name
+    for group in layer.groups():
+        if group.producer is not None:
+            table |= dict.fromkeys((one.name for one in (*group.linears, *group.unquantized)), group.producer.name)
     for mlp in layer.mlps():
         table |= {mlp.gate.name: layer.post_attention_norm.name, mlp.up.name: layer.post_attention_norm.name}
         table[mlp.down.name] = mlp.up.name
@@ -85,8 +86,10 @@ def producers(layer: Layer) -> dict[str, str]:
 
 def output_channels(layer: Layer) -> dict[str, int]:
     """By name, how many channels each module of a layer puts out that another's input is."""
-    channels = {norm.name: norm.size for norm in (layer.input_norm, layer.post_attention_norm)}
-    channels[layer.attention.v.name] = layer.attention.v.out_features
+    made = [group.producer for group in layer.groups() if group.producer is not None]
+    norms = [producer for producer in made if isinstance(producer, Norm)]
+    channels = {norm.name: norm.size for norm in (*norms, layer.post_attention_norm)}
+    channels |= {producer.name: producer.out_features for producer in made if isinstance(producer, Linear)}
     return channels | {mlp.up.name: mlp.up.out_features for mlp in layer.mlps()}
 
 
@@ -108,12 +111,15 @@ def folded_weight(weight: Tensor, in_scale: Tensor | None, out_scale: Tensor | N
     return folded
 
 
-def folded_vector(vector: Tensor, scale: Tensor | None) -> Tensor:
-    """A norm's weight or a bias after folding, in its own dtype."""
-    return vector if scale is None else (vector.float() / scale).to(vector.dtype)
+def folded_vector(vector: Tensor, scale: Tensor | None, offset: float = 0.0) -> Tensor:
+    """A norm's weight or a bias after folding, in its own dtype; ``offset`` is what a norm adds to its weight."""
+    if scale is None:
+        return vector
+    folded = (vector.float() + offset) / scale
+    return (folded - offset if offset else folded).to(vector.dtype)
 
 
-def norm_scale(norm: Tensor, wanted: Tensor) -> Tensor:
+def norm_scale(norm: Tensor, wanted: Tensor, offset: float = 0.0) -> Tensor:
     """The scale that folding into a norm really applies, float32 [hidden].
 
     The norm is stored in its own dtype, so ``norm / wanted`` is rounded; dividing back gives the factor that the
@@ -122,6 +128,7 @@ def norm_scale(norm: Tensor, wanted: Tensor) -> Tensor:
     Args:
         norm: The norm's weight in its stored dtype, [hidden].
         wanted: The scale to come near to, float32 [hidden].
+        offset: What the norm adds to its weight.
     """
-    stored = folded_vector(norm, wanted).float()
-    return torch.where(stored == 0.0, torch.ones_like(wanted), norm.float() / torch.where(stored == 0.0, 1.0, stored))
+    stored, before = folded_vector(norm, wanted, offset).float() + offset, norm.float() + offset
+    return torch.where(stored == 0.0, torch.ones_like(wanted), before / torch.where(stored == 0.0, 1.0, stored))

@@ -129,7 +129,7 @@ def modelled_costs(plan: BuildPlan) -> Costs:
 def _calibrated(architecture: Architecture, recipe: Recipe, rounding: bool) -> Demand:
     hidden = architecture.hidden_size
     attention, mlp = _largest(architecture)
-    inner = max(layer.attention.o.in_features for layer in architecture.layers)
+    inner = max(group.in_features for layer in architecture.layers for group in layer.groups()[1:])
     window = 4 * _WINDOW_TOKENS * (hidden + 2 * inner)
     if not rounding:
         return Demand(_CALIBRATING, alone=16 * attention + window, each=16 * mlp + window)

@@ -54,8 +54,8 @@ def _active(layer: Layer) -> int:
 
 def _inputs(layer: Layer) -> Iterator[tuple[float, int]]:
     """Of inputs that linears share: the share of tokens that is seen, and how many features they have."""
-    yield 1.0, layer.attention.q.in_features
-    yield 1.0, layer.attention.o.in_features
+    for group in layer.groups():
+        yield 1.0, group.in_features
     experts = layer.mlp.experts if isinstance(layer.mlp, Moe) else ()
     for number, mlp in enumerate(layer.mlps()):
         routed = isinstance(layer.mlp, Moe) and number < len(experts)

@@ -223,7 +223,9 @@ def make_plan(
             does not fit the model.
     """
     output_format = get_format(recipe.format)
-    schemes = resolve(architecture, recipe, output_format, dtype_of(architecture.layers[0].attention.q.weight))
+    schemes = resolve(
+        architecture, recipe, output_format, dtype_of(architecture.layers[0].attention.linears()[0].weight)
+    )
     check_shapes(architecture, schemes, output_format)
 
     def item(module: Module) -> Item:

@@ -99,7 +99,9 @@ def in_full(grid: Grid) -> str:
 
 def fused(layer: Layer) -> Iterator[tuple[str, tuple[Linear, ...]]]:
     """What engines hold as one tensor: q, k, v; gate, up; a layer's experts as a whole. Each with what it is called."""
-    yield "q, k and v", layer.attention.linears()[:3]
+    for linears in (group.linears for group in layer.groups() if len(group.linears) > 1):
+        leaves = [linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears]
+        yield f"{', '.join(leaves[:-1])} and {leaves[-1]}", linears
     if not isinstance(layer.mlp, Moe):
         yield "gate and up", (layer.mlp.gate, layer.mlp.up)
         return
@@ -116,11 +118,12 @@ def _check_patterns(architecture: Architecture, recipe: Recipe) -> None:
         RecipeError: it is not so.
     """
     modules = [*(name.rpartition(".")[0] for name, _ in architecture.tensors()), HEAD]
+    example = architecture.layers[-1].attention.linears()[0].name
     for pattern in recipe.skip:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
             raise RecipeError(
                 f"skip: {pattern!r} matches no module of the model.",
-                hint=f"Patterns match whole names, such as {architecture.layers[-1].attention.q.name!r}.",
+                hint=f"Patterns match whole names, such as {example!r}.",
             )
     linears = [linear.name for layer in architecture.layers for linear in layer.linears()]
     for rule in recipe.rules:
@@ -128,7 +131,7 @@ def _check_patterns(architecture: Architecture, recipe: Recipe) -> None:
             raise RecipeError(
                 f"rules: {rule.match!r} matches no {'module' if rule.grid == SKIP else 'linear'} of the model"
                 f"{'' if rule.grid == SKIP or not any(map(rule.fits, modules)) else ' that is quantized'}.",
-                hint=f"Patterns match names from any dot on, such as {architecture.layers[-1].attention.q.name!r}.",
+                hint=f"Patterns match names from any dot on, such as {example!r}.",
             )
 
 

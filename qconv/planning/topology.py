@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qconv.core.architecture import Linear
+from qconv.core.architecture import Attention, Linear
 from qconv.planning.fitting import GROUP_SIZES, group_sizes
 from qconv.planning.plan import BuildPlan
 
@@ -24,9 +24,10 @@ def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
     seen: set[str] = set()
     for layer in model.layers:
         mlps, attention = layer.mlps(), layer.attention
-        columns = [(attention.q, ranks), (attention.k, owners), (attention.v, owners)]
-        columns += [(linear, ranks) for mlp in mlps for linear in (mlp.gate, mlp.up)]
-        rows = [attention.o, *(mlp.down for mlp in mlps)]
+        columns = [(linear, ranks) for mlp in mlps for linear in (mlp.gate, mlp.up)]
+        if isinstance(attention, Attention):
+            columns = [(attention.q, ranks), (attention.k, owners), (attention.v, owners), *columns]
+        rows = [attention.linears()[-1], *(mlp.down for mlp in mlps)]
         for linear, parts, size, what in (
             *((one, parts, one.out_features, "output features") for one, parts in columns),
             *((one, ranks, one.in_features, "input features") for one in rows),

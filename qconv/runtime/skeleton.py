@@ -154,6 +154,9 @@ class Installer:
         for module in (*layer.attention.kept(), *layer.routing()):
             if isinstance(module, Parameter):
                 self._parameter(module)
+        for module in layer.attention.kept():
+            if isinstance(module, Linear):
+                self.linear(module)
         for linear in layer.attention.linears():
             self.linear(linear)
         for router in layer.routers():

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qconv.calibration.activations import ActivationFile
-from qconv.calibration.forward import AttentionBlock, attention_window
+from qconv.calibration.forward import RunningLayer
 from qconv.core.architecture import Layer, Linear, Moe
 from qconv.errors import UsageError
+from qconv.models.calls import Calls
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends import Backend, get_backend
 from qconv.runtime.backends.base import Activation
@@ -120,6 +121,7 @@ class _Scorer:
         self.model = empty_model(files, dtype)
         self.installer = Installer(self.model, Dequantized(files, dtype), backend, dtype, round_inputs)
         self.model.model.rotary_emb.to(backend.device)
+        self.calls = Calls(self.model.model, files.architecture.hidden_size)
 
     @torch.no_grad()
     def windows(self, sequences: Sequence[Tensor], path: Path, progress: Progress | None) -> Iterator[LogitWindow]:
@@ -139,18 +141,16 @@ class _Scorer:
 
     def _pass(self, layer: Layer, hidden: ActivationFile, spans: Sequence[tuple[int, int]]) -> None:
         """One layer: attention sequence by sequence, then the MLP by windows of tokens of any sequence."""
-        module: Any = self._installed(layer)
-        window = attention_window(self.model.config, layer.index)
-        attention = AttentionBlock.of(module.self_attn, self.model.model.rotary_emb, window)
+        module = self._installed(layer)
         for start, stop in spans:
             before = self._read(hidden, start, stop)
-            hidden.write(start, (before + attention(module.input_layernorm(before)))[0])
+            hidden.write(start, (before + module.mixed(before))[0])
         for start, stop in hidden.windows(WINDOW_TOKENS):
             before = self._read(hidden, start, stop)
-            hidden.write(start, (before + module.mlp(module.post_attention_layernorm(before)))[0])
+            hidden.write(start, (before + module.fed(before))[0])
         self.model.model.layers[layer.index] = nn.Identity()  # frees the layer
 
-    def _installed(self, layer: Layer) -> nn.Module:
+    def _installed(self, layer: Layer) -> RunningLayer:
         self.installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
             name = layer.mlp.experts_name
@@ -158,8 +158,7 @@ class _Scorer:
             act = self.installer.activation(name)
             experts = StreamedExperts(self.files, layer.mlp, self.backend, act, self.installer.rounding)
             self.installer.replace(name, PackedExperts(experts))
-        installed: nn.Module = self.model.model.layers[layer.index]
-        return installed
+        return RunningLayer.of(self.model.model.layers[layer.index], self.calls, layer, self.files.architecture)
 
     def _read(self, hidden: ActivationFile, start: int, stop: int) -> Tensor:
         """[1, tokens, hidden] on the device."""

@@ -116,8 +116,9 @@ class _Attention:
         self.block = work.decoder.attention(layer, tensors)
         self.norm = work.decoder.norm(layer, layer.input_norm, work.source.read(layer.input_norm.weight))
         self.kept = threading.local()
-        for linear in (attention.q, attention.k, attention.v):
-            leaf = linear.name.rpartition(".")[2]
+        *self.inner, self.last = attention.linears()
+        for linear in self.inner:
+            leaf = linear.name.removeprefix(f"{attention.name}.")
             self.block.module.get_submodule(leaf).register_forward_hook(self._keeps(linear.name))
 
     def _keeps(self, name: str) -> Any:
@@ -143,8 +144,7 @@ class _Attention:
 
     def backward(self) -> Seen:
         """From the gradient of the middle to that of the inputs."""
-        attention = self.work.layer.attention
-        inner = [attention.q.name, attention.k.name, attention.v.name]
+        inner = [linear.name for linear in self.inner]
 
         def pull(window: tuple[int, int]) -> Seen:
             above = self.files.gradient.read(*window)
@@ -156,7 +156,7 @@ class _Attention:
             limit = self.work.limit
             self.files.gradient.write(window[0], limited(below.add_(above), limit))
             found = {name: OutputSquares.of(one.flatten(0, -2), limit) for name, one in zip(inner, slopes, strict=True)}
-            return found | {attention.o.name: OutputSquares.of(above, limit)}
+            return found | {self.last.name: OutputSquares.of(above, limit)}
 
         seen: Seen = {}
         for part in self.work.workers.map(pull, self.files.sequence_windows(WINDOW_TOKENS)):

@@ -126,15 +126,15 @@ def input_scale_problems(build: Build, layer: Layer) -> Iterator[str]:
     """
     if not any(_has_input_scale(build, linear) for linear in layer.linears()):
         return
-    hidden = build.architecture.hidden_size
-    norms = {norm.name: _plain(build, norm) for norm in (layer.input_norm, layer.post_attention_norm)}
-    attention, inputs = layer.attention, norms[layer.input_norm.name]
-    length = math.sqrt(hidden) * float(inputs.abs().max())
-    heads = (attention.q, attention.k, attention.v)
-    yield from _normalized(build, heads, inputs, length)
-    yield from _bounded(build, attention.o, _largest(build, attention.v, length))
-    inputs = norms[layer.post_attention_norm.name]
-    length = math.sqrt(hidden) * float(inputs.abs().max())
+    length = 0.0
+    for group in layer.groups():
+        if isinstance(group.producer, Norm):
+            inputs, length = _scaling(build, group.producer)
+            yield from _normalized(build, group.linears, inputs, length)
+        elif isinstance(group.producer, Linear):
+            for linear in group.linears:
+                yield from _bounded(build, linear, _largest(build, group.producer, length))
+    inputs, length = _scaling(build, layer.post_attention_norm)
     yield from _normalized(build, [one for mlp in layer.mlps() for one in (mlp.gate, mlp.up)], inputs, length)
     for mlp in layer.mlps():
         if _has_input_scale(build, mlp.down):
@@ -180,5 +180,7 @@ def _largest(build: Build, linear: Linear, length: float) -> float:
     return float(torch.linalg.vector_norm(weight, dim=1).max()) * length + bias
 
 
-def _plain(build: Build, norm: Norm) -> Tensor:
-    return build.checkpoint.read(norm.weight).float()
+def _scaling(build: Build, norm: Norm) -> tuple[Tensor, float]:
+    """What a norm scales by, float32 [size], and the length that nothing that it gives exceeds."""
+    scaling = build.checkpoint.read(norm.weight).float() + norm.offset
+    return scaling, math.sqrt(norm.size) * float(scaling.abs().max())

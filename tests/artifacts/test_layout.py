@@ -132,7 +132,7 @@ def test_int8_weights_are_inspected_verified_and_run_alike(eight_bits: Path, moe
     against = verify(tmp_path, moe)
     assert (against.problems, against.not_checked) == ([], [])
     assert min(against.snr_db.values()) > 35  # eight bits
-    linear = open_files(tmp_path).architecture.layers[1].attention.k
+    linear = open_files(tmp_path).architecture.layers[1].heads.k
     ours, theirs = (open_files(path).weight(linear).dequantize(torch.float32) for path in (tmp_path, eight_bits))
     assert torch.equal(ours, theirs)
     name = "model.layers.1.self_attn.k_proj"

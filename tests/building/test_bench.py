@@ -44,7 +44,7 @@ def test_default_shapes_are_those_of_the_480b() -> None:
     whole = architecture(SliceShape().config(layers=62, experts=160))
     layer = whole.layers[61]
     assert isinstance(layer.mlp, Moe)
-    assert (layer.attention.q.out_features, layer.attention.k.out_features) == (12288, 1024)
+    assert (layer.heads.q.out_features, layer.heads.k.out_features) == (12288, 1024)
     assert (layer.mlp.experts[159].down.out_features, layer.mlp.experts[159].down.in_features) == (6144, 2560)
     assert layer.mlp.top_k == 8
     parameters = sum(torch.Size(size).numel() for _, size in whole.tensors())

@@ -178,7 +178,7 @@ def test_a_build_is_the_source_of_another_as_its_dense_twin_is(
     kind: str, made: dict[str, Path], tmp_path: Path
 ) -> None:
     source, opened = Source.open(made[kind]), Build.open(made[kind])
-    linear = opened.architecture.layers[1].attention.o
+    linear = opened.architecture.layers[1].heads.o
     assert torch.equal(source.read(linear.weight), opened.qtensor(linear).dequantize(torch.bfloat16))
 
 
@@ -191,7 +191,7 @@ def test_what_a_recipe_skips_stays(kind: str, moe: Path, tmp_path: Path) -> None
     assert result.problems == []
     assert len(result.snr_db) == 4 + 6 * 3  # one attention block and one set of experts
     opened = Build.open(out)
-    assert [opened.is_quantized(layer.attention.q) for layer in opened.architecture.layers] == [False, True]
+    assert [opened.is_quantized(layer.heads.q) for layer in opened.architecture.layers] == [False, True]
 
 
 def nan_code(tensors: dict[str, Tensor], scale: str) -> None:
@@ -319,7 +319,7 @@ def test_scales_of_other_dtypes_are_read(dtype: torch.dtype, copied: Callable[[s
     reseal(folder)
     result = verify(folder, moe)
     assert result.problems == []
-    linear = Build.open(folder).architecture.layers[0].attention.q
+    linear = Build.open(folder).architecture.layers[0].heads.q
     assert Build.open(folder).qtensor(linear).scales.dtype == dtype
 
 

@@ -202,7 +202,7 @@ def test_rounding_by_a_rule_is_the_grids_own(moe: Path, mixtures: Callable[[str]
     source, opened = Source.open(moe), Build.open(mixtures("three grids and methods, matched"))
     for layer in opened.architecture.layers:
         # o in int8, and in layer 0 q, k and v in FP8.
-        for linear in layer.attention.linears() if layer.index == 0 else (layer.attention.o,):
+        for linear in layer.attention.linears() if layer.index == 0 else (layer.heads.o,):
             found = opened.qtensor(linear)
             quantize = e4m3.quantize if found.grid.is_float else integers.quantize
             expected = quantize(source.read(linear.weight), found.grid)

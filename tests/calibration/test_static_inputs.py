@@ -53,7 +53,7 @@ def test_scales_are_the_peaks_over_448(model_type: str, tmp_path: Path) -> None:
     made, source = Build.open(tmp_path / "out"), Checkpoint.open(folder)
     expected = peaks_in_transformers(model, build_tokens(RECIPE.calibration, folder).ids.long())
     for layer in made.architecture.layers:
-        attention = layer.attention
+        attention = layer.heads
         found = {linear.name: made.qtensor(linear) for linear in layer.linears()}
         for linear in (attention.q, attention.o):
             # Activations lie in bf16 between layers: a relative 2**-8 a layer, and outliers carry it on.
@@ -81,4 +81,4 @@ def test_a_dense_input_that_was_always_zero_takes_the_scale_1(tmp_path: Path) ->
     folder = save_model(model, tmp_path / "model")
     build(folder, tmp_path / "out", RECIPE)
     made = Build.open(tmp_path / "out")
-    assert input_scale(made.qtensor(made.architecture.layers[1].attention.q)) == 1.0
+    assert input_scale(made.qtensor(made.architecture.layers[1].heads.q)) == 1.0

@@ -93,8 +93,8 @@ def test_given_options_replace_the_recipes_keys_and_skip_adds(invoke: Invoke, sm
     assert invoke("quantize", small, "-o", out, "--recipe", recipe, *options).exit_code == 0
     build = Build.open(out)
     layers = build.architecture.layers
-    assert build.grid_of(layers[-1].attention.q).group_size == 32
-    assert [build.is_quantized(layer.attention.q) for layer in layers] == [False, False] + [True] * 6
+    assert build.grid_of(layers[-1].heads.q).group_size == 32
+    assert [build.is_quantized(layer.heads.q) for layer in layers] == [False, False] + [True] * 6
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(invoke: Invoke, small: Path, tmp_path: Path) -> None:

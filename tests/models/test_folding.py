@@ -40,7 +40,7 @@ def random_scales(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]
         return torch.exp2(torch.randint(-2, 3, (size,), generator=generator).float())
 
     scales = {norm.name: scale(norm.size) for norm in (layer.input_norm, layer.post_attention_norm)}
-    scales[layer.attention.v.name] = scale(layer.attention.v.out_features)
+    scales[layer.heads.v.name] = scale(layer.heads.v.out_features)
     return scales | {mlp.up.name: scale(mlp.up.out_features) for mlp in layer.mlps()}
 
 
@@ -112,11 +112,11 @@ KINDS: dict[str, Forget] = {
     "shared expert's gate": lambda layer, module, name: module in layer.routers()[1:],
     "input norm": lambda layer, module, name: module == layer.input_norm,
     "post-attention norm": lambda layer, module, name: module == layer.post_attention_norm,
-    "q": lambda layer, module, name: module == layer.attention.q,
-    "k": lambda layer, module, name: module == layer.attention.k,
-    "v": lambda layer, module, name: module == layer.attention.v,
-    "v's bias": lambda layer, module, name: name == f"{layer.attention.v.name}.bias",
-    "o": lambda layer, module, name: module == layer.attention.o,
+    "q": lambda layer, module, name: module == layer.heads.q,
+    "k": lambda layer, module, name: module == layer.heads.k,
+    "v": lambda layer, module, name: module == layer.heads.v,
+    "v's bias": lambda layer, module, name: name == f"{layer.heads.v.name}.bias",
+    "o": lambda layer, module, name: module == layer.heads.o,
     "gates": lambda layer, module, name: module in [mlp.gate for mlp in layer.mlps()],
     "ups": lambda layer, module, name: module in [mlp.up for mlp in layer.mlps()],
     "up's bias": lambda layer, module, name: name in [f"{mlp.up.name}.bias" for mlp in layer.mlps()],
@@ -155,7 +155,7 @@ def test_the_table_of_producers_covers_every_linear_of_every_family() -> None:
                 assert scale is not None, linear.name
                 assert scale.shape == (linear.in_features,)
                 assert folds.touches(linear)
-            assert not any(folds.touches(norm) for norm in layer.attention.head_norms)
+            assert not any(folds.touches(norm) for norm in layer.heads.head_norms)
 
 
 def test_heads_that_share_a_key_value_head_share_its_scale() -> None:

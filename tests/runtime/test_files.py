@@ -174,7 +174,7 @@ def test_groups_of_inputs_in_an_order_of_their_own(rtn_build: Path, tmp_path: Pa
     groups = json.loads((rtn_build / "config.json").read_text())["quantization_config"]["config_groups"]
     groups["group_0"]["weights"]["actorder"] = "group"
     out = rewrite(rtn_build, tmp_path / "ordered", reorder, config_groups=groups)
-    linear = open_files(out).architecture.layers[0].attention.o
+    linear = open_files(out).architecture.layers[0].heads.o
     before, after = (open_files(path).weight(linear) for path in (rtn_build, out))
     assert isinstance(before, IntegerWeight)
     codes, scales = before.unpack().codes.float() - 8, before.unpack().scales.float()
@@ -228,7 +228,7 @@ def test_scales_count_in_the_dtype_that_they_are_stored_in(awq_build: Path, tmp_
         tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if name.endswith(".scales")}
 
     out = rewrite(awq_build, tmp_path / "out", shorten)
-    linear = open_files(out).architecture.layers[1].attention.v
+    linear = open_files(out).architecture.layers[1].heads.v
     before, after = (open_files(path).weight(linear) for path in (awq_build, out))
     assert isinstance(before, IntegerWeight)
     weight = before.unpack()

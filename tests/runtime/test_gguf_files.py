@@ -89,7 +89,7 @@ def test_blocks_of_every_kind_stand_for_what_the_gguf_package_says(file_type: st
     layer = files.architecture.layers[1]
     experts = layer.mlps()
     for linear, name, part in (
-        (layer.attention.q, "blk.1.attn_q.weight", None),
+        (layer.heads.q, "blk.1.attn_q.weight", None),
         (experts[3].down, "blk.1.ffn_down_exps.weight", 3),
         (experts[15].gate, "blk.1.ffn_gate_exps.weight", 15),
     ):

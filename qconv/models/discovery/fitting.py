@@ -75,7 +75,7 @@ class _Fitting:
             raise Unproved(f"beside its layers it has {next(iter(outside), 'no embedding or no norm')}")
         self.proofs.ends()
         layers = tuple(self._layer(one) for one in self.found.layers)
-        attention, heads = layers[0].attention, self.proofs.heads
+        attention, heads = layers[0].heads, self.proofs.heads
         head_dim = attention.o.in_features // heads
         return Architecture(
             family=self.found.model_type,

@@ -92,7 +92,7 @@ class Proofs:
             Unproved: it is not; says where.
         """
         self._residuals(layer)
-        self._attention(layer.attention)
+        self._attention(layer.heads)
         if isinstance(layer.mlp, Moe):
             self._sparse(layer.mlp)
             self._experts(layer.mlp)
@@ -116,7 +116,7 @@ class Proofs:
 
     def _residuals(self, layer: Layer) -> None:
         hidden, attended, fed = (self._random(1, _TOKENS, layer.input_norm.size) for _ in range(3))
-        names = [layer.attention.q.name, layer.input_norm.name, layer.post_attention_norm.name]
+        names = [layer.heads.q.name, layer.input_norm.name, layer.post_attention_norm.name]
         attention, first, second = (one.removeprefix(f"{layer.name}.").split(".")[0] for one in names)
         inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
         block = self._held(inside).removeprefix(f"{layer.name}.").split(".")[0]

@@ -27,7 +27,7 @@ def test_declared_families_fit_as_they_are_declared(model_type: str, changes: di
         assert one.input_norm == other.input_norm
         assert one.post_attention_norm == other.post_attention_norm
         assert one.attention.linears() == other.attention.linears()
-        assert {*one.attention.head_norms} == {*other.attention.head_norms}
+        assert {*one.heads.head_norms} == {*other.heads.head_norms}
         assert one.mlp == other.mlp
     kept = ("family", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding", "lm_head")
     for name in (*kept, "final_norm", "held"):
@@ -62,7 +62,7 @@ def test_what_is_kept_beside_linears() -> None:
     layer = found.layers[1]
     assert isinstance(layer.mlp, Moe)
     assert layer.mlp.parameters == (Parameter("model.layers.1.block_sparse_moe.e_score_correction_bias", (4,)),)
-    assert {*layer.attention.head_norms} == {
+    assert {*layer.heads.head_norms} == {
         Norm("model.layers.1.self_attn.q_norm", 64),  # over all heads, not over one
         Norm("model.layers.1.self_attn.k_norm", 32),
     }

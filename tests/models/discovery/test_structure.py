@@ -106,7 +106,7 @@ def model_of(config: Any) -> Any:
 def declared(layer: Layer) -> Iterator[InputGroup]:
     """The groups of a layer whose family is declared."""
     yield InputGroup(tuple(sorted(one.name for one in layer.attention.linears()[:3])), layer.input_norm.name)
-    yield InputGroup((layer.attention.o.name,), None)
+    yield InputGroup((layer.heads.o.name,), None)
     readers = [router.name for router in layer.routers()]
     for mlp in layer.mlps():
         if isinstance(layer.mlp, Moe) and mlp is not layer.mlp.shared_expert:

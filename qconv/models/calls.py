@@ -1,0 +1,166 @@
+"""With what transformers' model calls the mixer of a layer: masks, rotary embeddings and whatever else a model has.
+
+The model's own code between its embedding and its layers is run on stand-ins, and so is a layer's up to its mixer.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LENGTHS = 2
+"""Lengths of sequences whose calls are kept: masks of long ones are large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a module is called with, but for its input.
+
+    Attributes:
+        before: Positional arguments; the input goes first where it is no named one.
+        named: Named ones.
+        name: The input's name; None where it is positional.
+    """
+
+    before: tuple[Any, ...]
+    named: Mapping[str, Any]
+    name: str | None
+
+    @classmethod
+    def of(cls, positional: tuple[Any, ...], named: Mapping[str, Any], given: Tensor) -> Call:
+        """A call that was seen, in which ``given`` was the input.
+
+        Raises:
+            ValueError: it was not.
+        """
+        others = {key: _causal(value) for key, value in named.items() if value is not given}
+        if len(others) < len(named):
+            return cls(positional, others, next(key for key, value in named.items() if value is given))
+        if not positional or positional[0] is not given:
+            raise ValueError("the mixer does not read what the norm before it gives")
+        return cls(positional[1:], others, None)
+
+    def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The module's output, or the first of several, of the input's shape.
+
+        Args:
+            module: What is called.
+            inputs: Its input, [sequences, length, hidden].
+        """
+        if self.name is None:
+            output: Any = module(inputs, *self.before, **self.named)
+        else:
+            output = module(*self.before, **self.named, **{self.name: inputs})
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of one model's mixers; threads may share it.
+
+    Attributes:
+        model: transformers' model without its head, on the meta device but for rotary frequencies.
+        hidden: The width of what runs through the layers.
+    """
+
+    model: Any
+    hidden: int
+    _known: OrderedDict[tuple[Any, ...], list[tuple[Any, ...]]] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def mixer(self, layer: int, name: str, like: Tensor) -> Call:
+        """What a layer calls its mixer with.
+
+        Args:
+            layer: Its index.
+            name: The mixer's name within it.
+            like: The mixer's input: its length, dtype and device count.
+
+        Raises:
+            ValueError: the mixer does not read what the norm before it gives.
+        """
+        shape = torch.empty(1, like.shape[1], self.hidden, dtype=like.dtype, device=like.device)
+        with self._lock, torch.no_grad():
+            positional, named = self._of_layers(shape)[layer]
+        return _of_mixer(self.model.layers[layer], name, shape, positional, named)
+
+    def _of_layers(self, hidden: Tensor) -> list[tuple[Any, ...]]:
+        """What the model calls its layers with beside their input."""
+        key = hidden.shape[1], hidden.dtype, hidden.device
+        if key not in self._known:
+            seen: list[tuple[Any, ...]] = []
+            layers = nn.ModuleList([_noting(layer, seen) for layer in self.model.layers])
+            inner = with_children(self.model, {"layers": layers, "norm": _Same()})
+            inner(inputs_embeds=hidden.zero_(), use_cache=False)
+            self._known[key] = seen
+            while len(self._known) > _LENGTHS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+
+def with_children(module: Any, children: Mapping[str, nn.Module]) -> Any:
+    """The same module with some other children; its tensors and the rest are shared."""
+    changed = copy.copy(module)
+    changed.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
+    return changed
+
+
+class _Same(nn.Module):
+    """Gives what it gets."""
+
+    def forward(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+        return inputs
+
+
+class _Seen(Exception):
+    """A mixer was called."""
+
+    def __init__(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        super().__init__()
+        self.positional, self.named = positional, named
+
+
+class _Raising(nn.Module):
+    """In the place of a mixer."""
+
+    def forward(self, *positional: Any, **named: Any) -> None:
+        raise _Seen(positional, named)
+
+
+def _noting(layer: nn.Module, seen: list[tuple[Any, ...]]) -> nn.Module:
+    """A layer that gives back its input, and notes what else it was called with."""
+
+    def forward(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+        seen.append((positional, named))
+        return hidden
+
+    noting = with_children(layer, {})
+    noting.__dict__["forward"] = forward
+    return noting  # type: ignore[no-any-return]
+
+
+def _of_mixer(layer: nn.Module, name: str, hidden: Tensor, positional: Any, named: Any) -> Call:
+    children: dict[str, nn.Module] = {child: _Same() for child, _ in layer.named_children()}
+    stopped = with_children(layer, {**children, name: _Raising()})
+    try:
+        stopped(hidden, *positional, **named)
+    except _Seen as seen:
+        return Call.of(seen.positional, seen.named, hidden)
+    raise ValueError("a layer does not call its mixer")
+
+
+def _causal(value: Any) -> Any:
+    """None for a mask that is causal and no more, which attention then knows by itself."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 4:
+        return value
+    plain = torch.ones(value.shape[-2:], dtype=torch.bool, device=value.device).tril_()
+    return None if bool((value == plain).all()) else value
