@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconv.boundary.printable import one_line
+from qconv.checkpoint.reader import in_config, read_json
 from qconv.core.architecture import Architecture, Layer, Moe, Norm
-from qconv.errors import CheckpointError
 from qconv.models.calls import Call, Calls
+from qconv.models.transformer import config_of, empty_model
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -38,29 +38,15 @@ class Decoder:
         Raises:
             CheckpointError: transformers does not accept the config.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.activations import ACT2FN
 
         self.dtype = dtype
         self._architecture = architecture
-
-        try:
-            config = AutoConfig.from_pretrained(model_path, local_files_only=True)
-            with torch.device("meta"):
-                skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=dtype
-                )
-            self._skeleton = skeleton.eval().model
-            # Rotary frequencies are computed, not loaded, so the module is built again off the meta device.
-            self._skeleton.rotary_emb = type(self._skeleton.rotary_emb)(config)
-            self._calls = Calls(self._skeleton, architecture.hidden_size)
-            self.act: Activation = ACT2FN[config.hidden_act]
-        # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
-        except Exception as error:
-            raise CheckpointError(
-                f"{model_path / 'config.json'}: transformers does not accept it: {one_line(error)}.",
-                hint="Repair config.json.",
-            ) from error
+        with in_config(model_path):
+            config = config_of(read_json(model_path / "config.json"))
+            self._skeleton = empty_model(config, dtype).model
+        self._calls = Calls(self._skeleton, architecture.hidden_size)
+        self.act: Activation = ACT2FN[config.hidden_act]
 
     def norm(self, layer: Layer, norm: Norm, weight: Tensor) -> nn.Module:
         """A norm of a layer with its weight, [hidden]."""

@@ -87,10 +87,15 @@ class Calls:
         Raises:
             ValueError: the mixer does not read what the norm before it gives.
         """
-        shape = torch.empty(1, like.shape[1], self.hidden, dtype=like.dtype, device=like.device)
+        hidden = torch.empty(1, like.shape[1], self.hidden, dtype=like.dtype, device=like.device)
+        positional, named = self.layer(layer, hidden)
+        return _of_mixer(self.model.layers[layer], name, hidden, positional, named)
+
+    def layer(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model calls a layer with beside its input, [1, length, hidden], which is overwritten."""
         with self._lock, torch.no_grad():
-            positional, named = self._of_layers(shape)[layer]
-        return _of_mixer(self.model.layers[layer], name, shape, positional, named)
+            positional, named = self._of_layers(hidden)[index]
+            return positional, named
 
     def _of_layers(self, hidden: Tensor) -> list[tuple[Any, ...]]:
         """What the model calls its layers with beside their input."""

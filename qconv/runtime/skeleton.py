@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconv.boundary.printable import one_line
+from qconv.checkpoint.reader import in_config
 from qconv.core.architecture import Layer, Linear, Moe, Norm, Parameter
-from qconv.errors import CheckpointError
+from qconv.models import transformer
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends.base import Activation, Backend
 from qconv.runtime.files import ModelFiles, require_no_bias
@@ -30,27 +30,14 @@ def empty_model(files: ModelFiles, dtype: torch.dtype) -> Any:
     Raises:
         CheckpointError: transformers does not accept the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    untyped: Any = AutoModelForCausalLM
-    try:
-        values = {key: value for key, value in files.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(files.config["model_type"], **values)
-        with torch.device("meta"):
-            model = untyped.from_config(config, dtype=dtype)
-        # Frequencies are computed, not loaded, so that module is built again off the meta device.
-        rotary = type(model.model.rotary_emb)(config)
-    # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
-    except Exception as error:
-        raise CheckpointError(
-            f"{files.path}: transformers does not accept its config: {one_line(error)}.", hint="Repair config.json."
-        ) from error
+    with in_config(files.path):
+        model = transformer.empty_model(transformer.config_of(files.config), dtype)
     divisors = files.inverse_frequency_divisors()
     if divisors is not None:
+        rotary = model.model.rotary_emb
         rotary.inv_freq /= divisors
         rotary.original_inv_freq /= divisors
-    model.model.rotary_emb = rotary
-    return model.eval().requires_grad_(False)
+    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,6 @@ under; ``left_out`` knows what it leaves out. No code that comes with a checkpoi
 """
 
 from qconv.models.discovery.left_out import left_out
-from qconv.models.discovery.structure import Discovery, FusedExperts, InputGroup, LayerStructure, discover
+from qconv.models.discovery.structure import Discovery, FusedExperts, LayerStructure, ReadTensor, discover
 
-__all__ = ["Discovery", "FusedExperts", "InputGroup", "LayerStructure", "discover", "left_out"]
+__all__ = ["Discovery", "FusedExperts", "LayerStructure", "ReadTensor", "discover", "left_out"]

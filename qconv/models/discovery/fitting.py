@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +20,10 @@ from qconv.core.architecture import (
     HEAD,
     Architecture,
     Attention,
+    InputGroup,
     Layer,
     Linear,
+    Mixer,
     Mlp,
     Moe,
     Norm,
@@ -29,8 +31,9 @@ from qconv.core.architecture import (
 )
 from qconv.errors import CheckpointError
 from qconv.models.discovery.proofs import Proofs, Unproved
-from qconv.models.discovery.structure import Discovery, FusedExperts, InputGroup, LayerStructure, read_model
+from qconv.models.discovery.structure import Discovery, FusedExperts, LayerStructure, ReadTensor, read_model
 from qconv.models.discovery.tracing import is_norm
+from qconv.models.kept import reason_to_keep
 
 _FINAL_NORM = "model.norm"
 _DENSE = ("gate_proj", "up_proj", "down_proj")
@@ -49,7 +52,7 @@ def fitted(values: Mapping[str, Any]) -> Architecture:
 def _fitted(described: str) -> Architecture:
     found, model = read_model(json.loads(described))
     try:
-        return _Fitting(found, model).architecture()
+        return _Fitting(found, Proofs(model, found.held), model).architecture()
     except Unproved as error:
         raise CheckpointError(
             f"config.json: unknown architecture: model_type {found.model_type!r} is of a kind that qconv does not work "
@@ -61,12 +64,9 @@ def _fitted(described: str) -> Architecture:
 @dataclass(slots=True)
 class _Fitting:
     found: Discovery
+    proofs: Proofs
     model: nn.Module
-    proofs: Proofs = field(init=False)
-    proved: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.proofs = Proofs(self.model, self.found.held)
+    proved: dict[str, bool] = field(default_factory=dict)
 
     def architecture(self) -> Architecture:
         outside = dict(self.found.outside)
@@ -75,13 +75,13 @@ class _Fitting:
             raise Unproved(f"beside its layers it has {next(iter(outside), 'no embedding or no norm')}")
         self.proofs.ends()
         layers = tuple(self._layer(one) for one in self.found.layers)
-        attention, heads = layers[0].heads, self.proofs.heads
-        head_dim = attention.o.in_features // heads
+        heads = self.proofs.heads
+        head_dim, shared = self._heads(layers, heads)
         return Architecture(
             family=self.found.model_type,
             hidden_size=embedding[1],
             num_attention_heads=heads,
-            num_key_value_heads=attention.k.out_features // head_dim,
+            num_key_value_heads=shared,
             head_dim=head_dim,
             embedding=Linear(EMBEDDING, embedding[0], embedding[1]),
             layers=layers,
@@ -90,19 +90,57 @@ class _Fitting:
             held=self.found.held,
         )
 
+    def _heads(self, layers: Sequence[Layer], heads: int) -> tuple[int, int]:
+        """The width of a head, and the number of heads of keys and values."""
+        for group in (group for layer in layers for group in layer.groups()):
+            if isinstance(group.producer, Linear):
+                head_dim = group.in_features // heads
+                return head_dim, group.producer.out_features // head_dim
+        return max(1, layers[0].groups()[-1].in_features // heads), self.proofs.key_value_heads
+
     def _layer(self, structure: LayerStructure) -> Layer:
         name = f"model.layers.{structure.index}"
-        parts = _Parts.of(structure, self.model, self.found.held)
-        attention, input_norm = parts.attention(f"{name}.self_attn")
+        parts = _Parts.of(structure, self.model, self.found.held, self.proofs)
+        attention, input_norm = parts.mixer(structure)
         experts = structure.experts
-        mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts, self.proofs) if experts else parts.dense(f"{name}.mlp")
+        mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts) if experts else parts.dense(f"{name}.mlp")
         parts.require_all_taken()
         layer = Layer(structure.index, name, input_norm, attention, mlp[1], mlp[0])
         kind = repr(layer).replace(f"{name}.", "").replace(name, "").replace(f"index={structure.index}", "")
         if kind not in self.proved:
-            self.proved.add(kind)
-            self.proofs.layer(layer)
-        return layer
+            by_heads = self._by_heads(layer)
+            self.proved[kind] = by_heads
+            self.proofs.layer(_with_producer(layer) if by_heads else layer)
+        return _with_producer(layer) if self.proved[kind] else layer
+
+    def _by_heads(self, layer: Layer) -> bool:
+        """Whether the last linear reads the outputs of v by heads, so that scales fold into v."""
+        v, o = _values(layer), layer.groups()[-1].linears[-1]
+        return v is not None and self.proofs.reads_by_heads(layer, v, o)
+
+
+def _values(layer: Layer) -> Linear | None:
+    """v, where the first linears have one and the last is alone."""
+    groups = layer.groups()
+    if len(groups) < 2 or len(groups[-1].linears) != 1:
+        return None
+    return next((one for one in groups[0].linears if one.name == f"{layer.attention.name}.v_proj"), None)
+
+
+def _with_producer(layer: Layer) -> Layer:
+    """The layer with v as what the last linear reads; as :class:`Attention` where it is q, k, v, o and no more."""
+    mixer = layer.attention
+    assert isinstance(mixer, Mixer)
+    *before, last = mixer.groups
+    by_leaf = {one.name.removeprefix(f"{mixer.name}."): one for one in mixer.linears()}
+    wide = {one.in_features for one in mixer.linears() if one in last.linears}
+    if {*by_leaf} == {"q_proj", "k_proj", "v_proj", "o_proj"} and wide == {by_leaf["q_proj"].out_features}:
+        norms = tuple(one for one in mixer.unquantized if isinstance(one, Norm))
+        parameters = tuple(one for one in mixer.unquantized if isinstance(one, Parameter))
+        q, k, v, o = (by_leaf[f"{one}_proj"] for one in "qkvo")
+        return replace(layer, attention=Attention(q, k, v, o, norms, parameters))
+    groups = (*before, replace(last, producer=_values(layer)))
+    return replace(layer, attention=replace(mixer, groups=groups))
 
 
 @dataclass(slots=True)
@@ -111,33 +149,47 @@ class _Parts:
 
     model: nn.Module
     held: Mapping[str, str]
-    groups: dict[str, InputGroup]
+    proofs: Proofs
+    groups: dict[str, ReadTensor]
     tensors: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, structure: LayerStructure, model: nn.Module, held: Mapping[str, str]) -> _Parts:
+    def of(cls, structure: LayerStructure, model: nn.Module, held: Mapping[str, str], proofs: Proofs) -> _Parts:
         groups = {reader: group for group in structure.groups for reader in group.readers}
-        return cls(model, held, groups, dict(structure.tensors))
+        return cls(model, held, proofs, groups, dict(structure.tensors))
 
-    def attention(self, name: str) -> tuple[Attention, Norm]:
-        """q, k, v and o, what attention has beside them, and the norm before them."""
+    def mixer(self, structure: LayerStructure) -> tuple[Mixer, Norm]:
+        """What mixes tokens: all that runs before the MLP, and the norm before it."""
+        if not structure.groups:
+            raise Unproved("a layer has no linears")
+        layer = f"model.layers.{structure.index}"
+        name = f"{layer}.{structure.groups[0].readers[0].removeprefix(f'{layer}.').split('.')[0]}"
         if any(stored.startswith(f"{name}.") for stored in self.held):
             raise Unproved(f"transformers holds {name} under another name")
-        q, k, v, o = (f"{name}.{leaf}_proj" for leaf in "qkvo")
-        shared = self._take([q, k, v])
-        self._take([o])
-        linears = self._linear(q), self._linear(k), self._linear(v), self._linear(o)
-        kept = [self._kept(one) for one in self._below(name)]
-        norms = tuple(one for one in kept if isinstance(one, Norm))
-        parameters = tuple(one for one in kept if isinstance(one, Parameter))
-        return Attention(*linears, norms, parameters), self._norm(shared)
+        groups, kept = [], []
+        norm: Norm | None = None
+        for number, read in enumerate(one for one in structure.groups if one.readers[0].startswith(f"{name}.")):
+            self._take(read.readers)
+            linears = [self._linear(one) for one in read.readers]
+            stay = [one for one in linears if reason_to_keep(one.name.removeprefix(f"{name}.")) is not None]
+            quantizable = tuple(one for one in linears if one not in stay)
+            kept += stay
+            producer = self._norm(read) if number == 0 or (read.producer and quantizable) else None
+            norm = producer if number == 0 else norm
+            if quantizable:
+                groups.append(InputGroup(quantizable, producer, tuple(stay)))
+        inside = [group.producer for group in groups[1:] if isinstance(group.producer, Norm)]
+        others = [self._kept(one) for one in self._below(name)]
+        if norm is None or not groups or groups[0].producer != norm:
+            raise Unproved(f"no norm makes what {name} reads")
+        return Mixer(name, tuple(groups), (*inside, *others, *kept)), norm
 
     def dense(self, name: str) -> tuple[Mlp, Norm]:
         """A gated MLP and the norm before it."""
         gate, up, _ = (f"{name}.{leaf}" for leaf in _DENSE)
         return self._mlp(name), self._norm(self._take([gate, up]))
 
-    def sparse(self, found: Sequence[FusedExperts], proofs: Proofs) -> tuple[Moe, Norm]:
+    def sparse(self, found: Sequence[FusedExperts]) -> tuple[Moe, Norm]:
         """Experts, what decides about them, a shared expert, and the norm before them."""
         (experts, *others) = found
         if others or {*experts.shapes} != {"gate_up_proj", "down_proj"}:
@@ -168,7 +220,7 @@ class _Parts:
         made = Moe(
             self._linear(router),
             mlps,
-            proofs.experts_per_token(held),
+            self.proofs.experts_per_token(held),
             self._mlp(shared[0]) if shared else None,
             None if gate is None else self._linear(gate),
             tuple(self._parameter(one) for one in self._below(block)),
@@ -180,7 +232,7 @@ class _Parts:
         if self.tensors or self.groups:
             raise Unproved(f"a layer has {next(iter([*self.tensors, *self.groups]))}")
 
-    def _take(self, readers: Sequence[str]) -> InputGroup:
+    def _take(self, readers: Sequence[str]) -> ReadTensor:
         group = self.groups.get(readers[0])
         if group is None or {*group.readers} != {*readers}:
             raise Unproved(f"{readers[0]} does not read what {', '.join(readers[1:]) or 'nothing else'} reads")
@@ -204,11 +256,11 @@ class _Parts:
             raise Unproved(f"{weight} is not [{out_features}, {in_features}]")
         return Linear(weight.removesuffix(".weight"), out_features, in_features)
 
-    def _norm(self, group: InputGroup) -> Norm:
+    def _norm(self, group: ReadTensor) -> Norm:
         shape = None if group.producer is None else self.tensors.pop(f"{group.producer}.weight", None)
         if group.producer is None or group.producer in self.held or shape is None or len(shape) != 1:
             raise Unproved(f"no norm makes what {group.readers[0]} reads")
-        return Norm(group.producer, shape[0])
+        return Norm(group.producer, shape[0], self.proofs.offset(group.producer))
 
     def _below(self, name: str) -> Iterator[str]:
         """Tensors of a module that nothing has taken yet."""

@@ -8,15 +8,19 @@ compared with what qconv computes in its place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import HEAD, Attention, Layer, Mlp, Moe
+from qconv.core.architecture import HEAD, Layer, Linear, Mlp, Moe, Norm
+from qconv.models.calls import Call, Calls, with_children
 from qconv.models.discovery.tracing import is_reader
 
 _TOKENS = 6
@@ -24,6 +28,9 @@ _TOLERANCE = 1e-4
 """Relative to the largest number: these are a few operations in float32."""
 _WIDTH = 4
 """Of the experts that stand for those of a model."""
+
+
+Made = TypeVar("Made")
 
 
 class Unproved(Exception):
@@ -45,12 +52,22 @@ class StandIn(nn.Module):
 
 
 class Proofs:
-    """Of one model, which lies on the meta device; ``held`` are its names of what the checkpoint calls otherwise."""
+    """Of one model, which lies on the meta device; ``held`` are its names of what the checkpoint calls otherwise.
+
+    Raises:
+        Unproved: it has no embedding where it is looked for.
+    """
 
     def __init__(self, model: nn.Module, held: Mapping[str, str]) -> None:
         self._model: Any = model
         self._names = held
         self._config: Any = self._model.config
+        with _running("the model around its layers"):
+            inner: Any = self._model.model
+            if hasattr(inner, "rotary_emb"):
+                rotary: Any = type(inner.rotary_emb)
+                inner = with_children(inner, {"rotary_emb": rotary(self._config)})
+            self._calls = Calls(inner, inner.embed_tokens.embedding_dim)
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -65,6 +82,11 @@ class Proofs:
             raise Unproved(f"it has {heads} attention heads")
         return heads
 
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values, by the config; as many as heads where it has none."""
+        return int(getattr(self._config, "num_key_value_heads", None) or self.heads)
+
     def ends(self) -> None:
         """The embedding's rows go into the first layer, and the final norm's into the head, whose outputs are logits.
 
@@ -77,8 +99,8 @@ class Proofs:
             logits = self._random(1, _TOKENS, 5)
             norm, head = StandIn(normed), StandIn(logits)
             around = {"embed_tokens": StandIn(rows), "rotary_emb": StandIn(rows), "layers": nn.ModuleList()}
-            inner = _with_children(self._model.model, {**around, "norm": norm})
-            output = _with_children(self._model, {"model": inner, HEAD: head})(
+            inner = with_children(self._model.model, {**around, "norm": norm})
+            output = with_children(self._model, {"model": inner, HEAD: head})(
                 input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False
             )
             _equal(norm.seen[0], rows, "the embedding is scaled")
@@ -92,7 +114,7 @@ class Proofs:
             Unproved: it is not; says where.
         """
         self._residuals(layer)
-        self._attention(layer.heads)
+        self._mixer(layer)
         if isinstance(layer.mlp, Moe):
             self._sparse(layer.mlp)
             self._experts(layer.mlp)
@@ -114,50 +136,84 @@ class Proofs:
             raise Unproved(f"{block} sends a token to no expert")
         return chosen
 
+    def offset(self, norm: str) -> float:
+        """What a norm adds to its weight before it scales by it.
+
+        Raises:
+            Unproved: it does not scale what it gives by its weight.
+        """
+        with _running(norm):
+            module = self._real(self._held(norm), {})
+            hidden = self._random(1, _TOKENS, module.weight.numel())
+            for offset in (0.0, 1.0):
+                module.weight.fill_(-offset)
+                if not bool(module(hidden).any()):
+                    return offset
+        raise Unproved(f"the weight of {norm} does not scale what it gives")
+
     def _residuals(self, layer: Layer) -> None:
         hidden, attended, fed = (self._random(1, _TOKENS, layer.input_norm.size) for _ in range(3))
-        names = [layer.heads.q.name, layer.input_norm.name, layer.post_attention_norm.name]
-        attention, first, second = (one.removeprefix(f"{layer.name}.").split(".")[0] for one in names)
+        mixer, first, second = (
+            one.name.removeprefix(f"{layer.name}.")
+            for one in (layer.attention, layer.input_norm, layer.post_attention_norm)
+        )
         inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
         block = self._held(inside).removeprefix(f"{layer.name}.").split(".")[0]
+        positional, named = self._calls.layer(layer.index, torch.zeros_like(hidden))
+
+        def run(mixed: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, Tensor]:
+            with _running(layer.name):
+                module = self._real(layer.name, {mixer: StandIn(*mixed), block: StandIn(*given)})
+                output = module(hidden, *positional, **named)
+                return module, output[0] if isinstance(output, tuple) else output
+
+        # Some parts give something beside their output.
+        none = torch.zeros(0)
+        given = itertools.product(((attended, none), (attended,)), ((fed,), (fed, none)))
+        module, output = _first_that_runs(partial(run, *one) for one in given)
         with _running(layer.name):
-            module = self._real(layer.name, {attention: StandIn(attended, torch.zeros(0)), block: StandIn(fed)})
-            output = module(hidden, position_embeddings=None, attention_mask=None, use_cache=False)
-            output = output[0] if isinstance(output, tuple) else output
             middle = hidden + attended
             _equal(output, middle + fed, "what attention and MLP give is not simply added")
             one, two = module.get_submodule(first), module.get_submodule(second)
-            _equal(module.get_submodule(attention).seen[0], one(hidden), "attention does not read the first norm")
+            _equal(module.get_submodule(mixer).seen[0], one(hidden), "attention does not read the first norm")
             _equal(module.get_submodule(block).seen[0], two(middle), "the MLP does not read the second norm")
-            for norm in (one, two):
+            for norm, offset in ((one, layer.input_norm.offset), (two, layer.post_attention_norm.offset)):
                 before = norm(hidden)
-                norm.weight.mul_(2.0)
+                norm.weight.add_(offset).mul_(2.0).sub_(offset)
                 _equal(norm(hidden), 2.0 * before, "a norm's weight does not scale what it gives")
 
-    def _attention(self, attention: Attention) -> None:
-        """What o reads is linear in v's outputs, and each head reads one key-value head's."""
-        name = attention.q.name.rpartition(".")[0]
-        head_dim = attention.o.in_features // self.heads
-        if attention.q.out_features != attention.o.in_features or attention.k.out_features != attention.v.out_features:
-            raise Unproved(f"{name}: q and o, or k and v, differ in size")
-        if attention.o.in_features % self.heads or attention.v.out_features % head_dim:
-            raise Unproved(f"{name}: heads are no whole number")
-        groups = attention.v.out_features // head_dim
-        if self.heads % groups:
-            raise Unproved(f"{name}: heads do not share keys and values evenly")
-        q, k, v = (self._random(1, _TOKENS, one.out_features) for one in attention.linears()[:3])
-        scale = 0.5 + torch.rand(attention.v.out_features, generator=self._generator)
+    def _mixer(self, layer: Layer) -> None:
+        """The last linear gives the output, and what norms give is read by linears alone."""
+        groups = layer.groups()
+        last = groups[-1].linears[-1]
+        with _running(layer.attention.name):
+            mixer = _RunningMixer.of(self, layer)
+            last_read = mixer.run(self._random(1, _TOKENS, self._calls.hidden))
+            _equal(mixer.output, mixer.linears[last.name].given[0], f"{last.name} does not give the output")
+            again = mixer.run(self._random(1, _TOKENS, self._calls.hidden))
+            _equal(again, last_read, f"not only linears read the input of {layer.attention.name}")
+            for norm in (group.producer for group in groups[1:]):
+                if isinstance(norm, Norm):
+                    found = [mixer.with_norm(norm, self._random(1, _TOKENS, norm.size)) for _ in range(2)]
+                    _equal(found[1], found[0], f"not only linears read {norm.name}")
+
+    def reads_by_heads(self, layer: Layer, v: Linear, o: Linear) -> bool:
+        """Whether what ``o`` reads is linear in the outputs of ``v``, each head's in one key-value head's."""
+        head_dim = o.in_features // self.heads
+        if o.in_features % self.heads or v.out_features % head_dim:
+            return False
+        groups = v.out_features // head_dim
+        if groups == 0 or self.heads % groups:
+            return False
+        scale = 0.5 + torch.rand(v.out_features, generator=self._generator)
         spread = scale.view(groups, 1, head_dim).expand(groups, self.heads // groups, head_dim).reshape(-1)
-        hidden = self._random(1, _TOKENS, attention.q.in_features)
-        with _running(name):
-            rotary: Any = type(self._model.model.rotary_emb)(self._config)
-            positions = torch.arange(_TOKENS).unsqueeze(0)
-            o = StandIn(hidden)
-            module = self._real(name, {"q_proj": StandIn(q), "k_proj": StandIn(k), "v_proj": StandIn(v), "o_proj": o})
-            for values in (v, v * scale):
-                module.register_module("v_proj", StandIn(values))
-                module(hidden_states=hidden, position_embeddings=rotary(hidden, positions), attention_mask=None)
-            _equal(o.seen[1], o.seen[0] * spread, f"{name}.o_proj does not read v's outputs by heads")
+        hidden = self._random(1, _TOKENS, self._calls.hidden)
+        with _running(layer.attention.name):
+            mixer = _RunningMixer.of(self, layer)
+            before = mixer.run(hidden)
+            values = mixer.linears[v.name]
+            values.given = (values.given[0] * scale,)
+            return _is_equal(mixer.run(hidden), before * spread)
 
     def _mlp(self, mlp: Mlp) -> None:
         name = self._held(mlp.gate.name).rpartition(".")[0]
@@ -226,11 +282,11 @@ class Proofs:
 
     def _real(self, name: str, stand_ins: dict[str, nn.Module]) -> Any:
         """A copy of a module off the meta device, with random numbers for its tensors and other modules for some."""
-        module = copy.deepcopy(
-            _with_children(self._model.get_submodule(name), {child: _Nothing() for child in stand_ins})
-        )
+        nothing: dict[str, nn.Module] = {child: _Nothing() for child in stand_ins}
+        module = copy.deepcopy(_with_submodules(self._model.get_submodule(name), nothing))
         for child, stand_in in stand_ins.items():
-            module.register_module(child, stand_in)
+            parent, _, leaf = child.rpartition(".")
+            module.get_submodule(parent).register_module(leaf, stand_in)
         module = module.to_empty(device="cpu").float()
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
@@ -250,15 +306,42 @@ class Proofs:
         return torch.randn(*shape, generator=self._generator)
 
 
+@dataclass(slots=True)
+class _RunningMixer:
+    """A mixer with stand-ins for its linears, by their names in the checkpoint."""
+
+    module: Any
+    call: Call
+    linears: dict[str, StandIn]
+    last: str
+    inputs: Tensor
+    output: Tensor = field(init=False)
+
+    @classmethod
+    def of(cls, proofs: Proofs, layer: Layer) -> _RunningMixer:
+        linears = [one for one in layer.attention.modules() if isinstance(one, Linear)]
+        stand_ins = {one.name: StandIn(proofs._random(1, _TOKENS, one.out_features)) for one in linears}
+        name = layer.attention.name
+        module = proofs._real(name, {key.removeprefix(f"{name}."): one for key, one in stand_ins.items()})
+        like = torch.zeros(1, _TOKENS, proofs._calls.hidden)
+        call = proofs._calls.mixer(layer.index, name.removeprefix(f"{layer.name}."), like)
+        return cls(module, call, stand_ins, layer.groups()[-1].linears[-1].name, like)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """What the last linear reads for that input; ``output`` is what comes out."""
+        self.output = self.call(self.module, hidden)
+        read: Tensor = self.linears[self.last].seen[-1]
+        return read
+
+    def with_norm(self, norm: Norm, given: Tensor) -> Tensor:
+        """The same with a norm that gives this."""
+        parent, _, leaf = norm.name.removeprefix(f"{self.last.rpartition('.')[0]}.").rpartition(".")
+        self.module.get_submodule(parent).register_module(leaf, StandIn(given))
+        return self.run(self.inputs)
+
+
 class _Nothing(nn.Module):
     """In the place of what a stand-in replaces after a copy was made."""
-
-
-def _with_children(module: Any, children: Mapping[str, nn.Module]) -> Any:
-    """The same module with some other children; its tensors and the rest are shared."""
-    changed = copy.copy(module)
-    changed.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
-    return changed
 
 
 @contextmanager
@@ -278,10 +361,38 @@ def _running(what: str) -> Iterator[None]:
         raise Unproved(f"{what} does not run by itself: {one_line(error)}") from error
 
 
+def _first_that_runs(attempts: Iterable[Callable[[], Made]]) -> Made:
+    """What the first attempt gives that is no :class:`Unproved`.
+
+    Raises:
+        Unproved: as the first attempt.
+    """
+    failed: list[Unproved] = []
+    for attempt in attempts:
+        try:
+            return attempt()
+        except Unproved as error:
+            failed.append(error)
+    raise failed[0]
+
+
+def _with_submodules(module: nn.Module, changed: Mapping[str, nn.Module]) -> Any:
+    """The same module with some other submodules, by names with dots; the rest is shared."""
+    direct = {name: one for name, one in changed.items() if "." not in name}
+    for child in {name.partition(".")[0] for name in changed if "." in name}:
+        below = {name.partition(".")[2]: one for name, one in changed.items() if name.startswith(f"{child}.")}
+        direct[child] = _with_submodules(module.get_submodule(child), below)
+    return with_children(module, direct)
+
+
 def _equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
-    bound = _TOLERANCE * float(expected.abs().max())
-    if found.shape != expected.shape or not float((found - expected).abs().max()) <= bound:
+    if not _is_equal(found, expected):
         raise Unproved(otherwise)
+
+
+def _is_equal(found: Tensor, expected: Tensor) -> bool:
+    bound = _TOLERANCE * float(expected.abs().max())
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= bound
 
 
 def _leaf(name: str) -> str:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconv.boundary.printable import name_of, one_line
+from qconv.boundary.printable import one_line
 from qconv.checkpoint.config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, Config
 from qconv.errors import CheckpointError
 from qconv.models.discovery.tracing import is_fused_experts, is_reader, own_tensors, trace
+from qconv.models.transformer import config_of, text_part
 
-ALIASES = {"kimi_k2": "deepseek_v3"}
-"""Model types that are another one under a new name."""
 _LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -24,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class InputGroup:
+class ReadTensor:
     """Modules that read the very same tensor.
 
     Attributes:
@@ -57,14 +56,14 @@ class LayerStructure:
 
     Attributes:
         index: Its number.
-        groups: By what is read; in the order of their names.
+        groups: By what is read, in the order in which it is read.
         linears: ``[out_features, in_features]`` of every linear that is no router and no expert, by name.
         experts: Fused experts; empty for a dense layer.
         tensors: Every tensor of the layer in the checkpoint.
     """
 
     index: int
-    groups: tuple[InputGroup, ...]
+    groups: tuple[ReadTensor, ...]
     linears: Mapping[str, tuple[int, int]]
     experts: tuple[FusedExperts, ...]
     tensors: Shapes
@@ -110,7 +109,9 @@ def read_model(values: Mapping[str, Any]) -> tuple[Discovery, nn.Module]:
         CheckpointError: as :func:`discover`.
     """
     config = read_config(values)
-    untyped: Any = _transformers().AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    untyped: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model: nn.Module = untyped.from_config(config, dtype=torch.bfloat16).eval()
@@ -150,41 +151,14 @@ def read_config(values: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: transformers knows no such model type, or does not accept the config.
     """
-    text = values.get("text_config")
-    own = dict(text if isinstance(text, Mapping) and "model_type" in text else values)
-    model_type = own.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise CheckpointError("config.json has no model_type.", hint="Is this a Hugging Face checkpoint?")
-    limits = Config(own)
+    limits = Config(text_part(values))
     layers = limits.integer("num_hidden_layers", default=1, most=MAX_LAYERS)
     if limits.integer(*_EXPERT_COUNTS, default=1, most=MAX_EXPERTS) * layers > MAX_EXPERTS:
         raise CheckpointError(f"config.json: more than {MAX_EXPERTS:,} experts.", hint="Repair config.json.")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    model_type = ALIASES.get(model_type, model_type)
-    if model_type not in KNOWN:
-        raise CheckpointError(
-            f"config.json: unknown architecture: model_type {name_of(model_type)!r}, which transformers lacks too.",
-            hint=f"Code that comes with a checkpoint is never run: declare the family in qconv/models/{model_type}.py."
-            if model_type.isidentifier()
-            else "Repair config.json.",
-        )
-    try:
-        config: Any = _transformers().AutoConfig.for_model(model_type, **own)
-    # Its checks raise a kind of their own, its code whatever a value of another type makes it raise.
-    except Exception as error:
-        raise CheckpointError(
-            f"config.json: transformers does not accept it: {one_line(error)}.", hint="Repair config.json."
-        ) from error
+    config = config_of(values)
     # Of all implementations this one never asks whether a mask can be left out, which needs numbers.
     config._attn_implementation = "eager"
     return config
-
-
-def _transformers() -> Any:
-    import transformers
-
-    return transformers
 
 
 class _Saved:
@@ -258,7 +232,9 @@ class _Structure:
     def _layer(self, index: int, modules: Iterable[str], tensors: Shapes) -> LayerStructure:
         read: dict[int, list[str]] = {}
         linears, experts = {}, []
-        for name in modules:
+        # In the order in which they ran; what did not run comes last.
+        order = {name: number for number, name in enumerate(self.reads)}
+        for name in sorted(modules, key=lambda one: order.get(one, len(order))):
             called = self._stored(name)
             if name in self.reads:
                 read.setdefault(self.reads[name], []).append(called)
@@ -267,10 +243,8 @@ class _Structure:
                 experts.append(self._experts(name, called))
             elif isinstance(module, nn.Linear):
                 linears[called] = (module.out_features, module.in_features)
-        groups = (InputGroup(tuple(sorted(readers)), self._producer(number)) for number, readers in read.items())
-        return LayerStructure(
-            index, tuple(sorted(groups, key=lambda group: group.readers)), linears, tuple(experts), tensors
-        )
+        groups = (ReadTensor(tuple(sorted(readers)), self._producer(number)) for number, readers in read.items())
+        return LayerStructure(index, tuple(groups), linears, tuple(experts), tensors)
 
     def _producer(self, number: int) -> str | None:
         made = self.makes.get(number)

@@ -45,6 +45,10 @@ FITTING = [
     "ernie4_5_moe",
     "exaone_moe",
     "hy_v3",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "deepseek_v3",
+    "dots1",
 ]
 
 
@@ -76,14 +80,12 @@ def test_what_is_kept_beside_linears() -> None:
 
 
 UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "multi-head latent attention": ("deepseek_v3", {}, "q_proj does not read what"),
     "logits that are capped": ("gemma2", {}, "logits are scaled"),
     "norms after": ("olmo2", {}, "no norm makes what"),
-    "joined q, k and v": ("phi3", {}, "q_proj does not read what"),
+    "joined gate and up": ("phi3", {}, "gate_proj is no linear"),
     "experts that are stored together": ("gpt_oss", {}, "are not gated experts without biases"),
     "a multiplier on what is added": ("granite", {"residual_multiplier": 0.5}, "is not simply added"),
     "a multiplier on the embedding": ("granite", {"embedding_multiplier": 2.0}, "the embedding is scaled"),
-    "norms plus one": ("qwen3_next", {}, "q_proj"),
 }
 
 
@@ -112,8 +114,8 @@ def _swapped_experts(self: Any, hidden: Tensor, indices: Tensor, factors: Tensor
     return found
 
 
-def _plus_one(self: Any, hidden: Tensor) -> Any:
-    return (self.weight + 1.0) * hidden
+def _exponential(self: Any, hidden: Tensor) -> Any:
+    return self.weight.exp() * hidden
 
 
 PLANTED = {
@@ -125,7 +127,7 @@ PLANTED = {
         _swapped_experts,
         "are not gated as their config says",
     ),
-    "a norm": ("qwen2", "qwen2", "Qwen2RMSNorm", _plus_one, "weight does not scale what it gives"),
+    "a norm": ("qwen2", "qwen2", "Qwen2RMSNorm", _exponential, "does not scale what it gives"),
 }
 
 

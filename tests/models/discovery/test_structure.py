@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qconv.core.architecture import Layer, Moe
 from qconv.errors import CheckpointError
 from qconv.models import architecture
-from qconv.models.discovery import Discovery, InputGroup, LayerStructure, discover
+from qconv.models.discovery import Discovery, LayerStructure, ReadTensor, discover
 from tests.models.test_families import BASE, FAMILIES, VARIATIONS, saved
 
 SMALL: dict[str, Any] = {
@@ -68,6 +68,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "phimoe": {},
     "exaone_moe": {"layer_types": None},
     "hy_v3": {},
+    "dots1": {},
     "solar_open": {},
     "llama4_text": {"layer_types": None, "attn_temperature_tuning": False, "intermediate_size_mlp": 56},
     # dense
@@ -103,19 +104,19 @@ def model_of(config: Any) -> Any:
     return made.eval()
 
 
-def declared(layer: Layer) -> Iterator[InputGroup]:
+def declared(layer: Layer) -> Iterator[ReadTensor]:
     """The groups of a layer whose family is declared."""
-    yield InputGroup(tuple(sorted(one.name for one in layer.attention.linears()[:3])), layer.input_norm.name)
-    yield InputGroup((layer.heads.o.name,), None)
+    yield ReadTensor(tuple(sorted(one.name for one in layer.attention.linears()[:3])), layer.input_norm.name)
+    yield ReadTensor((layer.heads.o.name,), None)
     readers = [router.name for router in layer.routers()]
     for mlp in layer.mlps():
         if isinstance(layer.mlp, Moe) and mlp is not layer.mlp.shared_expert:
             continue
         readers += [mlp.gate.name, mlp.up.name]
-        yield InputGroup((mlp.down.name,), None)
+        yield ReadTensor((mlp.down.name,), None)
     if isinstance(layer.mlp, Moe):
         readers.append(f"{layer.mlp.router.name.rpartition('.')[0]}.experts")
-    yield InputGroup(tuple(sorted(readers)), layer.post_attention_norm.name)
+    yield ReadTensor(tuple(sorted(readers)), layer.post_attention_norm.name)
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIATIONS)
@@ -126,7 +127,8 @@ def test_declared_families_are_discovered(model_type: str, changes: dict[str, An
     assert found.model_type == model_type
     for layer, structure in zip(expected.layers, found.layers, strict=True):
         assert structure.index == layer.index
-        assert structure.groups == tuple(sorted(declared(layer), key=lambda group: group.readers))
+        assert sorted(structure.groups, key=_readers) == sorted(declared(layer), key=_readers)
+        assert [group.producer for group in structure.groups][0] == layer.input_norm.name
         assert structure.tensors == dict(layer.tensors())
         sparse = isinstance(layer.mlp, Moe)
         assert len(structure.experts) == sparse
@@ -135,6 +137,10 @@ def test_declared_families_are_discovered(model_type: str, changes: dict[str, An
         assert structure.linears == {one.name: (one.out_features, one.in_features) for one in [*beside, *gates]}
         if isinstance(layer.mlp, Moe):
             _check_experts(structure, layer.mlp)
+
+
+def _readers(group: ReadTensor) -> tuple[str, ...]:
+    return group.readers
 
 
 def _check_experts(structure: LayerStructure, moe: Moe) -> None:

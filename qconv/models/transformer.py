@@ -1,0 +1,83 @@
+"""transformers' own model of a config.json, built without weights on the meta device, where it costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qconv.boundary.printable import name_of, one_line
+from qconv.errors import CheckpointError
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another one under a new name."""
+
+
+def text_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: itself, or its ``text_config``.
+
+    Raises:
+        CheckpointError: it names no model type.
+    """
+    text = values.get("text_config")
+    own = dict(text if isinstance(text, Mapping) and "model_type" in text else values)
+    if not isinstance(own.get("model_type"), str):
+        raise CheckpointError("config.json has no model_type.", hint="Is this a Hugging Face checkpoint?")
+    return own
+
+
+def config_of(values: Mapping[str, Any]) -> Any:
+    """transformers' config of the language model.
+
+    Raises:
+        CheckpointError: transformers knows no such model type, or does not accept the config.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    own = text_part(values)
+    named = own.pop("model_type")
+    model_type = ALIASES.get(named, named)
+    if model_type not in KNOWN:
+        raise CheckpointError(
+            f"config.json: unknown architecture: model_type {name_of(model_type)!r}, which transformers lacks too.",
+            hint=f"Code that comes with a checkpoint is never run: declare the family in qconv/models/{model_type}.py."
+            if model_type.isidentifier()
+            else "Repair config.json.",
+        )
+    try:
+        return AutoConfig.for_model(model_type, **own)
+    # Its checks raise a kind of their own, its code whatever a value of another type makes it raise.
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: transformers does not accept it: {one_line(error)}.", hint="Repair config.json."
+        ) from error
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model for causal language modelling on the meta device, but for its rotary frequencies.
+
+    Args:
+        config: See :func:`config_of`.
+        dtype: Of its tensors.
+
+    Raises:
+        CheckpointError: transformers does not accept the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    untyped: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = untyped.from_config(config, dtype=dtype)
+        inner = model.base_model
+        if hasattr(inner, "rotary_emb"):
+            # Frequencies are computed, not loaded, so that module is built again off the meta device.
+            inner.rotary_emb = type(inner.rotary_emb)(config)
+    # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: transformers does not accept it: {one_line(error)}.", hint="Repair config.json."
+        ) from error
+    return model.eval().requires_grad_(False)
