@@ -40,7 +40,7 @@ class Call:
         Raises:
             ValueError: it was not.
         """
-        others = {key: _causal(value) for key, value in named.items() if value is not given}
+        others = {key: value for key, value in named.items() if value is not given}
         if len(others) < len(named):
             return cls(positional, others, next(key for key, value in named.items() if value is given))
         if not positional or positional[0] is not given:
@@ -161,11 +161,3 @@ def _of_mixer(layer: nn.Module, name: str, hidden: Tensor, positional: Any, name
     except _Seen as seen:
         return Call.of(seen.positional, seen.named, hidden)
     raise ValueError("a layer does not call its mixer")
-
-
-def _causal(value: Any) -> Any:
-    """None for a mask that is causal and no more, which attention then knows by itself."""
-    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 4:
-        return value
-    plain = torch.ones(value.shape[-2:], dtype=torch.bool, device=value.device).tril_()
-    return None if bool((value == plain).all()) else value

@@ -66,7 +66,7 @@ class _Fitting:
     found: Discovery
     proofs: Proofs
     model: nn.Module
-    proved: dict[str, bool] = field(default_factory=dict)
+    proved: dict[str, tuple[tuple[bool, ...], bool]] = field(default_factory=dict)
 
     def architecture(self) -> Architecture:
         outside = dict(self.found.outside)
@@ -108,10 +108,9 @@ class _Fitting:
         layer = Layer(structure.index, name, input_norm, attention, mlp[1], mlp[0])
         kind = repr(layer).replace(f"{name}.", "").replace(name, "").replace(f"index={structure.index}", "")
         if kind not in self.proved:
-            by_heads = self._by_heads(layer)
-            self.proved[kind] = by_heads
-            self.proofs.layer(_with_producer(layer) if by_heads else layer)
-        return _with_producer(layer) if self.proved[kind] else layer
+            self.proofs.layer(layer)
+            self.proved[kind] = self.proofs.folding_groups(layer), self._by_heads(layer)
+        return _with_producers(layer, *self.proved[kind])
 
     def _by_heads(self, layer: Layer) -> bool:
         """Whether the last linear reads the outputs of v by heads, so that scales fold into v."""
@@ -127,20 +126,29 @@ def _values(layer: Layer) -> Linear | None:
     return next((one for one in groups[0].linears if one.name == f"{layer.attention.name}.v_proj"), None)
 
 
-def _with_producer(layer: Layer) -> Layer:
-    """The layer with v as what the last linear reads; as :class:`Attention` where it is q, k, v, o and no more."""
+def _with_producers(layer: Layer, folding: Sequence[bool], by_heads: bool) -> Layer:
+    """The layer with what its mixer's linears read where scales fold into it; as :class:`Attention` where it is one.
+
+    Args:
+        layer: The layer, with all norms that are read.
+        folding: For each group of linears whether scales fold into its norm.
+        by_heads: Whether they fold from the last linear into v.
+    """
     mixer = layer.attention
     assert isinstance(mixer, Mixer)
-    *before, last = mixer.groups
     by_leaf = {one.name.removeprefix(f"{mixer.name}."): one for one in mixer.linears()}
-    wide = {one.in_features for one in mixer.linears() if one in last.linears}
-    if {*by_leaf} == {"q_proj", "k_proj", "v_proj", "o_proj"} and wide == {by_leaf["q_proj"].out_features}:
-        norms = tuple(one for one in mixer.unquantized if isinstance(one, Norm))
-        parameters = tuple(one for one in mixer.unquantized if isinstance(one, Parameter))
+    if by_heads and folding[0] and {*by_leaf} == {"q_proj", "k_proj", "v_proj", "o_proj"}:
         q, k, v, o = (by_leaf[f"{one}_proj"] for one in "qkvo")
-        return replace(layer, attention=Attention(q, k, v, o, norms, parameters))
-    groups = (*before, replace(last, producer=_values(layer)))
-    return replace(layer, attention=replace(mixer, groups=groups))
+        if q.out_features == o.in_features:
+            norms = tuple(one for one in mixer.unquantized if isinstance(one, Norm))
+            parameters = tuple(one for one in mixer.unquantized if isinstance(one, Parameter))
+            return replace(layer, attention=Attention(q, k, v, o, norms, parameters))
+    groups = [
+        group if folds else replace(group, producer=None) for group, folds in zip(mixer.groups, folding, strict=True)
+    ]
+    if by_heads:
+        groups[-1] = replace(groups[-1], producer=_values(layer))
+    return replace(layer, attention=replace(mixer, groups=tuple(groups)))
 
 
 @dataclass(slots=True)
@@ -205,7 +213,7 @@ class _Parts:
         by_shape = {self.tensors.get(f"{one}.weight"): one for one in group.readers if one != experts.name}
         router, gate = by_shape.pop((count, hidden), None), by_shape.pop((1, hidden), None)
         held = self._held(experts.name).rpartition(".")[0]
-        if router is None or self._held(router).rpartition(".")[0] != held:
+        if router is None or not self._held(router).startswith(f"{held}."):
             raise Unproved(f"{block} has no router beside its experts")
         shared = [one.rpartition(".")[0] for one in group.readers if one.endswith(".gate_proj")]
         readers = {experts.name, router, *(f"{one}.{leaf}" for one in shared for leaf in _DENSE[:2])}
@@ -220,7 +228,7 @@ class _Parts:
         made = Moe(
             self._linear(router),
             mlps,
-            self.proofs.experts_per_token(held),
+            self.proofs.experts_per_token(held, self._held(router)),
             self._mlp(shared[0]) if shared else None,
             None if gate is None else self._linear(gate),
             tuple(self._parameter(one) for one in self._below(block)),

@@ -44,6 +44,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.given = given
         self.seen: list[Any] = []
+        self.weight = torch.zeros(0)  # who asks for it asks for its dtype
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         self.seen.append((*arguments, *named.values())[0])
@@ -98,6 +99,7 @@ class Proofs:
             rows, normed = (self._random(1, _TOKENS, hidden) for _ in range(2))
             logits = self._random(1, _TOKENS, 5)
             norm, head = StandIn(normed), StandIn(logits)
+            _equal(self._embedded(rows[0]), rows, "the embedding is scaled")
             around = {"embed_tokens": StandIn(rows), "rotary_emb": StandIn(rows), "layers": nn.ModuleList()}
             inner = with_children(self._model.model, {**around, "norm": norm})
             output = with_children(self._model, {"model": inner, HEAD: head})(
@@ -107,6 +109,15 @@ class Proofs:
             _equal(head.seen[0], normed, "the head does not read the final norm")
             _equal(output.logits, logits, "logits are scaled")
 
+    def _embedded(self, weight: Tensor) -> Tensor:
+        """What the embedding makes of all rows of a small weight, [1, rows, hidden]."""
+        empty: Any = self._model.model.embed_tokens
+        module = with_children(empty, {})
+        module.__dict__["_parameters"] = {"weight": nn.Parameter(weight)}
+        module.__dict__["_buffers"] = {name: self._random(*one.shape) for name, one in empty.named_buffers()}
+        made: Tensor = module(torch.arange(len(weight)).unsqueeze(0))
+        return made
+
     def layer(self, layer: Layer) -> None:
         """A layer is what qconv computes in its place.
 
@@ -114,7 +125,6 @@ class Proofs:
             Unproved: it is not; says where.
         """
         self._residuals(layer)
-        self._mixer(layer)
         if isinstance(layer.mlp, Moe):
             self._sparse(layer.mlp)
             self._experts(layer.mlp)
@@ -122,14 +132,14 @@ class Proofs:
             if mlp is not None:
                 self._mlp(mlp)
 
-    def experts_per_token(self, block: str) -> int:
-        """How many experts a token goes to, by the name that the sparse block has in transformers' model.
+    def experts_per_token(self, block: str, router: str) -> int:
+        """How many experts a token goes to, by transformers' names of a sparse block and its router.
 
         Raises:
             Unproved: to none.
         """
         with _running(block):
-            module, experts, hidden = self._block(block)
+            module, experts, hidden = self._block(block, router)
             module(self._random(1, _TOKENS, hidden))
             chosen = int(experts.arguments[1].shape[-1])
         if chosen < 1:
@@ -159,7 +169,8 @@ class Proofs:
         )
         inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
         block = self._held(inside).removeprefix(f"{layer.name}.").split(".")[0]
-        positional, named = self._calls.layer(layer.index, torch.zeros_like(hidden))
+        with _running("the model around its layers"):
+            positional, named = self._calls.layer(layer.index, torch.zeros_like(hidden))
 
         def run(mixed: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, Tensor]:
             with _running(layer.name):
@@ -182,20 +193,25 @@ class Proofs:
                 norm.weight.add_(offset).mul_(2.0).sub_(offset)
                 _equal(norm(hidden), 2.0 * before, "a norm's weight does not scale what it gives")
 
-    def _mixer(self, layer: Layer) -> None:
-        """The last linear gives the output, and what norms give is read by linears alone."""
+    def folding_groups(self, layer: Layer) -> tuple[bool, ...]:
+        """For each group of a mixer's linears whether linears alone read what its norm gives; False without a norm.
+
+        Raises:
+            Unproved: the last linear does not give the mixer's output, or it does not run.
+        """
         groups = layer.groups()
         last = groups[-1].linears[-1]
         with _running(layer.attention.name):
             mixer = _RunningMixer.of(self, layer)
-            last_read = mixer.run(self._random(1, _TOKENS, self._calls.hidden))
+            read = [mixer.run(self._random(1, _TOKENS, self._calls.hidden)) for _ in range(2)]
             _equal(mixer.output, mixer.linears[last.name].given[0], f"{last.name} does not give the output")
-            again = mixer.run(self._random(1, _TOKENS, self._calls.hidden))
-            _equal(again, last_read, f"not only linears read the input of {layer.attention.name}")
+            found = [_is_equal(read[1], read[0])]
             for norm in (group.producer for group in groups[1:]):
+                read = []
                 if isinstance(norm, Norm):
-                    found = [mixer.with_norm(norm, self._random(1, _TOKENS, norm.size)) for _ in range(2)]
-                    _equal(found[1], found[0], f"not only linears read {norm.name}")
+                    read = [mixer.with_norm(norm, self._random(1, _TOKENS, norm.size)) for _ in range(2)]
+                found.append(len(read) == 2 and _is_equal(read[1], read[0]))
+        return tuple(found)
 
     def reads_by_heads(self, layer: Layer, v: Linear, o: Linear) -> bool:
         """Whether what ``o`` reads is linear in the outputs of ``v``, each head's in one key-value head's."""
@@ -228,7 +244,7 @@ class Proofs:
         """What experts give, and the shared expert times its gate's sigmoid, is added."""
         block = self._held(moe.experts_name).rpartition(".")[0]
         with _running(block):
-            module, experts, hidden = self._block(block)
+            module, experts, hidden = self._block(block, self._held(moe.router.name))
             shared = torch.zeros(1, _TOKENS, hidden)
             if moe.shared_expert is not None:
                 shared = self._random(1, _TOKENS, hidden)
@@ -268,15 +284,16 @@ class Proofs:
                 expected += made * (factors * (indices == expert)).sum(-1, keepdim=True)
             _equal(output, expected, f"{name} are not gated as their config says")
 
-    def _block(self, block: str) -> tuple[nn.Module, StandIn, int]:
-        """A sparse block with random routers, stand-ins for its experts, and the size of what it reads."""
+    def _block(self, block: str, router: str) -> tuple[nn.Module, StandIn, int]:
+        """A sparse block with a random router, stand-ins for its experts, and the size of what it reads."""
         empty = self._model.get_submodule(block)
         weights = {name: one for name, one in empty.experts.named_parameters()}
         hidden = int(weights["down_proj"].shape[1])
         experts = StandIn(self._random(_TOKENS, hidden))
         stand_ins: dict[str, nn.Module] = {"experts": experts}
+        deciding = router.removeprefix(f"{block}.").split(".")[0]
         for name, child in empty.named_children():
-            if name != "experts" and not is_reader(child):
+            if name not in ("experts", deciding) and not is_reader(child):
                 stand_ins[name] = StandIn(torch.zeros(_TOKENS, hidden))
         return self._real(block, stand_ins), experts, hidden
 
@@ -303,7 +320,7 @@ class Proofs:
         return activation(gate)
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator)
+        return torch.randn(shape, generator=self._generator)
 
 
 @dataclass(slots=True)

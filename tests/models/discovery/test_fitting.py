@@ -49,6 +49,16 @@ FITTING = [
     "qwen3_5_moe_text",
     "deepseek_v3",
     "dots1",
+    "deepseek_v2",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "hunyuan_v1_moe",
+    "mellum",
+    "ernie4_5",
+    "seed_oss",
+    "helium",
+    "hunyuan_v1_dense",
+    "qwen3_5_text",
 ]
 
 
@@ -80,11 +90,12 @@ def test_what_is_kept_beside_linears() -> None:
 
 
 UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "logits that are capped": ("gemma2", {}, "logits are scaled"),
+    "logits that are scaled": ("cohere2", {}, "logits are scaled"),
     "norms after": ("olmo2", {}, "no norm makes what"),
     "joined gate and up": ("phi3", {}, "gate_proj is no linear"),
     "experts that are stored together": ("gpt_oss", {}, "are not gated experts without biases"),
     "a multiplier on what is added": ("granite", {"residual_multiplier": 0.5}, "is not simply added"),
+    "an embedding that multiplies": ("gemma", {}, "the embedding is scaled"),
     "a multiplier on the embedding": ("granite", {"embedding_multiplier": 2.0}, "the embedding is scaled"),
 }
 

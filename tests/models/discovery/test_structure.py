@@ -69,10 +69,22 @@ TYPES: dict[str, dict[str, Any]] = {
     "exaone_moe": {"layer_types": None},
     "hy_v3": {},
     "dots1": {},
+    "hunyuan_v1_moe": {},
+    "laguna": {},
+    "mellum": {},
+    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8},
+    "deepseek_v32": {"num_key_value_heads": 4, "head_dim": 8},
+    "glm4_moe_lite": {"num_key_value_heads": 4, "head_dim": 8},
     "solar_open": {},
     "llama4_text": {"layer_types": None, "attn_temperature_tuning": False, "intermediate_size_mlp": 56},
     # dense
     "mistral": {},
+    "ernie4_5": {},
+    "seed_oss": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    "youtu": {"num_key_value_heads": 4, "head_dim": 8},
     "qwen2": {},
     "smollm3": {"layer_types": None, "no_rope_layers": None},
     "phi3": {},
@@ -81,6 +93,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "granite": {},
     "olmo2": {},
     "cohere2": {"layer_types": None},
+    "gemma": {},
 }
 
 
@@ -128,7 +141,7 @@ def test_declared_families_are_discovered(model_type: str, changes: dict[str, An
     for layer, structure in zip(expected.layers, found.layers, strict=True):
         assert structure.index == layer.index
         assert sorted(structure.groups, key=_readers) == sorted(declared(layer), key=_readers)
-        assert [group.producer for group in structure.groups][0] == layer.input_norm.name
+        assert structure.groups[0].producer == layer.input_norm.name
         assert structure.tensors == dict(layer.tensors())
         sparse = isinstance(layer.mlp, Moe)
         assert len(structure.experts) == sparse
