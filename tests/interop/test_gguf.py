@@ -24,7 +24,7 @@ from qconv.artifacts.source import Source
 from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.building.sized_pipeline import quantize_to_size
 from qconv.formats.gguf.mixture import FILE_TYPES
-from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS
+from qconv.formats.gguf.pre_tokenizers import GPT2, PRE_TOKENIZERS
 from qconv.grids.blocks import BlockGrid
 from qconv.grids.ggml import GgmlType
 from qconv.planning.gguf_plan import plan_gguf, write_file
@@ -63,7 +63,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
 }
-LLAMA3_PATTERN = LLAMA3
 FIRST_NAMES = list({kind: name for name, kind in reversed(PRE_TOKENIZERS.items())}.values())
 """A name of each way of cutting text."""
 ADD_BOS = "tokenizer.ggml.add_bos_token"
@@ -300,13 +299,16 @@ def test_tokenization_is_that_of_transformers(llama: Llama, tmp_path: Path) -> N
 
 def trained_tokenizer(pre: str, path: Path) -> Tokenizer:
     """A small tokenizer with that pre-tokenizer, trained on this code; it adds a begin token, as Llama 3's does."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-    if pre == "gpt-2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    kind = PRE_TOKENIZERS[pre]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind.ignores_merges))
+    *before, last = kind.splits
+    steps: list[Any] = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in before]
+    if pre == "starcoder":
+        steps = [pre_tokenizers.Digits(individual_digits=True)]
+    if last != GPT2:
+        steps.append(pre_tokenizers.Split(Regex(last), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=last == GPT2))
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     names = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     trainer = trainers.BpeTrainer(
@@ -327,7 +329,7 @@ def trained_tokenizer(pre: str, path: Path) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2"])
+@pytest.mark.parametrize("pre", FIRST_NAMES)
 def test_other_pre_tokenizers_tokenize_as_transformers(
     pre: str, llama: Llama, tmp_path: Path, edit_json: Callable[..., None]
 ) -> None:

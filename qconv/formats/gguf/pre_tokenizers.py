@@ -13,7 +13,7 @@ _WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = rf"{_WORDS}\p{{N}}{_REST}"
 LLAMA3 = rf"{_WORDS}\p{{N}}{{1,3}}{_REST}"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _FIRST = r"[^\r\n\p{L}\p{N}]?"
 _AFTER_CASES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,6 +21,11 @@ _TEKKEN = rf"{_FIRST}{_UPPER}*{_LOWER}+|{_FIRST}{_UPPER}+{_LOWER}*|\p{{N}}{_AFTE
 _GPT4O = (
     rf"{_FIRST}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_FIRST}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}{_AFTER_CASES}"
+)
+_SEED = rf"{_WORDS}\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_EXAONE_MOE = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 _DEEPSEEK_V3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
@@ -44,20 +49,7 @@ class PreTokenizer:
 
 
 _KINDS: dict[PreTokenizer, tuple[str, ...]] = {
-    PreTokenizer((QWEN2,)): ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan"),
-    PreTokenizer((LLAMA3,)): ("dbrx", "smaug-bpe"),
-    PreTokenizer((LLAMA3,), ignores_merges=True, adds_bos=True): (
-        "llama-bpe",
-        "llama3",
-        "llama-v3",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-        "jina-v5-nano",
-    ),
-    PreTokenizer((_GPT2,)): (
+    PreTokenizer((GPT2,)): (
         "gpt-2",
         "phi-2",
         "gigachat",
@@ -69,7 +61,30 @@ _KINDS: dict[PreTokenizer, tuple[str, ...]] = {
         "exaone4",
         "trillion",
     ),
-    PreTokenizer((r"\p{N}", _GPT2)): (
+    PreTokenizer((QWEN2,)): (
+        "qwen2",
+        "deepseek-r1-qwen",
+        "kormo",
+        "f2llmv2",
+        "megrez",
+        "stablelm2",
+        "hunyuan",
+        "solar-open",
+        "grok-2",
+    ),
+    PreTokenizer((LLAMA3,), ignores_merges=True, adds_bos=True): (
+        "llama-bpe",
+        "llama3",
+        "llama-v3",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "jina-v5-nano",
+    ),
+    PreTokenizer((LLAMA3,)): ("glm4", "chatglm-bpe", "dbrx", "smaug-bpe"),
+    PreTokenizer((r"\p{N}", GPT2)): (
         "starcoder",
         "refact",
         "command-r",
@@ -79,9 +94,28 @@ _KINDS: dict[PreTokenizer, tuple[str, ...]] = {
         "minerva-7b",
     ),
     PreTokenizer((_TEKKEN,), ignores_merges=True, adds_bos=True): ("tekken",),
-    PreTokenizer((_GPT4O,)): ("gpt-4o", "llama4", "kanana2"),
+    PreTokenizer((_GPT4O,)): ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
     PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")): ("deepseek-coder",),
-    PreTokenizer((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3)): ("deepseek-v3",),
+    PreTokenizer((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3)): (
+        "deepseek-v3",
+        "hunyuan-dense",
+        "joyai-llm",
+    ),
+    PreTokenizer((_SEED,)): ("seed-coder",),
+    PreTokenizer((_EXAONE_MOE,)): ("exaone-moe",),
 }
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: kind for kind, names in _KINDS.items() for name in names}
 """By llama.cpp's name."""
+
+
+def name_of_kind(splits: tuple[str, ...], *, ignores_merges: bool) -> str | None:
+    """llama.cpp's name of that way of cutting, the first of several; None where it has none."""
+    for kind, names in _KINDS.items():
+        if (kind.splits, kind.ignores_merges) == (splits, ignores_merges):
+            return names[0]
+    return None
+
+
+def written_names() -> list[str]:
+    """A name of every way of cutting."""
+    return [names[0] for names in _KINDS.values()]

@@ -20,7 +20,7 @@ from qconv.checkpoint.generation_config import GENERATION_CONFIG, read_generatio
 from qconv.checkpoint.reader import read_json
 from qconv.errors import CheckpointError, UsageError
 from qconv.formats.gguf.metadata import Metadata
-from qconv.formats.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, QWEN2
+from qconv.formats.gguf.pre_tokenizers import GPT2, name_of_kind, written_names
 from qconv.formats.gguf.sampling import sampling_metadata
 from qconv.formats.gguf.sentencepiece import read_sentencepiece
 from qconv.formats.gguf.special import END_OF_MESSAGE, END_TEXTS
@@ -33,9 +33,6 @@ from qconv.formats.gguf.vocabulary import (
     shown,
     unsupported,
 )
-
-PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe"}
-"""llama.cpp's name of a splitting pattern. Both are checked against it, token by token, in the interop tests."""
 
 _UNSUPPORTED_BPE = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
@@ -127,9 +124,7 @@ def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabul
     if normalizer != {"type": "NFC"}:
         kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
         raise unsupported(path, f"a normalizer of type {name_of(str(kind), 80)}")
-    pre = detect_pre_tokenizer(path, described.get("pre_tokenizer"))
-    if bool(model.get("ignore_merges")) != PRE_TOKENIZERS[pre].ignores_merges:
-        raise unsupported(path, f"ignore_merges {shown(model.get('ignore_merges'))} with pre-tokenizer {pre}")
+    pre = detect_pre_tokenizer(path, described.get("pre_tokenizer"), ignores_merges=bool(model.get("ignore_merges")))
     # The byte-level alphabet writes a space as another letter, so a space within a part means another alphabet.
     pairs = read_merges(path, model.get("merges"))
     tokens, types = read_tokens(path, described, rows)
@@ -137,24 +132,41 @@ def read_vocabulary(path: Path, described: dict[str, Any], rows: int) -> Vocabul
     return Vocabulary(tokens, types, pre, [" ".join(pair) for pair in pairs])
 
 
-def detect_pre_tokenizer(path: Path, described: Any) -> str:
+def detect_pre_tokenizer(path: Path, described: Any, *, ignores_merges: bool) -> str:
     """llama.cpp's name of a tokenizer.json's pre-tokenizer.
 
     Raises:
         UsageError: none that is known to be the same.
     """
-    match described:
+    splits = _splits(described)
+    name = None if splits is None else name_of_kind(splits, ignores_merges=ignores_merges)
+    if name is not None:
+        return name
+    other = None if splits is None else name_of_kind(splits, ignores_merges=not ignores_merges)
+    if other is not None:
+        raise unsupported(path, f"ignore_merges {ignores_merges} with pre-tokenizer {other}")
+    raise unsupported(path, f"a pre-tokenizer that is none of {', '.join(written_names())}")
+
+
+def _splits(described: Any) -> tuple[str, ...] | None:
+    """The patterns by which a pre-tokenizer cuts, one after the other, or None where it does something else too."""
+    steps = described.get("pretokenizers") if isinstance(described, dict) else None
+    *before, last = steps if isinstance(steps, list) and steps else [described]
+    patterns = []
+    for step in before:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(r"\p{N}")
+            case _:
+                return None
+    match last:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} if patterns:
+            return tuple(patterns)
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True) is True:
-            return "gpt-2"
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        } if pattern in PATTERNS:
-            return PATTERNS[pattern]
-    raise unsupported(path, "a pre-tokenizer that is none of gpt-2, " + ", ".join(PATTERNS.values()))
+            return (*patterns, GPT2)
+    return None
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | list[Mapping[str, str]] | None:

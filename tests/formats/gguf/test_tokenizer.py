@@ -17,6 +17,14 @@ from qconv.formats.gguf.tokenizer import tokenizer_metadata
 from tests.conftest import BUNDLED
 
 CONFIG = {"eos_token_id": 0}
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# o200k's, as gpt-oss's tokenizer.json has it.
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -288,6 +296,9 @@ def test_what_is_long_is_cut_in_messages(folder: Path) -> None:
     ("described", "ignore_merges", "name"),
     [
         (split(LLAMA3), True, "llama-bpe"),
+        (split(LLAMA3), False, "glm4"),
+        (split(O200K), False, "gpt-4o"),
+        ({"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}, False, "starcoder"),
         ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, False, "gpt-2"),
         ({"type": "ByteLevel", "add_prefix_space": False}, False, "gpt-2"),
     ],
