@@ -31,6 +31,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hy_v3": ("hy_v3", EXPERTS | THREE | {"num_experts": 6}),
     "exaone_moe": ("exaone_moe", EXPERTS | {"num_experts": 6, "num_hidden_layers": 5, "sliding_window": 16}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 6, "moe_topk": 2, "rope_parameters": ALPHA}),
+    "dots1": (
+        "dots1",
+        EXPERTS
+        | THREE
+        | {"n_routed_experts": 6, "n_shared_experts": 2, "norm_topk_prob": True}
+        # Its sliding window begins at layer 62.
+        | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "max_window_layers": 3}
+        | {"num_key_value_heads": 4},
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"head_dim": 16}),

@@ -137,6 +137,8 @@ def _attention_difference(config: dict[str, Any], model: Architecture, of: Form)
         return "sliding-window attention: every layer attends to the whole context"
     if model.head_dim % 2:
         return f"head_dim {model.head_dim} is odd: rotary embeddings need pairs"
+    if not of.grouped and model.num_key_value_heads != model.num_attention_heads:
+        return f"num_key_value_heads {model.num_key_value_heads}: every query head has a key head of its own"
     if of.heads_fill_hidden and queries != model.hidden_size:
         return f"{model.num_attention_heads} heads of {model.head_dim}: together they are hidden_size wide"
     return None

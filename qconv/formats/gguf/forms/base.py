@@ -109,6 +109,7 @@ class Form:
         read: Whether files of the architecture are read as this family; one of several that compute the same is.
         pairs: Whether llama.cpp rotates neighbours where transformers rotates halves, so that q and k are permuted.
         biases: Which of a layer's linears outside the experts may have one: of q, k, v, o, gate, up, down.
+        grouped: Whether several query heads may share a key head.
         tied: Whether the head may be the embedding.
         heads_fill_hidden: Whether all heads together must be as wide as the model.
         windows: Which of so many layers attend to a window, None where llama.cpp knows none.
@@ -131,6 +132,7 @@ class Form:
     read: bool = True
     pairs: bool = False
     biases: tuple[str, ...] = ("q", "k", "v")
+    grouped: bool = True
     tied: bool = True
     heads_fill_hidden: bool = False
     windows: Callable[[Values, int], list[bool]] | None = None
