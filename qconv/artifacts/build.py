@@ -20,7 +20,7 @@ from qconv.checkpoint.header import TensorEntry, read_header
 from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Checkpoint, in_config, map_tensor
 from qconv.checkpoint.rope import in_both_spellings
-from qconv.core.architecture import HEAD, Architecture, Layer, Linear
+from qconv.core.architecture import Architecture, Layer, Linear
 from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError
 from qconv.formats import Format
@@ -82,7 +82,7 @@ class Build:
             described = layout.format.read_config(layout.section, embedding)
         linears = [linear for layer in model.layers for linear in layer.linears()]
         routers = [router for layer in model.layers for router in layer.routers()]
-        grids = described.grids([HEAD, *(one.name for one in (*linears, *routers))])
+        grids = described.grids([model.head_name, *(one.name for one in (*linears, *routers))])
         build = cls(checkpoint, model, layout.format, described, grids)
         for linear in linears:
             grid = grids.get(linear.name, described.grid)

@@ -75,8 +75,7 @@ def _names(model: Architecture) -> Iterator[tuple[str, str]]:
     for layer in model.layers:
         for module in layer.modules():
             for name, _ in module.tensors():
-                owner, _, leaf = name.rpartition(".")
-                held = model.held.get(name) or f"{model.held_name(owner)}.{leaf}"
+                held = model.held_tensor(name)
                 if held != name:
                     yield name, held
 

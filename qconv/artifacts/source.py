@@ -19,7 +19,7 @@ from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import printable
 from qconv.chat.files import additional_files
 from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
-from qconv.checkpoint.header import DTYPE_NAMES, read_header
+from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry, read_header
 from qconv.checkpoint.hub import folder_name, require_inside
 from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
 from qconv.checkpoint.rope import in_both_spellings
@@ -216,14 +216,24 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: the two cannot be read.
     """
-    head, embedding = (checkpoint.entries.get(f"{name}.weight") for name in (HEAD, EMBEDDING))
-    if checkpoint.config.get(TIED) is not True or head is None or embedding is None:
+    config = checkpoint.config
+    text = config.get("text_config")
+    says = config.get(TIED, text.get(TIED) if isinstance(text, dict) else None)
+    head, embedding = (_ending(checkpoint, f"{name}.weight") for name in (HEAD, EMBEDDING.removeprefix("model.")))
+    if says is not True or head is None or embedding is None:
         return checkpoint
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
         pairs = zip(checkpoint.blocks(head.name), checkpoint.blocks(embedding.name), strict=True)
         if all(torch.equal(ours, theirs) for ours, theirs in pairs):
             return checkpoint
-    return replace(checkpoint, config=checkpoint.config | {TIED: False})
+    nested = {"text_config": text | {TIED: False}} if isinstance(text, dict) and TIED in text else {}
+    return replace(checkpoint, config=config | {TIED: False} | nested)
+
+
+def _ending(checkpoint: Checkpoint, name: str) -> TensorEntry | None:
+    """The tensor of that name in the language model, which may be a part of a larger one."""
+    prefixes = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+    return next((checkpoint.entries[one + name] for one in prefixes if one + name in checkpoint.entries), None)
 
 
 def listed_files(path: Path) -> dict[str, str]:
@@ -265,7 +275,9 @@ def weight_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
         CheckpointError: it names one that is no weight's.
     """
     names = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-    name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
+    text = config.get("text_config")
+    said = {**(text if isinstance(text, dict) else {}), **config}
+    name = said.get("dtype", said.get("torch_dtype", "bfloat16"))
     if not isinstance(name, str) or name not in names:
         raise CheckpointError(
             f"{path / 'config.json'}: dtype {name!r} is none of {', '.join(names)}.",

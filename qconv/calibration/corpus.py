@@ -36,6 +36,7 @@ from qconv.checkpoint.tokenizer import leading_bos
 from qconv.checkpoint.tokenizer import load_tokenizer as load_folder
 from qconv.core.settings import TextSettings
 from qconv.errors import CheckpointError, UsageError
+from qconv.models.transformer import text_part
 
 DOCUMENT_SEQUENCES = 1
 """Sequences' worth of tokens that a document may give in one round."""
@@ -71,7 +72,7 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
         UsageError: the corpus cannot be read or holds too few tokens, or it has chats and the tokenizer no template.
         CheckpointError: no tokenizer, or one whose ids do not fit config.json's ``vocab_size``.
     """
-    vocabulary = Config(read_json(model_dir / "config.json")).integer("vocab_size")
+    vocabulary = Config(text_part(read_json(model_dir / "config.json"))).integer("vocab_size")
     rows, used = _rows(settings, load_tokenizer(model_dir), model_dir)
     if rows.max() >= vocabulary:
         raise CheckpointError(

@@ -50,7 +50,7 @@ class Decoder:
 
     def norm(self, layer: Layer, norm: Norm, weight: Tensor) -> nn.Module:
         """A norm of a layer with its weight, [hidden]."""
-        return self._real(layer, norm.name.removeprefix(f"{layer.name}."), {"weight": weight})
+        return self._real(layer, self._architecture.within(layer, norm.name), {"weight": weight})
 
     def final_norm(self, weight: Tensor) -> nn.Module:
         """The norm after the last layer with its weight, [hidden]."""
@@ -69,7 +69,7 @@ class Decoder:
         names = {f"{held(moe.router.name)}.weight": moe.router.weight}
         names |= {held(parameter.name): parameter.name for parameter in moe.parameters}
         state = {name.removeprefix(f"{block}."): read(stored).to(self.dtype) for name, stored in names.items()}
-        empty = self._skeleton.layers[layer.index].get_submodule(block.removeprefix(f"{layer.name}."))
+        empty = self._skeleton.layers[layer.index].get_submodule(block_name(layer, self._architecture))
         return RouterBlock.of(empty, state)
 
     def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> MixerBlock:
@@ -227,7 +227,7 @@ class RunningLayer:
         """Of transformers' layer and its parts' names."""
 
         def part(name: str) -> nn.Module:
-            return module.get_submodule(architecture.held_name(name).removeprefix(f"{layer.name}."))
+            return module.get_submodule(architecture.within(layer, name))
 
         mixer = layer.attention.name.removeprefix(f"{layer.name}.")
         return cls(
@@ -258,4 +258,4 @@ class RunningLayer:
 def block_name(layer: Layer, architecture: Architecture) -> str:
     """What transformers calls a layer's MLP or sparse block within the layer."""
     inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
-    return architecture.held_name(inside).removeprefix(f"{layer.name}.").split(".")[0]
+    return architecture.within(layer, inside).split(".")[0]

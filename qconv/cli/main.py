@@ -140,4 +140,6 @@ def qconv() -> None:
 def main() -> NoReturn:
     """The console script ``qconv``."""
     settle_allocation()
+    # Its advice on kernels and configs would stand before our own words; who wants it sets the variable.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     qconv.main(prog_name="qconv")

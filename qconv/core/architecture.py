@@ -288,7 +288,8 @@ class Architecture:
     """A whole model. ``lm_head`` is None when it is tied to the embedding.
 
     ``held`` says what modules, and parameters that are no module's weight, are called in transformers' model, where
-    the checkpoint calls them otherwise.
+    the checkpoint calls them otherwise, and ``prefixes`` what names begin with in the checkpoint and in that model,
+    where it is a part of a larger one.
     """
 
     family: str
@@ -301,10 +302,27 @@ class Architecture:
     final_norm: Norm
     lm_head: Linear | None
     held: Mapping[str, str] = field(default_factory=dict)
+    prefixes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def head_name(self) -> str:
+        """The name of the output head, tied or not."""
+        return next((stored for stored, held in self.prefixes if held == HEAD), HEAD)
+
+    def plain_name(self, name: str) -> str:
+        """A name as it is where the language model is no part of a larger one."""
+        for stored, held in self.prefixes:
+            if name.startswith(stored):
+                return held + name.removeprefix(stored)
+        return name
 
     def held_name(self, name: str) -> str:
         """What transformers calls a module or parameter that the checkpoint calls so."""
-        return self.held.get(name, name)
+        return self.held.get(name) or self.plain_name(name)
+
+    def within(self, layer: Layer, name: str) -> str:
+        """What transformers calls it within a layer of its model."""
+        return self.held_name(name).removeprefix(f"{self.held_name(layer.name)}.")
 
     def held_tensor(self, name: str) -> str:
         """What transformers calls a tensor that the checkpoint calls so."""
@@ -324,5 +342,5 @@ class Architecture:
         """Tensors that some checkpoints carry and no one needs: a tied head's copy, old rotary buffers."""
         names = {f"{layer.name}.self_attn.rotary_emb.inv_freq" for layer in self.layers}
         if self.lm_head is None:
-            names.add(f"{HEAD}.weight")
+            names.add(f"{self.head_name}.weight")
         return frozenset(names)

@@ -26,6 +26,7 @@ from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import Window, WindowedText
+from qconv.models.transformer import text_part
 from qconv.runtime.files import open_files, rounds_inputs
 
 SETTINGS = TextSettings
@@ -104,7 +105,7 @@ def keep_reference(settings: TextSettings, bench: Bench) -> Kept:
 
 def open_reference(bench: Bench, subject: Subject, text: WindowedText) -> ReferenceText:
     """The reference's cached distributions over the text."""
-    vocabulary = Config(read_json(subject.path / "config.json")).integer("vocab_size")
+    vocabulary = Config(text_part(read_json(subject.path / "config.json"))).integer("vocab_size")
     return ReferenceText.open(bench.cache, subject, text, vocabulary)
 
 

@@ -254,7 +254,7 @@ class Variants:
         norm, head = self.architecture.final_norm, self.architecture.lm_head or self.architecture.embedding
         files = {name: self.build if name in names else self.reference for name in (norm.name, head.name)}
         Installer(self.model, files[norm.name], self.backend, DTYPE).norm(norm)
-        states = self.model.get_submodule(norm.name)(states)[0]
+        states = self.model.get_submodule(self.architecture.held_name(norm.name))(states)[0]
         logits = torch.empty(len(states), head.out_features, device=self.backend.device)
         for row in range(0, head.out_features, HEAD_ROWS):
             rows = slice(row, min(row + HEAD_ROWS, head.out_features))

@@ -19,7 +19,7 @@ from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme, is_
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weight_map
 from qconv.checkpoint.rope import in_both_spellings
-from qconv.core.architecture import HEAD, Architecture
+from qconv.core.architecture import Architecture
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.formats.base import skip_list
 from qconv.models import architecture
@@ -225,10 +225,10 @@ def _notices(
         return
     if stored.scheme is not None and not stored.fp8:
         yield "config.json says FP8, but the index lists no scale: quantize will refuse"
-    if model.lm_head is None and f"{HEAD}.weight" in listed:
+    if model.lm_head is None and f"{model.head_name}.weight" in listed:
         yield (
-            f"config.json ties the head to the embedding, and the index lists {HEAD}.weight all the same: unless that "
-            "is a copy of the embedding, the build keeps it and is as much larger"
+            f"config.json ties the head to the embedding, and the index lists {model.head_name}.weight all the same: "
+            "unless that is a copy of the embedding, the build keeps it and is as much larger"
         )
     expected = {name for name, _ in model.tensors()}
     for names, fault in (

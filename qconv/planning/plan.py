@@ -16,7 +16,7 @@ import torch
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim, copied, parts_of
 from qconv.checkpoint.header import TensorSpec, encode_header
-from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Module, Parameter
+from qconv.core.architecture import Architecture, Layer, Linear, Module, Parameter
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.engines.rules import TRANSFORMERS, limits
 from qconv.formats import get_format
@@ -165,13 +165,13 @@ class BuildPlan:
 
         A tied head has no tensor in the build, and yet is a linear to every reader.
         """
-        ends = (self.architecture.embedding.name, HEAD)
+        ends = (self.architecture.embedding.name, self.architecture.head_name)
         inner = [
             item.module.name
             for item in self.items()
             if not item.quantized and isinstance(item.module, Linear) and item.module.name not in ends
         ]
-        return [*inner, *self._copied_modules(), HEAD]
+        return [*inner, *self._copied_modules(), self.architecture.head_name]
 
     def _copied_modules(self) -> list[str]:
         """The modules that are copied, but for those that others are parts of: readers would leave these alone, too."""

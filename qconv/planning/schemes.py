@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qconv.core.architecture import HEAD, Architecture, Layer, Linear, Moe
+from qconv.core.architecture import Architecture, Layer, Linear, Moe
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.errors import RecipeError
 from qconv.formats import mixing_formats
@@ -117,7 +117,7 @@ def _check_patterns(architecture: Architecture, recipe: Recipe) -> None:
     Raises:
         RecipeError: it is not so.
     """
-    modules = [*(name.rpartition(".")[0] for name, _ in architecture.tensors()), HEAD]
+    modules = [*(name.rpartition(".")[0] for name, _ in architecture.tensors()), architecture.head_name]
     example = architecture.layers[-1].attention.linears()[0].name
     for pattern in recipe.skip:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):

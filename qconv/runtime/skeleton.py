@@ -92,7 +92,7 @@ class Installer:
             return
         weight = self.files.weight(architecture.embedding)
         if isinstance(weight, DenseWeight):
-            embedding = self.model.get_submodule(architecture.embedding.name)
+            embedding = self.model.get_submodule(self.held_name(architecture.embedding.name))
             head = DenseLinear(weight.shape, bias=False)
             head.register_parameter("weight", embedding.get_parameter("weight"))
             self.replace("lm_head", head)

@@ -167,7 +167,7 @@ class _Scorer:
     def _logits(self, hidden: ActivationFile, spans: Sequence[tuple[int, int]]) -> Iterator[LogitWindow]:
         architecture = self.files.architecture
         self.installer.norm(architecture.final_norm)
-        norm = self.model.get_submodule(architecture.final_norm.name)
+        norm = self.model.get_submodule(architecture.held_name(architecture.final_norm.name))
         head = architecture.lm_head or architecture.embedding
         tokens = max(1, LOGIT_BYTES // (4 * head.out_features))
         for number, (first, last) in enumerate(spans):

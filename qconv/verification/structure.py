@@ -10,7 +10,7 @@ from qconv.artifacts.build import Build
 from qconv.artifacts.verbatim import parts_of
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, is_cache_scale
-from qconv.core.architecture import HEAD, Linear
+from qconv.core.architecture import Linear
 from qconv.verification.outcome import Verification
 from qconv.verification.verbatim import check_listed
 
@@ -89,7 +89,7 @@ def _differences(build: Build) -> Iterator[str]:
     head = build.architecture.lm_head
     quantized = {linear.name: build.is_quantized(linear) for linear in _linears(build)}
     # A tied head has no tensor of its own, and is a linear to readers all the same.
-    quantized[HEAD] = head is not None and build.is_quantized(head)
+    quantized[build.architecture.head_name] = head is not None and build.is_quantized(head)
     for name, is_quantized in quantized.items():
         skipped = build.is_skipped(name)
         if skipped == is_quantized:

@@ -30,10 +30,11 @@ from qconv.core.architecture import (
     Parameter,
 )
 from qconv.errors import CheckpointError
+from qconv.models.discovery.kept import reason_to_keep
+from qconv.models.discovery.nested import in_whole
 from qconv.models.discovery.proofs import Proofs, Unproved
 from qconv.models.discovery.structure import Discovery, FusedExperts, LayerStructure, ReadTensor, read_model
 from qconv.models.discovery.tracing import is_norm
-from qconv.models.kept import reason_to_keep
 
 _FINAL_NORM = "model.norm"
 _DENSE = ("gate_proj", "up_proj", "down_proj")
@@ -50,15 +51,17 @@ def fitted(values: Mapping[str, Any]) -> Architecture:
 
 @lru_cache(maxsize=4)
 def _fitted(described: str) -> Architecture:
-    found, model = read_model(json.loads(described))
+    values = json.loads(described)
+    found, model = read_model(values)
     try:
-        return _Fitting(found, Proofs(model, found.held), model).architecture()
+        architecture = _Fitting(found, Proofs(model, found.held), model).architecture()
     except Unproved as error:
         raise CheckpointError(
             f"config.json: unknown architecture: model_type {found.model_type!r} is of a kind that qconv does not work "
             f"on: {error}.",
             hint=f"The family file that declares it would be qconv/models/{found.model_type}.py.",
         ) from error
+    return in_whole(values, model, architecture)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
 """Tensors of a checkpoint that transformers' model of its type leaves out by its own word: copied, never computed with.
 
 A class lists the names in ``_keys_to_ignore_on_load_unexpected``: layers that predict further tokens (MTP), vision and
-audio towers beside a language model. What no class lists is unknown.
+audio towers beside a language model. So is what the class of a larger model has beside its language model. What no
+class lists is unknown.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from qconv.core.architecture import Architecture
 from qconv.errors import CheckpointError
+from qconv.models.discovery.nested import beside
 from qconv.models.discovery.structure import read_config
 
 MTP, OTHER = "MTP", "other"
@@ -37,11 +39,21 @@ def left_out(values: Mapping[str, Any], model: Architecture, names: Iterable[str
         names: Tensors of the checkpoint that are none of the model's.
     """
     unknown = list(names)
-    said = _Said.of(values, model) if unknown else None
-    if said is None:
+    if not unknown:
         return {}
-    found = {name: said.part(name) for name in unknown}
+    said = _Said.of(values, model)
+    found = {name: None if said is None else said.part(name) for name in unknown}
+    missing = [name for name, part in found.items() if part is None]
+    others = _beside(values) if missing else frozenset()
+    found |= {name: _part(name) for name in missing if name in others}
     return {name: part for name, part in found.items() if part is not None}
+
+
+def _beside(values: Mapping[str, Any]) -> frozenset[str]:
+    try:
+        return beside(values)
+    except CheckpointError:
+        return frozenset()
 
 
 @dataclass(frozen=True, slots=True)
