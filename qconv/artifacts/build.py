@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qconv.artifacts.layout import layout_of
 from qconv.artifacts.reported import has_report, read_report, says_matched
-from qconv.artifacts.source import WEIGHT_DTYPES, untied
+from qconv.artifacts.source import untied
+from qconv.artifacts.storage import WEIGHT_DTYPES
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, verbatim_of
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header

@@ -8,26 +8,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qconv.artifacts.separation import separated
+from qconv.artifacts.storage import WEIGHT_DTYPES, storage_of, weight_dtype
 from qconv.artifacts.verbatim import Verbatim, verbatim_of
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import printable
 from qconv.chat.files import additional_files
-from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry, read_header
 from qconv.checkpoint.hub import folder_name, require_inside
+from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
 from qconv.checkpoint.rope import in_both_spellings
 from qconv.core.architecture import EMBEDDING, HEAD, TIED, Architecture
 from qconv.errors import CheckpointError
 from qconv.models import architecture
 
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these must be there; the rest of a tokenizer's files are optional."""
 COMPANION_PATTERNS = (
@@ -45,7 +44,7 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checked checkpoint and its architecture; an FP8 checkpoint reads as the dense one that it stands for.
+    """A checked checkpoint and its architecture; one of quantized weights reads as the dense one that it stands for.
 
     ``untied`` tells that its head is one of its own though config.json calls it the embedding: see :func:`untied`.
     ``verbatim`` is what the checkpoint holds beside the model.
@@ -60,7 +59,7 @@ class Source:
     def open(cls, path: Path) -> Source:
         """Open and check a checkpoint: every tensor of the architecture once, of its shape, none that nobody declares.
 
-        Of an FP8 checkpoint also every weight's scale, and that there is no other.
+        Of a quantized checkpoint also every weight's scale, and that there is no other.
 
         Raises:
             CheckpointError: the first thing that is wrong, by file and tensor.
@@ -69,10 +68,10 @@ class Source:
         with in_config(path):
             stored = separated(Checkpoint.open(path))
             checkpoint = untied(stored)
-            scheme = fp8_scheme(path, checkpoint.config)
+            storage = storage_of(path, checkpoint.config)
             model, is_untied = architecture(checkpoint.config), checkpoint is not stored
-            if scheme is not None:
-                checkpoint = Dequantized.of(checkpoint, scheme, weight_dtype(path, checkpoint.config))
+            if storage is not None:
+                checkpoint = storage.read(checkpoint, weight_dtype(path, checkpoint.config))
             verbatim = check_tensors(checkpoint, model)
             in_both_spellings(checkpoint.config)  # contradictions are told now, and not when the work is done
         require_tokenizer(path)
@@ -113,12 +112,12 @@ class Source:
                 f"config.json ties the head to the embedding, but {HEAD}.weight is another matrix: it is kept, and the "
                 f"build's config.json says {TIED} false"
             )
-        if not isinstance(source, Dequantized):
+        if not isinstance(source, QuantizedCheckpoint):
             return sentences
-        dtype = DTYPE_NAMES[source.entry(next(iter(source.scales))).dtype]
+        dtype = DTYPE_NAMES[source.entry(next(iter(source.codes))).dtype]
+        again = ", and quantizing it to FP8 again need not give the same bits" if source.kind.startswith("FP8") else ""
         sentences.append(
-            f"{len(source.scales):,} weights are FP8 ({source.scheme}), read as {dtype}: errors are measured against "
-            "that, and quantizing it to FP8 again need not give the same bits"
+            f"{len(source.codes):,} weights are {source.kind}, read as {dtype}: errors are measured against that{again}"
         )
         if source.ignored:
             sentences.append(
@@ -248,42 +247,6 @@ def listed_files(path: Path) -> dict[str, str]:
     if not (path / SINGLE_NAME).is_file() or SINGLE_NAME in {Path(name).name for name in misplaced_files(path)}:
         return {}
     return dict.fromkeys(read_header(path / SINGLE_NAME), SINGLE_NAME)
-
-
-def fp8_scheme(path: Path, config: dict[str, Any]) -> Fp8Scheme | None:
-    """How a config.json says that weights are stored in FP8; None for an unquantized model.
-
-    Raises:
-        CheckpointError: quantized in any other way.
-    """
-    section = config.get("quantization_config")
-    if section is None:
-        return None
-    scheme = Fp8Scheme.parse(section) if isinstance(section, dict) else None
-    if scheme is None:
-        method = section.get("quant_method") if isinstance(section, dict) else None
-        raise CheckpointError(
-            f"{path}: already quantized (quant_method {method!r}).", hint="Give the unquantized or the FP8 checkpoint."
-        )
-    return scheme
-
-
-def weight_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
-    """The dtype of a model's weights by config.json; bf16 where it names none.
-
-    Raises:
-        CheckpointError: it names one that is no weight's.
-    """
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-    text = config.get("text_config")
-    said = {**(text if isinstance(text, dict) else {}), **config}
-    name = said.get("dtype", said.get("torch_dtype", "bfloat16"))
-    if not isinstance(name, str) or name not in names:
-        raise CheckpointError(
-            f"{path / 'config.json'}: dtype {name!r} is none of {', '.join(names)}.",
-            hint="Give the original, unquantized checkpoint.",
-        )
-    return names[name]
 
 
 def require_tokenizer(path: Path) -> None:

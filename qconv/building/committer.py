@@ -17,8 +17,8 @@ from qconv.artifacts.build import scales_path
 from qconv.artifacts.source import Source
 from qconv.building.scale_range import require_storable
 from qconv.checkpoint.header import TensorSpec
-from qconv.checkpoint.reader import Tensors, same_bits
-from qconv.checkpoint.stream import TensorStream
+from qconv.checkpoint.reader import Tensors
+from qconv.checkpoint.stream import TensorStream, same_bits
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
 from qconv.core.architecture import Linear
 from qconv.core.settings import MATCHED

@@ -7,19 +7,18 @@ A weight is stored as E4M3 numbers ``X.weight`` [out_features, in_features] and 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry
-from qconv.checkpoint.reader import Checkpoint, map_rows, map_tensor, require_finite, row_ranges
+from qconv.checkpoint.quantized import QuantizedCheckpoint
+from qconv.checkpoint.reader import Checkpoint, map_tensor, require_finite
 from qconv.errors import CheckpointError
 
 SCALE_LEAVES = ("weight_scale_inv", "weight_scale")
@@ -104,23 +103,19 @@ class Fp8Scheme:
 
 
 @dataclass(frozen=True, slots=True)
-class Dequantized(Checkpoint):
-    """An FP8 checkpoint as the dense one that it stands for: same names, no scales, no ``quantization_config``.
-
-    A weight is ``code * scale`` in float32, rounded once to its entry's dtype. An entry's ``dtype`` and ``nbytes`` are
-    those of the dense tensor.
+class Dequantized(QuantizedCheckpoint):
+    """An FP8 checkpoint as the dense one that it stands for.
 
     Attributes:
-        stored: The checkpoint as its files have it.
         scheme: Which elements share a scale.
-        scales: The scale of each FP8 weight, by the weight's name.
-        ignored: Tensors that say nothing about weights: scales of static activations and of a cache, sorted.
     """
 
-    stored: Checkpoint
     scheme: Fp8Scheme
-    scales: Mapping[str, TensorEntry]
-    ignored: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """FP8, with its scheme."""
+        return f"FP8 ({self.scheme})"
 
     @classmethod
     def of(cls, stored: Checkpoint, scheme: Fp8Scheme, dtype: torch.dtype) -> Dequantized:
@@ -158,68 +153,8 @@ class Dequantized(Checkpoint):
             if name not in apart
         }
         config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
-        return cls(entries, stored.path, config, stored, scheme, scales, tuple(sorted(ignored)))
-
-    @property
-    def files(self) -> list[Path]:
-        """The shards, those that hold scales alone included."""
-        return self.stored.files
-
-    def is_dequantized(self, name: str) -> bool:
-        """Whether it has a scale."""
-        return name in self.scales
-
-    def fingerprint(self) -> str:
-        """sha256 over the stored checkpoint's fingerprint and every byte of every scale.
-
-        Scales are a few kilobytes each: a page sampled here and there would mostly miss one that was repaired.
-        """
-        digest = hashlib.sha256(self.stored.fingerprint().encode())
-        for entry in self.scales.values():
-            digest.update(map_tensor(entry).view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def crc32(self, name: str, value: int = 0) -> int:
-        """Of the stored tensor and, if it has one, of its scale.
-
-        Raises:
-            CheckpointError: as :meth:`read`.
-        """
-        value = self.stored.crc32(name, value)
-        return self.stored.crc32(self.scales[name].name, value) if name in self.scales else value
-
-    def read(self, name: str) -> Tensor:
-        """The dense tensor.
-
-        Raises:
-            CheckpointError: as of any checkpoint, and where a scale is not finite.
-        """
-        if name not in self.scales:
-            return self.stored.read(name)
-        codes = self.stored.read(name)
-        return self._dense(name, codes, torch.arange(len(codes)))
-
-    def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
-        """The dense tensor as the consecutive blocks of rows that a dense checkpoint gives; memory holds one of them.
-
-        Raises:
-            CheckpointError: as :meth:`read`.
-        """
-        if name not in self.scales:
-            yield from self.stored.blocks(name, multiple)
-            return
-        for start, stop in row_ranges(self.entry(name), multiple):
-            codes = map_rows(self.stored.entry(name), start, stop)
-            yield self._dense(name, codes, torch.arange(start, stop))
-
-    def gather(self, name: str, rows: Tensor) -> Tensor:
-        """Chosen rows of the dense tensor, [len(rows), columns].
-
-        Raises:
-            CheckpointError: as :meth:`read`.
-        """
-        found = self.stored.gather(name, rows)
-        return self._dense(name, found, rows) if name in self.scales else found
+        codes = {entry.name: entry for entry in weights}
+        return cls(entries, stored.path, config, stored, codes, scales, {}, tuple(sorted(ignored)), scheme)
 
     def _dense(self, name: str, codes: Tensor, rows: Tensor) -> Tensor:
         """Codes [n, in_features] of the weight's rows numbered ``rows`` [n], times their scales."""

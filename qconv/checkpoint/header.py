@@ -14,11 +14,12 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qconv.boundary.content import HEAD_BYTES, instead_of_tensors
 from qconv.boundary.printable import name_of, printable
@@ -88,6 +89,8 @@ class TensorEntry:
 
     Attributes:
         packed: The name of a dtype of :data:`PACKED_BITS`, of which ``dtype`` has the bytes; else empty.
+        strides: Of a view whose elements do not lie back to back, how many elements of the file apart they lie along
+            each axis; else empty. ``nbytes`` counts the view's own elements.
     """
 
     name: str
@@ -97,6 +100,7 @@ class TensorEntry:
     offset: int
     nbytes: int
     packed: str = ""
+    strides: tuple[int, ...] = ()
 
     @property
     def dtype_name(self) -> str:
@@ -107,6 +111,44 @@ class TensorEntry:
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How many elements of the file apart elements lie along each axis."""
+        return self.strides or _back_to_back(self.shape)
+
+    @property
+    def span(self) -> int:
+        """How many bytes of the file it lies in, from ``offset`` on."""
+        if not self.nbytes or not self.strides:
+            return self.nbytes
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    def tensor(self, raw: Tensor) -> Tensor:
+        """What the bytes of the file that it lies in hold, uint8 [span]; a copy where its elements lie apart."""
+        if self.offset % self.dtype.itemsize:
+            raw = raw.clone()
+        values = raw.view(self.dtype)
+        if self.strides:
+            return values.as_strided(self.shape, self.strides).clone(memory_format=torch.contiguous_format)
+        return values.view(self.shape)
+
+    def view(self, name: str, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorEntry:
+        """Some of its elements under another name, from the ``start``-th of the file's on."""
+        return replace(
+            self,
+            name=name,
+            shape=shape,
+            offset=self.offset + start * self.dtype.itemsize,
+            nbytes=math.prod(shape) * self.dtype.itemsize,
+            strides=() if strides == _back_to_back(shape) else strides,
+        )
+
+
+def _back_to_back(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of elements without gaps, the last axis fastest."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def encode_header(specs: Sequence[TensorSpec]) -> bytes:

@@ -41,15 +41,12 @@ class SharedMaps:
             if view is None:
                 with entry.file.open("rb") as file:
                     view = self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if entry.offset + entry.nbytes > len(view):
+            if entry.offset + entry.span > len(view):
                 raise ValueError("the file became shorter")
-            populate(view, entry.offset, entry.nbytes)
+            populate(view, entry.offset, entry.span)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{entry.file}: cannot read tensor {entry.name!r}: {error}.",
                 hint="Check the disk, and that the file did not change.",
             ) from error
-        raw = torch.frombuffer(view, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
-        if entry.offset % entry.dtype.itemsize:
-            raw = raw.clone()
-        return raw.view(entry.dtype).view(entry.shape)
+        return entry.tensor(torch.frombuffer(view, dtype=torch.uint8, count=entry.span, offset=entry.offset))

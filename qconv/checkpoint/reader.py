@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ class Tensors:
             CheckpointError: no such tensor, or the file cannot be read.
         """
         entry = self.entry(name)
+        if entry.strides:
+            return map_tensor(entry)[rows]
         row_bytes = entry.nbytes // entry.shape[0]
         wanted, inverse = torch.unique(rows, return_inverse=True)
         found = torch.empty(len(wanted), row_bytes, dtype=torch.uint8)
@@ -155,7 +157,7 @@ class Checkpoint(Tensors):
         for path in self.files:
             entries = [entry for entry in self.entries.values() if entry.file == path]
             start = min(entry.offset for entry in entries)
-            size = max(entry.offset + entry.nbytes for entry in entries)
+            size = max(entry.offset + entry.span for entry in entries)
             digest.update(f"{path.name} {size}\n".encode())
             stride = max((size - start) // _SAMPLES_PER_SHARD, _SAMPLE_BYTES)
             with path.open("rb") as file:
@@ -214,13 +216,12 @@ def map_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
     Raises:
         CheckpointError: as :func:`map_tensor`.
     """
-    row_bytes = entry.nbytes // max(1, entry.shape[0])
-    offset, nbytes = entry.offset + start * row_bytes, (stop - start) * row_bytes
-    return map_tensor(replace(entry, offset=offset, nbytes=nbytes, shape=(stop - start, *entry.shape[1:])))
+    shape = (stop - start, *entry.shape[1:])
+    return map_tensor(entry.view(entry.name, start * entry.steps[0], shape, entry.steps))
 
 
 def map_tensor(entry: TensorEntry) -> Tensor:
-    """Map one tensor's bytes copy-on-write.
+    """Map one tensor's bytes copy-on-write; of a view whose elements lie apart, copy them.
 
     Raises:
         CheckpointError: the file cannot be mapped or became shorter.
@@ -233,17 +234,14 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     try:
         with entry.file.open("rb") as file:
             # MAP_PRIVATE pages stay the page cache's own as long as nobody writes to them.
-            view = mmap.mmap(file.fileno(), skip + entry.nbytes, access=mmap.ACCESS_COPY, offset=page_start)
+            view = mmap.mmap(file.fileno(), skip + entry.span, access=mmap.ACCESS_COPY, offset=page_start)
         populate(view)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{entry.file}: cannot read tensor {entry.name!r}: {error}.",
             hint="Check the disk, and that the file did not change during the run.",
         ) from error
-    raw = torch.frombuffer(view, dtype=torch.uint8, count=entry.nbytes, offset=skip)
-    if entry.offset % entry.dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(entry.dtype).view(entry.shape)
+    return entry.tensor(torch.frombuffer(view, dtype=torch.uint8, count=entry.span, offset=skip))
 
 
 def require_whole_bytes(entry: TensorEntry) -> None:
@@ -272,14 +270,6 @@ def populate(view: mmap.mmap, start: int = 0, nbytes: int | None = None) -> None
         if error.errno != errno.EINVAL:  # kernels before 5.14 do not know the advice
             raise
         view.madvise(mmap.MADV_WILLNEED, first, length)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes: a zero's sign counts, and a NaN equals itself."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(first, second)
 
 
 def require_finite(tensor: Tensor, entry: TensorEntry, first_row: int = 0) -> Tensor:

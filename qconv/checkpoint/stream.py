@@ -102,3 +102,11 @@ class TensorStream:
             filled += count
         self._position += size
         return taken
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes: a zero's sign counts, and a NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)

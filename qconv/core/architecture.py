@@ -216,6 +216,23 @@ class Moe:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """How the experts of a layer lie in a checkpoint that has one tensor for all of them.
+
+    Attributes:
+        gate_up: The name of gate's and up's matrices within the sparse block.
+        down: The name of down's.
+        transposed: Whether a matrix is [in_features, out_features], and not [out_features, in_features].
+        interleaved: Whether the rows of gate and up come by turns, gate's first, and not all of gate's before up's.
+    """
+
+    gate_up: str = "experts.gate_up_proj"
+    down: str = "experts.down_proj"
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer."""
 
@@ -289,7 +306,7 @@ class Architecture:
 
     ``held`` says what modules, and parameters that are no module's weight, are called in transformers' model, where
     the checkpoint calls them otherwise, and ``prefixes`` what names begin with in the checkpoint and in that model,
-    where it is a part of a larger one.
+    where it is a part of a larger one. ``joined`` says how experts are that lie in one tensor.
     """
 
     family: str
@@ -303,6 +320,7 @@ class Architecture:
     lm_head: Linear | None
     held: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[tuple[str, str], ...] = ()
+    joined: Joined = Joined()
 
     @property
     def head_name(self) -> str:

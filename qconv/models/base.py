@@ -11,7 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.checkpoint.config import MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS, Config
-from qconv.core.architecture import EMBEDDING, HEAD, TIED, Architecture, Attention, Layer, Linear, Mlp, Moe, Norm
+from qconv.core.architecture import (
+    EMBEDDING,
+    HEAD,
+    TIED,
+    Architecture,
+    Attention,
+    Joined,
+    Layer,
+    Linear,
+    Mlp,
+    Moe,
+    Norm,
+)
 from qconv.errors import CheckpointError
 
 
@@ -38,6 +50,8 @@ class Family:
         expert_count: config keys of the number of experts, newest first.
         expert_width: config keys of an expert's intermediate size.
         shared_expert: whether a sparse block has a shared expert with a gate of its own.
+        expert_bias: whether the linears of experts have a bias.
+        joined: how experts lie in a checkpoint that has one tensor for all of a layer.
     """
 
     qkv_bias: Callable[[Config], bool] = _never
@@ -52,6 +66,8 @@ class Family:
     expert_count: tuple[str, ...] = ("num_local_experts", "num_experts")
     expert_width: tuple[str, ...] = ("moe_intermediate_size",)
     shared_expert: bool = False
+    expert_bias: bool = False
+    joined: Joined = field(default_factory=Joined)
 
 
 def sparse_by_step(config: Config, layer: int) -> bool:
@@ -108,6 +124,7 @@ class _Builder:
             final_norm=Norm("model.norm", self.hidden),
             lm_head=None if tied else Linear(HEAD, vocabulary, self.hidden),
             held=dict(self._held(layers)),
+            joined=self.family.joined,
         )
 
     def _held(self, layers: int) -> Iterator[tuple[str, str]]:
@@ -168,7 +185,8 @@ class _Builder:
                 f"config.json: num_experts_per_tok {top_k} exceeds the {count} experts.", hint="Repair config.json."
             )
         width = config.integer(*family.expert_width)
-        experts = (self._mlp(f"{name}.experts.{e}", width, family.expert_linears) for e in range(count))
+        linears, bias = family.expert_linears, family.expert_bias
+        experts = (self._mlp(f"{name}.experts.{e}", width, linears, bias) for e in range(count))
         shared = shared_gate = None
         if family.shared_expert:
             shared_width = config.integer("shared_expert_intermediate_size")

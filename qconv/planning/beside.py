@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from qconv.artifacts.separation import separated_names
 from qconv.artifacts.source import listed_files
+from qconv.artifacts.storage import Storage
 from qconv.artifacts.verbatim import Verbatim, verbatim_of
-from qconv.checkpoint.fp8 import Dequantized, Fp8Scheme
 from qconv.checkpoint.header import read_header
+from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.architecture import Architecture
 from qconv.models.discovery import left_out
@@ -36,7 +38,7 @@ class Beside:
 
     @classmethod
     def of(
-        cls, path: Path, config: dict[str, Any], model: Architecture, scheme: Fp8Scheme | None, dtype: torch.dtype
+        cls, path: Path, config: dict[str, Any], model: Architecture, storage: Storage | None, dtype: torch.dtype
     ) -> Beside:
         """Of the checkpoint in a folder.
 
@@ -44,25 +46,27 @@ class Beside:
             path: The folder.
             config: Its config.json.
             model: The model that this describes.
-            scheme: How weights are stored in FP8, if they are.
+            storage: How weights are stored quantized, if they are.
             dtype: What such weights are read as.
 
         Raises:
             CheckpointError: a shard that is here is damaged, or what it holds cannot be copied.
         """
         listed, expected = listed_files(path), {name for name, _ in model.tensors()} | model.ignorable()
-        names = left_out(config, model, listed.keys() - expected)
+        names = left_out(config, model, listed.keys() & (separated_names(model, listed) - expected))
         files = {path / listed[name] for name in names}
         if not all(file.is_file() for file in files):
             absent = sum(not (path / listed[name]).is_file() for name in names)
             return cls(frozenset(names), (), {}, absent)
         entries = {name: one for file in sorted(files) for name, one in read_header(file).items() if name in names}
         stored = Checkpoint(entries, path, config)
-        quantized = any(entry.dtype == torch.float8_e4m3fn for entry in entries.values())
-        dense = stored if scheme is None or not quantized else Dequantized.of(stored, scheme, dtype)
-        nbytes = {name: entries[name].nbytes for name in dense.entries}
-        if isinstance(dense, Dequantized):
-            nbytes |= {name: nbytes[name] + scale.nbytes for name, scale in dense.scales.items()}
+        leaves = () if storage is None else storage.marks
+        quantized = any(name.rpartition(".")[2] in leaves for name in entries)
+        dense = stored if storage is None or not quantized else storage.read(stored, dtype)
+        nbytes = {name: entry.nbytes for name, entry in dense.entries.items()}
+        if isinstance(dense, QuantizedCheckpoint):
+            for name in dense.codes:
+                nbytes[name] = sum(entry.nbytes for entry in dense.made_of(name))
         return cls(frozenset(names), verbatim_of(dense, model, dense.entries), nbytes, 0)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from qconv.artifacts.inspection import SKIP_KEYS, name_class
-from qconv.artifacts.separation import require_readable_experts
-from qconv.artifacts.source import fp8_scheme, listed_files, weight_dtype
+from qconv.artifacts.separation import require_readable_experts, separated_names
+from qconv.artifacts.source import listed_files
+from qconv.artifacts.storage import Storage, storage_of, weight_dtype
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
-from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Fp8Scheme, is_cache_scale
+from qconv.checkpoint.fp8 import is_cache_scale
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weight_map
 from qconv.checkpoint.rope import in_both_spellings
@@ -102,27 +103,29 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     """Plan a build of the model in a folder; no shard needs to be there.
 
     Raises:
-        CheckpointError: config.json is missing, damaged, of unknown architecture, or quantized otherwise than to FP8.
+        CheckpointError: config.json is missing, damaged, of unknown architecture, or of a quantization that is not
+            read.
         RecipeError: the recipe does not fit the model.
         UsageError: experts are joined and quantized; config.json says two things of rotary embeddings.
     """
     config = read_json(path / "config.json")
     with in_config(path):
-        scheme = fp8_scheme(path, config)
+        storage = storage_of(path, config)
         model = architecture(config)
         in_both_spellings(config)
         dtype = weight_dtype(path, config)
-    listed = read_weight_map(path)
-    require_readable_experts(path, listed_files(path), config)
-    stored = _Stored(dtype, scheme, frozenset(_fp8_weights(model, config, listed) if scheme is not None else ()))
-    beside = Beside.of(path, config, model, scheme, dtype)
+    indexed = read_weight_map(path)
+    require_readable_experts(path, listed_files(path), config, model)
+    listed = None if indexed is None else separated_names(model, indexed)
+    stored = _Stored.of(dtype, storage, model, config, listed)
+    beside = Beside.of(path, config, model, storage, dtype)
     plan = make_plan(model, recipe, lambda name: dtype, beside.verbatim)
     classes = _classes(plan, stored, beside)
     return Estimate(
         path=path,
         plan=plan,
         dtype=stored.dtypes,
-        notices=(*_notices(path, model, stored, listed, beside), *plan.notices()),
+        notices=(*_notices(path, model, stored, indexed, listed or (), beside), *plan.notices()),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
         output_bytes=plan.output_bytes,
@@ -132,35 +135,59 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """How the source stores its tensors: plain ones as ``dtype``, the weights named in ``fp8`` by ``scheme``."""
+    """How the source stores its tensors: plain ones as ``dtype``, the weights named in ``quantized`` by ``storage``."""
 
     dtype: torch.dtype
-    scheme: Fp8Scheme | None
-    fp8: frozenset[str]
+    storage: Storage | None
+    quantized: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        dtype: torch.dtype,
+        storage: Storage | None,
+        model: Architecture,
+        config: dict[str, Any],
+        listed: Collection[str] | None,
+    ) -> _Stored:
+        names = () if storage is None else _quantized(storage, model, config, listed)
+        return cls(dtype, storage, frozenset(names))
 
     @property
     def dtypes(self) -> str:
         plain = DTYPE_NAMES[self.dtype]
-        return plain if self.scheme is None else f"{DTYPE_NAMES[torch.float8_e4m3fn]} and {plain}"
+        return plain if self.storage is None else f"{self.storage.name} and {plain}"
 
     def nbytes(self, name: str, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor, with its scales, which are float32 at most."""
-        if self.scheme is None or name not in self.fp8:
+        """Bytes of a tensor, with its scales."""
+        if self.storage is None or name not in self.quantized:
             return math.prod(shape) * self.dtype.itemsize
-        return math.prod(shape) + math.prod(self.scheme.scale_shape(shape)) * torch.float32.itemsize
+        return self.storage.nbytes(shape)
+
+    def expected(self, model: Architecture) -> set[str]:
+        """The tensors that an index must list, as far as names tell."""
+        names = {name for name, _ in model.tensors()}
+        if self.storage is None or self.storage.in_place:
+            return names
+        codes = {name.removesuffix("weight") + self.storage.marks[0] for name in self.quantized}
+        return (names - self.quantized) | codes
 
     def extras(self, listed: Iterable[str]) -> set[str]:
-        """Names of the tensors that may stand beside FP8 weights: their scales, those of activations, of a cache."""
-        modules = [name.removesuffix("weight") for name in self.fp8]
-        caches = {name for name in listed if is_cache_scale(name)} if self.fp8 else set()
-        return caches | {f"{module}{leaf}" for module in modules for leaf in (*SCALE_LEAVES, *ACTIVATION_LEAVES)}
+        """Names of the tensors that may stand beside quantized weights: their scales, those of activations, a cache."""
+        if self.storage is None:
+            return set()
+        modules = [name.removesuffix("weight") for name in self.quantized]
+        caches = {name for name in listed if is_cache_scale(name)} if self.quantized else set()
+        return caches | {f"{module}{leaf}" for module in modules for leaf in self.storage.leaves}
 
 
-def _fp8_weights(model: Architecture, config: dict[str, Any], listed: Mapping[str, Any] | None) -> Iterator[str]:
-    """Names of the weights that are FP8: those whose scales the index lists; without one, by the skip list."""
+def _quantized(
+    storage: Storage, model: Architecture, config: dict[str, Any], listed: Collection[str] | None
+) -> Iterator[str]:
+    """Names of the weights that are quantized: those beside which the index lists what tells; else by the skip list."""
     if listed is not None:
         for name, shape in model.tensors():
-            if len(shape) == 2 and any(name.removesuffix("weight") + leaf in listed for leaf in SCALE_LEAVES):
+            if len(shape) == 2 and any(name.removesuffix("weight") + leaf in listed for leaf in storage.marks):
                 yield name
         return
     section = config["quantization_config"]
@@ -211,7 +238,12 @@ def _add(row: PlannedClass, item: Item, stored: _Stored, beside: Beside) -> None
 
 
 def _notices(
-    path: Path, model: Architecture, stored: _Stored, listed: Mapping[str, str] | None, beside: Beside
+    path: Path,
+    model: Architecture,
+    stored: _Stored,
+    indexed: Mapping[str, str] | None,
+    listed: Collection[str],
+    beside: Beside,
 ) -> Iterator[str]:
     """Whether index and config.json are of one model, as far as names tell, and what lies there in files' stead."""
     misplaced = misplaced_files(path)
@@ -220,26 +252,26 @@ def _notices(
         yield f"{name_of(name)} is {instead.what}{more}: quantize will refuse. {instead.remedy.rstrip('.')}"
     if beside.unseen:
         yield beside.notice
-    if listed is None:
+    if indexed is None:
         yield f"no {INDEX_NAME}: planned from config.json alone"
         return
-    if stored.scheme is not None and not stored.fp8:
-        yield "config.json says FP8, but the index lists no scale: quantize will refuse"
+    if stored.storage is not None and not stored.quantized:
+        yield f"config.json says {stored.storage.said}, but the index lists no scale: quantize will refuse"
     if model.lm_head is None and f"{model.head_name}.weight" in listed:
         yield (
             f"config.json ties the head to the embedding, and the index lists {model.head_name}.weight all the same: "
             "unless that is a copy of the embedding, the build keeps it and is as much larger"
         )
-    expected = {name for name, _ in model.tensors()}
+    expected = stored.expected(model)
     for names, fault in (
-        (sorted(expected - listed.keys()), "tensors of the model are not in the index"),
+        (sorted(expected - {*listed}), "tensors of the model are not in the index"),
         (
-            sorted(listed.keys() - expected - model.ignorable() - stored.extras(listed) - beside.names),
+            sorted({*listed} - expected - model.ignorable() - stored.extras(listed) - beside.names),
             "tensors of the index are not part of the model",
         ),
     ):
         if names:
             yield f"{len(names)} {fault}, the first {names[0]!r}: quantize will refuse"
-    absent = sorted(shard for shard in set(listed.values()) if not (path / shard).is_file())
+    absent = sorted(shard for shard in set(indexed.values()) if not (path / shard).is_file())
     if absent:
-        yield f"{len(absent)} of {len(set(listed.values()))} shards are not here, the first {absent[0]}"
+        yield f"{len(absent)} of {len(set(indexed.values()))} shards are not here, the first {absent[0]}"

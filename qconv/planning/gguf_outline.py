@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv.artifacts.separation import require_readable_experts
-from qconv.artifacts.source import TOKENIZER_FILES, listed_files, weight_dtype
+from qconv.artifacts.separation import require_readable_experts, separated_names
+from qconv.artifacts.source import TOKENIZER_FILES, listed_files
+from qconv.artifacts.storage import weight_dtype
 from qconv.checkpoint.reader import read_json
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.metadata import require_expressible
@@ -41,7 +42,8 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
     """
     config = read_json(model / "config.json")
     described = architecture(config)
-    require_readable_experts(model, listed_files(model), config)
+    listed = listed_files(model)
+    require_readable_experts(model, listed, config, described)
     require_expressible(config, described)
     tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
     require_matches(recipe, tensors)
@@ -54,7 +56,7 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
         types = fitted(wanted, tensors)
     notices = [notice for notice in (fallbacks(wanted, types),) if notice is not None]
     expected = {name for name, _ in described.tensors()} | described.ignorable()
-    beside = left_out(config, described, listed_files(model).keys() - expected)
+    beside = left_out(config, described, separated_names(described, listed) - expected)
     if beside:
         parts = " and ".join(f"{count:,} tensors of {part}" for part, count in Counter(beside.values()).items())
         notices.append(f"{parts} are left out: the file holds the language model alone")

@@ -9,7 +9,8 @@ import torch
 
 from qconv.artifacts.build import Build
 from qconv.artifacts.layout import Layout, layout_of
-from qconv.artifacts.source import Source, check_tensors, open_checkpoint, weight_dtype
+from qconv.artifacts.source import Source, check_tensors, open_checkpoint
+from qconv.artifacts.storage import weight_dtype
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import Dequantized
 from qconv.checkpoint.header import DTYPE_NAMES

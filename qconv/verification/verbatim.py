@@ -8,7 +8,7 @@ from functools import partial
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, parts_of
-from qconv.checkpoint.reader import same_bits
+from qconv.checkpoint.stream import same_bits
 from qconv.core.workers import Workers
 from qconv.verification.outcome import Verification
 

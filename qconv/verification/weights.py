@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
-from qconv.checkpoint.reader import Tensors, same_bits
+from qconv.checkpoint.reader import Tensors
+from qconv.checkpoint.stream import same_bits
 from qconv.core import integer_grid
 from qconv.core.architecture import Layer, Linear, Module
 from qconv.core.qtensor import QTensor, SquaredError

@@ -21,7 +21,7 @@ from qconv.artifacts.inspection import inspect
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim
 from qconv.building.gguf_pipeline import quantize_gguf
-from qconv.checkpoint.reader import same_bits
+from qconv.checkpoint.stream import same_bits
 from qconv.errors import CheckpointError
 from qconv.folders.state import CHECKSUMS_NAME
 from qconv.formats import get_format

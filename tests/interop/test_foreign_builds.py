@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qconv
+from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Checkpoint
 from qconv.errors import CheckpointError
 from qconv.runtime.files import open_files
@@ -139,6 +140,13 @@ def assert_runs(build: Path, scratch: Path, quantized: int) -> None:
     assert_same(model, wanted)
 
 
+def assert_source(build: Path) -> None:
+    """As a source a build of packed integers reads as what compressed-tensors makes of it, rounded once."""
+    theirs, source = load_file(build.with_name(f"{build.name}.dense")), Source.open(build)
+    for name, weight in theirs.items():
+        assert torch.equal(source.read(name), weight.float().bfloat16()), name
+
+
 def assert_same(model: Any, wanted: Any) -> None:
     """Logits equal but for the order of sums in float32, and the same tokens."""
     with torch.no_grad():
@@ -186,6 +194,8 @@ def test_compressed_tensors(source: Callable[[str], Path], client: Client, tmp_p
             continue
         down = 0 if name == "w8a16" else 1
         assert_runs(tmp_path / name, tmp_path / f"{name}-dense", 2 * (4 + mlps * (2 + down)) + name.endswith("head"))
+        if name.startswith(("w4a16", "w8a16")):
+            assert_source(tmp_path / name)
 
 
 @pytest.mark.parametrize("family", SIZES)
