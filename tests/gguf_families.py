@@ -9,7 +9,21 @@ from tests.conftest import EXPERTS, random_model, save_model
 
 THREE = {"num_hidden_layers": 3}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALE = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+LATENT: dict[str, Any] = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+    "n_routed_experts": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": (
         "glm4_moe",
@@ -20,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS
         | THREE
         | {"n_routed_experts": 6, "first_k_dense_replace": 2, "n_shared_experts": 2, "norm_topk_prob": False}
-        | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.25},
+        | {"attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.25, "n_group": 3, "topk_group": 2},
     ),
     "solar_open": ("solar_open", EXPERTS | {"n_routed_experts": 6, "rope_parameters": YARN}),
     "minimax_m2": ("minimax_m2", {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 12}),
@@ -41,6 +55,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "max_window_layers": 3}
         | {"num_key_value_heads": 4},
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        EXPERTS | THREE | LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", EXPERTS | THREE | LATENT | {"n_group": 1, "topk_group": 1}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"head_dim": 16}),
@@ -50,8 +69,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"rope_parameters": ALPHA}),
 }
 """A family and its changes, by what it shows."""
-WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 256}
-"""What the K-quants' blocks divide."""
+_WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 256}
+_WIDE_LATENT = {
+    "kv_lora_rank": 256,
+    "q_lora_rank": 256,
+    "qk_nope_head_dim": 256,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+}
+
+
+def wide(name: str) -> dict[str, Any]:
+    """Changes to rows that the K-quants' blocks divide."""
+    own = MODELS[name][1]
+    return _WIDE | {key: value for key, value in _WIDE_LATENT.items() if own.get(key) is not None}
 
 
 def model_of(name: str, **changes: Any) -> Any:

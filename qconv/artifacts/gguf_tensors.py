@@ -95,8 +95,11 @@ def weighted_blocks(
 
 
 def parts(source: Weights, tensor: GgufTensor) -> Iterator[Iterator[Tensor] | Sequence[Tensor]]:
-    """Each source tensor as blocks of rows. A permuted one is read whole: its rows come from everywhere."""
+    """Each source tensor as blocks of rows. One that is permuted or changed is read whole."""
     if tensor.constant:
         yield [torch.tensor(tensor.constant)]
     for name in tensor.sources:
-        yield [permute_heads(source.read(name), tensor.heads)] if tensor.heads else source.blocks(name)
+        if tensor.change is not None:
+            yield [tensor.made_of(source.read(name))]
+        else:
+            yield [permute_heads(source.read(name), tensor.heads)] if tensor.heads else source.blocks(name)

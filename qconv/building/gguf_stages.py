@@ -78,7 +78,7 @@ class StagedLayers:
         self.done = 0
         self._plan = plan
         self._recipe = recipe.calibrated()
-        self._schemes = _schemes(plan, recipe)
+        self._schemes = _schemes(plan, recipe, source.architecture.layers)
         self.folds: FoldedLayers | None = None
         if any("awq" in recipe.method_for(tensor) for tensor in plan.tensors.values()):
             self.folds = FoldedLayers(source, part)
@@ -235,11 +235,14 @@ class _StageSink:
         self._owner.commit(self._layer, build, {"size": written.size, "sha256": written.sha256})
 
 
-def _schemes(plan: GgufPlan, recipe: GgufRecipe) -> dict[str, tuple[BlockGrid, tuple[str, ...]]]:
+def _schemes(
+    plan: GgufPlan, recipe: GgufRecipe, layers: Iterable[Layer]
+) -> dict[str, tuple[BlockGrid, tuple[str, ...]]]:
     """Grid and method of the linears in layers that have codes to choose, by the name of their weight."""
     found: dict[str, tuple[BlockGrid, tuple[str, ...]]] = {}
+    rounded = {linear.weight for layer in layers for linear in layer.linears()}
     for tensor in plan.tensors.values():
         grid = BlockGrid(encoder(plan.types[tensor.name]))
-        if tensor.layer is not None and tensor.quantizable and grid.has_codes:
+        if tensor.layer is not None and tensor.quantizable and grid.has_codes and tensor.sources[0] in rounded:
             found |= dict.fromkeys(tensor.sources, (grid, recipe.method_for(tensor)))
     return found

@@ -107,7 +107,7 @@ def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares
     """What was seen of linears, by the name of their weight in the checkpoint, as entries of the GGUF tensors."""
     entries = {}
     for tensor in tensors:
-        parts = [seen[name] for name in tensor.sources if name in seen]
+        parts = [seen[name] for name in tensor.sources if name in seen and tensor.change is None]
         if parts:
             sums = torch.stack([part.sums for part in parts]).float()
             entries[tensor.name] = Entry(sums, torch.tensor([part.tokens for part in parts], dtype=torch.float64))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
+from gguf import MODEL_TENSOR, GGMLQuantizationType
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorEntry
@@ -31,6 +31,8 @@ _DENSE = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+_REQUIRED = (MODEL_TENSOR.FFN_EXP_PROBS_B, MODEL_TENSOR.SSM_DT)
+"""Biases that are no linear's."""
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -44,6 +46,7 @@ class GgufFiles:
         architecture: Its linears and norms.
         mapped: How tensors are mapped.
         places: Of each tensor of the checkpoint, the tensor that holds it and which of its equal parts it is.
+        changed: Of those that are held otherwise, the tensors that they are made of.
     """
 
     model: GgufModel
@@ -51,6 +54,7 @@ class GgufFiles:
     architecture: Architecture
     mapped: MapTensor
     places: dict[str, tuple[GgufTensor, int]] = field(repr=False)
+    changed: dict[str, list[GgufTensor]] = field(repr=False)
 
     @classmethod
     def open(cls, path: Path, mapped: MapTensor = map_tensor) -> GgufFiles:
@@ -66,7 +70,11 @@ class GgufFiles:
         tensors = gguf_tensors(resolved)
         _check_tensors(model, tensors, _left_out(model, resolved))
         places = {source: (tensor, part) for tensor in tensors for part, source in enumerate(tensor.sources)}
-        return cls(model, config, resolved, mapped, places)
+        changed: dict[str, list[GgufTensor]] = {}
+        for tensor in tensors:
+            if tensor.change is not None:
+                changed.setdefault(tensor.sources[0], []).append(tensor)
+        return cls(model, config, resolved, mapped, places, changed)
 
     @property
     def path(self) -> Path:
@@ -76,6 +84,8 @@ class GgufFiles:
     def weight(self, linear: Linear) -> PackedWeight:
         """Blocks as the file holds them, or a dense weight where it is not quantized."""
         shape = (linear.out_features, linear.in_features)
+        if linear.weight in self.changed:
+            return DenseWeight(linear.name, self._joined(linear.weight, shape))
         rows, type = self._rows(linear.weight, shape)
         if type in _DENSE:
             return DenseWeight(linear.name, rows.view(_DENSE[type]))
@@ -83,9 +93,23 @@ class GgufFiles:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor's values, float32 unless the file has them in 16 bits."""
+        if name in self.changed:
+            return self._joined(name, shape)
         rows, type = self._rows(name, (shape[0] if len(shape) > 1 else 1, shape[-1]), vector=len(shape) == 1)
         values = rows.view(_DENSE[type]) if type in _DENSE else dequantized_rows(rows, type)
         return values.view(shape)
+
+    def _joined(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of the checkpoint of those that the file holds instead, float32."""
+        pieces = []
+        for tensor in self.changed[name]:
+            entry = self.model.entry(tensor.name)
+            whole = self.mapped(_bytes(entry, 0, tensor.rows, row_bytes(entry.type, tensor.columns)))
+            dense = whole.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(whole, entry.type)
+            pieces.append(dense.float().view(tensor.shape))
+        change = self.changed[name][0].change
+        assert change is not None
+        return change.join(*pieces).reshape(shape).contiguous()
 
     def bias(self, linear: Linear) -> Tensor | None:
         """The bias, where the file has one: llama.cpp adds those that there are, of q alone too."""
@@ -158,7 +182,7 @@ def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], left_out: s
         CheckpointError: a weight or norm is missing, a tensor is misshapen, or one is there that is not used.
     """
     for tensor in expected:
-        if tensor.name not in model.entries and tensor.name.endswith(".bias"):
+        if tensor.name not in model.entries and tensor.name.endswith(".bias") and tensor.kind not in _REQUIRED:
             continue
         entry = model.entry(tensor.name)
         if entry.shape[-1] != tensor.columns or entry.numel != tensor.numel:

@@ -53,8 +53,11 @@ class _Reader:
         vocabulary = self.model.entry("token_embd.weight").shape[0]
         layers, heads = self._layers(), keys.integer(Keys.Attention.HEAD_COUNT)
         hidden = keys.integer(Keys.LLM.EMBEDDING_LENGTH)
-        head_dim = keys.integer(Keys.Attention.KEY_LENGTH, max(1, hidden // heads))
-        self._require(Keys.Attention.VALUE_LENGTH, keys.integer(Keys.Attention.VALUE_LENGTH, head_dim), head_dim)
+        if self.form.mixing.latent:
+            head_dim = keys.integer(Keys.Rope.DIMENSION_COUNT)
+        else:
+            head_dim = keys.integer(Keys.Attention.KEY_LENGTH, max(1, hidden // heads))
+            self._require(Keys.Attention.VALUE_LENGTH, keys.integer(Keys.Attention.VALUE_LENGTH, head_dim), head_dim)
         config: dict[str, Any] = {
             "architectures": [self.form.model_class],
             "model_type": self.family,
@@ -82,6 +85,7 @@ class _Reader:
             config["sliding_window"] = keys.integer(Keys.Attention.SLIDING_WINDOW)
         if self.form.experts is not None:
             config |= self._experts(self.form.experts, layers)
+        config |= self.form.mixing.restores(keys)
         self._check_fixed()
         for kind, key in (("bos", Keys.Tokenizer.BOS_ID), ("pad", Keys.Tokenizer.PAD_ID)):
             config[f"{kind}_token_id"] = token_id(self.model, key, vocabulary)
@@ -185,6 +189,9 @@ class _Reader:
         if kind == "yarn":
             trained = keys.integer(Keys.LLM.CONTEXT_LENGTH)
             parameters["original_max_position_embeddings"] = keys.integer(Keys.Rope.SCALING_ORIG_CTX_LEN, trained)
+            if self.form.mixing.mscale:
+                mscale = 10.0 * keys.number(Keys.Rope.SCALING_YARN_LOG_MUL)
+                parameters |= {"mscale": mscale, "mscale_all_dim": mscale}
         return parameters
 
     def _require(self, key: str, said: float, is_so: float) -> None:

@@ -20,9 +20,9 @@ from gguf import (
 )
 
 from qconv.checkpoint.config import Config
-from qconv.core.architecture import Architecture, Moe
+from qconv.core.architecture import Architecture, Attention, Moe
 from qconv.errors import CheckpointError, UsageError
-from qconv.formats.gguf.forms import Form, form
+from qconv.formats.gguf.forms import Form, form, text_part
 from qconv.formats.gguf.forms.base import Fixed, Stated
 from qconv.formats.gguf.rope import Rope, rope_of
 
@@ -50,6 +50,7 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
         UsageError: llama.cpp cannot express the model; says what.
     """
     require_expressible(config, model)
+    config = text_part(config)
     values, of = Config(config), form(model.family)
     writer = GGUFWriter(None, of.architecture)
     writer.add_type("model")
@@ -68,7 +69,7 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
     # Without them llama.cpp takes embedding_length / head_count, which is wrong where heads are wider.
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
-    _add_rope(writer, rope_of(config), model.head_dim)
+    _add_rope(writer, rope_of(config), rotated_head(config, model))
     if of.windows is not None:
         writer.add_sliding_window(values.integer("sliding_window"))
         writer.add_sliding_window_pattern(of.windows(config, len(model.layers)))
@@ -79,7 +80,10 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
     for stated in of.stated:
         key = stated.key.format(arch=of.architecture)
         writer.add_key_value(key, stated_value(config, stated), _TYPES[type(stated.default)])
-    return writer.kv_data[0]
+    metadata: Metadata = writer.kv_data[0]
+    for key, value in of.mixing.states(config, model).items():
+        metadata[key.format(arch=of.architecture)] = GGUFValue(value, _TYPES[type(value)])
+    return metadata
 
 
 def require_expressible(config: dict[str, Any], model: Architecture) -> None:
@@ -89,24 +93,31 @@ def require_expressible(config: dict[str, Any], model: Architecture) -> None:
         CheckpointError: a key of config.json is malformed.
         UsageError: it is not; says where they differ.
     """
-    of = form(model.family)
+    config, of = text_part(config), form(model.family)
     reason = (
         _activation_difference(config)
         or _attention_difference(config, model, of)
         or next((found for fixed in of.fixed if (found := _fixed_difference(config, fixed)) is not None), None)
         or _layer_difference(model, of)
+        or of.mixing.differs(config, model)
         or of.differs(config, model)
     )
     if reason is not None:
         raise UsageError(
             f"config.json: {reason} in llama.cpp's {of.architecture}.", hint="This model cannot be written as GGUF."
         )
-    rotated = rope_of(config).rotated(model.head_dim)
+    head_dim = rotated_head(config, model)
+    rotated = rope_of(config).rotated(head_dim)
     if rotated % 2:
         raise UsageError(
-            f"config.json: {rotated} of {model.head_dim} channels of a head are rotated: llama.cpp rotates pairs.",
+            f"config.json: {rotated} of {head_dim} channels of a head are rotated: llama.cpp rotates pairs.",
             hint="This model cannot be written as GGUF.",
         )
+
+
+def rotated_head(config: dict[str, Any], model: Architecture) -> int:
+    """The width of a head, of latent attention of the one that is rotated."""
+    return Config(config).integer("qk_rope_head_dim") if form(model.family).mixing.latent else model.head_dim
 
 
 def stated_value(config: dict[str, Any], stated: Stated) -> bool | int | float:
@@ -161,7 +172,8 @@ def _fixed_difference(config: dict[str, Any], fixed: Fixed) -> str | None:
 
 def _layer_difference(model: Architecture, of: Form) -> str | None:
     for layer in model.layers:
-        named = dict(zip("qkvo", layer.attention.linears(), strict=True))
+        mixer = layer.attention
+        named = dict(zip("qkvo", mixer.linears(), strict=True)) if isinstance(mixer, Attention) else {}
         for mlp in () if isinstance(layer.mlp, Moe) else layer.mlps():
             named |= {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
         for role, linear in named.items():
@@ -207,6 +219,8 @@ def _add_rope(writer: GGUFWriter, rope: Rope, head_dim: int) -> None:
         writer.add_rope_scaling_factor(values["factor"])
     if rope.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(values["original_max_position_embeddings"]))
+    if rope.mscale:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope.mscale)
 
 
 def _add_experts(writer: GGUFWriter, model: Architecture, of: Form) -> None:

@@ -48,7 +48,6 @@ _ROLES = {
     MODEL_TENSOR.FFN_DOWN_EXP: "down",
     MODEL_TENSOR.FFN_DOWN_SHEXP: "down",
 }
-_EXPERTS = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
 
 _FLOATS = (T.F32, T.F16, T.BF16)
 _SMALLER_BLOCKS = {
@@ -129,7 +128,8 @@ def tensor_types(
         if mixture.base in _FLOATS:
             return mixture.base
         if file_type == "MXFP4_MOE":
-            return T.MXFP4 if tensor.kind in _EXPERTS else T.Q8_0
+            # By their dimensions, so that latent attention's matrices of heads are, too.
+            return T.MXFP4 if len(tensor.shape) == 3 and tensor.shape[0] > 1 else T.Q8_0
         if tensor.layer is None:
             return _outside_layers(mixture, tensor, tied=model.lm_head is None)
         return _in_layer(mixture, tensor, _place(model, tensor.layer, nth_down.get(tensor.name, 0), importance), model)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gguf import MODEL_TENSOR, TENSOR_NAMES, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Module, Moe
+from qconv.core.architecture import Architecture, Layer, Module, Moe, Norm
 from qconv.errors import UsageError
-from qconv.formats.gguf.forms import form
+from qconv.formats.gguf.changes import Change, added
+from qconv.formats.gguf.forms import Form, form
 
-_UNQUANTIZED = (MODEL_TENSOR.FFN_GATE_INP,)
+_UNQUANTIZED = (MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.SSM_CONV1D)
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
@@ -34,6 +35,8 @@ class GgufTensor:
         sources: The checkpoint's tensors behind each other, each an equal share; empty where ``constant`` is given.
         heads: Where its rows are to be permuted (:func:`permute_heads`), the number of heads; else 0.
         constant: The values of a tensor that no checkpoint holds.
+        change: What its one source becomes, where that is not the same numbers in rows; else None.
+        piece: Which of the change's pieces it is.
     """
 
     name: str
@@ -43,6 +46,12 @@ class GgufTensor:
     sources: tuple[str, ...]
     heads: int = 0
     constant: tuple[float, ...] = ()
+    change: Change | None = field(default=None, compare=False)
+    piece: int = 0
+
+    def made_of(self, source: Tensor) -> Tensor:
+        """Its values, of a source's."""
+        return source if self.change is None else self.change.pieces[self.piece].make(source)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -98,15 +107,20 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
     for layer, modules in _groups(model):
         for parts in zip(*(module.tensors() for module in modules), strict=True):
             sources = tuple(name for name, _ in parts)
-            found = _named(names, _EXPERT_NUMBER.sub("", sources[0]))
-            if found is None:
-                raise UsageError(
-                    f"{sources[0]}: llama.cpp's {of.architecture} has no place for it.",
-                    hint="This model cannot be written as GGUF.",
-                )
-            kind, name = found
-            shape = _shape(modules, parts[0][1])
-            tensors.append(GgufTensor(name, kind, layer, shape, sources, permuted.get(kind, 0)))
+            change = _change(of, model, modules[0], *parts[0])
+            pieces = [(sources[0], _shape(modules, parts[0][1]))]
+            if change is not None:
+                pieces = [(piece.name, piece.shape) for piece in change.pieces]
+            for number, (called, shape) in enumerate(pieces):
+                found = _named(names, _EXPERT_NUMBER.sub("", called))
+                if found is None:
+                    raise UsageError(
+                        f"{sources[0]}: llama.cpp's {of.architecture} has no place for it.",
+                        hint="This model cannot be written as GGUF.",
+                    )
+                kind, name = found
+                heads = permuted.get(kind, 0)
+                tensors.append(GgufTensor(name, kind, layer, shape, sources, heads, change=change, piece=number))
     if rope_factors:
         kind = MODEL_TENSOR.ROPE_FREQS
         name = f"{TENSOR_NAMES[kind]}.weight"
@@ -122,6 +136,13 @@ def permute_heads(rows: Tensor, heads: int) -> Tensor:
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _change(of: Form, model: Architecture, module: Module, name: str, shape: tuple[int, ...]) -> Change | None:
+    """What a tensor becomes in the file, None for the same numbers."""
+    if isinstance(module, Norm) and module.offset:
+        return added(name, shape, module.offset)
+    return of.mixing.changes(model, name, shape)
 
 
 def _named(names: TensorNameMap, source: str) -> tuple[MODEL_TENSOR, str] | None:

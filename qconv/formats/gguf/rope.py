@@ -8,7 +8,7 @@ from typing import Any
 
 from qconv.checkpoint.rope import stated_rope
 from qconv.errors import CheckpointError, UsageError
-from qconv.formats.gguf.forms import Form, form
+from qconv.formats.gguf.forms import Form, form, text_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,14 @@ class Rope:
         kind: ``default``, ``linear``, ``yarn`` or ``llama3``.
         parameters: The numbers of the scaling, as config.json names them.
         share: How much of a head is rotated.
+        mscale: YaRN's ``mscale_all_dim`` where attention is scaled by it; 0 where it is not.
     """
 
     theta: float
     kind: str
     parameters: dict[str, float]
     share: float = 1.0
+    mscale: float = 0.0
 
     def rotated(self, head_dim: int) -> int:
         """How many of a head's channels are rotated, its first."""
@@ -69,6 +71,7 @@ def rope_of(config: dict[str, Any]) -> Rope:
         UsageError: the family has no GGUF form; a scaling that llama.cpp does not compute as transformers does, or two
             that contradict each other.
     """
+    config = text_part(config)
     of = form(str(config.get("model_type")))
     stated = stated_rope(config)
     theta = stated.get("rope_theta", of.theta)
@@ -84,7 +87,8 @@ def rope_of(config: dict[str, Any]) -> Rope:
         )
     parameters = {name: _positive(name, stated.get(name)) for name in _REQUIRED[kind]}
     share = 1.0 if of.rotated is None else stated.get(_SHARE, of.rotated(config))
-    rope = Rope(_positive("rope_theta", theta), kind, parameters, _positive(_SHARE, share))
+    mscale = float(stated.get("mscale_all_dim") or 0.0) if of.mixing.mscale and kind == "yarn" else 0.0
+    rope = Rope(_positive("rope_theta", theta), kind, parameters, _positive(_SHARE, share), mscale)
     _check_expressible(stated, rope, of)
     return rope
 
@@ -97,19 +101,24 @@ def _check_expressible(stated: dict[str, Any], rope: Rope, of: Form) -> None:
     elif rope.kind == "llama3" and not of.rope_factors:
         reason = f"rope_type 'llama3': the tensor of its factors is not read in llama.cpp's {of.architecture}"
     elif rope.kind == "yarn":
-        reason = _yarn_difference(stated, rope.parameters["factor"])
+        reason = _yarn_difference(stated, rope.parameters["factor"], of)
     if reason is not None:
         raise UsageError(f"config.json: {reason}.", hint="This model cannot be written as GGUF.")
 
 
-def _yarn_difference(stated: dict[str, Any], factor: float) -> str | None:
+def _yarn_difference(stated: dict[str, Any], factor: float, of: Form) -> str | None:
     """How a YaRN differs from llama.cpp's, which derives the magnitude from the factor; None if it does not."""
     usual = {"attention_factor": 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0, **_YARN_BOUNDARIES}
+    if of.mixing.mscale:
+        if not stated.get("mscale") or stated.get("mscale") != stated.get("mscale_all_dim"):
+            return "YaRN without mscale, or with another mscale_all_dim: llama.cpp scales attention by both alike"
+        usual["attention_factor"] = 1.0
     for name, value in usual.items():
         given = stated.get(name)
         if given is not None and not math.isclose(_positive(name, given), value, rel_tol=1e-6):
             return f"YaRN with {name} {given!r}: llama.cpp computes {value:.6g}"
-    if stated.get("mscale") or stated.get("mscale_all_dim") or stated.get("truncate") is False:
+    scaled = not of.mixing.mscale and (stated.get("mscale") or stated.get("mscale_all_dim"))
+    if scaled or stated.get("truncate") is False:
         return "YaRN with mscale or without truncation: llama.cpp has no keys for it in this architecture"
     return None
 

@@ -24,7 +24,7 @@ from qconv.planning.gguf_plan import plan_gguf, write_file
 from qconv.runtime.gguf_files import GgufFiles
 from tests.conftest import SIZES
 from tests.gguf_copies import copied
-from tests.gguf_families import MODELS, saved
+from tests.gguf_families import MODELS, MSCALE, YARN, saved
 
 IDS = torch.arange(40).view(1, 40)
 
@@ -47,7 +47,15 @@ def test_a_form_is_short(family: str) -> None:
     assert len(inspect.getsource(module).splitlines()) < 30
 
 
-@pytest.mark.parametrize("family", families())
+def test_a_model_with_towers_is_described_by_its_text_part() -> None:
+    config = config_of("deepseek_v3") | {"model_type": "kimi_k2"}
+    nested = {"model_type": "kimi_k25", "text_config": config, "vision_config": {}}
+    plain = model_metadata(config, architecture(config), "model", LlamaFileType.ALL_F32)
+    assert model_metadata(nested, architecture(nested), "model", LlamaFileType.ALL_F32) == plain
+    assert plain["general.architecture"].value == "deepseek2"
+
+
+@pytest.mark.parametrize("family", [family for family in families() if family != "kimi_k2"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     config = AutoConfig.for_model(family)
     assert type(config).__name__.removesuffix("Config") == form(family).model_class.removesuffix("ForCausalLM")
@@ -66,10 +74,13 @@ def test_every_tensor_goes_to_one_place_that_the_architecture_has(name: str) -> 
     model = architecture(config_of(name))
     tensors = gguf_tensors(model)
     assert {tensor.kind for tensor in tensors} <= set(MODEL_TENSORS[form(model.family).table])
-    sources = [source for tensor in tensors for source in tensor.sources]
-    assert sorted(sources) == sorted(name for name, _ in model.tensors())
     sizes = {name: torch.Size(shape).numel() for name, shape in model.tensors()}
-    assert all(tensor.numel == sum(sizes[source] for source in tensor.sources) for tensor in tensors)
+    made = dict.fromkeys(sizes, 0)
+    for tensor in tensors:
+        for source in tensor.sources:
+            made[source] += tensor.numel // len(tensor.sources)
+    assert made == sizes
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
     permuted = {tensor.name.split(".")[2] for tensor in tensors if tensor.heads}
     assert permuted == ({"attn_q", "attn_k"} if model.family in ("mistral", "smollm3") else set())
 
@@ -92,6 +103,7 @@ def test_correction_biases_are_vectors_that_no_file_type_touches(name: str, bias
 
 
 EXPERTS = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 32}
+UNGROUPED = {"expert_group_count": 1, "expert_group_used_count": 1}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,7 @@ EXPERTS = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_lengt
             EXPERTS
             | {"expert_shared_feed_forward_length": 32, "leading_dense_block_count": 1, "expert_gating_func": 2}
             | {"expert_shared_count": 1, "expert_weights_scale": 1.7, "expert_weights_norm": True}
+            | UNGROUPED
             | {"rope.dimension_count": 12},
         ),
         (
@@ -109,7 +122,7 @@ EXPERTS = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_lengt
             EXPERTS
             | {"expert_shared_feed_forward_length": 64, "leading_dense_block_count": 2, "expert_gating_func": 2}
             | {"expert_shared_count": 2, "expert_weights_scale": 1.0, "expert_weights_norm": False}
-            | {"rope.dimension_count": 6},
+            | {"rope.dimension_count": 6, "expert_group_count": 3, "expert_group_used_count": 2},
         ),
         (
             "minimax_m2",
@@ -133,8 +146,21 @@ EXPERTS = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_lengt
             EXPERTS
             | {"expert_shared_feed_forward_length": 32, "leading_dense_block_count": 1, "expert_gating_func": 2}
             | {"expert_shared_count": 1, "expert_weights_scale": 2.5, "expert_weights_norm": True}
+            | UNGROUPED
             | {"attention.sliding_window": 16, "attention.sliding_window_pattern": [True, True, True, False, True]}
             | {"rope.dimension_count": 24},
+        ),
+        (
+            "deepseek_v3",
+            EXPERTS
+            | {"expert_count": 12, "expert_shared_feed_forward_length": 32, "leading_dense_block_count": 1}
+            | {"expert_gating_func": 2, "expert_shared_count": 1, "expert_weights_scale": 2.5}
+            | {"expert_weights_norm": True, "expert_group_count": 4, "expert_group_used_count": 2}
+            | {"attention.head_count_kv": 1, "attention.key_length": 40, "attention.value_length": 32}
+            | {"attention.key_length_mla": 40, "attention.value_length_mla": 24, "attention.kv_lora_rank": 32}
+            | {"attention.q_lora_rank": 64, "rope.dimension_count": 8, "rope.scaling.type": "yarn"}
+            | {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+            | {"rope.scaling.yarn_log_multiplier": 0.1},
         ),
         ("olmoe", EXPERTS | {"expert_feed_forward_length": 96, "rope.dimension_count": 16}),
         ("smollm3", {"rope.dimension_count": 24}),
@@ -163,8 +189,11 @@ def test_keys_beside_those_that_all_have(name: str, keys: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("name", "changes", "what"),
     [
-        ("glm4_moe", {"n_group": 2}, "n_group 2: experts are chosen among all"),
-        ("exaone_moe", {"n_group": 2}, "n_group 2: experts are chosen among all"),
+        ("deepseek_v3", {"q_lora_rank": None}, "no q_lora_rank"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False: neighbours are rotated"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias True: no linear has a bias"),
+        ("deepseek_v3", {"rope_parameters": YARN}, "YaRN without mscale"),
+        ("deepseek_v3", {"rope_parameters": MSCALE | {"mscale": 0.7}}, "with another mscale_all_dim"),
         ("minimax_m2", {"tie_word_embeddings": True}, "the head is a tensor of its own"),
         ("minimax_m2", {"rotary_dim": 9}, "9 of 24 channels"),
         ("olmoe", {"norm_topk_prob": True}, "never sum to one"),
@@ -243,7 +272,10 @@ def test_a_file_is_the_model_that_it_was_made_of(name: str, files: Any) -> None:
     [
         ("glm4_moe", "expert_gating_func", (1, GGUFValueType.UINT32)),
         ("glm4_moe", "leading_dense_block_count", (2, GGUFValueType.UINT32)),
-        ("glm4_moe", "expert_group_count", (2, GGUFValueType.UINT32)),
+        ("minimax_m2", "expert_group_count", (2, GGUFValueType.UINT32)),
+        ("deepseek_v3", "attention.key_length", (41, GGUFValueType.UINT32)),
+        ("deepseek_v3", "attention.head_count_kv", (4, GGUFValueType.UINT32)),
+        ("deepseek_v3", "attention.kv_lora_rank", (33, GGUFValueType.UINT32)),
         ("glm4_moe", "rope.dimension_count", (26, GGUFValueType.UINT32)),
         ("hy_v3", "expert_weights_norm", (False, GGUFValueType.BOOL)),
         ("qwen2", "nextn_predict_layers", (1, GGUFValueType.UINT32)),
@@ -255,7 +287,8 @@ def test_keys_that_contradict_are_refused_by_name(name: str, key: str, value: An
     _, source, file = files(name)
     full = f"{form(source.architecture.family).architecture}.{key}"
     copy = copied(file, tmp_path / "copy.gguf", {full: value}, drop=[full])
-    with pytest.raises(CheckpointError, match="only predict" if value[0] == 3 else key):
+    latent = "those of one latent key head" if name == "deepseek_v3" else key
+    with pytest.raises(CheckpointError, match="only predict" if value[0] == 3 else latent):
         GgufFiles.open(copy)
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, Keys
 
 from qconv.core.architecture import Architecture
+
+if TYPE_CHECKING:
+    from qconv.formats.gguf.changes import Change
+    from qconv.formats.gguf.keys import ModelKeys
 
 Values: TypeAlias = Mapping[str, Any]
 """A config.json."""
@@ -88,6 +92,19 @@ class Experts:
     dense_first: Callable[[int, int], dict[str, Any]] | None = None
 
 
+def routing(
+    scale: float, norm: bool, groups: int = 1, chosen: int = 1, shared: str = "n_shared_experts"
+) -> tuple[Stated, ...]:
+    """What routers after DeepSeek-V3's have in config.json and in the file; what transformers takes by default."""
+    return (
+        Stated(Keys.LLM.EXPERT_SHARED_COUNT, shared, 1, 1),
+        Stated(Keys.LLM.EXPERT_WEIGHTS_SCALE, "routed_scaling_factor", scale, 1.0),
+        Stated(Keys.LLM.EXPERT_WEIGHTS_NORM, "norm_topk_prob", norm, False),
+        Stated(Keys.LLM.EXPERT_GROUP_COUNT, "n_group", groups, 1),
+        Stated(Keys.LLM.EXPERT_GROUP_USED_COUNT, "topk_group", chosen, 1),
+    )
+
+
 def sliding_layers(config: Values, layers: int) -> list[bool]:
     """Which layers attend to a window: by ``layer_types``, else all but each ``sliding_window_pattern``-th."""
     kinds, period = config.get("layer_types"), config.get("sliding_window_pattern", 4)
@@ -96,6 +113,39 @@ def sliding_layers(config: Values, layers: int) -> list[bool]:
 
 def _no_difference(config: Values, model: Architecture) -> str | None:
     return None
+
+
+def _no_change(model: Architecture, name: str, shape: tuple[int, ...]) -> Change | None:
+    return None
+
+
+def _nothing_stated(config: Values, model: Architecture) -> Mapping[str, bool | int | float]:
+    return {}
+
+
+def _nothing_restored(keys: ModelKeys) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixing:
+    """How layers mix tokens.
+
+    Attributes:
+        latent: Whether keys and values are made of a latent vector, whose part that is rotated is a head of its own.
+        mscale: Whether llama.cpp knows YaRN's ``mscale_all_dim``.
+        changes: What a tensor of that name and shape becomes in the file, None for the same numbers.
+        states: What keys of the file say besides or instead.
+        restores: What these keys say as keys of config.json.
+        differs: What llama.cpp computes otherwise, or None.
+    """
+
+    latent: bool = False
+    mscale: bool = False
+    changes: Callable[[Architecture, str, tuple[int, ...]], Change | None] = _no_change
+    states: Callable[[Values, Architecture], Mapping[str, bool | int | float]] = _nothing_stated
+    restores: Callable[[ModelKeys], dict[str, Any]] = _nothing_restored
+    differs: Callable[[Values, Architecture], str | None] = _no_difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +173,7 @@ class Form:
         fixed: What llama.cpp leaves no choice of.
         present: Keys of config.json that say whether layers have tensors of such names, as expressions.
         predicts: Whether a file may hold layers behind the last that only predict further tokens.
+        mixing: How layers mix tokens, where that is not attention of q, k and v alone.
         differs: What else llama.cpp computes otherwise, or None.
     """
 
@@ -146,6 +197,7 @@ class Form:
     fixed: tuple[Fixed, ...] = ()
     present: Mapping[str, str] = field(default_factory=lambda: {"attention_bias": ATTENTION_BIAS})
     predicts: bool = False
+    mixing: Mixing = field(default_factory=Mixing)
     differs: Callable[[Values, Architecture], str | None] = _no_difference
 
     @property

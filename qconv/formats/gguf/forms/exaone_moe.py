@@ -1,8 +1,8 @@
 """K-EXAONE: rotary embeddings in the layers with a window alone, a sigmoid router with a correction bias."""
 
-from gguf import ExpertGatingFuncType, Keys
+from gguf import ExpertGatingFuncType
 
-from qconv.formats.gguf.forms.base import Experts, Fixed, Form, Stated, sliding_layers
+from qconv.formats.gguf.forms.base import Experts, Form, routing, sliding_layers
 
 FORM = Form(
     architecture="exaone-moe",
@@ -14,11 +14,6 @@ FORM = Form(
         gating=ExpertGatingFuncType.SIGMOID,
         dense_first=lambda dense, layers: {"first_k_dense_replace": dense},
     ),
-    stated=(
-        Stated(Keys.LLM.EXPERT_SHARED_COUNT, "num_shared_experts", 1, 1),
-        Stated(Keys.LLM.EXPERT_WEIGHTS_SCALE, "routed_scaling_factor", 2.5, 1.0),
-        Stated(Keys.LLM.EXPERT_WEIGHTS_NORM, "norm_topk_prob", True, False),
-    ),
-    fixed=(Fixed("n_group", 1, "experts are chosen among all", 1),),
+    stated=routing(scale=2.5, norm=True, shared="num_shared_experts"),
     predicts=True,
 )

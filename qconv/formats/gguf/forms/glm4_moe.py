@@ -1,8 +1,8 @@
 """GLM-4.5 to 4.7: part of each head is rotated, dense layers come first, a sigmoid router with a correction bias."""
 
-from gguf import ExpertGatingFuncType, Keys
+from gguf import ExpertGatingFuncType
 
-from qconv.formats.gguf.forms.base import ATTENTION_BIAS, Experts, Fixed, Form, Stated
+from qconv.formats.gguf.forms.base import ATTENTION_BIAS, Experts, Form, routing
 
 FORM = Form(
     architecture="glm4moe",
@@ -14,11 +14,6 @@ FORM = Form(
         gating=ExpertGatingFuncType.SIGMOID,
         dense_first=lambda dense, layers: {"first_k_dense_replace": dense},
     ),
-    stated=(
-        Stated(Keys.LLM.EXPERT_SHARED_COUNT, "n_shared_experts", 1, 1),
-        Stated(Keys.LLM.EXPERT_WEIGHTS_SCALE, "routed_scaling_factor", 1.0, 1.0),
-        Stated(Keys.LLM.EXPERT_WEIGHTS_NORM, "norm_topk_prob", True, False),
-    ),
-    fixed=(Fixed("n_group", 1, "experts are chosen among all", 1),),
+    stated=routing(scale=1.0, norm=True),
     present={"attention_bias": ATTENTION_BIAS, "use_qk_norm": "attn_(q|k)_norm.weight"},
 )
