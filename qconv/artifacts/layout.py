@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qconv.boundary.printable import name_of
+from qconv.checkpoint.config import quantization_of, without_quantization
 from qconv.checkpoint.fp8 import Fp8Scheme
 from qconv.checkpoint.reader import in_config, read_json
 from qconv.errors import CheckpointError, UnreadLayoutError
@@ -89,7 +90,7 @@ def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
     Raises:
         CheckpointError: it is not an object.
     """
-    section = config.get("quantization_config")
+    section = quantization_of(config)
     mlx = config.get("quantization")  # MLX may repeat it as quantization_config, where it names no method
     if isinstance(mlx, dict) and (section is None or section == mlx):
         return {"quant_method": "mlx"} | mlx
@@ -107,7 +108,7 @@ def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
 
 def strip_quantization(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json without its quantization section."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    return {key: value for key, value in without_quantization(config).items() if key != "compression_config"}
 
 
 def _described(section: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.checkpoint.config import without_quantization
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_DTYPES, is_cache_scale
 from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry, TensorSpec
 from qconv.checkpoint.quantized import QuantizedCheckpoint
@@ -92,7 +93,7 @@ class PackedCheckpoint(QuantizedCheckpoint):
         for name, shape in shapes.items():
             nbytes = shape[0] * shape[1] * dtype.itemsize
             entries[name] = replace(codes[name], name=name, dtype=dtype, shape=shape, nbytes=nbytes)
-        config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+        config = without_quantization(stored.config)
         scales = {name: one[1] for name, one in parts.items()}
         others = {name: one[2:] for name, one in parts.items()}
         return cls(entries, stored.path, config, stored, codes, scales, others, tuple(sorted(ignored)), grids)
@@ -160,7 +161,8 @@ def _part(stored: Checkpoint, codes: str, spec: TensorSpec) -> TensorEntry:
             f"{stored.entry(codes).file}: {codes!r} has no {spec.name!r} beside it.",
             hint="Without it the codes are no weight: download the checkpoint again.",
         )
-    allowed = SCALE_DTYPES if spec.name.endswith(f".{SCALE}") else (spec.dtype,)
+    leaf = spec.name.rpartition(".")[2]
+    allowed = {SCALE: SCALE_DTYPES, SHAPE: (torch.int64, torch.int32)}.get(leaf, (spec.dtype,))
     if entry.shape != spec.shape or entry.dtype not in allowed:
         raise CheckpointError(
             f"{entry.file}: {spec.name!r} is {entry.dtype_name} {list(entry.shape)}; {codes!r} needs "

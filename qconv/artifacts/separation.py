@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qconv.checkpoint import mxfp4
+from qconv.checkpoint.config import quantization_of
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.architecture import Architecture, Linear, Mlp, Moe
@@ -162,7 +163,7 @@ def require_readable_experts(
     Raises:
         UsageError: they are.
     """
-    section = config.get("quantization_config")
+    section = quantization_of(config)
     if section is None or (isinstance(section, Mapping) and section.get("quant_method") == mxfp4.METHOD):
         return
     joined = sorted(listed.keys() & joined_tensors(model).keys())

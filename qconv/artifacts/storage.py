@@ -11,6 +11,7 @@ import torch
 
 from qconv.artifacts.packed import CODES, LEAVES, PackedCheckpoint, packed_integers
 from qconv.checkpoint import mxfp4
+from qconv.checkpoint.config import quantization_of
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_LEAVES, Dequantized, Fp8Scheme
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.mxfp4 import Mxfp4Checkpoint
@@ -130,7 +131,7 @@ def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:
     Raises:
         CheckpointError: quantized in any other way.
     """
-    section = config.get("quantization_config")
+    section = quantization_of(config)
     if section is None:
         return None
     method = section.get("quant_method") if isinstance(section, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ MAX_WIDTH = 2**20
 """Of what a layer computes, where transformers' model of it is run: forty times the widest MLP there is."""
 MAX_EXPERTS = 250_000
 """Of all layers together: ten times what a model of a trillion weights has. A description takes memory for each."""
+QUANTIZATION = "quantization_config"
+"""The key under which a config.json says how weights are stored."""
 _MAX_NUMBER = 1e300
 
 
@@ -96,3 +99,19 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
     return name_of(repr(value), 80)
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of quantization, for the whole model or for its language model; None if nothing."""
+    text = config.get("text_config")
+    section = config.get(QUANTIZATION)
+    return text.get(QUANTIZATION) if section is None and isinstance(text, Mapping) else section
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of quantization."""
+    kept = {key: value for key, value in config.items() if key != QUANTIZATION}
+    text = kept.get("text_config")
+    if isinstance(text, Mapping) and QUANTIZATION in text:
+        kept["text_config"] = {key: value for key, value in text.items() if key != QUANTIZATION}
+    return kept

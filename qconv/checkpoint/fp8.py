@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.checkpoint.config import without_quantization
 from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry
 from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import Checkpoint, map_tensor, require_finite
@@ -152,7 +153,7 @@ class Dequantized(QuantizedCheckpoint):
             for name, entry in stored.entries.items()
             if name not in apart
         }
-        config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+        config = without_quantization(stored.config)
         codes = {entry.name: entry for entry in weights}
         return cls(entries, stored.path, config, stored, codes, scales, {}, tuple(sorted(ignored)), scheme)
 

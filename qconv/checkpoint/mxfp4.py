@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qconv.checkpoint.config import without_quantization
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import Checkpoint, map_tensor
@@ -70,7 +71,7 @@ class Mxfp4Checkpoint(QuantizedCheckpoint):
             shape = (entry.shape[0], entry.shape[1] * BLOCK)
             nbytes = shape[0] * shape[1] * dtype.itemsize
             entries[name] = replace(entry, name=name, dtype=dtype, shape=shape, nbytes=nbytes, strides=())
-        config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+        config = without_quantization(stored.config)
         return cls(entries, stored.path, config, stored, codes, scales, {}, ())
 
     def _dense(self, name: str, codes: Tensor, rows: Tensor) -> Tensor:

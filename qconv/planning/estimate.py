@@ -16,6 +16,7 @@ from qconv.artifacts.source import listed_files
 from qconv.artifacts.storage import Storage, storage_of, weight_dtype
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
+from qconv.checkpoint.config import quantization_of
 from qconv.checkpoint.fp8 import is_cache_scale
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weight_map
@@ -114,10 +115,10 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         model = architecture(config)
         in_both_spellings(config)
         dtype = weight_dtype(path, config)
-    indexed = read_weight_map(path)
-    require_readable_experts(path, listed_files(path), config, model)
-    listed = None if indexed is None else separated_names(model, indexed)
-    stored = _Stored.of(dtype, storage, model, config, listed)
+    indexed, files = read_weight_map(path), listed_files(path)
+    require_readable_experts(path, files, config, model)
+    listed = separated_names(model, files)
+    stored = _Stored.of(dtype, storage, model, config, listed or None)
     beside = Beside.of(path, config, model, storage, dtype)
     plan = make_plan(model, recipe, lambda name: dtype, beside.verbatim)
     classes = _classes(plan, stored, beside)
@@ -125,7 +126,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         path=path,
         plan=plan,
         dtype=stored.dtypes,
-        notices=(*_notices(path, model, stored, indexed, listed or (), beside), *plan.notices()),
+        notices=(*_notices(path, model, stored, indexed, listed, beside), *plan.notices()),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
         output_bytes=plan.output_bytes,
@@ -190,7 +191,7 @@ def _quantized(
             if len(shape) == 2 and any(name.removesuffix("weight") + leaf in listed for leaf in storage.marks):
                 yield name
         return
-    section = config["quantization_config"]
+    section = quantization_of(config)
     skipped = {entry for key in SKIP_KEYS for entry in skip_list(section, key)}
     for linear in (linear for layer in model.layers for linear in layer.linears()):
         parts = linear.name.split(".")

@@ -223,6 +223,39 @@ def test_parts_that_do_not_belong_together(packed_copy: Path, case: str) -> None
     refused(edit_tensors(packed_copy, change), SINGLE_NAME, *said)
 
 
+KIMI = ["lm_head", r"re:.*self_attn.*", r"re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+"""What Kimi-K2-Thinking's config.json ignores."""
+
+
+@pytest.mark.parametrize("place", ["text_config", "top"])
+def test_as_kimi_says_it(
+    twins: tuple[Path, Path], packed_copy: Path, tmp_path: Path, edit_json: Edit, place: str
+) -> None:
+    config = json.loads((packed_copy / "config.json").read_text())
+    section = config["quantization_config"] | {"ignore": KIMI, "kv_cache_scheme": None}
+    if place == "top":
+        edit_json(packed_copy / "config.json", quantization_config=section)
+    else:
+        text = {"model_type": "qwen3_moe", "quantization_config": section}
+        edit_json(packed_copy / "config.json", quantization_config=None, text_config=config | text)
+
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        for name in [one for one in tensors if one.endswith("weight_shape")]:
+            tensors[name] = tensors[name].int()
+
+    edit_tensors(packed_copy, narrow)
+    ours, theirs = Source.open(packed_copy), Source.open(twins[1])
+    for name in theirs.checkpoint.entries:
+        assert same_bits(ours.read(name), theirs.read(name)), name
+    assert "quantization_config" not in json.dumps(ours.checkpoint.config)
+    planned = estimate(packed_copy, small_recipe())
+    assert planned.source_bytes == estimate(twins[0], small_recipe()).source_bytes
+    made = build(packed_copy, tmp_path / "out", small_recipe()).out
+    assert json.loads((made / "config.json").read_text())["quantization_config"]["ignore"] != KIMI
+    assert (made / "config.json").read_text().count("quantization_config") == 1
+    assert not verify(made, against=packed_copy).problems
+
+
 def test_a_config_of_other_bits(packed_copy: Path, edit_json: Edit) -> None:
     section = json.loads((packed_copy / "config.json").read_text())["quantization_config"]
     weights = section["config_groups"]["group_0"]["weights"]

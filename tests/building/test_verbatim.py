@@ -213,6 +213,23 @@ def test_verify_finds_a_tensor_that_is_lacking_or_unlisted(glm: Path, made: Path
     assert f"{LAYER}.eh_proj is not quantized but is not on the skip list" in verify(resummed(out)).problems
 
 
+def test_others_builds_may_hold_them_in_any_way_or_not_at_all(glm: Path, made: Path, tmp_path: Path) -> None:
+    name = f"{LAYER}.mlp.experts.1.up_proj"
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.weight_packed": torch.zeros(32, 8, dtype=torch.int32)}
+        tensors |= {f"{name}.weight_scale": torch.ones(32, 2).bfloat16()}
+
+    packed = damaged(made, tmp_path / "packed", pack, f"{name}.weight")
+    for file in ("qconv-report.json", CHECKSUMS_NAME):
+        (packed / file).unlink()
+    found = verify(packed, against=glm)
+    assert not found.problems
+    assert any("MTP" in notice and "not looked at" in notice for notice in found.notices)
+    assert any("1 tensors of MTP" in notice and "missing" in notice for notice in found.notices)
+
+
 def test_the_runtime_does_not_load_them(glm: Path, made: Path, source: Callable[[str], Path], tmp_path: Path) -> None:
     plain = build(source("glm4_moe"), tmp_path / "plain", small_recipe()).out
     with torch.no_grad():
