@@ -11,6 +11,13 @@ THREE = {"num_hidden_layers": 3}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 MSCALE = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "head_dim": 32,
+}
 LATENT: dict[str, Any] = {
     "head_dim": 8,
     "num_key_value_heads": 4,
@@ -60,6 +67,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS | THREE | LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     ),
     "glm4_moe_lite": ("glm4_moe_lite", EXPERTS | THREE | LATENT | {"n_group": 1, "topk_group": 1}),
+    "qwen3_next": (
+        "qwen3_next",
+        EXPERTS | {"num_experts": 6, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4} | DELTA,
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"head_dim": 16}),
@@ -79,10 +90,13 @@ _WIDE_LATENT = {
 }
 
 
+_WIDE_DELTA = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "shared_expert_intermediate_size": 256}
+
+
 def wide(name: str) -> dict[str, Any]:
     """Changes to rows that the K-quants' blocks divide."""
     own = MODELS[name][1]
-    return _WIDE | {key: value for key, value in _WIDE_LATENT.items() if own.get(key) is not None}
+    return _WIDE | {key: value for key, value in (_WIDE_LATENT | _WIDE_DELTA).items() if key in own}
 
 
 def model_of(name: str, **changes: Any) -> Any:

@@ -195,7 +195,7 @@ def _slides(config: dict[str, Any], of: Form) -> bool:
     if of.windows is not None:
         return False
     kinds = config.get("layer_types")
-    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+    if isinstance(kinds, list) and not {"full_attention", "linear_attention"}.issuperset(map(str, kinds)):
         return True
     return config.get("sliding_window") is not None and bool(config.get("use_sliding_window", of.window))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, GGMLQuantizationType, LlamaFileType
@@ -118,6 +119,9 @@ def tensor_types(
     mixture = _mixture(file_type)
     downs = sorted((t for t in tensors if _ROLES.get(t.kind) == "down"), key=lambda t: (t.layer, t.name))
     nth_down = {tensor.name: number for number, tensor in enumerate(downs)}
+    # Of v its number counts, which is no layer's where some layers have none.
+    values = sorted({t.layer for t in tensors if _ROLES.get(t.kind) == "v" and t.layer is not None})
+    counted = {layer: number for number, layer in enumerate(values)}
 
     def chosen(tensor: GgufTensor) -> T:
         if not tensor.quantizable:
@@ -132,7 +136,10 @@ def tensor_types(
             return T.MXFP4 if len(tensor.shape) == 3 and tensor.shape[0] > 1 else T.Q8_0
         if tensor.layer is None:
             return _outside_layers(mixture, tensor, tied=model.lm_head is None)
-        return _in_layer(mixture, tensor, _place(model, tensor.layer, nth_down.get(tensor.name, 0), importance), model)
+        place = _place(model, tensor.layer, nth_down.get(tensor.name, 0), importance)
+        if _ROLES.get(tensor.kind) == "v" and len(tensor.shape) > 1:
+            place = replace(place, layer=counted[tensor.layer], layers=len(counted))
+        return _in_layer(mixture, tensor, place, model)
 
     return {tensor.name: chosen(tensor) for tensor in tensors}
 

@@ -162,6 +162,13 @@ UNGROUPED = {"expert_group_count": 1, "expert_group_used_count": 1}
             | {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
             | {"rope.scaling.yarn_log_multiplier": 0.1},
         ),
+        (
+            "qwen3_next",
+            EXPERTS
+            | {"expert_shared_feed_forward_length": 64, "rope.dimension_count": 8, "full_attention_interval": 4}
+            | {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.time_step_rank": 4}
+            | {"ssm.inner_size": 64},
+        ),
         ("olmoe", EXPERTS | {"expert_feed_forward_length": 96, "rope.dimension_count": 16}),
         ("smollm3", {"rope.dimension_count": 24}),
         # 10,000 stretched by 50 ^ (24 / 22), as a base.
@@ -189,6 +196,13 @@ def test_keys_beside_those_that_all_have(name: str, keys: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("name", "changes", "what"),
     [
+        ("qwen3_next", {"linear_value_head_dim": 32}, "heads of 16 and 32: keys are as wide as values"),
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]},
+            "full attention comes at equal distances",
+        ),
+        ("qwen3_next", {"norm_topk_prob": False}, "always sum to one"),
         ("deepseek_v3", {"q_lora_rank": None}, "no q_lora_rank"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False: neighbours are rotated"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias True: no linear has a bias"),
@@ -273,6 +287,7 @@ def test_a_file_is_the_model_that_it_was_made_of(name: str, files: Any) -> None:
         ("glm4_moe", "expert_gating_func", (1, GGUFValueType.UINT32)),
         ("glm4_moe", "leading_dense_block_count", (2, GGUFValueType.UINT32)),
         ("minimax_m2", "expert_group_count", (2, GGUFValueType.UINT32)),
+        ("qwen3_next", "ssm.inner_size", (65, GGUFValueType.UINT32)),
         ("deepseek_v3", "attention.key_length", (41, GGUFValueType.UINT32)),
         ("deepseek_v3", "attention.head_count_kv", (4, GGUFValueType.UINT32)),
         ("deepseek_v3", "attention.kv_lora_rank", (33, GGUFValueType.UINT32)),

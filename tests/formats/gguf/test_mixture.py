@@ -257,3 +257,16 @@ def test_llama_cpp_knows_a_70b_by_its_layers(family: str, expected: T) -> None:
     model = architecture(SIZES | changes)
     types = tensor_types("Q4_K_M", model, gguf_tensors(model), importance=False)
     assert types["blk.10.attn_v.weight"] == expected  # not one of the sensitive layers
+
+
+def test_of_v_its_number_counts_where_some_layers_have_none() -> None:
+    """Of 16 layers four have a v; llama.cpp's medium mixture gives the third of them more, and not the layers'."""
+    delta = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 16, "num_experts": 6}
+    sizes = {"model_type": "qwen3_next", "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 32}
+    shared = {"shared_expert_intermediate_size": 64, "rope_theta": 1e4}
+    model = architecture(SIZES | EXPERTS | delta | sizes | shared)
+    types = tensor_types("Q4_K_M", model, gguf_tensors(model), importance=False)
+    values = [types[f"blk.{layer}.attn_v.weight"] for layer in (3, 7, 11, 15)]
+    # With n = 4, n / 8 is 0 and 7 n / 8 is 3.
+    assert values == [T.Q4_K, T.Q4_K, T.Q6_K, T.Q6_K]
+    assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_a"] == types["blk.0.ssm_dt.bias"] == T.F32
