@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qconv.artifacts.inspection import natural_order
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, TensorSpec
 from qconv.checkpoint.reader import Checkpoint, require_whole_bytes
 from qconv.core.architecture import Architecture
@@ -120,4 +121,4 @@ def _listed(parts: Sequence[VerbatimPart]) -> str:
 
 
 def _said(part: str) -> str:
-    return part if part.isupper() else {"other": "other parts"}.get(part, f"the {part}")
+    return name_of(part) if part.isupper() else {"other": "other parts"}.get(part, f"the {name_of(part)}")

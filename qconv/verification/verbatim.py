@@ -8,6 +8,7 @@ from functools import partial
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, parts_of
+from qconv.boundary.printable import name_of
 from qconv.checkpoint.stream import same_bits
 from qconv.core.workers import Workers
 from qconv.verification.outcome import Verification
@@ -24,7 +25,7 @@ def check_listed(build: Build, verbatim: Iterable[Verbatim], result: Verificatio
             result.problems.append(f"the build's report says {theirs}; the build holds {ours}")
     for module in dict.fromkeys(one.module for one in verbatim if one.module is not None):
         if not build.format.is_skipped(module, build.skipped):
-            result.problems.append(f"{module} is not quantized but is not on the skip list")
+            result.problems.append(f"{name_of(module)} is not quantized but is not on the skip list")
 
 
 def check_copies(build: Build, source: Source, result: Verification, workers: Workers) -> None:
@@ -47,6 +48,7 @@ def _difference(build: Build, source: Source, name: str) -> str | None:
     """How a tensor differs from the source's, or None."""
     ours, theirs = build.checkpoint.entry(name), source.checkpoint.entry(name)
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return f"{name} is {ours.dtype_name} {list(ours.shape)}, {theirs.dtype_name} {list(theirs.shape)} in the source"
+        found, wanted = (f"{one.dtype_name} {list(one.shape)}" for one in (ours, theirs))
+        return f"{name_of(name)} is {found}, {wanted} in the source"
     pairs = zip(build.checkpoint.blocks(name), source.checkpoint.blocks(name), strict=True)
-    return None if all(same_bits(one, other) for one, other in pairs) else f"{name}: differs from the source"
+    return None if all(same_bits(one, other) for one, other in pairs) else f"{name_of(name)}: differs from the source"

@@ -13,22 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
 
 import qconv
 from qconv.artifacts.build import Build
 from qconv.artifacts.inspection import inspect
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim
-from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.building.several_pipeline import quantize_several
 from qconv.checkpoint.stream import same_bits
 from qconv.errors import CheckpointError
 from qconv.folders.state import CHECKSUMS_NAME
 from qconv.formats import get_format
 from qconv.planning.estimate import estimate
 from qconv.planning.gguf_outline import outline
-from qconv.planning.gguf_recipe import parse_gguf_recipe
+from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
 from qconv.planning.plan import plan_of
+from qconv.planning.recipe import Recipe
 from qconv.runtime.stream import stream_logits
 from qconv.verification.build import verify
 from qconv.verification.checksums import parse_checksums, render_checksums
@@ -286,23 +286,21 @@ def test_fp8_is_dequantized_once_and_said(source: Callable[[str], Path], tmp_pat
     )
 
 
-def test_a_gguf_file_leaves_them_out_and_says_so(
-    tmp_path: Path, moe: Path, edit_json: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = edit_tensors(Path(shutil.copytree(moe, tmp_path / "model")), lambda tensors: tensors.update(mtp_tensors()))
-    edit_json(folder / "config.json", norm_topk_prob=True)
-    # A type that llama.cpp has and that transformers leaves something out of, as long as there is none.
-    monkeypatch.setattr(Qwen3MoeForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"layers\.3\."])
+def test_a_gguf_file_leaves_them_out_and_says_so(glm: Path, made: Path, tmp_path: Path) -> None:
+    """Beside a build that has a place for them, in one run."""
     log: list[str] = []
-    recipe = parse_gguf_recipe({"type": "Q8_0"})
-    out = quantize_gguf(folder, tmp_path / "out", recipe, threads=1, progress=lambda *_: None, log=log.append).out
-    said = f"{len(mtp_tensors())} tensors of MTP"
+    gguf = parse_gguf_recipe({"type": "Q8_0"})
+    recipes: dict[str, Recipe | GgufRecipe] = {"q8": gguf, "w4a16": RECIPE}
+    quantize_several(glm, tmp_path / "out", recipes, threads=1, progress=lambda *_: None, log=log.append)
+    out, said = tmp_path / "out" / "q8", f"{len(mtp_tensors())} tensors of MTP"
     assert any(said in line and "left out" in line for line in log)
     assert said in (out / "README.md").read_text()
     (part,) = json.loads((out / "qconv-report.json").read_text())["left_out"]
     assert part["part"] == "MTP"
-    assert not verify_gguf(out, against=folder).problems
-    assert any(said in notice and "left out" in notice for notice in outline(folder, recipe).notices)
+    assert not verify_gguf(out, against=glm).problems
+    assert any(said in notice and "left out" in notice for notice in outline(glm, gguf).notices)
+    shards = {name: data for name, data in folder_bytes(tmp_path / "out" / "w4a16").items() if name.startswith("model")}
+    assert shards == {name: data for name, data in folder_bytes(made).items() if name.startswith("model")}
 
 
 def test_elements_that_share_bytes_are_refused(glm: Path) -> None:
