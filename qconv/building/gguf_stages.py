@@ -146,6 +146,8 @@ class StagedLayers:
         """The blocks of one part of a tensor, uint8 [rows, bytes of a row], in file order."""
         assert tensor.layer is not None
         data = map_tensor(self._stages[tensor.layer][tensor.sources[part]])
+        if tensor.moved is not None and tensor.moved.rows is not None:
+            return data[tensor.moved.rows]
         return permute_heads(data, tensor.heads) if tensor.heads else data
 
     def keeps(self, linear: Linear) -> bool:
@@ -243,6 +245,7 @@ def _schemes(
     rounded = {linear.weight for layer in layers for linear in layer.linears()}
     for tensor in plan.tensors.values():
         grid = BlockGrid(encoder(plan.types[tensor.name]))
-        if tensor.layer is not None and tensor.quantizable and grid.has_codes and tensor.sources[0] in rounded:
+        calibrated = tensor.in_rows and tensor.sources[0] in rounded if tensor.sources else False
+        if tensor.layer is not None and tensor.quantizable and grid.has_codes and calibrated:
             found |= dict.fromkeys(tensor.sources, (grid, recipe.method_for(tensor)))
     return found

@@ -107,9 +107,12 @@ def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares
     """What was seen of linears, by the name of their weight in the checkpoint, as entries of the GGUF tensors."""
     entries = {}
     for tensor in tensors:
-        parts = [seen[name] for name in tensor.sources if name in seen and tensor.change is None]
+        columns = None if tensor.moved is None else tensor.moved.columns
+        kept = tensor.in_rows or columns is not None
+        parts = [seen[name] for name in tensor.sources if name in seen and kept]
         if parts:
             sums = torch.stack([part.sums for part in parts]).float()
+            sums = sums if columns is None else sums[:, columns]
             entries[tensor.name] = Entry(sums, torch.tensor([part.tokens for part in parts], dtype=torch.float64))
     return entries
 

@@ -72,7 +72,7 @@ class GgufFiles:
         places = {source: (tensor, part) for tensor in tensors for part, source in enumerate(tensor.sources)}
         changed: dict[str, list[GgufTensor]] = {}
         for tensor in tensors:
-            if tensor.change is not None:
+            if not tensor.in_rows:
                 changed.setdefault(tensor.sources[0], []).append(tensor)
         return cls(model, config, resolved, mapped, places, changed)
 
@@ -154,7 +154,9 @@ class GgufFiles:
         entry, (rows, columns) = self._entry(name, shape), shape
         size = row_bytes(entry.type, columns)
         found = self.mapped(_bytes(entry, part * rows, rows, size))
-        if tensor.heads:
+        if tensor.moved is not None and tensor.moved.rows is not None:
+            found = found[tensor.moved.rows.argsort()]
+        elif tensor.heads:
             # A vector's elements are what a matrix's rows are.
             found = original_heads(found.view(-1, 4) if vector else found, tensor.heads).view(found.shape)
         return found, entry.type

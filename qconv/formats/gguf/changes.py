@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,11 +18,15 @@ class Piece:
         name: What the ``gguf`` package's tables call it.
         shape: Its shape, outermost dimension first.
         make: Makes it of the checkpoint's tensor.
+        rows: Where it is the checkpoint's rows in another order and nothing else, their numbers; else None.
+        columns: Where its columns are the checkpoint's in another order, their numbers; else None.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[Tensor], Tensor]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,24 @@ def decay(name: str, shape: tuple[int, ...]) -> Change:
     return Change((Piece(name, shape, _decay),), _log_of_decay)
 
 
+def moved_rows(name: str, shape: tuple[int, ...], rows: Tensor) -> Change:
+    """The same rows in another order."""
+    return Change((Piece(name, shape, partial(_taken, rows), rows=rows),), partial(_taken, rows.argsort()))
+
+
+def moved_columns(name: str, shape: tuple[int, ...], columns: Tensor) -> Change:
+    """The same columns in another order."""
+    make, back = partial(_taken_columns, columns), partial(_taken_columns, columns.argsort())
+    return Change((Piece(name, shape, make, columns=columns),), back)
+
+
+def with_rows_moved(change: Change, rows: Tensor) -> Change:
+    """Another change of one piece, whose rows then move."""
+    (piece,) = change.pieces
+    make = partial(_after, partial(_taken, rows), piece.make)
+    return Change((replace(piece, make=make),), partial(_after, change.join, partial(_taken, rows.argsort())))
+
+
 def latent_keys_and_values(name: str, heads: int, keys: int, values: int, rank: int) -> Change:
     """DeepSeek's ``kv_b_proj``, [heads * (keys + values), rank], as llama.cpp multiplies with it.
 
@@ -65,6 +87,18 @@ def latent_keys_and_values(name: str, heads: int, keys: int, values: int, rank: 
         Piece(f"{stem}v_b_proj.weight", (heads, values, rank), partial(_values, heads, keys)),
     )
     return Change(pieces, _joined)
+
+
+def _taken(rows: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[rows]
+
+
+def _taken_columns(columns: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[:, columns]
+
+
+def _after(second: Callable[[Tensor], Tensor], first: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    return second(first(tensor))
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -30,11 +30,12 @@ _SAYS_NOTHING = (
     Keys.LLM.TENSOR_DATA_LAYOUT,
     Keys.LLM.EXPERT_FEED_FORWARD_LENGTH,
     Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH,
+    Keys.Rope.DIMENSION_SECTIONS,
     Keys.Rope.SCALING_FINETUNED,
     Keys.Rope.SCALING_ORIG_CTX_LEN,
     Keys.Rope.SCALING_TYPE,
 )
-"""Told by the tensors, of how the file was made, or of a scaling that there is not."""
+"""Told by the tensors, of how the file was made, of a scaling that there is not, or of positions of other than text."""
 _HOLDS_ANYWAY: Mapping[str, tuple[Any, ...]] = {
     Keys.Attention.CAUSAL: (True,),
     Keys.LLM.EXPERT_SHARED_COUNT: (1,),

@@ -82,7 +82,11 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
         writer.add_key_value(key, stated_value(config, stated), _TYPES[type(stated.default)])
     metadata: Metadata = writer.kv_data[0]
     for key, value in of.mixing.states(config, model).items():
-        metadata[key.format(arch=of.architecture)] = GGUFValue(value, _TYPES[type(value)])
+        full = key.format(arch=of.architecture)
+        if isinstance(value, list):
+            metadata[full] = GGUFValue(value, GGUFValueType.ARRAY, GGUFValueType.INT32)
+        else:
+            metadata[full] = GGUFValue(value, _TYPES[type(value)])
     return metadata
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qconv.core.architecture import Architecture, Layer, Module, Moe, Norm
 from qconv.errors import UsageError
-from qconv.formats.gguf.changes import Change, added
+from qconv.formats.gguf.changes import Change, Piece, added
 from qconv.formats.gguf.forms import Form, form
 
 _UNQUANTIZED = (MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.SSM_CONV1D)
@@ -51,7 +51,17 @@ class GgufTensor:
 
     def made_of(self, source: Tensor) -> Tensor:
         """Its values, of a source's."""
-        return source if self.change is None else self.change.pieces[self.piece].make(source)
+        return source if self.moved is None else self.moved.make(source)
+
+    @property
+    def moved(self) -> Piece | None:
+        """How it is changed."""
+        return None if self.change is None else self.change.pieces[self.piece]
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether its rows are the checkpoint's, in whatever order."""
+        return self.moved is None or self.moved.rows is not None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -112,7 +122,7 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
             if change is not None:
                 pieces = [(piece.name, piece.shape) for piece in change.pieces]
             for number, (called, shape) in enumerate(pieces):
-                found = _named(names, _EXPERT_NUMBER.sub("", called))
+                found = _named(names, _EXPERT_NUMBER.sub("", called).replace("model.language_model.", "model."))
                 if found is None:
                     raise UsageError(
                         f"{sources[0]}: llama.cpp's {of.architecture} has no place for it.",

@@ -5,13 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconv.formats.gguf.changes import Change, added, decay, latent_keys_and_values, renamed
+from qconv.formats.gguf.changes import (
+    Change,
+    added,
+    decay,
+    latent_keys_and_values,
+    moved_columns,
+    moved_rows,
+    renamed,
+    with_rows_moved,
+)
 
+ORDER = torch.tensor([2, 0, 3, 1])
 HEADS, KEYS, VALUES, RANK = 3, 8, 6, 10
 CHANGES: dict[str, tuple[Change, tuple[int, ...]]] = {
     "norm": (added("norm.weight", (12,), 1.0), (12,)),
     "convolution": (renamed("conv1d.weight", (12, 4)), (12, 1, 4)),
     "decay": (decay("A_log", (4,)), (4,)),
+    "rows": (moved_rows("z.weight", (4, 3), ORDER), (4, 3)),
+    "columns": (moved_columns("out.weight", (3, 4), ORDER), (3, 4)),
+    "rows of a decay": (with_rows_moved(decay("A_log", (4,)), ORDER), (4,)),
     "latent": (latent_keys_and_values("x.kv_b_proj.weight", HEADS, KEYS, VALUES, RANK), (42, RANK)),
 }
 

@@ -58,7 +58,9 @@ def test_a_model_with_towers_is_described_by_its_text_part() -> None:
 @pytest.mark.parametrize("family", [family for family in families() if family != "kimi_k2"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     config = AutoConfig.for_model(family)
-    assert type(config).__name__.removesuffix("Config") == form(family).model_class.removesuffix("ForCausalLM")
+    assert type(config).__name__.removesuffix("Config").removesuffix("Text") == form(family).model_class.removesuffix(
+        "ForCausalLM"
+    )
     for stated in form(family).stated:
         assert getattr(config, stated.config) in (stated.default, None), stated.config
     for fixed in form(family).fixed:
@@ -168,6 +170,13 @@ UNGROUPED = {"expert_group_count": 1, "expert_group_used_count": 1}
             | {"expert_shared_feed_forward_length": 64, "rope.dimension_count": 8, "full_attention_interval": 4}
             | {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.time_step_rank": 4}
             | {"ssm.inner_size": 64},
+        ),
+        (
+            "qwen3_5_moe_text",
+            EXPERTS
+            | {"expert_shared_feed_forward_length": 64, "rope.dimension_count": 8, "full_attention_interval": 4}
+            | {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.time_step_rank": 4}
+            | {"ssm.inner_size": 64, "rope.dimension_sections": [11, 11, 10, 0]},
         ),
         ("olmoe", EXPERTS | {"expert_feed_forward_length": 96, "rope.dimension_count": 16}),
         ("smollm3", {"rope.dimension_count": 24}),

@@ -119,7 +119,7 @@ def _no_change(model: Architecture, name: str, shape: tuple[int, ...]) -> Change
     return None
 
 
-def _nothing_stated(config: Values, model: Architecture) -> Mapping[str, bool | int | float]:
+def _nothing_stated(config: Values, model: Architecture) -> Mapping[str, bool | int | float | list[int]]:
     return {}
 
 
@@ -143,7 +143,7 @@ class Mixing:
     latent: bool = False
     mscale: bool = False
     changes: Callable[[Architecture, str, tuple[int, ...]], Change | None] = _no_change
-    states: Callable[[Values, Architecture], Mapping[str, bool | int | float]] = _nothing_stated
+    states: Callable[[Values, Architecture], Mapping[str, bool | int | float | list[int]]] = _nothing_stated
     restores: Callable[[ModelKeys], dict[str, Any]] = _nothing_restored
     differs: Callable[[Values, Architecture], str | None] = _no_difference
 

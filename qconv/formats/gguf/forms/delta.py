@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from gguf import Keys
 
 from qconv.checkpoint.config import Config
-from qconv.core.architecture import Architecture
-from qconv.formats.gguf.changes import Change, added, decay, renamed
+from qconv.core.architecture import Architecture, Norm, Parameter
+from qconv.formats.gguf.changes import Change, added, decay, moved_columns, moved_rows, renamed, with_rows_moved
 from qconv.formats.gguf.forms.base import Mixing, Values
 
 if TYPE_CHECKING:
@@ -34,6 +35,47 @@ def _changes(model: Architecture, name: str, shape: tuple[int, ...]) -> Change |
     return renamed(f"{stem}linear_attn.dt_proj.bias", shape) if leaf == "dt_bias" else None
 
 
+def _tiled_changes(model: Architecture, name: str, shape: tuple[int, ...]) -> Change | None:
+    """As :func:`_changes`, with heads of values in the order in which llama.cpp repeats those of keys.
+
+    transformers has the heads of values that share a key head beside each other; llama.cpp first has one of each.
+    """
+    change, leaf = _changes(model, name, shape), name.rpartition("linear_attn.")[2]
+    if leaf == name or leaf == "norm.weight":
+        return change
+    size, heads = _heads(model)
+    values, first = heads * size, shape[0] - heads * size
+    keys = _key_heads(model, size, values)
+    order = torch.arange(values).view(keys, heads // keys, size).transpose(0, 1).flatten()
+    if leaf == "out_proj.weight":
+        return moved_columns(name, shape, order)
+    if leaf in ("in_proj_qkv.weight", "conv1d.weight"):
+        order = torch.cat([torch.arange(first), order + first])
+    elif leaf != "in_proj_z.weight":
+        order = torch.arange(heads).view(keys, heads // keys).T.flatten()
+    return moved_rows(name, shape, order) if change is None else with_rows_moved(change, order)
+
+
+def _heads(model: Architecture) -> tuple[int, int]:
+    """The size of a head and the number of those of values."""
+    kept = next(layer.attention.kept() for layer in model.layers if layer.attention.name.endswith("linear_attn"))
+    size = next(one.size for one in kept if isinstance(one, Norm))
+    return size, next(one.shape[0] for one in kept if isinstance(one, Parameter) and one.name.endswith("A_log"))
+
+
+def _key_heads(model: Architecture, size: int, values: int) -> int:
+    linears = (linear for layer in model.layers for linear in layer.attention.linears())
+    joined = next(linear.out_features for linear in linears if linear.name.endswith("in_proj_qkv"))
+    return (joined - values) // (2 * size)
+
+
+def _sectioned_states(config: Values, model: Architecture) -> dict[str, int | list[int]]:
+    """As :func:`_states`, with the sections of rotary dimensions, which of text all have one position."""
+    rope = config.get("rope_parameters") or {}
+    sections = rope.get("mrope_section") or [11, 11, 10]
+    return {**_states(config, model), Keys.Rope.DIMENSION_SECTIONS: [*sections, 0]}
+
+
 def _states(config: Values, model: Architecture) -> dict[str, int]:
     values = Config(dict(config))
     stated = {key: values.integer(name, default=default) for key, (name, default) in _STATED.items()}
@@ -49,7 +91,8 @@ def _restores(keys: ModelKeys) -> dict[str, Any]:
     if inner != heads * config[_VALUES[0]]:
         raise keys.error(f"{Keys.SSM.INNER_SIZE} is {inner}, not {heads} heads of {config[_VALUES[0]]}")
     interval = keys.integer(Keys.LLM.FULL_ATTENTION_INTERVAL, 4)
-    return config | {"layer_types": _kinds(keys.integer(Keys.LLM.BLOCK_COUNT), interval)}
+    layers = keys.integer(Keys.LLM.BLOCK_COUNT) - keys.integer(Keys.LLM.NEXTN_PREDICT_LAYERS, 0)
+    return config | {"layer_types": _kinds(layers, interval)}
 
 
 def _differs(config: Values, model: Architecture) -> str | None:
@@ -71,3 +114,5 @@ def _kinds(layers: int, interval: int) -> list[str]:
 
 DELTA = Mixing(changes=_changes, states=_states, restores=_restores, differs=_differs)
 """Qwen3-Next's."""
+TILED_DELTA = Mixing(changes=_tiled_changes, states=_sectioned_states, restores=_restores, differs=_differs)
+"""Qwen3.5's."""
