@@ -105,7 +105,7 @@ class _MlpHalf:
         The outputs are computed when all that quantizing needed is released, so that both peak alike.
         """
         context, mlp = self.context, self.context.layer.mlps()[index]
-        source = GatedWeights.read(context.source, mlp, context.decoder.act)
+        source = GatedWeights.read(context.source, mlp, context.decoder.gating(context.layer, mlp))
         made = self._quantized(index, source)
         passing = made[0].passing() if context.calibration.propagate and not context.is_last else source
         results = [_Result.of(one) for one in made]

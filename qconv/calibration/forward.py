@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from qconv.checkpoint.reader import in_config, read_json
-from qconv.core.architecture import Architecture, Layer, Moe, Norm
+from qconv.core.architecture import Architecture, Layer, Mlp, Moe, Norm
 from qconv.models.calls import Call, Calls
+from qconv.models.gating import Gating, Plain, gating_of
 from qconv.models.transformer import config_of, empty_model
-
-Activation = Callable[[Tensor], Tensor]
 
 
 class Decoder:
@@ -46,7 +45,7 @@ class Decoder:
             config = config_of(read_json(model_path / "config.json"))
             self._skeleton = empty_model(config, dtype).model
         self._calls = Calls(self._skeleton, architecture.hidden_size)
-        self.act: Activation = ACT2FN[config.hidden_act]
+        self._plain = Plain(ACT2FN[config.hidden_act])
 
     def norm(self, layer: Layer, norm: Norm, weight: Tensor) -> nn.Module:
         """A norm of a layer with its weight, [hidden]."""
@@ -66,11 +65,19 @@ class Decoder:
         """
         held = self._architecture.held_name
         block = held(moe.experts_name).rpartition(".")[0]
-        names = {f"{held(moe.router.name)}.weight": moe.router.weight}
+        names = {self._architecture.held_tensor(name): name for name, _ in moe.router.tensors()}
         names |= {held(parameter.name): parameter.name for parameter in moe.parameters}
         state = {name.removeprefix(f"{block}."): read(stored).to(self.dtype) for name, stored in names.items()}
         empty = self._skeleton.layers[layer.index].get_submodule(block_name(layer, self._architecture))
         return RouterBlock.of(empty, state)
+
+    def gating(self, layer: Layer, mlp: Mlp) -> Gating:
+        """What an MLP of a layer makes of the outputs of gate and up."""
+        if not isinstance(layer.mlp, Moe) or mlp == layer.mlp.shared_expert:
+            return self._plain
+        name = self._architecture.within(layer, layer.mlp.experts_name)
+        experts = self._skeleton.layers[layer.index].get_submodule(name)
+        return gating_of(experts, self._architecture.joined.interleaved)
 
     def attention(self, layer: Layer, tensors: Mapping[str, Tensor]) -> MixerBlock:
         """What mixes tokens in a layer.

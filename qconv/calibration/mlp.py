@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.source import Source
-from qconv.calibration.forward import Activation
 from qconv.calibration.schemes import Scheme
 from qconv.core.architecture import Linear, Mlp
 from qconv.core.grid import Packed
+from qconv.models.gating import Gating
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class GatedWeights:
     gate_bias: Tensor | None
     up_bias: Tensor | None
     down_bias: Tensor | None
-    act: Activation
+    gating: Gating
 
     @classmethod
-    def read(cls, source: Source, mlp: Mlp, act: Activation) -> GatedWeights:
+    def read(cls, source: Source, mlp: Mlp, gating: Gating) -> GatedWeights:
         """One MLP's weights from the source, in float32.
 
         Raises:
@@ -39,7 +39,7 @@ class GatedWeights:
             return source.read(f"{linear.name}.bias").float() if linear.bias else None
 
         gate, up, down = (source.read(linear.weight).float() for linear in mlp.linears())
-        return cls(gate, up, down, bias(mlp.gate), bias(mlp.up), bias(mlp.down), act)
+        return cls(gate, up, down, bias(mlp.gate), bias(mlp.up), bias(mlp.down), gating)
 
     def replaced(
         self,
@@ -65,7 +65,7 @@ class GatedWeights:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """down's input from the outputs of gate and up, biases included, float32 [tokens, inner] each."""
-        return self.act(gate).mul_(up)
+        return self.gating(gate, up)
 
     def rounded_inner(self, inputs: Tensor, schemes: tuple[Scheme, Scheme], scale: Tensor | None = None) -> Tensor:
         """down's input with gate and up rounded to nearest after their columns were multiplied by ``scale``.

@@ -40,7 +40,8 @@ def search_shared_scale(inputs: MlpInputs, build: LayerBuild) -> None:
     size = min(build.recipe.awq.search_tokens, max(16, SHARED_SEARCH_TOKENS // len(mlps)))
 
     def losses(index: int) -> list[float]:
-        weights = GatedWeights.read(context.source, mlps[index], context.decoder.act)
+        gating = context.decoder.gating(context.layer, mlps[index])
+        weights = GatedWeights.read(context.source, mlps[index], gating)
         sample = inputs.sample(index, inputs.assignment(index), size)
         target = weights(sample.inputs)
         schemes = build.schemes[mlps[index].gate.name], build.schemes[mlps[index].up.name]
@@ -98,7 +99,7 @@ class MlpBuild:
         mlp = self.subject.mlp
         if self.build.static is not None:
             return 0
-        if not self._rounded(*mlp.linears()) and not self.build.searches_scales((mlp.up, mlp.down)):
+        if not self._rounded(*mlp.linears()) and not self._searches_inner():
             return None
         return 0 if self._compensated(mlp.down) else statistics_width(self.build, (mlp.down,))
 
@@ -109,6 +110,11 @@ class MlpBuild:
         if self.build.static is not None or self.build.quantized.isdisjoint((mlp.gate.name, mlp.up.name)):
             return None
         return self.inputs.width(self.build)
+
+    def _searches_inner(self) -> bool:
+        """Whether a scale is searched that folds from down into up."""
+        mlp = self.subject.mlp
+        return mlp.folds and self.build.searches_scales((mlp.up, mlp.down))
 
     def _compensated(self, *linears: Linear) -> list[Linear]:
         """Those whose codes second moments decide about."""
@@ -132,7 +138,7 @@ class MlpBuild:
             inner: Statistics of down's input.
         """
         mlp, build, weights, sample = self.subject.mlp, self.build, self.subject.weights, self.subject.sample
-        if not build.searches_scales((mlp.up, mlp.down)):
+        if not self._searches_inner():
             return
         scales = awq.candidate_scales(inner.magnitude, build.recipe.awq.alpha_points)
         activations = weights.inner(sample.inputs)

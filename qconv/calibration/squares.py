@@ -135,7 +135,8 @@ class _MlpPass:
 
     @classmethod
     def of(cls, layer_pass: LayerPass, mlp: Mlp, norm: nn.Module) -> _MlpPass:
-        return cls(layer_pass, GatedWeights.read(layer_pass.source, mlp, layer_pass.decoder.act), norm)
+        gating = layer_pass.decoder.gating(layer_pass.layer, mlp)
+        return cls(layer_pass, GatedWeights.read(layer_pass.source, mlp, gating), norm)
 
     def __call__(self, window: Assignment) -> _Part:
         normed: Tensor = self.norm(self.layer_pass.work.middle.gather(window.tokens))

@@ -172,11 +172,16 @@ class Mixer:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """A gated MLP, ``down(act(gate(x)) * up(x))``: a dense layer's, one expert's or a shared expert's."""
+    """A gated MLP, ``down(act(gate(x)) * up(x))``: a dense layer's, one expert's or a shared expert's.
+
+    ``folds`` says whether down's input is linear in up's outputs, as it is there, so that scales fold from down into
+    up; experts of some models limit what they give.
+    """
 
     gate: Linear
     up: Linear
     down: Linear
+    folds: bool = True
 
     def linears(self) -> tuple[Linear, ...]:
         """gate, up, down."""

@@ -227,7 +227,7 @@ class Variants:
         installer.around_experts(layer)
         if isinstance(layer.mlp, Moe):
             name = layer.mlp.experts_name
-            experts = StreamedExperts(files, layer.mlp, self.backend, installer.activation(name), installer.rounding)
+            experts = StreamedExperts(files, layer.mlp, self.backend, installer.gating(name), installer.rounding)
             installer.replace(name, PackedExperts(experts))
         yield RunningLayer.of(self.model.model.layers[layer.index], self.calls, layer, self.architecture)
         self.model.model.layers[layer.index] = pristine

@@ -4,7 +4,8 @@ A family says what its modules are called and which keys of config.json decide a
 (``base``); :func:`architecture` makes of that and a config.json the linears, norms and experts of every layer
 (:mod:`qconv.core.architecture`), which is all that the rest of qconv sees of a model. ``folding`` is what scales folded
 into the operation before a linear do to the tensors around it. ``discovery`` reads a structure off transformers' model
-(``transformer``), and ``calls`` is how that calls its parts.
+(``transformer``), and ``calls`` is how that calls its parts, and
+``gating`` what its experts make of gate and up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qconv.core.architecture import Architecture
 from qconv.errors import CheckpointError
 from qconv.models.base import Family, build
 
-_SHARED = ("base", "calls", "discovery", "folding", "transformer")
+_SHARED = ("base", "calls", "discovery", "folding", "gating", "transformer")
 """Modules here that are no family."""
 
 

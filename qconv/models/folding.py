@@ -80,7 +80,8 @@ def producers(layer: Layer) -> dict[str, str]:
             table |= dict.fromkeys((one.name for one in (*group.linears, *group.unquantized)), group.producer.name)
     for mlp in layer.mlps():
         table |= {mlp.gate.name: layer.post_attention_norm.name, mlp.up.name: layer.post_attention_norm.name}
-        table[mlp.down.name] = mlp.up.name
+        if mlp.folds:
+            table[mlp.down.name] = mlp.up.name
     return table
 
 
@@ -90,7 +91,7 @@ def output_channels(layer: Layer) -> dict[str, int]:
     norms = [producer for producer in made if isinstance(producer, Norm)]
     channels = {norm.name: norm.size for norm in (*norms, layer.post_attention_norm)}
     channels |= {producer.name: producer.out_features for producer in made if isinstance(producer, Linear)}
-    return channels | {mlp.up.name: mlp.up.out_features for mlp in layer.mlps()}
+    return channels | {mlp.up.name: mlp.up.out_features for mlp in layer.mlps() if mlp.folds}
 
 
 def spread_heads(scale: Tensor, repeats: int, head_dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts whose inputs are rounded before they are multiplied with, as engines do with FP8 activations."""
+"""Experts that kernels have no place for: with rounded inputs, as engines round for FP8, with biases, other gates."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qconv.models.gating import Gating
 from qconv.runtime.activations import InputRounding
-from qconv.runtime.backends.base import Activation, LinearOperator
+from qconv.runtime.backends.base import LinearOperator
 from qconv.runtime.backends.routing import routed
 
 
 @dataclass(frozen=True, slots=True)
 class RoundedLinear:
-    """A linear that rounds its inputs first; as they are where it has no rounding."""
+    """A linear that rounds its inputs first, and takes them as they are where it has no rounding; with its bias."""
 
     operator: LinearOperator
     rounding: InputRounding | None
+    bias: Tensor | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return self.operator(inputs if self.rounding is None else self.rounding(inputs))
+        output = self.operator(inputs if self.rounding is None else self.rounding(inputs))
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def tensors(self) -> Iterator[Tensor]:
         return self.operator.tensors()
@@ -45,14 +48,14 @@ class RoundedExperts:
     """One chosen expert after the other."""
 
     mlps: Sequence[RoundedMlp]
-    act: Activation
+    gating: Gating
 
     def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return routed(inputs, chosen, weights, len(self.mlps), self._expert)
 
     def _expert(self, expert: int, inputs: Tensor) -> Tensor:
         mlp = self.mlps[expert]
-        return mlp.down(self.act(mlp.gate(inputs)) * mlp.up(inputs))
+        return mlp.down(self.gating(mlp.gate(inputs), mlp.up(inputs)))
 
     def tensors(self) -> Iterator[Tensor]:
         return (tensor for mlp in self.mlps for tensor in mlp.tensors())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qconv.checkpoint.reader import in_config
 from qconv.core.architecture import Layer, Linear, Moe, Norm, Parameter
 from qconv.models import transformer
+from qconv.models.gating import Gating, gating_of
 from qconv.runtime.activations import InputRounding
-from qconv.runtime.backends.base import Activation, Backend
+from qconv.runtime.backends.base import Backend
 from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
@@ -109,23 +110,27 @@ class Installer:
         """The experts of a sparse block."""
         name = moe.experts_name
         self.check_experts(moe)
-        act = self.activation(name)
-        if any(self.rounding(linear) is not None for mlp in moe.experts for linear in mlp.linears()):
+        gating = self.gating(name)
+        linears = [linear for mlp in moe.experts for linear in mlp.linears()]
+        by_kernels = not any(linear.bias or self.rounding(linear) is not None for linear in linears)
+        if gating.activation is None or not by_kernels:
             rounded = [RoundedMlp(*map(self._rounded, mlp.linears())) for mlp in moe.experts]
-            self.replace(name, PackedExperts(RoundedExperts(rounded, act)))
+            self.replace(name, PackedExperts(RoundedExperts(rounded, gating)))
             return
         mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in moe.experts]
-        self.replace(name, PackedExperts(self.backend.experts(mlps, act)))
+        self.replace(name, PackedExperts(self.backend.experts(mlps, gating.activation)))
 
     def rounding(self, linear: Linear) -> InputRounding | None:
         """How a linear's inputs are rounded here."""
         return self.files.input_rounding(linear) if self.round_inputs else None
 
     def _rounded(self, linear: Linear) -> RoundedLinear:
-        return RoundedLinear(self.backend.linear(self._weight(linear)), self.rounding(linear))
+        bias = self.files.bias(linear) if linear.bias else None
+        bias = None if bias is None else bias.to(self.backend.device)
+        return RoundedLinear(self.backend.linear(self._weight(linear)), self.rounding(linear), bias)
 
     def check_experts(self, moe: Moe) -> None:
-        """Experts have no place for biases.
+        """Nobody adds the bias of an expert whose family has none.
 
         Raises:
             CheckpointError: one has a bias that is not zero.
@@ -149,15 +154,17 @@ class Installer:
         for router in layer.routers():
             shape = (router.out_features, router.in_features)
             self._assign(router.name, weight=self.files.tensor(router.weight, shape))
+            bias = self.files.bias(router) if router.bias else None
+            if bias is not None:
+                self._assign(router.name, bias=bias)
         mlp = layer.mlp.shared_expert if isinstance(layer.mlp, Moe) else layer.mlp
         for linear in () if mlp is None else mlp.linears():
             self.linear(linear)
 
-    def activation(self, name: str) -> Activation:
-        """The activation of transformers' experts of that name, which :meth:`replace` then replaces."""
-        experts: Any = self.model.get_submodule(self.held_name(name))
-        act: Activation = experts.act_fn
-        return act
+    def gating(self, name: str) -> Gating:
+        """That of transformers' experts of that name, which :meth:`replace` then replaces."""
+        experts = self.model.get_submodule(self.held_name(name))
+        return gating_of(experts, self.files.architecture.joined.interleaved)
 
     def linear(self, linear: Linear) -> None:
         """A linear, packed or dense."""

@@ -26,9 +26,9 @@ from qconv.calibration.forward import RunningLayer
 from qconv.core.architecture import Layer, Linear, Moe
 from qconv.errors import UsageError
 from qconv.models.calls import Calls
+from qconv.models.gating import Gating
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends import Backend, get_backend
-from qconv.runtime.backends.base import Activation
 from qconv.runtime.backends.routing import routed
 from qconv.runtime.files import Dequantized, ModelFiles, open_files
 from qconv.runtime.loading import chosen_dtype
@@ -155,8 +155,8 @@ class _Scorer:
         if isinstance(layer.mlp, Moe):
             name = layer.mlp.experts_name
             self.installer.check_experts(layer.mlp)
-            act = self.installer.activation(name)
-            experts = StreamedExperts(self.files, layer.mlp, self.backend, act, self.installer.rounding)
+            gating = self.installer.gating(name)
+            experts = StreamedExperts(self.files, layer.mlp, self.backend, gating, self.installer.rounding)
             self.installer.replace(name, PackedExperts(experts))
         return RunningLayer.of(self.model.model.layers[layer.index], self.calls, layer, self.files.architecture)
 
@@ -189,7 +189,7 @@ class StreamedExperts:
     files: ModelFiles
     moe: Moe
     backend: Backend
-    act: Activation
+    gating: Gating
     rounding: Callable[[Linear], InputRounding | None]
 
     def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -198,10 +198,12 @@ class StreamedExperts:
     def _expert(self, expert: int, inputs: Tensor) -> Tensor:
         mlp = self.moe.experts[expert]
         gate, up = self._linear(mlp.gate)(inputs), self._linear(mlp.up)(inputs)
-        return self._linear(mlp.down)(self.act(gate) * up)
+        return self._linear(mlp.down)(self.gating(gate, up))
 
     def _linear(self, linear: Linear) -> RoundedLinear:
-        return RoundedLinear(self.backend.linear(self.files.weight(linear)), self.rounding(linear))
+        bias = self.files.bias(linear) if linear.bias else None
+        bias = None if bias is None else bias.to(self.backend.device)
+        return RoundedLinear(self.backend.linear(self.files.weight(linear)), self.rounding(linear), bias)
 
     def tensors(self) -> Iterator[Tensor]:
         """None: nothing stays in memory."""

@@ -316,7 +316,7 @@ class _Mlps:
         with torch.enable_grad():
             leaf = normed.requires_grad_(True)
             gate, up = linear(mlp.gate, leaf), linear(mlp.up, leaf)
-            output = linear(mlp.down, self.work.decoder.act(gate) * up)
+            output = linear(mlp.down, self.work.decoder.gating(self.work.layer, mlp)(gate, up))
         slopes = (above * output.detach()).sum(-1)
         scaled = above if part.factors is None else above * part.factors.unsqueeze(-1)
         of_gate, of_up, of_inputs = torch.autograd.grad(output, (gate, up, leaf), scaled)

@@ -137,7 +137,7 @@ def input_scale_problems(build: Build, layer: Layer) -> Iterator[str]:
     inputs, length = _scaling(build, layer.post_attention_norm)
     yield from _normalized(build, [one for mlp in layer.mlps() for one in (mlp.gate, mlp.up)], inputs, length)
     for mlp in layer.mlps():
-        if _has_input_scale(build, mlp.down):
+        if mlp.folds and _has_input_scale(build, mlp.down):
             yield from _bounded(build, mlp.down, _largest(build, mlp.gate, length) * _largest(build, mlp.up, length))
 
 

@@ -38,6 +38,7 @@ from qconv.models.discovery.tracing import is_norm
 
 _FINAL_NORM = "model.norm"
 _DENSE = ("gate_proj", "up_proj", "down_proj")
+_JOINED_LEAVES = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
 def fitted(values: Mapping[str, Any]) -> Architecture:
@@ -91,6 +92,7 @@ class _Fitting:
             final_norm=Norm(_FINAL_NORM, final[0]),
             lm_head=None if head is None else Linear(HEAD, head[0], head[1]),
             held=self.found.held,
+            joined=self.proofs.joined(),
         )
 
     def _heads(self, layers: Sequence[Layer], heads: int) -> tuple[int, int]:
@@ -203,11 +205,14 @@ class _Parts:
     def sparse(self, found: Sequence[FusedExperts]) -> tuple[Moe, Norm]:
         """Experts, what decides about them, a shared expert, and the norm before them."""
         (experts, *others) = found
-        if others or {*experts.shapes} != {"gate_up_proj", "down_proj"}:
-            raise Unproved(f"{experts.name} are not gated experts without biases")
-        count, hidden, width = experts.shapes["down_proj"]
-        if len(experts.stored["down_proj"]) != count or len(experts.stored["gate_up_proj"]) != 2 * count:
-            raise Unproved(f"{experts.name} lie in tensors of all experts")
+        biased = "gate_up_proj_bias" in experts.shapes
+        leaves = _JOINED_LEAVES if biased else _JOINED_LEAVES[:2]
+        if others or {*experts.shapes} != {*leaves}:
+            raise Unproved(f"{experts.name} are not gated experts")
+        hidden = self.proofs.hidden
+        form = self.proofs.experts(self._held(experts.name), hidden)
+        count, *sides = experts.shapes["down_proj"]
+        width = sides[0] if form.transposed else sides[1]
         group = self.groups.get(experts.name)
         if group is None:
             raise Unproved(f"nothing is known of what {experts.name} read")
@@ -222,15 +227,10 @@ class _Parts:
         readers = {experts.name, router, *(f"{one}.{leaf}" for one in shared for leaf in _DENSE[:2])}
         if len(shared) > 1 or {*group.readers} != (readers if gate is None else readers | {gate}):
             raise Unproved(f"{block} has more than experts, a router and a shared expert")
-        weights = [*experts.stored["gate_up_proj"], *experts.stored["down_proj"]]
-        gates, ups, downs = (weights[start : start + count] for start in (0, count, 2 * count))
-        mlps = tuple(
-            Mlp(self._expert(g, width, hidden), self._expert(u, width, hidden), self._expert(d, hidden, width))
-            for g, u, d in zip(gates, ups, downs, strict=True)
-        )
+        mlps = self._experts(experts, (count, width, hidden), form.folds)
         made = Moe(
             self._linear(router),
-            mlps,
+            tuple(mlps),
             self.proofs.experts_per_token(held, self._held(router)),
             self._mlp(shared[0]) if shared else None,
             None if gate is None else self._linear(gate),
@@ -261,6 +261,26 @@ class _Parts:
         if shape is None or len(shape) != 2:
             raise Unproved(f"{name} is no linear")
         return Linear(name, shape[0], shape[1], self.tensors.pop(f"{name}.bias", None) is not None)
+
+    def _experts(self, found: FusedExperts, sizes: tuple[int, int, int], folds: bool) -> Iterator[Mlp]:
+        """Each expert's linears, which the checkpoint holds by themselves or joined."""
+        count, width, hidden = sizes
+        shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        if [len(found.stored[leaf]) for leaf in _JOINED_LEAVES[:2]] == [2 * count, count]:
+            weights = [*found.stored["gate_up_proj"], *found.stored["down_proj"]]
+            for index in range(count):
+                gate, up, down = (
+                    self._expert(weights[index + start * count], *shape) for start, shape in enumerate(shapes.values())
+                )
+                yield Mlp(gate, up, down, folds)
+            return
+        for stored in found.stored.values():
+            if len(stored) != 1 or self.tensors.pop(stored[0], None) is None:
+                raise Unproved(f"{found.name} lie together in a way of their own")
+        biased = len(found.stored) > 2
+        for index in range(count):
+            gate, up, down = (Linear(f"{found.name}.{index}.{leaf}", *shapes[leaf], biased) for leaf in shapes)
+            yield Mlp(gate, up, down, folds)
 
     def _expert(self, weight: str, out_features: int, in_features: int) -> Linear:
         if self.tensors.pop(weight, None) != (out_features, in_features) or not weight.endswith(".weight"):

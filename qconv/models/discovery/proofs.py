@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from qconv.boundary.printable import one_line
-from qconv.core.architecture import HEAD, Layer, Linear, Mlp, Moe, Norm
+from qconv.core.architecture import HEAD, Joined, Layer, Linear, Mlp, Moe, Norm
 from qconv.models.calls import Call, Calls, with_children
 from qconv.models.discovery.tracing import is_reader
+from qconv.models.gating import gating_of, is_linear_in_up
 
 _TOKENS = 6
 _TOLERANCE = 1e-4
@@ -52,6 +53,21 @@ class StandIn(nn.Module):
         return self.given[0] if len(self.given) == 1 else self.given
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertForm:
+    """How experts are held together.
+
+    Attributes:
+        transposed: Whether their matrices are [in_features, out_features].
+        interleaved: Whether the rows of gate and up come by turns.
+        folds: Whether down's input is linear in up's outputs.
+    """
+
+    transposed: bool
+    interleaved: bool
+    folds: bool
+
+
 class Proofs:
     """Of one model, which lies on the meta device; ``held`` are its names of what the checkpoint calls otherwise.
 
@@ -70,6 +86,12 @@ class Proofs:
                 inner = with_children(inner, {"rotary_emb": rotary(self._config)})
             self._calls = Calls(inner, inner.embed_tokens.embedding_dim)
         self._generator = torch.Generator().manual_seed(0)
+        self._forms: dict[type[nn.Module], ExpertForm] = {}
+
+    @property
+    def hidden(self) -> int:
+        """The width of what runs through the layers."""
+        return self._calls.hidden
 
     @property
     def heads(self) -> int:
@@ -127,7 +149,6 @@ class Proofs:
         self._residuals(layer)
         if isinstance(layer.mlp, Moe):
             self._sparse(layer.mlp)
-            self._experts(layer.mlp)
         for mlp in layer.mlps() if not isinstance(layer.mlp, Moe) else [layer.mlp.shared_expert]:
             if mlp is not None:
                 self._mlp(mlp)
@@ -262,33 +283,62 @@ class Proofs:
             if not experts.arguments[2].shape == experts.arguments[1].shape:
                 raise Unproved(f"{block}.experts get no factor for each expert")
 
-    def _experts(self, moe: Moe) -> None:
-        """Two small experts in the place of all: gate above up, factors on what they give."""
-        name = self._held(moe.experts_name)
-        hidden = moe.router.in_features
+    def experts(self, name: str, hidden: int) -> ExpertForm:
+        """How transformers' experts of a name lie together, and what they make of the outputs of gate and up.
+
+        Raises:
+            Unproved: they are no gated experts, gate before up, whose outputs are added with their factors.
+        """
+        module = self._model.get_submodule(name)
+        kind = type(module)
+        if kind not in self._forms:
+            forms = itertools.product((False, True), (False, True))
+            self._forms[kind] = _first_that_runs(partial(self._expert_form, name, hidden, *form) for form in forms)
+        return self._forms[kind]
+
+    def joined(self) -> Joined:
+        """How experts lie in a tensor of all of a layer; as most do where there are none."""
+        form = next(iter(self._forms.values()), None)
+        return Joined() if form is None else Joined(transposed=form.transposed, interleaved=form.interleaved)
+
+    def _expert_form(self, name: str, hidden: int, transposed: bool, interleaved: bool) -> ExpertForm:
+        """Two small experts in the place of all, held so."""
         with _running(name):
             module = copy.deepcopy(self._model.get_submodule(name))
             module.__dict__.pop("forward", None)  # the stand-in of the trace
             joined, down = self._random(2, 2 * _WIDTH, hidden), self._random(2, hidden, _WIDTH)
-            module.gate_up_proj, module.down_proj = nn.Parameter(joined), nn.Parameter(down)
+            biases = {"gate_up_proj_bias": self._random(2, 2 * _WIDTH), "down_proj_bias": self._random(2, hidden)}
+            biases = {leaf: bias for leaf, bias in biases.items() if hasattr(module, leaf)}
+            held = {"gate_up_proj": joined, "down_proj": down}
+            held = {
+                leaf: weight.transpose(1, 2).contiguous() if transposed else weight for leaf, weight in held.items()
+            }
+            for leaf, tensor in {**held, **biases}.items():
+                setattr(module, leaf, nn.Parameter(tensor))
             module.num_experts = 2
             module.config = copy.copy(self._config)
             module.config._experts_implementation = "eager"
+            gating = gating_of(module, interleaved)
             tokens, factors = self._random(_TOKENS, hidden), self._random(_TOKENS, 2)
             indices = torch.tensor([[0, 1], [1, 0]] * (_TOKENS // 2))
             output = module(tokens, indices, factors)
             expected = torch.zeros_like(tokens)
             for expert in range(2):
-                gate, up = (tokens @ joined[expert].t()).chunk(2, dim=-1)
-                made = (self._activation(gate) * up) @ down[expert].t()
+                both = tokens @ joined[expert].t()
+                if "gate_up_proj_bias" in biases:
+                    both = both + biases["gate_up_proj_bias"][expert]
+                gate, up = (both[:, ::2], both[:, 1::2]) if interleaved else both.chunk(2, dim=-1)
+                made = gating(gate, up) @ down[expert].t()
+                if "down_proj_bias" in biases:
+                    made = made + biases["down_proj_bias"][expert]
                 expected += made * (factors * (indices == expert)).sum(-1, keepdim=True)
             _equal(output, expected, f"{name} are not gated as their config says")
+            return ExpertForm(transposed, interleaved, is_linear_in_up(gating))
 
     def _block(self, block: str, router: str) -> tuple[nn.Module, StandIn, int]:
         """A sparse block with a random router, stand-ins for its experts, and the size of what it reads."""
         empty = self._model.get_submodule(block)
-        weights = {name: one for name, one in empty.experts.named_parameters()}
-        hidden = int(weights["down_proj"].shape[1])
+        hidden = self._calls.hidden
         experts = StandIn(self._random(_TOKENS, hidden))
         stand_ins: dict[str, nn.Module] = {"experts": experts}
         deciding = router.removeprefix(f"{block}.").split(".")[0]

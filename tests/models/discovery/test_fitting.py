@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from evals.model_types import config_of
 from qconv.core.architecture import Moe, Norm, Parameter
 from qconv.errors import CheckpointError
 from qconv.models import architecture, is_known
 from qconv.models.discovery.fitting import fitted
-from tests.models.discovery.test_structure import config_of
 from tests.models.test_families import BASE, FAMILIES, VARIATIONS
 
 
