@@ -1,11 +1,11 @@
 """Model types of transformers through the whole of qconv: quantized, verified, loaded, streamed; scales folded.
 
 For each type a small random model is made of transformers' own config class and saved by transformers itself. It is
-quantized by rounding, by GPTQ and by AWQ in groups of 32; each build is verified against its source, and its logits, from
-the loaded and from the streamed build, are compared with those of transformers on the dequantized weights, in float32:
-the largest difference, relative to the largest logit. "Folding" is the same for random scales folded wherever they may
-be, with nothing rounded. Prints a Markdown table. Exits with 1 if a difference is above the bound, a build does not verify, or
-a type that is listed does not work.
+quantized by rounding, by GPTQ and by AWQ in groups of 32; each build is verified against its source, and its logits,
+from the loaded and from the streamed build, are compared with those of transformers on the dequantized weights, in
+float32: the largest difference, relative to the largest logit. "Folding" is the same for random scales folded wherever
+they may be, with nothing rounded. Prints a Markdown table. Exits with 1 if a difference is above the bound, a build
+does not verify, or a type that is listed does not work.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import qconv
 from evals.model_types import save_random
 from evals.options import TINY
 from qconv.artifacts.folded import FoldedSource
+from qconv.artifacts.separation import dense_tensors
 from qconv.artifacts.source import Source
 from qconv.building.pipeline import quantize
 from qconv.checkpoint.config import Config
@@ -175,9 +176,14 @@ def folded(model: Path, work: Path) -> float:
         for name, channels in output_channels(layer).items()
     }
     weights = FoldedSource.of(source, scales)
-    tensors = {name: weights.read(name).float().contiguous() for name in source.checkpoint.entries}
-    if sum(bool((tensors[name] != source.read(name).float()).any()) for name in tensors) < 10:
+    names = [name for name, _ in source.architecture.tensors()]
+    if sum(bool((weights.read(name).float() != source.read(name).float()).any()) for name in names) < 10:
         raise ValueError("hardly anything was folded")
+    tensors = {
+        tensor.name: torch.cat([*tensor.blocks(lambda name: weights.read(name).float())]).contiguous()
+        for group in dense_tensors(source.architecture)
+        for tensor in group
+    }
     work.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(model / name, work / name)
@@ -213,7 +219,7 @@ def rows(types: tuple[str, ...]) -> Iterator[Row]:
 @click.argument("types", nargs=-1)
 def main(types: tuple[str, ...]) -> None:
     """Measure TYPES, by default all that are listed."""
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     print(f"| Type | Mixers | Layers | {' | '.join(METHODS)} | folding |")
     print(f"|---|---|---|{'---|' * (len(METHODS) + 1)}")
     good = True

@@ -9,15 +9,18 @@ nothing is copied or read for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from qconv.checkpoint import mxfp4
 from qconv.checkpoint.config import quantization_of
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import Checkpoint
-from qconv.core.architecture import Architecture, Linear, Mlp, Moe
+from qconv.core.architecture import Architecture, Linear, Mlp, Module, Moe
 from qconv.errors import CheckpointError, UsageError
 from qconv.models import architecture
 
@@ -68,6 +71,18 @@ class JoinedTensor:
             for linear in self.linears(mlp):
                 yield f"{linear.name}.{self.leaf}"
 
+    def blocks(self, read: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        """Weights or biases put together, expert by expert, each [1, ...].
+
+        Args:
+            read: Gives a tensor by its name.
+        """
+        for mlp in self.moe.experts:
+            parts = [read(f"{linear.name}.{self.leaf}") for linear in self.linears(mlp)]
+            block = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
+            transposed = self.transposed and self.leaf == "weight"
+            yield (block.t() if transposed else block).contiguous().unsqueeze(0)
+
     def views(self, entry: TensorEntry) -> Iterator[TensorEntry]:
         """The same as views of the file.
 
@@ -117,6 +132,39 @@ def joined_tensors(model: Architecture) -> dict[str, JoinedTensor]:
                     name, interleaved = f"{block}.{stem}{suffix}", joined.interleaved and halves == 2
                     found[name] = JoinedTensor(name, leaf, moe, halves, joined.transposed, interleaved)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTensor:
+    """A tensor of a dense checkpoint; ``joined`` where it holds those of all experts."""
+
+    name: str
+    shape: tuple[int, ...]
+    joined: JoinedTensor | None = None
+
+    def blocks(self, read: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        """Its consecutive blocks of rows; ``read`` gives a tensor of the architecture by its name."""
+        if self.joined is None:
+            yield read(self.name)
+        else:
+            yield from self.joined.blocks(read)
+
+
+def dense_tensors(model: Architecture) -> Iterator[list[DenseTensor]]:
+    """What a dense checkpoint of a model holds, as its readers know it: the embedding, each layer, norm and head."""
+    joined = [one for one in joined_tensors(model).values() if one.leaf in ("weight", "bias") and model.joined.always]
+    joined = [one for one in joined if one.name.startswith(one.moe.experts_name)]
+    taken = {name for one in joined for name in one.names()}
+
+    def of(modules: Iterable[Module]) -> list[DenseTensor]:
+        tensors = (tensor for module in modules for tensor in module.tensors())
+        return [DenseTensor(name, shape) for name, shape in tensors if name not in taken]
+
+    yield of([model.embedding])
+    for layer in model.layers:
+        here = [DenseTensor(one.name, one.shape, one) for one in joined if one.moe is layer.mlp]
+        yield [*of(layer.modules()), *here]
+    yield of([model.final_norm, *([model.lm_head] if model.lm_head is not None else [])])
 
 
 def separated(stored: Checkpoint) -> Checkpoint:

@@ -229,12 +229,14 @@ class Joined:
         down: The name of down's.
         transposed: Whether a matrix is [in_features, out_features], and not [out_features, in_features].
         interleaved: Whether the rows of gate and up come by turns, gate's first, and not all of gate's before up's.
+        always: Whether the family's dense checkpoints hold them so, and readers know no other way.
     """
 
     gate_up: str = "experts.gate_up_proj"
     down: str = "experts.down_proj"
     transposed: bool = False
     interleaved: bool = False
+    always: bool = False
 
 
 @dataclass(frozen=True, slots=True)

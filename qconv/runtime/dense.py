@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from qconv.artifacts.separation import dense_tensors
 from qconv.artifacts.source import companions
 from qconv.boundary.content import is_gguf
 from qconv.checkpoint.header import DTYPE_NAMES, TensorSpec
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.writer import ShardWriter, output_errors, write_atomically
-from qconv.core.architecture import Linear, Module
+from qconv.core.architecture import Linear
 from qconv.errors import OutputError
 from qconv.runtime.files import open_files, require_no_bias
 from qconv.runtime.tokenizer import load_tokenizer
@@ -36,24 +38,26 @@ def write_dense(path: Path, out: Path, dtype: torch.dtype) -> None:
         if any(out.iterdir()):
             raise OutputError(f"{out}: is not empty.", hint="Choose another folder.")
     model = files.architecture
-    groups: list[list[Module]] = [[model.embedding]]
-    groups += [[*layer.modules()] for layer in model.layers]
-    groups.append([model.final_norm, *([model.lm_head] if model.lm_head is not None else [])])
+    modules = [model.embedding, *(one for layer in model.layers for one in layer.modules()), model.final_norm]
+    modules += [model.lm_head] if model.lm_head is not None else []
+    shapes = {name: shape for module in modules for name, shape in module.tensors()}
+    linears = {module.weight: module for module in modules if isinstance(module, Linear)}
+
+    def read(name: str) -> Tensor:
+        if name not in linears:
+            return files.tensor(name, shapes[name]).to(dtype)
+        require_no_bias(files, linears[name])
+        return files.weight(linears[name]).dequantize(dtype).contiguous()
 
     weight_map: dict[str, str] = {}
-    for number, modules in enumerate(groups, start=1):
+    groups = list(dense_tensors(model))
+    for number, tensors in enumerate(groups, start=1):
         shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        specs = [TensorSpec(name, dtype, shape) for module in modules for name, shape in module.tensors()]
+        specs = [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors]
         weight_map |= dict.fromkeys((spec.name for spec in specs), shard)
         with ShardWriter(out / shard, specs) as writer:
-            for module in modules:
-                if isinstance(module, Linear):
-                    require_no_bias(files, module)
-                for name, shape in module.tensors():
-                    if isinstance(module, Linear) and name == module.weight:
-                        writer.write(name, files.weight(module).dequantize(dtype).contiguous())
-                    else:
-                        writer.write(name, files.tensor(name, shape).to(dtype))
+            for tensor in tensors:
+                writer.write_blocks(tensor.name, tensor.blocks(read))
             writer.finish()
             writer.publish()
 

@@ -28,7 +28,7 @@ FAMILIES = ["qwen3_moe", "qwen2_moe", "mixtral", "minimax_m2"]
 def both(folder: Path, model_type: str) -> tuple[Path, Path]:
     """A random model as its family saves it, and with joined experts under transformers' names."""
     if model_type == "minimax_m2":
-        from tests.models.discovery.test_structure import config_of, model_of
+        from evals.model_types import config_of, model_of
 
         model = model_of(type(config_of(model_type))(**config_of(model_type).to_dict() | WIDTHS))
     else:

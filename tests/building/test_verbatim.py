@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qconv
+from evals.families import IDS
 from qconv.artifacts.build import Build
 from qconv.artifacts.inspection import inspect
 from qconv.artifacts.source import Source
@@ -36,7 +37,6 @@ from qconv.verification.gguf import verify_gguf
 from tests.artifacts.test_source import edit_tensors, refused
 from tests.building.test_pipeline import Stop, calls_of, stop_at
 from tests.conftest import build, folder_bytes, small_recipe
-from tests.models.discovery.test_discovered_builds import IDS
 from tests.models.discovery.test_discovered_builds import source as source
 
 LAYER = "model.layers.3"

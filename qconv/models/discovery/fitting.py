@@ -71,6 +71,7 @@ class _Fitting:
     proofs: Proofs
     model: nn.Module
     proved: dict[str, tuple[tuple[bool, ...], bool]] = field(default_factory=dict)
+    joined: list[str] = field(default_factory=list)
 
     def architecture(self) -> Architecture:
         outside = dict(self.found.outside)
@@ -92,7 +93,7 @@ class _Fitting:
             final_norm=Norm(_FINAL_NORM, final[0]),
             lm_head=None if head is None else Linear(HEAD, head[0], head[1]),
             held=self.found.held,
-            joined=self.proofs.joined(),
+            joined=replace(self.proofs.joined(), always=bool(self.joined)),
         )
 
     def _heads(self, layers: Sequence[Layer], heads: int) -> tuple[int, int]:
@@ -105,7 +106,7 @@ class _Fitting:
 
     def _layer(self, structure: LayerStructure) -> Layer:
         name = f"model.layers.{structure.index}"
-        parts = _Parts.of(structure, self.model, self.found.held, self.proofs)
+        parts = _Parts.of(structure, self.model, self.found.held, self.proofs, self.joined)
         attention, input_norm = parts.mixer(structure)
         experts = structure.experts
         mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts) if experts else parts.dense(f"{name}.mlp")
@@ -142,7 +143,8 @@ def _with_producers(layer: Layer, folding: Sequence[bool], by_heads: bool) -> La
     mixer = layer.attention
     assert isinstance(mixer, Mixer)
     by_leaf = {one.name.removeprefix(f"{mixer.name}."): one for one in mixer.linears()}
-    if by_heads and folding[0] and {*by_leaf} == {"q_proj", "k_proj", "v_proj", "o_proj"}:
+    beside = any(isinstance(one, Linear) for one in mixer.unquantized)
+    if by_heads and folding[0] and not beside and {*by_leaf} == {"q_proj", "k_proj", "v_proj", "o_proj"}:
         q, k, v, o = (by_leaf[f"{one}_proj"] for one in "qkvo")
         if q.out_features == o.in_features:
             norms = tuple(one for one in mixer.unquantized if isinstance(one, Norm))
@@ -163,13 +165,22 @@ class _Parts:
     model: nn.Module
     held: Mapping[str, str]
     proofs: Proofs
+    joined: list[str]
     groups: dict[str, ReadTensor]
     tensors: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, structure: LayerStructure, model: nn.Module, held: Mapping[str, str], proofs: Proofs) -> _Parts:
+    def of(
+        cls,
+        structure: LayerStructure,
+        model: nn.Module,
+        held: Mapping[str, str],
+        proofs: Proofs,
+        joined: list[str],
+    ) -> _Parts:
+        """Of a layer; experts that lie together are noted in ``joined``."""
         groups = {reader: group for group in structure.groups for reader in group.readers}
-        return cls(model, held, proofs, groups, dict(structure.tensors))
+        return cls(model, held, proofs, joined, groups, dict(structure.tensors))
 
     def mixer(self, structure: LayerStructure) -> tuple[Mixer, Norm]:
         """What mixes tokens: all that runs before the MLP, and the norm before it."""
@@ -274,6 +285,7 @@ class _Parts:
                 )
                 yield Mlp(gate, up, down, folds)
             return
+        self.joined.append(found.name)
         for stored in found.stored.values():
             if len(stored) != 1 or self.tensors.pop(stored[0], None) is None:
                 raise Unproved(f"{found.name} lie together in a way of their own")

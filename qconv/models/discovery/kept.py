@@ -7,6 +7,7 @@ import re
 _REASONS = {
     r"kv_b_proj": "engines absorb latent attention's kv_b into the query and output products",
     r"in_proj_(ba|a|b)": "decay and gate of a delta rule: a few outputs a head, fewer than kernels take, and sensitive",
+    r"g_proj": "gates the outputs of heads: one output a head in some models, fewer than kernels take",
     r"indexer\..*": "decides which tokens are attended to at all",
     r"(dt_proj|x_proj)": "the step size of a state space: few outputs, and sensitive",
     r".*latent_proj": "a projection that all experts share: small, and sensitive",

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from evals.model_types import config_of
 from qconv.models import architecture
 from qconv.models.discovery import left_out
 from tests.conftest import FAMILIES, SIZES
-from tests.models.discovery.test_structure import config_of
 
 EH, FC = "eh_proj.weight", "mtp.fc.weight"
 

@@ -56,7 +56,8 @@ def whole(model_type: str, folder: Path) -> Any:
     """A random model of several parts, saved; it itself in float32."""
     text, _, _, vision = WHOLES[model_type]
     default = AutoConfig.for_model(text)
-    small = {name: value for name, value in (SMALL | WIDTHS | {"vocab_size": VOCABULARY}).items() if hasattr(default, name)} | TYPES[text]
+    small = SMALL | WIDTHS | {"vocab_size": VOCABULARY}
+    small = {name: value for name, value in small.items() if hasattr(default, name)} | TYPES[text]
     kept = {name: value for name, value in small.items() if value is not None}
     described = AutoConfig.for_model(text, **kept).to_dict()
     sizes = {"vision_config": vision, "text_config": described, "tie_word_embeddings": False}

@@ -19,6 +19,7 @@ from qconv.models import architecture
 from qconv.models.discovery import Discovery, LayerStructure, ReadTensor, discover
 from tests.models.test_families import BASE, FAMILIES, VARIATIONS, saved
 
+
 def declared(layer: Layer) -> Iterator[ReadTensor]:
     """The groups of a layer whose family is declared."""
     yield ReadTensor(tuple(sorted(one.name for one in layer.attention.linears()[:3])), layer.input_norm.name)
