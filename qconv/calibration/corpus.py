@@ -30,13 +30,12 @@ from torch import Tensor
 from qconv.artifacts.source import require_tokenizer
 from qconv.calibration.documents import Document, documents, in_plain_form
 from qconv.chat.templates import ChatTemplates, RefusedChatError
-from qconv.checkpoint.config import Config
+from qconv.checkpoint.config import Config, language_part
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.tokenizer import leading_bos
 from qconv.checkpoint.tokenizer import load_tokenizer as load_folder
 from qconv.core.settings import TextSettings
 from qconv.errors import CheckpointError, UsageError
-from qconv.models.transformer import text_part
 
 DOCUMENT_SEQUENCES = 1
 """Sequences' worth of tokens that a document may give in one round."""
@@ -72,7 +71,7 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
         UsageError: the corpus cannot be read or holds too few tokens, or it has chats and the tokenizer no template.
         CheckpointError: no tokenizer, or one whose ids do not fit config.json's ``vocab_size``.
     """
-    vocabulary = Config(text_part(read_json(model_dir / "config.json"))).integer("vocab_size")
+    vocabulary = Config(language_part(read_json(model_dir / "config.json"))).integer("vocab_size")
     rows, used = _rows(settings, load_tokenizer(model_dir), model_dir)
     if rows.max() >= vocabulary:
         raise CheckpointError(

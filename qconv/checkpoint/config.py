@@ -22,6 +22,12 @@ QUANTIZATION = "quantization_config"
 _MAX_NUMBER = 1e300
 
 
+def language_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: itself, or its ``text_config``."""
+    text = values.get("text_config")
+    return dict(text if isinstance(text, Mapping) and "model_type" in text else values)
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Typed access to a config.json, with errors that name the key."""

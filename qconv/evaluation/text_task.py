@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from qconv.checkpoint.config import Config
+from qconv.checkpoint.config import Config, language_part
 from qconv.checkpoint.reader import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.cache import Entry
@@ -26,7 +26,6 @@ from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import Window, WindowedText
-from qconv.models.transformer import text_part
 from qconv.runtime.files import open_files, rounds_inputs
 
 SETTINGS = TextSettings
@@ -105,7 +104,7 @@ def keep_reference(settings: TextSettings, bench: Bench) -> Kept:
 
 def open_reference(bench: Bench, subject: Subject, text: WindowedText) -> ReferenceText:
     """The reference's cached distributions over the text."""
-    vocabulary = Config(text_part(read_json(subject.path / "config.json"))).integer("vocab_size")
+    vocabulary = Config(language_part(read_json(subject.path / "config.json"))).integer("vocab_size")
     return ReferenceText.open(bench.cache, subject, text, vocabulary)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qconv.boundary.printable import name_of, one_line
+from qconv.checkpoint.config import language_part
 from qconv.errors import CheckpointError
 
 ALIASES = {"kimi_k2": "deepseek_v3"}
@@ -20,8 +21,7 @@ def text_part(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: it names no model type.
     """
-    text = values.get("text_config")
-    own = dict(text if isinstance(text, Mapping) and "model_type" in text else values)
+    own = language_part(values)
     if not isinstance(own.get("model_type"), str):
         raise CheckpointError("config.json has no model_type.", hint="Is this a Hugging Face checkpoint?")
     return own
