@@ -1,4 +1,4 @@
-"""Random checkpoints with the true shapes of Qwen3-Coder-480B-A35B, so that scale can be tried without the model.
+"""Random checkpoints with the true shapes of Qwen3-Coder-480B-A35B or others, so that scale can be tried without them.
 
 The weights are random but behave: standard deviation 0.02 keeps activations of order one through any number of layers,
 and a few channels of the layer norms are 10 to 30 times the others, as in trained models, so that an activation-aware
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.building.bench_models import PublishedModel
 from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.checkpoint.writer import output_errors, sync_folder, write_atomically
 from qconv.errors import CheckpointError, OutputError, ResourceError, UsageError
@@ -76,6 +77,11 @@ class SliceShape:
         shapes = (shape for _, shape in architecture(self.config(layers, experts)).tensors())
         return sum(math.prod(shape) for shape in shapes) * torch.bfloat16.itemsize
 
+    def tensors(self, config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+        """What the files of a slice hold."""
+        for name, shape in architecture(dict(config)).tensors():
+            yield TensorSpec(name, torch.bfloat16, shape)
+
     def config(self, layers: int, experts: int) -> dict[str, Any]:
         """config.json of a model with so many layers and experts, in the keys that the published one uses."""
         return {
@@ -120,10 +126,10 @@ def write_slice(
     experts: int,
     seed: int = 0,
     shard_size: int = 4 * 10**9,
-    shape: SliceShape | None = None,
+    shape: SliceShape | PublishedModel | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a random bf16 checkpoint of ``layers`` layers with ``experts`` experts each, or go on with it.
+    """Write a random checkpoint of ``layers`` layers with ``experts`` experts each, or go on with it.
 
     Args:
         out: A folder that does not exist, is empty, or holds the beginning of the same slice.
@@ -140,15 +146,7 @@ def write_slice(
         ResourceError: the disk lacks room; nothing was written.
     """
     shape = shape or SliceShape()
-    if layers < 1 or experts < 1 or shape.vocab_size < FIRST_SPECIAL + len(SPECIAL_TOKENS):
-        raise UsageError(f"a slice of {layers} layers, {experts} experts and {shape.vocab_size} tokens cannot be made.")
-    total = shape.nbytes(layers, experts)
-    _require_fit(out, total)
-    config = shape.config(layers, experts)
-    try:
-        specs = [TensorSpec(name, torch.bfloat16, size) for name, size in architecture(config).tensors()]
-    except CheckpointError as error:
-        raise UsageError(f"a slice of {layers:,} layers of {experts:,} experts: {error.message}") from error
+    config, specs, total = _described(out, shape, layers, experts)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     asked = f"{layers} layers, {experts} experts, seed {seed}, shards of {shard_size}, {shape}"
@@ -177,6 +175,26 @@ def write_slice(
         remove_claimed(out / WORK_FOLDER)
 
 
+def _described(
+    out: Path, shape: SliceShape | PublishedModel, layers: int, experts: int
+) -> tuple[dict[str, Any], list[TensorSpec], int]:
+    """config.json of a slice, its tensors and their bytes, for which the disk has room."""
+    if isinstance(shape, SliceShape):
+        if layers < 1 or experts < 1 or shape.vocab_size < FIRST_SPECIAL + len(SPECIAL_TOKENS):
+            counts = f"{layers} layers, {experts} experts and {shape.vocab_size} tokens"
+            raise UsageError(f"a slice of {counts} cannot be made.")
+        # Nothing is made for each of a billion layers before it is known that they fit.
+        _require_fit(out, shape.nbytes(layers, experts))
+    config = shape.config(layers, experts) | {"eos_token_id": FIRST_SPECIAL}
+    try:
+        specs = list(shape.tensors(config))
+    except CheckpointError as error:
+        raise UsageError(f"a slice of {layers:,} layers of {experts:,} experts: {error.message}") from error
+    total = sum(spec.nbytes for spec in specs)
+    _require_fit(out, total)
+    return config, specs, total
+
+
 class _Weights:
     """Pseudo-random tensors by name."""
 
@@ -187,12 +205,16 @@ class _Weights:
         for start in range(0, _POOL, _BLOCK):
             self._pool[start : start + _BLOCK] = torch.randn(_BLOCK, generator=generator)
         self._buffer = torch.empty(_BLOCK, dtype=torch.bfloat16)
+        self._coded: dict[torch.dtype, Tensor] = {}
 
     def blocks(self, spec: TensorSpec) -> Iterator[Tensor]:
         """The tensor's elements in order, flat; a block is valid until the next one is asked for."""
         source = random.Random(f"{self.seed}/{spec.name}")
         if len(spec.shape) == 1:
             yield self._norm(spec, source)
+            return
+        if spec.dtype != torch.bfloat16:
+            yield from self._codes(spec, source)
             return
         std = WEIGHT_STD * source.uniform(0.8, 1.25)
         left = spec.nbytes // 2
@@ -203,6 +225,28 @@ class _Weights:
             left -= len(block)
             yield block
 
+    def _codes(self, spec: TensorSpec, source: random.Random) -> Iterator[Tensor]:
+        """Quantized weights and their scales, which together have about the same spread as others.
+
+        FP8 numbers are normal with deviation 1 and their scales the weights' deviation; four-bit ones are any of 16,
+        which have deviation 2.9, and their scales 2^-7.
+        """
+        if spec.dtype == torch.float32:
+            yield torch.full((spec.nbytes // 4,), WEIGHT_STD * source.uniform(0.8, 1.25))
+            return
+        if spec.name.endswith("_scales"):
+            yield torch.full((spec.nbytes,), 120, dtype=torch.uint8)
+            return
+        if spec.dtype not in self._coded:
+            coded = self._pool.to(spec.dtype) if spec.dtype.is_floating_point else self._pool.view(torch.uint8)[::2]
+            self._coded[spec.dtype] = coded.contiguous()
+        left = spec.nbytes
+        while left:
+            size = min(left, _BLOCK)
+            start = source.randrange(_POOL - size + 1)
+            left -= size
+            yield self._coded[spec.dtype][start : start + size]
+
     def _norm(self, spec: TensorSpec, source: random.Random) -> Tensor:
         """Near one. A layer norm's outlier channels are the same in every layer, as trained models have them."""
         (size,) = spec.shape
@@ -211,7 +255,7 @@ class _Weights:
         if spec.name.endswith("layernorm.weight"):
             for channel in random.Random(f"{self.seed}/outliers").sample(range(size), max(1, size // 1024)):
                 weight[channel] = source.uniform(*OUTLIER_SCALE)
-        return weight.bfloat16()
+        return weight.to(spec.dtype)
 
 
 def _require_fit(out: Path, total: int) -> None:
@@ -275,7 +319,7 @@ def _write_shard(path: Path, specs: Sequence[TensorSpec], weights: _Weights, jou
             file.write(header)
             for spec in specs:
                 for block in weights.blocks(spec):
-                    yield file.write(block.view(torch.uint8).numpy().data)
+                    yield file.write(block.contiguous().view(torch.uint8).numpy().data)
         journal.commit(path.name, {"size": size})
         temporary.rename(path)
         sync_folder(path.parent)

@@ -229,13 +229,15 @@ class _Parts:
             raise Unproved(f"nothing is known of what {experts.name} read")
         self._take(group.readers)
         block = experts.name.rpartition(".")[0]
-        by_shape = {self.tensors.get(f"{one}.weight"): one for one in group.readers if one != experts.name}
+        shared = [one.rpartition(".")[0] for one in group.readers if one.endswith(".gate_proj")]
+        fed = {experts.name, *(f"{one}.{leaf}" for one in shared for leaf in _DENSE[:2])}
+        # A shared expert may be as wide as there are experts.
+        by_shape = {self.tensors.get(f"{one}.weight"): one for one in group.readers if one not in fed}
         router, gate = by_shape.pop((count, hidden), None), by_shape.pop((1, hidden), None)
         held = self._held(experts.name).rpartition(".")[0]
         if router is None or not self._held(router).startswith(f"{held}."):
             raise Unproved(f"{block} has no router beside its experts")
-        shared = [one.rpartition(".")[0] for one in group.readers if one.endswith(".gate_proj")]
-        readers = {experts.name, router, *(f"{one}.{leaf}" for one in shared for leaf in _DENSE[:2])}
+        readers = fed | {router}
         if len(shared) > 1 or {*group.readers} != (readers if gate is None else readers | {gate}):
             raise Unproved(f"{block} has more than experts, a router and a shared expert")
         mlps = self._experts(experts, (count, width, hidden), form.folds)

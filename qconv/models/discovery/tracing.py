@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,12 +80,33 @@ def trace(model: nn.Module, experts: Mapping[str, nn.Module]) -> Trace:
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     try:
         with torch.no_grad(), following:
-            # With a cache transformers does not look into the positions for the ends of packed sequences.
-            model(input_ids=ids, use_cache=True)
+            try:
+                # With a cache transformers does not look into the positions for the ends of packed sequences.
+                model(input_ids=ids, use_cache=True)
+            except ValueError:
+                # A cache of states alone does not know how long it is.
+                found.reads.clear()
+                found.makes.clear()
+                with _one_sequence():
+                    model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+@contextmanager
+def _one_sequence() -> Iterator[None]:
+    """transformers takes the tokens for one sequence, and does not look for the ends of several."""
+    from transformers import masking_utils
+
+    untyped: Any = masking_utils
+    looks = untyped.find_packed_sequence_indices
+    untyped.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        untyped.find_packed_sequence_indices = looks
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

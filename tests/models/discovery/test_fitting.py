@@ -91,6 +91,21 @@ def test_what_is_kept_beside_linears() -> None:
     assert second.top_k == 2
 
 
+def test_a_shared_expert_as_wide_as_there_are_experts_is_not_taken_for_the_router() -> None:
+    values = config_of("qwen3_next").to_dict() | {"num_experts": 40, "shared_expert_intermediate_size": 40}
+    moe = architecture(values).layers[0].mlp
+    assert isinstance(moe, Moe)
+    assert moe.router.name == "model.layers.0.mlp.gate"
+    assert moe.shared_expert is not None
+    assert moe.shared_expert.gate.out_features == len(moe.experts) == 40
+
+
+def test_a_model_of_linear_attention_alone() -> None:
+    values = config_of("qwen3_next").to_dict() | {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    (layer,) = architecture(values).layers
+    assert layer.attention.name == "model.layers.0.linear_attn"
+
+
 UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
     "logits that are scaled": ("cohere2", {}, "logits are scaled"),
     "norms after": ("olmo2", {}, "no norm makes what"),
