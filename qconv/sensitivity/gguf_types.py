@@ -15,8 +15,8 @@ from torch import Tensor
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.artifacts.source import Source
 from qconv.core.architecture import HEAD
-from qconv.formats.gguf.mixture import called_after
-from qconv.formats.gguf.names import GgufTensor
+from qconv.formats.gguf.mixture import called_after, fitting
+from qconv.formats.gguf.names import GgufTensor, unobserved
 from qconv.grids.ggml import encode
 from qconv.planning.gguf_plan import GgufPlan, plan_gguf
 from qconv.planning.gguf_recipe import GgufRecipe
@@ -70,15 +70,23 @@ class GgufTypes:
         known = dict.fromkeys((*TYPES, *SMALL_TYPES))
         self._left = without(tuple(known), excluded)
         self._override = recipe.override(source.dtype)
+        self._fixed: dict[str, str] = {}
         bare = self._plan(recipe, {})
-        self._tensors = {tensor.name: tensor for tensor in bare.tensors.values() if tensor.quantizable}
+        found = [tensor for tensor in bare.tensors.values() if tensor.quantizable]
+        unseen = unobserved(source.architecture)
+        self._fixed = {
+            one.name: fitting(T.Q8_0, one.columns).name
+            for one in found
+            if one.sources[0] in unseen and self._override(one) is None
+        }
+        self._tensors = {one.name: one for one in found if one.sources[0] not in unseen}
         self._given = {
             name: bare.types[name].name for name, one in self._tensors.items() if self._override(one) is not None
         }
 
     @property
     def units(self) -> list[Unit]:
-        """Every tensor that a file type decides about."""
+        """Every tensor that a file type decides about; what calibration does not look at has eight bits."""
         tied = self._source.architecture.lm_head is None
         return [_unit(tensor, tied) for tensor in self._tensors.values()]
 
@@ -119,13 +127,15 @@ class GgufTypes:
         weights: Counter[T] = Counter()
         for name, type in chosen.items():
             weights[T[type]] += self._tensors[name].numel
-        types = {f"^{re.escape(name)}$": type for name, type in chosen.items() if name not in self._given}
+        types = {name: type for name, type in chosen.items() if name not in self._given} | self._fixed
+        types = {f"^{re.escape(name)}$": type for name, type in types.items()}
         changes = {"type": called_after(weights), "tensor_types": {**self.recipe.tensor_types, **types}}
         return self.recipe.model_copy(update=changes)
 
     def _plan(self, recipe: GgufRecipe, types: Mapping[str, str]) -> GgufPlan:
         def override(tensor: GgufTensor) -> T | None:
-            return T[types[tensor.name]] if tensor.name in types else self._override(tensor)
+            given = types.get(tensor.name, self._fixed.get(tensor.name))
+            return self._override(tensor) if given is None else T[given]
 
         return plan_gguf(
             self._source,

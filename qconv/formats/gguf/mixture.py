@@ -16,7 +16,7 @@ from qconv.core.architecture import Architecture, Moe
 from qconv.errors import UsageError
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.llama_cpp_mixtures import MIXTURES, Mixture, Place, always
-from qconv.formats.gguf.names import GgufTensor, architecture_name
+from qconv.formats.gguf.names import GgufTensor, architecture_name, unobserved
 from qconv.formats.gguf.ready import READY, ready_types
 
 T: TypeAlias = GGMLQuantizationType
@@ -122,6 +122,7 @@ def tensor_types(
     # Of v its number counts, which is no layer's where some layers have none.
     values = sorted({t.layer for t in tensors if _ROLES.get(t.kind) == "v" and t.layer is not None})
     counted = {layer: number for number, layer in enumerate(values)}
+    unseen = unobserved(model)
 
     def chosen(tensor: GgufTensor) -> T:
         if not tensor.quantizable:
@@ -139,7 +140,9 @@ def tensor_types(
         place = _place(model, tensor.layer, nth_down.get(tensor.name, 0), importance)
         if _ROLES.get(tensor.kind) == "v" and len(tensor.shape) > 1:
             place = replace(place, layer=counted[tensor.layer], layers=len(counted))
-        return _in_layer(mixture, tensor, place, model)
+        type = _in_layer(mixture, tensor, place, model)
+        # What needs an importance cannot have it there, so these few get more bits than llama.cpp's program gives them.
+        return T.Q8_0 if needs_importance(file_type, tensor, type) and tensor.sources[0] in unseen else type
 
     return {tensor.name: chosen(tensor) for tensor in tensors}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gguf import MODEL_TENSOR, TENSOR_NAMES, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 
-from qconv.core.architecture import Architecture, Layer, Module, Moe, Norm
+from qconv.core.architecture import Architecture, Layer, Linear, Module, Moe, Norm
 from qconv.errors import UsageError
 from qconv.formats.gguf.changes import Change, Piece, added
 from qconv.formats.gguf.forms import Form, form
@@ -136,6 +136,15 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
         name = f"{TENSOR_NAMES[kind]}.weight"
         tensors.insert(1, GgufTensor(name, kind, None, (len(rope_factors),), (), constant=tuple(rope_factors)))
     return tensors
+
+
+def unobserved(model: Architecture) -> frozenset[str]:
+    """Weights of linears that calibration does not look at, by name: latent attention's ``kv_b``, a delta rule's gates.
+
+    They are small, and engines keep them as they are. A GGUF file quantizes them, but nobody knows what that costs.
+    """
+    kept = (module for layer in model.layers for module in layer.attention.kept())
+    return frozenset(module.weight for module in kept if isinstance(module, Linear))
 
 
 def permute_heads(rows: Tensor, heads: int) -> Tensor:

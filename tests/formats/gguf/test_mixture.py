@@ -270,3 +270,15 @@ def test_of_v_its_number_counts_where_some_layers_have_none() -> None:
     # With n = 4, n / 8 is 0 and 7 n / 8 is 3.
     assert values == [T.Q4_K, T.Q4_K, T.Q6_K, T.Q6_K]
     assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_a"] == types["blk.0.ssm_dt.bias"] == T.F32
+
+
+@pytest.mark.parametrize(("file_type", "expected"), [("IQ2_M", T.Q8_0), ("Q4_K_M", T.Q4_K)])
+def test_what_calibration_does_not_look_at_needs_no_importance(file_type: str, expected: T) -> None:
+    """llama.cpp's program gives latent keys and values the type of the file, and none has an importance."""
+    latent = {"q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 256, "qk_rope_head_dim": 64}
+    sizes = {"num_key_value_heads": 4, "head_dim": 64, "v_head_dim": 64, "n_routed_experts": 12, "n_group": 1}
+    config = {"model_type": "deepseek_v3", "topk_group": 1, "first_k_dense_replace": 1, "rope_theta": 1e4}
+    model = architecture(SIZES | EXPERTS | latent | sizes | config)
+    types = tensor_types(file_type, model, gguf_tensors(model), importance=True)
+    assert {types[f"blk.1.attn_{half}_b.weight"] for half in ("k", "v")} == {expected}
+    assert types["blk.1.attn_q_b.weight"] != T.Q8_0
