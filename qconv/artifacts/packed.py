@@ -88,7 +88,8 @@ class PackedCheckpoint(QuantizedCheckpoint):
         parts = {name: _parts(stored, name, shape, grids[name]) for name, shape in shapes.items()}
         held = {one.name for of in parts.values() for one in of}
         ignored = {name for name in stored.entries if name not in held and _says_nothing(name, grids)}
-        entries = {name: entry for name, entry in stored.entries.items() if name not in held | ignored}
+        apart = held | ignored
+        entries = {name: entry for name, entry in stored.entries.items() if name not in apart}
         _require_whole(entries, codes)
         for name, shape in shapes.items():
             nbytes = shape[0] * shape[1] * dtype.itemsize

@@ -7,7 +7,10 @@ A weight is stored as E4M3 numbers ``X.weight`` [out_features, in_features] and 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -117,6 +120,24 @@ class Dequantized(QuantizedCheckpoint):
     def kind(self) -> str:
         """FP8, with its scheme."""
         return f"FP8 ({self.scheme})"
+
+    def fingerprint(self) -> str:
+        """sha256 over the stored checkpoint's fingerprint and every byte of every scale.
+
+        Scales are a few kilobytes each: a page sampled here and there would mostly miss one that was repaired.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
+        digest = hashlib.sha256(self.stored.fingerprint().encode())
+        for file, entries in itertools.groupby(self.scales.values(), key=lambda entry: entry.file):
+            try:
+                with file.open("rb", buffering=0) as shard:
+                    for entry in entries:
+                        digest.update(os.pread(shard.fileno(), entry.nbytes, entry.offset))
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror}.", hint="Check the disk.") from error
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, stored: Checkpoint, scheme: Fp8Scheme, dtype: torch.dtype) -> Dequantized:
