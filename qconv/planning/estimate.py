@@ -71,7 +71,8 @@ class Estimate:
         notices: What does not fit together, as sentences.
         classes: Sizes by class, in file order.
         source_bytes: Bytes of the source's tensors.
-        output_bytes: Bytes of the build's shards, headers included.
+        output_bytes: Bytes of the build's shards, headers included; about, where shards of the source are not here that
+            hold more than the model.
         costs: Modelled memory and scratch disk.
     """
 
@@ -122,14 +123,17 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     beside = Beside.of(path, config, model, storage, dtype)
     plan = make_plan(model, recipe, lambda name: dtype, beside.verbatim)
     classes = _classes(plan, stored, beside)
+    guessed = beside.guessed_bytes(sum(row.source_bytes for row in classes))
+    if guessed:
+        classes = (*classes, _guessed_class(stored, beside, guessed))
     return Estimate(
         path=path,
         plan=plan,
         dtype=stored.dtypes,
-        notices=(*_notices(path, model, stored, indexed, listed, beside), *plan.notices()),
+        notices=(*_notices(path, model, stored, indexed, listed, beside, guessed), *plan.notices()),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
-        output_bytes=plan.output_bytes,
+        output_bytes=plan.output_bytes + (classes[-1].output_bytes if guessed else 0),
         costs=modelled_costs(plan),
     )
 
@@ -214,6 +218,13 @@ def _classes(plan: BuildPlan, stored: _Stored, beside: Beside) -> tuple[PlannedC
     return tuple(rows.values())
 
 
+def _guessed_class(stored: _Stored, beside: Beside, nbytes: int) -> PlannedClass:
+    """What lies beside the model in so many bytes of the source, as if it were stored as the model's linears are."""
+    weights = nbytes // stored.dtype.itemsize if stored.storage is None else int(nbytes / stored.storage.bytes_a_weight)
+    output = weights * stored.dtype.itemsize
+    return PlannedClass("beside the model", DTYPE_NAMES[stored.dtype], [], len(beside.names), weights, nbytes, output)
+
+
 def _scheme(scheme: LinearScheme) -> str:
     """A grid and its values in two words."""
     return _grid(scheme.grid) if scheme.values is None else f"{_grid(scheme.grid)}, {scheme.values}"
@@ -245,6 +256,7 @@ def _notices(
     indexed: Mapping[str, str] | None,
     listed: Collection[str],
     beside: Beside,
+    guessed: int,
 ) -> Iterator[str]:
     """Whether index and config.json are of one model, as far as names tell, and what lies there in files' stead."""
     misplaced = misplaced_files(path)
@@ -252,7 +264,7 @@ def _notices(
         more = f", and {len(misplaced) - 1} more" if len(misplaced) > 1 else ""
         yield f"{name_of(name)} is {instead.what}{more}: quantize will refuse. {instead.remedy.rstrip('.')}"
     if beside.unseen:
-        yield beside.notice
+        yield beside.notice(guessed)
     if indexed is None:
         yield f"no {INDEX_NAME}: planned from config.json alone"
         return

@@ -21,11 +21,12 @@ from qconv.artifacts.inspection import inspect
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim
 from qconv.building.several_pipeline import quantize_several
+from qconv.checkpoint.reader import INDEX_NAME
 from qconv.checkpoint.stream import same_bits
 from qconv.errors import CheckpointError
 from qconv.folders.state import CHECKSUMS_NAME
 from qconv.formats import get_format
-from qconv.planning.estimate import estimate
+from qconv.planning.estimate import Estimate, estimate
 from qconv.planning.gguf_outline import outline
 from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
 from qconv.planning.plan import plan_of
@@ -257,13 +258,29 @@ def _notices(folder: Path) -> tuple[str, ...]:
     return estimate(folder, RECIPE).notices
 
 
-def test_without_shards_a_plan_says_what_it_does_not_count(glm: Path, tmp_path: Path) -> None:
+def test_without_shards_a_plan_counts_what_the_index_leaves(glm: Path, tmp_path: Path) -> None:
     shutil.copyfile(glm / "config.json", tmp_path / "config.json")
-    names = dict.fromkeys(tensors_of(glm), "model-00001-of-00001.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    planned = estimate(tmp_path, RECIPE)
-    assert any(f"{len(mtp_tensors())} tensors beside the model" in notice for notice in planned.notices)
-    assert not any("MTP" in unit.key or unit.key.startswith("verbatim") for unit in planned.plan.units)
+    tensors = tensors_of(glm)
+    names = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+
+    def planned(metadata: dict[str, int]) -> Estimate:
+        (tmp_path / INDEX_NAME).write_text(json.dumps({"metadata": metadata, "weight_map": names}))
+        return estimate(tmp_path, RECIPE)
+
+    found = planned({})
+    said = f"{len(mtp_tensors())} tensors beside the model"
+    assert any(said in notice and "not counted" in notice for notice in found.notices)
+    assert not any(unit.key.startswith("verbatim") for unit in found.plan.units)
+    total = sum(one.nbytes for one in tensors.values())
+    counted = planned({"total_size": total})
+    assert any(said in notice and "that the index leaves for them" in notice for notice in counted.notices)
+    assert counted.source_bytes == total
+    beside = total - found.source_bytes
+    assert counted.output_bytes == found.output_bytes + beside
+    # What float32 and int64 tensors take is counted as bf16.
+    assert counted.weights == found.weights + beside // 2
+    for wrong in (-1, 0, 2**60, True, 5):
+        assert planned({"total_size": wrong}).output_bytes == found.output_bytes
 
 
 def test_fp8_is_dequantized_once_and_said(source: Callable[[str], Path], tmp_path: Path) -> None:
