@@ -38,6 +38,7 @@ _ROLES = {
     MODEL_TENSOR.ATTN_Q: "q",
     MODEL_TENSOR.ATTN_K: "k",
     MODEL_TENSOR.ATTN_V: "v",
+    MODEL_TENSOR.ATTN_QKV: "v",  # a delta rule's
     MODEL_TENSOR.ATTN_OUT: "o",
     MODEL_TENSOR.FFN_GATE: "gate",
     MODEL_TENSOR.FFN_GATE_EXP: "gate",

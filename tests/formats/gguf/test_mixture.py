@@ -272,6 +272,18 @@ def test_of_v_its_number_counts_where_some_layers_have_none() -> None:
     assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_a"] == types["blk.0.ssm_dt.bias"] == T.F32
 
 
+def test_joined_queries_keys_and_values_count_as_v() -> None:
+    """Of every layer that is one of the two, so here numbers are the layers'."""
+    delta = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 16}
+    sizes = {"model_type": "qwen3_5_text", "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 32}
+    model = architecture(SIZES | delta | sizes | {"rope_theta": 1e4})
+    types = tensor_types("Q4_K_M", model, gguf_tensors(model), importance=False)
+    names = [f"blk.{layer}.attn_{'v' if layer % 4 == 3 else 'qkv'}.weight" for layer in range(16)]
+    sensitive = {layer for layer in range(16) if layer < 2 or layer >= 14 or (layer - 2) % 3 == 2}
+    assert {layer for layer, name in enumerate(names) if types[name] == T.Q6_K} == sensitive
+    assert types["blk.0.attn_gate.weight"] == T.Q4_K
+
+
 @pytest.mark.parametrize(("file_type", "expected"), [("IQ2_M", T.Q8_0), ("Q4_K_M", T.Q4_K)])
 def test_what_calibration_does_not_look_at_needs_no_importance(file_type: str, expected: T) -> None:
     """llama.cpp's program gives latent keys and values the type of the file, and none has an importance."""
