@@ -19,6 +19,9 @@ from qconv.checkpoint.reader import Checkpoint, require_whole_bytes
 from qconv.core.architecture import Architecture
 from qconv.models.discovery import left_out
 
+_JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""What lies in a tensor of all experts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:
@@ -54,12 +57,17 @@ class Verbatim:
         return TensorSpec(self.name, self.dtype, self.shape)
 
     @property
-    def module(self) -> str | None:
-        """The module that engines may take for a quantized one: whose weight it is, or which holds joined matrices."""
+    def modules(self) -> tuple[str, ...]:
+        """What engines may take for quantized: the module whose weight it is, or which holds joined matrices.
+
+        Of joined experts also each one's linears: vLLM asks for those of the first (``get_moe_method`` of its
+        compressed-tensors).
+        """
         module, _, leaf = self.name.rpartition(".")
         if not module or len(self.shape) < 2 or (leaf != "weight" and len(self.shape) < 3):
-            return None
-        return module
+            return ()
+        linears = _JOINED.get(leaf, ()) if module.endswith(".experts") else ()
+        return (module, *(f"{module}.{number}.{one}" for number in range(self.shape[0]) for one in linears))
 
 
 @dataclass(frozen=True, slots=True)

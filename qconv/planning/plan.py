@@ -175,7 +175,7 @@ class BuildPlan:
 
     def _copied_modules(self) -> list[str]:
         """The modules that are copied, but for those that others are parts of: readers would leave these alone, too."""
-        names = dict.fromkeys(one.module for one in self.verbatim if one.module is not None)
+        names = dict.fromkeys(module for one in self.verbatim for module in one.modules)
         above = {name[:end] for name in self.schemes for end in _dots(name)}
         return [name for name in names if name not in above]
 

@@ -23,7 +23,7 @@ def check_listed(build: Build, verbatim: Iterable[Verbatim], result: Verificatio
         ours, theirs = held.get(name, none), said.get(name, none)
         if (ours.tensors, ours.nbytes) != (theirs.tensors, theirs.nbytes):
             result.problems.append(f"the build's report says {theirs}; the build holds {ours}")
-    for module in dict.fromkeys(one.module for one in verbatim if one.module is not None):
+    for module in dict.fromkeys(module for one in verbatim for module in one.modules):
         if not build.format.is_skipped(module, build.skipped):
             result.problems.append(f"{name_of(module)} is not quantized but is not on the skip list")
 

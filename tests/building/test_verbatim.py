@@ -63,6 +63,8 @@ def mtp_tensors() -> dict[str, Tensor]:
         f"{LAYER}.mlp.position": torch.arange(5),
         f"{LAYER}.mlp.step": torch.tensor(3.0),
         f"{LAYER}.mlp.joined": random(4, 512, 256),
+        f"{LAYER}.other.experts.gate_up_proj": random(4, 8, 4),
+        f"{LAYER}.other.experts.down_proj": random(4, 4, 4),
         **{
             f"{LAYER}.mlp.experts.{number}.{leaf}_proj.weight": random(*((64, 32) if leaf == "down" else (32, 64)))
             for number in range(4)
@@ -105,6 +107,8 @@ def test_it_is_listed_counted_and_said(glm: Path, made: Path) -> None:
     ignored = config["quantization_config"]["ignore"]
     for leaf in ("eh_proj", "shared_head.head", "mlp.gate", "mlp.experts.3.down_proj"):
         assert f"{LAYER}.{leaf}" in ignored
+    for leaf in ("", ".0.gate_proj", ".0.up_proj", ".3.down_proj"):
+        assert f"{LAYER}.other.experts{leaf}" in ignored
     # The module of a matrix of all experts, but no module that holds another which is quantized, and no norm.
     assert f"{LAYER}.enorm" not in ignored
     planned = estimate(glm, RECIPE)
@@ -122,7 +126,7 @@ def test_block_fp8_lists_them(glm: Path) -> None:
     names = [linear.name for linear in plan.quantized]
     described = fp8.read_config(fp8.config({grid: names}, plan.skipped), torch.bfloat16)
     for one in plan.verbatim:
-        assert one.module is None or fp8.is_skipped(one.module, described.skipped), one.name
+        assert all(fp8.is_skipped(module, described.skipped) for module in one.modules), one.name
     assert not [name for name in names if fp8.is_skipped(name, described.skipped)]
 
 
@@ -132,8 +136,8 @@ def test_each_format_lists_them_in_its_own_way(glm: Path, tmp_path: Path, output
     out = build(glm, tmp_path / "out", small_recipe("rtn", output_format, grid=grid)).out
     opened = Build.open(out)
     for one in opened.verbatim():
-        if one.module is not None:
-            assert opened.format.is_skipped(one.module, opened.skipped), one.module
+        for module in one.modules:
+            assert opened.format.is_skipped(module, opened.skipped), module
     quantized = [linear.name for layer in opened.architecture.layers for linear in layer.linears()]
     assert not [name for name in quantized if opened.is_skipped(name)]
     if output_format == "awq":  # engines look for the experts of a layer as one module, in which they find a substring
