@@ -140,7 +140,9 @@ class Build:
         """
         entry = self.checkpoint.entries.get(name)
         if entry is not None:
-            return mapped(entry)
+            part = mapped(entry)
+            # Two numbers, which others also store in four bytes each.
+            return part.long() if name.endswith(".weight_shape") and part.dtype == torch.int32 else part
         if self._may_lack(linear, name):
             grid = self.grid_of(linear)
             return torch.arange(linear.in_features, dtype=torch.int32) // grid.width(linear.in_features)

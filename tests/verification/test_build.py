@@ -79,6 +79,18 @@ def test_sound_builds_are_sound(moe: Path, rtn_build: Path, awq_build: Path) -> 
         assert all(15 < value < 30 for value in result.snr_db.values())
 
 
+def test_shapes_of_four_bytes_are_read(rtn_build: Path, moe: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(rtn_build, tmp_path / "out"))
+    for file in out.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [one for one in tensors if one.endswith(".weight_shape")]:
+            tensors[name] = tensors[name].int()
+        save_file(tensors, file, {"format": "pt"})
+    for name in (CHECKSUMS_NAME, REPORT_NAME):
+        (out / name).unlink()
+    assert not verify(out, against=moe).problems
+
+
 def test_a_flipped_bit_in_any_file_is_found(awq_copy: Path, moe: Path) -> None:
     chance = random.Random(0)
     names = [*build_files(awq_copy), CHECKSUMS_NAME]
