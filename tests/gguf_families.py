@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+
 from tests.conftest import EXPERTS, random_model, save_model
+from tests.gguf_copies import copied
 
 THREE = {"num_hidden_layers": 3}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -114,3 +118,19 @@ def saved(name: str, folder: Path, **changes: Any) -> tuple[Any, Path]:
     """The same, and its checkpoint in bf16."""
     model = model_of(name, **changes)
     return model, save_model(model, folder)
+
+
+def with_joined_split(file: Path, target: Path) -> Path:
+    """Qwen3-Next's file in F32 as llama.cpp's own converter writes it: q, k and v of all heads, and z by itself."""
+    keys, size, grouped = 2, 16, 2
+    read = {one.name: one.data for one in gguf.GGUFReader(str(file)).tensors}
+    drop: list[str] = []
+    added: dict[str, Any] = {}
+    for layer in (0, 1, 2):
+        name = f"blk.{layer}.ssm_in.weight"
+        heads = read[name].reshape(keys, (2 + 2 * grouped) * size, -1)
+        edges = [size, 2 * size, (2 + grouped) * size]
+        q, k, v, z = (part.reshape(-1, heads.shape[-1]) for part in np.split(heads, edges, axis=1))
+        added |= {f"blk.{layer}.attn_qkv.weight": np.concatenate([q, k, v]), f"blk.{layer}.attn_gate.weight": z}
+        drop.append(name)
+    return copied(file, target, drop=drop, tensors=added)

@@ -67,7 +67,7 @@ class GgufFiles:
         model = GgufModel.open(path)
         config = config_of(model)
         resolved = architecture(config)
-        tensors = gguf_tensors(resolved)
+        tensors = gguf_tensors(resolved, present=model.entries)
         _check_tensors(model, tensors, _left_out(model, resolved))
         places = {source: (tensor, part) for tensor in tensors for part, source in enumerate(tensor.sources)}
         changed: dict[str, list[GgufTensor]] = {}

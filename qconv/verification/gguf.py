@@ -127,7 +127,8 @@ def _check_weights(
     workers: Workers,
 ) -> None:
     model = source.architecture
-    tensors = gguf_tensors(model, rope_of(source.checkpoint.config).factors(model.head_dim))
+    factors = rope_of(source.checkpoint.config).factors(model.head_dim)
+    tensors = gguf_tensors(model, factors, made.entries)
     expected = {tensor.name: tensor for tensor in tensors}
     for name in sorted(expected.keys() - made.entries.keys()):
         result.problems.append(f"tensor {name} is missing")

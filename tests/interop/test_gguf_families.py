@@ -16,7 +16,7 @@ from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.verification.gguf import verify_gguf
 from tests.conftest import FAMILIES
 from tests.gguf_copies import copied
-from tests.gguf_families import MODELS, saved, wide
+from tests.gguf_families import MODELS, saved, wide, with_joined_split
 from tests.interop.conftest import Client
 from tests.interop.test_gguf import (
     FLOAT32_BOUND,
@@ -62,6 +62,18 @@ def test_f32_and_bf16_compute_what_transformers_computes(name: str, llama: Llama
     # Measured at most 0.04; other models of these sizes are 2 away.
     assert divergence(expected, llama(file, tokens).logits) < 0.1
     assert largest_difference(expected, transformers_logits(qconv.load(file, dtype="float32"), tokens)) <= FLOAT32_BOUND
+
+
+def test_qwen3_next_of_llama_cpps_own_converter_is_read_alike(llama: Llama, tmp_path: Path) -> None:
+    model, folder = saved("qwen3_next", tmp_path / "model")
+    (file,) = write(folder, tmp_path / "f32", "F32")
+    split, tokens = with_joined_split(file, tmp_path / "split.gguf"), sequences(2048)
+    expected = transformers_logits(model, tokens)
+    assert largest_difference(expected, llama(split, tokens).logits) <= FLOAT32_BOUND
+    assert (
+        largest_difference(expected, transformers_logits(qconv.load(split, dtype="float32"), tokens)) <= FLOAT32_BOUND
+    )
+    assert not verify_gguf(split, folder).problems
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -68,6 +68,13 @@ def moved_columns(name: str, shape: tuple[int, ...], columns: Tensor) -> Change:
     return Change((Piece(name, shape, make, columns=columns),), back)
 
 
+def split_rows(pieces: Mapping[str, Tensor], columns: int) -> Change:
+    """Rows by their numbers, [rows, columns] of each name; together they are all."""
+    rows = list(pieces.values())
+    made = tuple(Piece(name, (len(one), columns), partial(_taken, one)) for name, one in pieces.items())
+    return Change(made, partial(_merged, torch.cat(rows).argsort()))
+
+
 def with_rows_moved(change: Change, rows: Tensor) -> Change:
     """Another change of one piece, whose rows then move."""
     (piece,) = change.pieces
@@ -91,6 +98,10 @@ def latent_keys_and_values(name: str, heads: int, keys: int, values: int, rank: 
 
 def _taken(rows: Tensor, tensor: Tensor) -> Tensor:
     return tensor[rows]
+
+
+def _merged(order: Tensor, *pieces: Tensor) -> Tensor:
+    return torch.cat(pieces)[order]
 
 
 def _taken_columns(columns: Tensor, tensor: Tensor) -> Tensor:

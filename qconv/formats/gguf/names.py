@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gguf import MODEL_TENSOR, TENSOR_NAMES, TensorNameMap, get_tensor_name_map
@@ -98,12 +98,15 @@ def architecture_name(family: str) -> str:
     return form(family).architecture
 
 
-def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> list[GgufTensor]:
+def gguf_tensors(
+    model: Architecture, rope_factors: Sequence[float] = (), present: Collection[str] = ()
+) -> list[GgufTensor]:
     """All tensors of a model's GGUF file, in file order.
 
     Args:
         model: The architecture.
         rope_factors: What each rotary frequency is divided by; empty for none.
+        present: The names that a file has which is there already: some may be held in another way that llama.cpp reads.
 
     Raises:
         UsageError: llama.cpp's form of the family is not known here, or has no place for one of its tensors.
@@ -118,17 +121,14 @@ def gguf_tensors(model: Architecture, rope_factors: Sequence[float] = ()) -> lis
         for parts in zip(*(module.tensors() for module in modules), strict=True):
             sources = tuple(name for name, _ in parts)
             change = _change(of, model, modules[0], *parts[0])
+            other = of.mixing.elsewhere(model, *parts[0]) if present and change is None else None
+            if other is not None and _place(of, names, sources[0])[1] not in present:
+                change = other
             pieces = [(sources[0], _shape(modules, parts[0][1]))]
             if change is not None:
                 pieces = [(piece.name, piece.shape) for piece in change.pieces]
             for number, (called, shape) in enumerate(pieces):
-                found = _named(names, _EXPERT_NUMBER.sub("", called).replace("model.language_model.", "model."))
-                if found is None:
-                    raise UsageError(
-                        f"{sources[0]}: llama.cpp's {of.architecture} has no place for it.",
-                        hint="This model cannot be written as GGUF.",
-                    )
-                kind, name = found
+                kind, name = _place(of, names, called)
                 heads = permuted.get(kind, 0)
                 tensors.append(GgufTensor(name, kind, layer, shape, sources, heads, change=change, piece=number))
     if rope_factors:
@@ -164,13 +164,20 @@ def _change(of: Form, model: Architecture, module: Module, name: str, shape: tup
     return of.mixing.changes(model, name, shape)
 
 
-def _named(names: TensorNameMap, source: str) -> tuple[MODEL_TENSOR, str] | None:
-    """What a tensor of the checkpoint is in llama.cpp's form; the tables have a router's correction as a module."""
-    for name in (source, source.removesuffix("_bias") + ".bias"):
+def _place(of: Form, names: TensorNameMap, source: str) -> tuple[MODEL_TENSOR, str]:
+    """What a tensor of the checkpoint is in llama.cpp's form; the tables have a router's correction as a module.
+
+    Raises:
+        UsageError: it has no place there.
+    """
+    plain = _EXPERT_NUMBER.sub("", source).replace("model.language_model.", "model.")
+    for name in (plain, plain.removesuffix("_bias") + ".bias"):
         found: tuple[MODEL_TENSOR, str] | None = names.get_type_and_name(name, try_suffixes=(".weight", ".bias"))
         if found is not None:
             return found
-    return None
+    raise UsageError(
+        f"{source}: llama.cpp's {of.architecture} has no place for it.", hint="This model cannot be written as GGUF."
+    )
 
 
 def _groups(model: Architecture) -> Iterator[tuple[int | None, Sequence[Module]]]:

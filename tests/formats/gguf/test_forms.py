@@ -22,9 +22,10 @@ from qconv.formats.gguf.rope import rope_of
 from qconv.models import architecture
 from qconv.planning.gguf_plan import plan_gguf, write_file
 from qconv.runtime.gguf_files import GgufFiles
+from qconv.verification.gguf import verify_gguf
 from tests.conftest import SIZES
 from tests.gguf_copies import copied
-from tests.gguf_families import MODELS, MSCALE, YARN, saved
+from tests.gguf_families import MODELS, MSCALE, YARN, saved, with_joined_split
 
 IDS = torch.arange(40).view(1, 40)
 
@@ -337,3 +338,16 @@ def test_layers_that_only_predict_are_left_out_as_llama_cpp_leaves_them_out(file
     beyond = copied(file, tmp_path / "beyond.gguf", keys, tensors=added | {"blk.4.attn_norm.weight": [1.0] * 64})
     with pytest.raises(CheckpointError, match=r"blk\.4\.attn_norm"):
         GgufFiles.open(beyond)
+
+
+def test_a_file_of_llama_cpps_own_converter_has_some_tensors_otherwise(tmp_path: Path) -> None:
+    model, checkpoint = saved("qwen3_next", tmp_path / "model")
+    source = Source.open(checkpoint)
+    plan = plan_gguf(source, "F32", "model")
+    write_file(tmp_path, plan, plan.files[0], source)
+    split = with_joined_split(tmp_path / plan.files[0].name, tmp_path / "split.gguf")
+    assert "blk.0.ssm_in.weight" not in GgufFiles.open(split).model.entries
+    with torch.no_grad():
+        expected, ours = model(IDS).logits, qconv.load(split, dtype="float32")(IDS).logits
+    assert float((ours - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+    assert not verify_gguf(split, checkpoint).problems

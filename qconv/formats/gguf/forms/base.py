@@ -135,6 +135,7 @@ class Mixing:
         latent: Whether keys and values are made of a latent vector, whose part that is rotated is a head of its own.
         mscale: Whether llama.cpp knows YaRN's ``mscale_all_dim``.
         changes: What a tensor of that name and shape becomes in the file, None for the same numbers.
+        elsewhere: What one is in files that others write, where they may hold it in another way.
         states: What keys of the file say besides or instead.
         restores: What these keys say as keys of config.json.
         differs: What llama.cpp computes otherwise, or None.
@@ -143,6 +144,7 @@ class Mixing:
     latent: bool = False
     mscale: bool = False
     changes: Callable[[Architecture, str, tuple[int, ...]], Change | None] = _no_change
+    elsewhere: Callable[[Architecture, str, tuple[int, ...]], Change | None] = _no_change
     states: Callable[[Values, Architecture], Mapping[str, bool | int | float | list[int]]] = _nothing_stated
     restores: Callable[[ModelKeys], dict[str, Any]] = _nothing_restored
     differs: Callable[[Values, Architecture], str | None] = _no_difference

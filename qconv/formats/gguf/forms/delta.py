@@ -9,7 +9,16 @@ from gguf import Keys
 
 from qconv.checkpoint.config import Config
 from qconv.core.architecture import Architecture, Norm, Parameter
-from qconv.formats.gguf.changes import Change, added, decay, moved_columns, moved_rows, renamed, with_rows_moved
+from qconv.formats.gguf.changes import (
+    Change,
+    added,
+    decay,
+    moved_columns,
+    moved_rows,
+    renamed,
+    split_rows,
+    with_rows_moved,
+)
 from qconv.formats.gguf.forms.base import Mixing, Values
 
 if TYPE_CHECKING:
@@ -33,6 +42,20 @@ def _changes(model: Architecture, name: str, shape: tuple[int, ...]) -> Change |
     if leaf == "A_log":
         return decay(name, shape)
     return renamed(f"{stem}linear_attn.dt_proj.bias", shape) if leaf == "dt_bias" else None
+
+
+def _split(model: Architecture, name: str, shape: tuple[int, ...]) -> Change | None:
+    """llama.cpp's own converter takes q, k and v of all heads out of ``in_proj_qkvz``, which has them by key head."""
+    if not name.endswith("in_proj_qkvz.weight"):
+        return None
+    size, heads = _heads(model)
+    values = heads * size
+    keys = (shape[0] - 2 * values) // (2 * size)
+    by_head = torch.arange(shape[0]).view(keys, -1)
+    q, k, v, z = torch.tensor_split(by_head, (size, 2 * size, 2 * size + values // keys), dim=1)
+    stem = name.removesuffix("in_proj_qkvz.weight")
+    joined = torch.cat([q.flatten(), k.flatten(), v.flatten()])
+    return split_rows({f"{stem}in_proj_qkv.weight": joined, f"{stem}in_proj_z.weight": z.flatten()}, shape[1])
 
 
 def _tiled_changes(model: Architecture, name: str, shape: tuple[int, ...]) -> Change | None:
@@ -112,7 +135,7 @@ def _kinds(layers: int, interval: int) -> list[str]:
     return ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(layers)]
 
 
-DELTA = Mixing(changes=_changes, states=_states, restores=_restores, differs=_differs)
+DELTA = Mixing(changes=_changes, elsewhere=_split, states=_states, restores=_restores, differs=_differs)
 """Qwen3-Next's."""
 TILED_DELTA = Mixing(changes=_tiled_changes, states=_sectioned_states, restores=_restores, differs=_differs)
 """Qwen3.5's."""
