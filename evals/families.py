@@ -55,6 +55,7 @@ SPARSE = (
     "hunyuan_v1_moe",
     "hy_v3",
     "laguna",
+    "llama4_text",
     "mellum",
     "minimax_m2",
     "mixtral",

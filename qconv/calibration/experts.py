@@ -165,13 +165,13 @@ class _MlpHalf:
 
         def windows() -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, len(routed.tokens), WINDOW_TOKENS):
-                tokens, factors = (part[start : start + WINDOW_TOKENS] for part in (routed.tokens, routed.weights))
-                normed = self.inputs.normed(tokens, work)
+                part = routed[start : start + WINDOW_TOKENS]
+                normed = part.read(self.inputs.normed(part.tokens, work))
                 inner = weights.inner(normed)
                 if seen:
                     passed.squares.append((InputSquares.of(normed), InputSquares.of(inner)))
                 if not is_last:
-                    yield tokens, weights.project(inner).mul_(factors.unsqueeze(-1))
+                    yield part.tokens, part.counted(weights.project(inner))
 
         if seen or not is_last:
             passed.outputs.append(SetAside(work.total.path.parent, work.total.width, windows()))

@@ -69,7 +69,8 @@ class Decoder:
         names |= {held(parameter.name): parameter.name for parameter in moe.parameters}
         state = {name.removeprefix(f"{block}."): read(stored).to(self.dtype) for name, stored in names.items()}
         empty = self._skeleton.layers[layer.index].get_submodule(block_name(layer, self._architecture))
-        return RouterBlock.of(empty, state)
+        router = held(moe.router.name).removeprefix(f"{block}.")
+        return RouterBlock.of(empty, state, router if moe.scales_inputs else None, moe.top_k)
 
     def gating(self, layer: Layer, mlp: Mlp) -> Gating:
         """What an MLP of a layer makes of the outputs of gate and up."""
@@ -109,14 +110,17 @@ class RouterBlock:
 
     module: nn.Module
     kept: threading.local
+    top_k: int
 
     @classmethod
-    def of(cls, empty: nn.Module, state: Mapping[str, Tensor]) -> RouterBlock:
+    def of(cls, empty: nn.Module, state: Mapping[str, Tensor], scorer: str | None, top_k: int) -> RouterBlock:
         """transformers' sparse block with stand-ins for all that computes, and the router's tensors.
 
         Args:
             empty: The block on the meta device; not changed.
             state: The router's tensors by their names within the block.
+            scorer: Its name, where experts are not told who was chosen, but read scaled inputs; else None.
+            top_k: Experts a token.
         """
         kept = threading.local()
         module = copy.deepcopy(empty)
@@ -125,11 +129,13 @@ class RouterBlock:
                 module.register_module(name, _Chosen(kept))
             elif not any(key.startswith(f"{name}.") for key in state):
                 module.register_module(name, _Zeros(child))
+        if scorer is not None:
+            module.get_submodule(scorer).register_forward_hook(_keeping_scores(kept, top_k))
         module.load_state_dict(state, assign=True)
-        return cls(module.requires_grad_(False), kept)
+        return cls(module.requires_grad_(False), kept, top_k)
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Who sees which token, and how much its output counts.
+        """Who sees which token, and how much its output, or its input, counts.
 
         Args:
             normed: The block's input, [tokens, hidden].
@@ -142,15 +148,27 @@ class RouterBlock:
         return factors, indices
 
 
+def _keeping_scores(kept: threading.local, top_k: int) -> Callable[[nn.Module, Any, Any], None]:
+    """Of a router that gives all experts' scores, 0 for those that are not chosen."""
+
+    def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+        scores: Tensor = output[0] if isinstance(output, tuple) else output
+        factors, indices = scores.topk(top_k, dim=-1)
+        kept.chosen = indices, factors
+
+    return hook
+
+
 class _Chosen(nn.Module):
-    """In the place of the experts: keeps what the router chose."""
+    """In the place of the experts: keeps what the router chose, where they are told."""
 
     def __init__(self, kept: threading.local) -> None:
         super().__init__()
         self._kept = kept
 
-    def forward(self, hidden: Tensor, indices: Tensor, factors: Tensor) -> Tensor:
-        self._kept.chosen = indices, factors
+    def forward(self, hidden: Tensor, *told: Tensor) -> Tensor:
+        if told:
+            self._kept.chosen = told
         return torch.zeros_like(hidden)
 
 

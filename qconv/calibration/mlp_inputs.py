@@ -95,7 +95,7 @@ class MlpInputs:
         tokens = self.context.work.tokens
         weights = torch.full((tokens,), self._mean_weight(routed))
         weights[routed.tokens] = routed.weights
-        return Assignment(torch.arange(tokens), weights)
+        return Assignment(torch.arange(tokens), weights, routed.on_inputs)
 
     def _mean_weight(self, assignment: Assignment) -> float:
         """The usual factor on an expert's output, for tokens that were not routed to it."""
@@ -114,10 +114,23 @@ class MlpInputs:
         if own == 0:
             shared = max(shared, min(size, len(self.pool)))
         picks = torch.randperm(own, generator=self.context.generator(1 + index))[: size - shared].sort().values
-        inputs = torch.cat([self.normed(assignment.tokens[picks]), self.pool[:shared]])
-        own_weights = assignment.weights[picks].square() * (own / max(len(picks), 1))
-        shared_weight = self._mean_weight(assignment) ** 2 * (max(k, 1.0) / max(shared, 1))
+        chosen = assignment[picks]
+        inputs = torch.cat([chosen.read(self.normed(chosen.tokens)), self._pool(assignment)[:shared]])
+        own_weights = chosen.factors.square() * (own / max(len(picks), 1))
+        mean = 1.0 if assignment.on_inputs else self._mean_weight(assignment)
+        shared_weight = mean**2 * (max(k, 1.0) / max(shared, 1))
         return Sample(inputs, torch.cat([own_weights, torch.full((shared,), shared_weight)]))
+
+    def _pool(self, assignment: Assignment) -> Tensor:
+        """The layer's pool, as an MLP would read it."""
+        return self.pool * self._mean_weight(assignment) if assignment.on_inputs else self.pool
+
+    def _shared_statistics(self, width: int, assignment: Assignment) -> InputStatistics:
+        """Those of the layer, as an MLP would read them."""
+        layer = self.layer[width]
+        if not assignment.on_inputs:
+            return layer
+        return layer.rescaled(torch.full((self.context.model.hidden_size,), 1.0 / self._mean_weight(assignment)))
 
     def statistics(
         self, mlp: Mlp, assignment: Assignment, asked: Sequence[tuple[LayerBuild, int]]
@@ -138,7 +151,10 @@ class MlpInputs:
                 statistics.update(normed, counts, unquantized)
         for build, width in asked:
             build.keep_squares(found[width], (mlp.gate, mlp.up))
-        return {width: found.pop(width).shrunk(self.layer[width], float(self.shrinkage)) for width in [*found]}
+        return {
+            width: found.pop(width).shrunk(self._shared_statistics(width, assignment), float(self.shrinkage))
+            for width in [*found]
+        }
 
     def inner_statistics(
         self,
@@ -165,7 +181,7 @@ class MlpInputs:
             inner = passing.inner(normed)
             for statistics in found.values():
                 statistics.update(inner, counts, reference)
-        pooled, inner = empty_statistics(in_features, widths), passing.inner(self.pool)
+        pooled, inner = empty_statistics(in_features, widths), passing.inner(self._pool(assignment))
         for statistics in pooled.values():
             statistics.update(inner)
         for build, width in asked:
@@ -177,11 +193,12 @@ class MlpInputs:
         model's inputs, where they are compared.
         """
         counts: Tensor | None = None
-        if self.context.calibration.token_weights == "router" and len(assignment.weights):
+        weighted = self.context.calibration.token_weights == "router" and not assignment.on_inputs
+        if weighted and len(assignment.weights):
             squares = assignment.weights.square()
             counts = squares / squares.mean()
         for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
             stop = start + WINDOW_TOKENS
-            tokens = assignment.tokens[start:stop]
-            unquantized = None if self.reference is None else self.normed(tokens, self.reference)
-            yield self.normed(tokens), None if counts is None else counts[start:stop], unquantized
+            part = assignment[start:stop]
+            unquantized = None if self.reference is None else part.read(self.normed(part.tokens, self.reference))
+            yield part.read(self.normed(part.tokens)), None if counts is None else counts[start:stop], unquantized

@@ -15,10 +15,31 @@ from qconv.core.architecture import Layer, Moe
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Tokens of one MLP: int64 [n], ascending, and the factor on its output for each: float32 [n]."""
+    """Tokens of one MLP: int64 [n], ascending, and the factor on its output for each: float32 [n].
+
+    ``on_inputs`` says that the factor is on its input.
+    """
 
     tokens: Tensor
     weights: Tensor
+    on_inputs: bool = False
+
+    def __getitem__(self, part: slice | Tensor) -> Assignment:
+        """Some of the tokens."""
+        return Assignment(self.tokens[part], self.weights[part], self.on_inputs)
+
+    def read(self, normed: Tensor) -> Tensor:
+        """What the MLP reads for its tokens' normed activations, [n, hidden]."""
+        return normed * self.weights.unsqueeze(-1) if self.on_inputs else normed
+
+    def counted(self, output: Tensor) -> Tensor:
+        """What it adds to what runs through the layers, [n, hidden], in the place of its output."""
+        return output if self.on_inputs else output.mul_(self.weights.unsqueeze(-1))
+
+    @property
+    def factors(self) -> Tensor:
+        """What its output counts for each token, float32 [n]."""
+        return torch.ones_like(self.weights) if self.on_inputs else self.weights
 
 
 class Routing:
@@ -28,6 +49,7 @@ class Routing:
         """Run the router (and the shared expert's gate) over the layer's middle activations, normalized by ``norm``."""
         self._tokens = work.tokens
         self._experts = 0
+        self._on_inputs = isinstance(layer.mlp, Moe) and layer.mlp.scales_inputs
         self._shared: Tensor | None = None
         mlp = layer.mlp
         if not isinstance(mlp, Moe):
@@ -61,4 +83,4 @@ class Routing:
             return Assignment(torch.arange(self._tokens), weights)
         end = int(self._ends[index])
         pairs = self._order[end - int(self.counts[index]) : end]
-        return Assignment(pairs // self.top_k, self._factors[pairs])
+        return Assignment(pairs // self.top_k, self._factors[pairs], self._on_inputs)

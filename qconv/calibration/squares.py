@@ -139,15 +139,15 @@ class _MlpPass:
         return cls(layer_pass, GatedWeights.read(layer_pass.source, mlp, gating), norm)
 
     def __call__(self, window: Assignment) -> _Part:
-        normed: Tensor = self.norm(self.layer_pass.work.middle.gather(window.tokens))
+        normed: Tensor = window.read(self.norm(self.layer_pass.work.middle.gather(window.tokens)))
         inner = self.weights.inner(normed)
         output = None
         if not self.layer_pass.is_last:
-            output = self.weights.project(inner).mul_(window.weights.unsqueeze(-1))
+            output = window.counted(self.weights.project(inner))
         return _Part(window.tokens, InputSquares.of(normed), InputSquares.of(inner), output)
 
 
 def _windows(assignment: Assignment) -> Iterable[Assignment]:
     for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
         stop = start + WINDOW_TOKENS
-        yield Assignment(assignment.tokens[start:stop], assignment.weights[start:stop])
+        yield assignment[start:stop]

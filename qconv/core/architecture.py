@@ -192,7 +192,8 @@ class Mlp:
 class Moe:
     """A sparse block: the router and every expert (and the shared expert and its gate) see the same input.
 
-    The parameters are the router's own beside its weight.
+    The parameters are the router's own beside its weight. ``scales_inputs`` says that the router's factor is on what an
+    expert reads, as in Llama 4, and not on what it gives.
     """
 
     router: Linear
@@ -201,6 +202,7 @@ class Moe:
     shared_expert: Mlp | None = None
     shared_expert_gate: Linear | None = None
     parameters: tuple[Parameter, ...] = ()
+    scales_inputs: bool = False
 
     @property
     def experts_name(self) -> str:

@@ -228,7 +228,7 @@ class Variants:
         if isinstance(layer.mlp, Moe):
             name = layer.mlp.experts_name
             experts = StreamedExperts(files, layer.mlp, self.backend, installer.gating(name), installer.rounding)
-            installer.replace(name, PackedExperts(experts))
+            installer.replace(name, PackedExperts(experts, len(layer.mlp.experts)))
         yield RunningLayer.of(self.model.model.layers[layer.index], self.calls, layer, self.architecture)
         self.model.model.layers[layer.index] = pristine
 
@@ -310,7 +310,7 @@ class _Exchanged:
 
 def _only_expert(layer: Layer, names: frozenset[str]) -> int | None:
     """The routed expert that all of the modules belong to; None if there are none, or others among them."""
-    if not names or not isinstance(layer.mlp, Moe):
+    if not names or not isinstance(layer.mlp, Moe) or layer.mlp.scales_inputs:
         return None
     linears = ({linear.name for linear in mlp.linears()} for mlp in layer.mlp.experts)
     return next((number for number, own in enumerate(linears) if names <= own), None)

@@ -70,6 +70,15 @@ def gating_of(experts: nn.Module, interleaved: bool) -> Gating:
     return Own(experts, interleaved)
 
 
+def takes_turns(gating: Own) -> bool:
+    """Whether the first number that a module gives depends on the first two that it takes: gate and up by turns."""
+    joined = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    changed = joined.clone()
+    changed[0, 1] += 1.0
+    apply: Callable[[Tensor], Tensor] = gating.module._apply_gate
+    return bool(apply(joined.clone())[0, 0] != apply(changed)[0, 0])
+
+
 def is_linear_in_up(gating: Gating) -> bool:
     """Whether scales fold from down into up: what doubles up's outputs doubles down's input."""
     generator = torch.Generator().manual_seed(0)

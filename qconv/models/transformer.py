@@ -71,7 +71,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             model = untyped.from_config(config, dtype=dtype)
-        inner = model.base_model
+        inner: Any = getattr(model, "model", None)
         if hasattr(inner, "rotary_emb"):
             # Frequencies are computed, not loaded, so that module is built again off the meta device.
             inner.rotary_emb = type(inner.rotary_emb)(config)

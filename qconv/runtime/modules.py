@@ -50,13 +50,26 @@ class DenseLinear(nn.Linear):
 class PackedExperts(nn.Module):
     """The experts of a sparse block, in place of transformers' fused ones; called as those are."""
 
-    def __init__(self, operator: ExpertsOperator) -> None:
+    def __init__(self, operator: ExpertsOperator, count: int) -> None:
+        """Of an operator of so many experts."""
         super().__init__()
         self.operator = operator
+        self.count = count
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden], [tokens, top_k], [tokens, top_k] to [tokens, hidden]."""
-        return self.operator(hidden_states, top_k_index, top_k_weights)
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """[tokens, hidden], [tokens, top_k], [tokens, top_k] to [tokens, hidden].
+
+        Where nobody says who was chosen, the inputs of all experts lie behind each other, [experts * tokens, hidden],
+        with zeros for those that were not: Llama 4's.
+        """
+        if top_k_index is not None and top_k_weights is not None:
+            return self.operator(hidden_states, top_k_index, top_k_weights)
+        asked = hidden_states.any(dim=-1).nonzero().squeeze(-1)
+        chosen = (asked // (len(hidden_states) // self.count)).unsqueeze(-1)
+        answers = self.operator(hidden_states[asked], chosen, torch.ones_like(chosen, dtype=hidden_states.dtype))
+        return torch.zeros_like(hidden_states).index_copy_(0, asked, answers)
 
     def extra_repr(self) -> str:
         return type(self.operator).__name__

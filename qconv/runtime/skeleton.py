@@ -115,10 +115,10 @@ class Installer:
         by_kernels = not any(linear.bias or self.rounding(linear) is not None for linear in linears)
         if gating.activation is None or not by_kernels:
             rounded = [RoundedMlp(*map(self._rounded, mlp.linears())) for mlp in moe.experts]
-            self.replace(name, PackedExperts(RoundedExperts(rounded, gating)))
+            self.replace(name, PackedExperts(RoundedExperts(rounded, gating), len(moe.experts)))
             return
         mlps = [PackedMlp(*map(self._weight, mlp.linears())) for mlp in moe.experts]
-        self.replace(name, PackedExperts(self.backend.experts(mlps, gating.activation)))
+        self.replace(name, PackedExperts(self.backend.experts(mlps, gating.activation), len(moe.experts)))
 
     def rounding(self, linear: Linear) -> InputRounding | None:
         """How a linear's inputs are rounded here."""

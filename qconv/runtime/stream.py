@@ -157,7 +157,7 @@ class _Scorer:
             self.installer.check_experts(layer.mlp)
             gating = self.installer.gating(name)
             experts = StreamedExperts(self.files, layer.mlp, self.backend, gating, self.installer.rounding)
-            self.installer.replace(name, PackedExperts(experts))
+            self.installer.replace(name, PackedExperts(experts, len(layer.mlp.experts)))
         return RunningLayer.of(self.model.model.layers[layer.index], self.calls, layer, self.files.architecture)
 
     def _read(self, hidden: ActivationFile, start: int, stop: int) -> Tensor:

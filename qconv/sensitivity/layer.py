@@ -201,6 +201,7 @@ class _Mlps:
         norm = layer.post_attention_norm
         self.norm = work.decoder.norm(layer, norm, work.source.read(norm.weight))
         self.moe = layer.mlp if isinstance(layer.mlp, Moe) else None
+        self.scales_inputs = self.moe is not None and self.moe.scales_inputs
         self.router: RouterBlock | None = None
         self.shared_factors: Tensor | None = None
         self.shared_slopes: Tensor | None = None
@@ -313,13 +314,17 @@ class _Mlps:
         def linear(which: Linear, inputs: Tensor) -> Tensor:
             return functional.linear(inputs, weights[which.weight], weights.get(f"{which.name}.bias"))
 
+        on_inputs = part.factors is not None and part.pairs is not None and self.scales_inputs
         with torch.enable_grad():
             leaf = normed.requires_grad_(True)
-            gate, up = linear(mlp.gate, leaf), linear(mlp.up, leaf)
+            factors = None if part.factors is None else part.factors.detach().requires_grad_(on_inputs)
+            read = leaf * factors.unsqueeze(-1) if on_inputs and factors is not None else leaf
+            gate, up = linear(mlp.gate, read), linear(mlp.up, read)
             output = linear(mlp.down, self.work.decoder.gating(self.work.layer, mlp)(gate, up))
-        slopes = (above * output.detach()).sum(-1)
-        scaled = above if part.factors is None else above * part.factors.unsqueeze(-1)
-        of_gate, of_up, of_inputs = torch.autograd.grad(output, (gate, up, leaf), scaled)
+        scaled = above if factors is None or on_inputs else above * factors.unsqueeze(-1)
+        wanted = (gate, up, leaf, *([factors] if on_inputs and factors is not None else []))
+        of_gate, of_up, of_inputs, *of_factors = torch.autograd.grad(output, wanted, scaled)
+        slopes = of_factors[0] if of_factors else (above * output.detach()).sum(-1)
         found = {
             mlp.gate.name: OutputSquares.of(of_gate, self.work.limit),
             mlp.up.name: OutputSquares.of(of_up, self.work.limit),

@@ -109,7 +109,7 @@ class _Fitting:
         parts = _Parts.of(structure, self.model, self.found.held, self.proofs, self.joined)
         attention, input_norm = parts.mixer(structure)
         experts = structure.experts
-        mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts) if experts else parts.dense(f"{name}.mlp")
+        mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts) if experts else parts.dense(structure)
         parts.require_all_taken()
         layer = Layer(structure.index, name, input_norm, attention, mlp[1], mlp[0])
         kind = repr(layer).replace(f"{name}.", "").replace(name, "").replace(f"index={structure.index}", "")
@@ -208,8 +208,11 @@ class _Parts:
             raise Unproved(f"no norm makes what {name} reads")
         return Mixer(name, tuple(groups), (*inside, *others, *kept)), norm
 
-    def dense(self, name: str) -> tuple[Mlp, Norm]:
-        """A gated MLP and the norm before it."""
+    def dense(self, structure: LayerStructure) -> tuple[Mlp, Norm]:
+        """A gated MLP, which reads what the mixer has left, and the norm before it."""
+        layer = f"model.layers.{structure.index}."
+        left = [one.readers[0] for one in structure.groups if one.readers[0] in self.groups]
+        name = layer + (left[0].removeprefix(layer).split(".")[0] if left else "mlp")
         gate, up, _ = (f"{name}.{leaf}" for leaf in _DENSE)
         return self._mlp(name), self._norm(self._take([gate, up]))
 
@@ -224,11 +227,8 @@ class _Parts:
         form = self.proofs.experts(self._held(experts.name), hidden)
         count, *sides = experts.shapes["down_proj"]
         width = sides[0] if form.transposed else sides[1]
-        group = self.groups.get(experts.name)
-        if group is None:
-            raise Unproved(f"nothing is known of what {experts.name} read")
-        self._take(group.readers)
         block = experts.name.rpartition(".")[0]
+        group = self._read_by(experts.name, block)
         shared = [one.rpartition(".")[0] for one in group.readers if one.endswith(".gate_proj")]
         fed = {experts.name, *(f"{one}.{leaf}" for one in shared for leaf in _DENSE[:2])}
         # A shared expert may be as wide as there are experts.
@@ -237,19 +237,34 @@ class _Parts:
         held = self._held(experts.name).rpartition(".")[0]
         if router is None or not self._held(router).startswith(f"{held}."):
             raise Unproved(f"{block} has no router beside its experts")
-        readers = fed | {router}
+        readers = fed & {*group.readers} | {router}
         if len(shared) > 1 or {*group.readers} != (readers if gate is None else readers | {gate}):
             raise Unproved(f"{block} has more than experts, a router and a shared expert")
         mlps = self._experts(experts, (count, width, hidden), form.folds)
+        top_k, on_inputs = self.proofs.choice(held, self._held(router))
         made = Moe(
             self._linear(router),
             tuple(mlps),
-            self.proofs.experts_per_token(held, self._held(router)),
+            top_k,
             self._mlp(shared[0]) if shared else None,
             None if gate is None else self._linear(gate),
             tuple(self._parameter(one) for one in self._below(block)),
+            on_inputs,
         )
         return made, self._norm(group)
+
+    def _read_by(self, experts: str, block: str) -> ReadTensor:
+        """What experts read with others, or where that is scaled for them, what the others in their block read."""
+        found = self.groups.get(experts)
+        if found is None:
+            raise Unproved(f"nothing is known of what {experts} read")
+        self._take(found.readers)
+        if found.readers != (experts,):
+            return found
+        others = [one for one in self.groups.values() if one.producer and one.readers[0].startswith(f"{block}.")]
+        if not others:
+            raise Unproved(f"no norm makes what {experts} read")
+        return self._take(others[0].readers)
 
     def require_all_taken(self) -> None:
         """Check that nothing is left."""

@@ -8,6 +8,7 @@ compared with what qconv computes in its place.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from qconv.boundary.printable import one_line
 from qconv.core.architecture import HEAD, Joined, Layer, Linear, Mlp, Moe, Norm
 from qconv.models.calls import Call, Calls, with_children
 from qconv.models.discovery.tracing import is_reader
-from qconv.models.gating import gating_of, is_linear_in_up
+from qconv.models.gating import Own, gating_of, is_linear_in_up, takes_turns
 
 _TOKENS = 6
 _TOLERANCE = 1e-4
@@ -50,7 +51,9 @@ class StandIn(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         self.seen.append((*arguments, *named.values())[0])
         self.arguments = arguments
-        return self.given[0] if len(self.given) == 1 else self.given
+        # Copies, since what comes of them may be added to in place.
+        given = tuple(one.clone() for one in self.given)
+        return given[0] if len(given) == 1 else given
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +156,36 @@ class Proofs:
             if mlp is not None:
                 self._mlp(mlp)
 
-    def experts_per_token(self, block: str, router: str) -> int:
-        """How many experts a token goes to, by transformers' names of a sparse block and its router.
+    def choice(self, block: str, router: str) -> tuple[int, bool]:
+        """How many experts a token goes to, and whether their factors are on what they read.
+
+        Args:
+            block: transformers' name of a sparse block.
+            router: Its router's.
 
         Raises:
             Unproved: to none.
         """
         with _running(block):
             module, experts, hidden = self._block(block, router)
+            scores: list[Any] = []
+            module.get_submodule(router.removeprefix(f"{block}.")).register_forward_hook(
+                lambda _, arguments, output: scores.append(output[0] if isinstance(output, tuple) else output)
+            )
+            if len(inspect.signature(type(self._model.get_submodule(f"{block}.experts")).forward).parameters) == 2:
+                experts.given = (torch.zeros(self._count(block) * _TOKENS, hidden),)
             module(self._random(1, _TOKENS, hidden))
-            chosen = int(experts.arguments[1].shape[-1])
+            if len(experts.arguments) > 1:
+                chosen, on_inputs = int(experts.arguments[1].shape[-1]), False
+            else:
+                chosen, on_inputs = int((scores[0] != 0).sum(-1).max()), True
         if chosen < 1:
             raise Unproved(f"{block} sends a token to no expert")
-        return chosen
+        return chosen, on_inputs
+
+    def _count(self, block: str) -> int:
+        """The number of a block's experts."""
+        return int(next(self._model.get_submodule(f"{block}.experts").parameters()).shape[0])
 
     def offset(self, norm: str) -> float:
         """What a norm adds to its weight before it scales by it.
@@ -275,13 +295,25 @@ class Proofs:
                 gate = self._random(_TOKENS, 1)
                 module.register_module(_leaf(self._held(moe.shared_expert_gate.name)), StandIn(gate))
                 shared = shared * torch.sigmoid(gate)
+            scores: list[Tensor] = []
+            if moe.scales_inputs:
+                router = self._held(moe.router.name).removeprefix(f"{block}.")
+                module.get_submodule(router).register_forward_hook(lambda _, __, output: scores.append(output[0]))
+                experts.given = (self._random(len(moe.experts) * _TOKENS, hidden),)
             given = self._random(1, _TOKENS, hidden)
             output = module(given)
             output = output[0] if isinstance(output, tuple) else output
-            _equal(experts.seen[0].view(_TOKENS, -1), given[0], f"{block}.experts do not read the block's input")
-            _equal(output.view(_TOKENS, -1), (experts.given[0] + shared).view(_TOKENS, -1), f"{block} is no plain sum")
-            if not experts.arguments[2].shape == experts.arguments[1].shape:
-                raise Unproved(f"{block}.experts get no factor for each expert")
+            if moe.scales_inputs:
+                answers = experts.given[0].view(len(moe.experts), _TOKENS, -1).sum(0)
+                read = given[0] * scores[0].t().unsqueeze(-1)
+                _equal(experts.seen[0].view_as(read), read, f"{block}.experts do not read what is scaled by scores")
+            else:
+                answers = experts.given[0]
+                read = experts.seen[0].view(_TOKENS, -1)
+                _equal(read, given[0], f"{block}.experts do not read the block's input")
+                if not experts.arguments[2].shape == experts.arguments[1].shape:
+                    raise Unproved(f"{block}.experts get no factor for each expert")
+            _equal(output.view(_TOKENS, -1), (answers + shared).view(_TOKENS, -1), f"{block} is no plain sum")
 
     def experts(self, name: str, hidden: int) -> ExpertForm:
         """How transformers' experts of a name lie together, and what they make of the outputs of gate and up.
@@ -319,9 +351,15 @@ class Proofs:
             module.config = copy.copy(self._config)
             module.config._experts_implementation = "eager"
             gating = gating_of(module, interleaved)
+            if isinstance(gating, Own) and takes_turns(gating) != interleaved:
+                raise Unproved(f"{name} hold gate and up in another way")
             tokens, factors = self._random(_TOKENS, hidden), self._random(_TOKENS, 2)
             indices = torch.tensor([[0, 1], [1, 0]] * (_TOKENS // 2))
-            output = module(tokens, indices, factors)
+            if len(inspect.signature(type(module).forward).parameters) == 2:
+                factors = torch.ones_like(factors)
+                output = module(tokens.repeat(2, 1)).view(2, _TOKENS, hidden).sum(0)
+            else:
+                output = module(tokens, indices, factors)
             expected = torch.zeros_like(tokens)
             for expert in range(2):
                 both = tokens @ joined[expert].t()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from evals.model_types import config_of
-from qconv.core.architecture import Moe, Norm, Parameter
+from qconv.core.architecture import Joined, Moe, Norm, Parameter
 from qconv.errors import CheckpointError
 from qconv.models import architecture, is_known
 from qconv.models.discovery.fitting import fitted
@@ -55,6 +55,7 @@ FITTING = [
     "hunyuan_v1_moe",
     "gpt_oss",
     "laguna",
+    "llama4_text",
     "mellum",
     "ernie4_5",
     "seed_oss",
@@ -100,6 +101,17 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_not_taken_for_the_route
     assert moe.shared_expert.gate.out_features == len(moe.experts) == 40
 
 
+def test_how_experts_are_joined() -> None:
+    joined = {name: architecture(config_of(name).to_dict()).joined for name in ("gpt_oss", "llama4_text", "olmoe")}
+    assert joined["gpt_oss"] == Joined(transposed=True, interleaved=True, always=True)
+    assert joined["llama4_text"] == Joined(transposed=True, interleaved=False, always=True)
+    assert joined["olmoe"] == Joined()
+    moes = {name: architecture(config_of(name).to_dict()).layers[-1].mlp for name in joined}
+    assert [moe.scales_inputs for moe in moes.values() if isinstance(moe, Moe)] == [False, True, False]
+    assert [moe.experts[0].folds for moe in moes.values() if isinstance(moe, Moe)] == [False, True, True]
+    assert [moe.experts[0].down.bias for moe in moes.values() if isinstance(moe, Moe)] == [True, False, False]
+
+
 def test_a_model_of_linear_attention_alone() -> None:
     values = config_of("qwen3_next").to_dict() | {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
     (layer,) = architecture(values).layers
@@ -110,7 +122,6 @@ UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
     "logits that are scaled": ("cohere2", {}, "logits are scaled"),
     "norms after": ("olmo2", {}, "no norm makes what"),
     "joined gate and up": ("phi3", {}, "gate_proj is no linear"),
-    "scores on what experts read": ("llama4_text", {}, "experts does not run by itself"),
     "a multiplier on what is added": ("granite", {"residual_multiplier": 0.5}, "is not simply added"),
     "an embedding that multiplies": ("gemma", {}, "the embedding is scaled"),
     "a multiplier on the embedding": ("granite", {"embedding_multiplier": 2.0}, "the embedding is scaled"),
