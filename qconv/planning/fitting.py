@@ -15,6 +15,11 @@ from qconv.planning.schemes import LinearScheme, fused
 GROUP_SIZES = (128, 64, 32, CHANNEL)
 """What is proposed instead of a group size that does not fit."""
 
+_LAYER = re.compile(r"^.*?\blayers\.\d+\.")
+_LAST_ROWS = ("kv_a_proj_with_mqa",)
+"""Linears whose rows are the last of the matrix that engines hold them in, so that a block of theirs may be cut short:
+DeepSeek's own FP8 releases have 576 rows there."""
+
 
 def check_shapes(architecture: Architecture, schemes: Mapping[str, LinearScheme], output_format: Format) -> None:
     """Every linear that is quantized can be stored, and be read by an engine.
@@ -81,6 +86,7 @@ def _check_blocks(architecture: Architecture, schemes: Mapping[str, LinearScheme
         fused_ones = {one.name for _, linears in fused(layer) for one in linears}
         # down of an expert stands alone: its rows are no part of another matrix.
         fused_ones -= {mlp.down.name for mlp in layer.mlps()}
+        fused_ones -= {f"{layer.attention.name}.{leaf}" for leaf in _LAST_ROWS}
         for one in layer.linears():
             grid = schemes[one.name].grid if one.name in schemes else None
             if grid is None or not grid.is_float or CHANNEL in (grid.block_rows, grid.group_size):
@@ -126,9 +132,10 @@ def skip_patterns(architecture: Architecture, misfits: Iterable[str]) -> str | N
 
 def _pattern(name: str) -> str:
     """What matches a linear in every layer; one pattern for all experts, which are skipped as one."""
-    return f"*.{re.sub(r'experts[.].*', 'experts.*', name.split('.', 3)[3])}"
+    return f"*.{re.sub(r'experts[.].*', 'experts.*', _LAYER.sub('', name))}"
 
 
 def _in_layer(name: str) -> str:
     """The same in its own layer."""
-    return f"{'.'.join(name.split('.', 3)[:3])}{_pattern(name)[1:]}"
+    layer = _LAYER.match(name)
+    return f"{'' if layer is None else layer[0].removesuffix('.')}{_pattern(name)[1:]}"
