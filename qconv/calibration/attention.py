@@ -14,9 +14,11 @@ from qconv.calibration.layer import Finished, LayerBuild, LayerContext, Workspac
 from qconv.calibration.rounding import Factors, compensate, empty_statistics
 from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputSquares, InputStatistics
-from qconv.core.architecture import InputGroup
+from qconv.core.architecture import InputGroup, Layer, Linear
 
 WINDOW_TOKENS = 2048
+WIDE_FEATURES = 12288
+"""Outputs of a mixer's widest linear up to which a window is whole: those of 96 heads of 128."""
 PROBE_SEQUENCES = 4
 Made = TypeVar("Made")
 
@@ -38,6 +40,12 @@ def calibrate_attention(context: LayerContext) -> Iterator[tuple[LayerBuild, Fin
         for kept in attention.kept():
             yield build, build.dense(kept)
     half.pass_on()
+
+
+def window_tokens(layer: Layer) -> int:
+    """How many tokens pass a layer's mixer at once: fewer where its heads are wide together, as latent attention's."""
+    widest = max(one.out_features for one in layer.attention.modules() if isinstance(one, Linear))
+    return WINDOW_TOKENS * WIDE_FEATURES // max(widest, WIDE_FEATURES)
 
 
 class _AttentionHalf:
@@ -122,7 +130,7 @@ class _AttentionHalf:
 
     def _windows(self, work: Callable[[tuple[int, int]], Made]) -> Iterator[Made]:
         """What comes of each window of whole sequences, in their order."""
-        return self.context.workers.map(work, self.context.work.sequence_windows(WINDOW_TOKENS))
+        return self.context.workers.map(work, self.context.work.sequence_windows(window_tokens(self.context.layer)))
 
     def _probe(self, search_tokens: int) -> Probe:
         """The first positions of a few sequences spread over the corpus; causal attention makes a prefix exact."""
