@@ -28,6 +28,8 @@ from qconv.models.gating import Own, gating_of, is_linear_in_up, takes_turns
 _TOKENS = 6
 _TOLERANCE = 1e-4
 """Relative to the largest number: these are a few operations in float32."""
+_BEYOND_LIMITS = 100.0
+"""How large numbers are where models may limit them: to 7 or 10 in MLPs, to 8 in keys and values."""
 _WIDTH = 4
 """Of the experts that stand for those of a model."""
 
@@ -267,14 +269,15 @@ class Proofs:
         hidden = self._random(1, _TOKENS, self._calls.hidden)
         with _running(layer.attention.name):
             mixer = _RunningMixer.of(self, layer)
-            before = mixer.run(hidden)
             values = mixer.linears[v.name]
+            values.given = (_BEYOND_LIMITS * values.given[0],)
+            before = mixer.run(hidden)
             values.given = (values.given[0] * scale,)
             return _is_equal(mixer.run(hidden), before * spread)
 
     def _mlp(self, mlp: Mlp) -> None:
         name = self._held(mlp.gate.name).rpartition(".")[0]
-        gate, up = (self._random(1, _TOKENS, mlp.gate.out_features) for _ in range(2))
+        gate, up = (_BEYOND_LIMITS * self._random(1, _TOKENS, mlp.gate.out_features) for _ in range(2))
         down = StandIn(self._random(1, _TOKENS, mlp.down.out_features))
         with _running(name):
             module = self._real(name, {"gate_proj": StandIn(gate), "up_proj": StandIn(up), "down_proj": down})

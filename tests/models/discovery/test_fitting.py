@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from evals.model_types import config_of
-from qconv.core.architecture import Joined, Moe, Norm, Parameter
+from qconv.core.architecture import Joined, Linear, Moe, Norm, Parameter
 from qconv.errors import CheckpointError
 from qconv.models import architecture, is_known
 from qconv.models.discovery.fitting import fitted
@@ -99,6 +99,27 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_not_taken_for_the_route
     assert moe.router.name == "model.layers.0.mlp.gate"
     assert moe.shared_expert is not None
     assert moe.shared_expert.gate.out_features == len(moe.experts) == 40
+
+
+@pytest.mark.parametrize("limit", [0.8, 8.0])
+def test_scales_do_not_fold_into_values_that_are_limited(limit: float) -> None:
+    values = config_of("olmoe").to_dict()
+    assert all(isinstance(layer.groups()[-1].producer, Linear) for layer in fitted(values).layers)
+    limited = fitted(values | {"clip_qkv": limit})
+    assert [layer.groups()[-1].producer for layer in limited.layers] == [None] * len(limited.layers)
+
+
+def test_an_mlp_with_limits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mistral.modeling_mistral import MistralMLP
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        up = self.up_proj(x).clamp(min=-7.0, max=7.0)
+        limited: Tensor = self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * up)
+        return limited
+
+    monkeypatch.setattr(MistralMLP, "forward", forward)
+    with pytest.raises(CheckpointError, match=r"mlp is not gated as its config says"):
+        fitted(config_of("mistral").to_dict() | {"rms_norm_eps": 1.5e-6})
 
 
 def test_how_experts_are_joined() -> None:
