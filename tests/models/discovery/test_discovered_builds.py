@@ -16,6 +16,10 @@ from qconv.errors import UsageError
 from qconv.planning.gguf_recipe import parse_gguf_recipe
 from tests.models.discovery.test_fitting import FITTING
 
+EVERY_TIME = ("deepseek_v3", "glm4_moe", "gpt_oss", "laguna", "llama4_text", "minimax_m2", "mistral", "qwen3_next")
+"""Of each kind one; the others take minutes, and `make families` goes through them, too."""
+KINDS = [pytest.param(one, marks=() if one in EVERY_TIME else pytest.mark.slow) for one in FITTING]
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -32,14 +36,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_type", FITTING)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_a_build_computes_what_its_dequantized_weights_do(
     source: Callable[..., Path], tmp_path: Path, model_type: str, method: str
 ) -> None:
     assert built(source(model_type), tmp_path, method) <= BOUND
 
 
-@pytest.mark.parametrize("model_type", FITTING)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_folding_alone_moves_no_logit(source: Callable[..., Path], tmp_path: Path, model_type: str) -> None:
     assert folded(source(model_type, torch.float32), tmp_path) <= BOUND
 
