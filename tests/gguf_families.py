@@ -80,6 +80,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS | {"num_experts": 6, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4} | DELTA,
     ),
     "qwen3_5_text": ("qwen3_5_text", {"num_hidden_layers": 4, "tie_word_embeddings": True} | DELTA),
+    "gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 3, "sliding_window": 16}
+        | {"rope_parameters": YARN},
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"head_dim": 16}),

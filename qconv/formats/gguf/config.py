@@ -14,7 +14,7 @@ from gguf import ExpertGatingFuncType, Keys
 
 from qconv.errors import CheckpointError
 from qconv.formats.gguf.forms import Form, families, form
-from qconv.formats.gguf.forms.base import Experts, Stated
+from qconv.formats.gguf.forms.base import Experts, Stated, by_period
 from qconv.formats.gguf.keys import SCALE_LINEAR, ModelKeys
 from qconv.formats.gguf.reader import GgufModel
 from qconv.formats.gguf.special import end_ids, token_id
@@ -80,7 +80,7 @@ class _Reader:
         config |= {one.config: one.value for one in self.form.fixed if one.config is not None}
         config |= {one.config: self._stated(one) for one in self.form.stated}
         if self.form.windows is not None:
-            sliding = keys.flags(Keys.Attention.SLIDING_WINDOW_PATTERN, layers)
+            sliding = self._windows(layers)
             config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
             config["sliding_window"] = keys.integer(Keys.Attention.SLIDING_WINDOW)
         if self.form.experts is not None:
@@ -117,6 +117,14 @@ class _Reader:
         if layers < 1:
             raise self.keys.error(f"all {count} layers only predict further tokens")
         return layers
+
+    def _windows(self, layers: int) -> list[bool]:
+        """Which layers attend to a window."""
+        key, period = Keys.Attention.SLIDING_WINDOW_PATTERN, self.form.period
+        if period is None:
+            return self.keys.flags(key, layers)
+        self._require(key, self.keys.integer(key, period), period)
+        return by_period(layers, period)
 
     def _is_present(self, names: str) -> bool:
         """Whether a tensor of a layer has such a name."""

@@ -23,7 +23,7 @@ from qconv.checkpoint.config import Config
 from qconv.core.architecture import Architecture, Attention, Moe
 from qconv.errors import CheckpointError, UsageError
 from qconv.formats.gguf.forms import Form, form, text_part
-from qconv.formats.gguf.forms.base import Fixed, Stated
+from qconv.formats.gguf.forms.base import Fixed, Stated, by_period
 from qconv.formats.gguf.rope import Rope, rope_of
 
 Metadata: TypeAlias = dict[str, GGUFValue]
@@ -72,7 +72,8 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
     _add_rope(writer, rope_of(config), rotated_head(config, model))
     if of.windows is not None:
         writer.add_sliding_window(values.integer("sliding_window"))
-        writer.add_sliding_window_pattern(of.windows(config, len(model.layers)))
+        if of.period is None:
+            writer.add_sliding_window_pattern(of.windows(config, len(model.layers)))
     _add_experts(writer, model, of)
     for fixed in of.fixed:
         if fixed.key is not None and fixed.stated:
@@ -150,6 +151,9 @@ def _attention_difference(config: dict[str, Any], model: Architecture, of: Form)
     queries = model.num_attention_heads * model.head_dim
     if _slides(config, of):
         return "sliding-window attention: every layer attends to the whole context"
+    layers = len(model.layers)
+    if of.windows is not None and of.period is not None and of.windows(config, layers) != by_period(layers, of.period):
+        return f"layer_types: all layers but each {of.period}. attend to a window"
     if model.head_dim % 2:
         return f"head_dim {model.head_dim} is odd: rotary embeddings need pairs"
     if not of.grouped and model.num_key_value_heads != model.num_attention_heads:

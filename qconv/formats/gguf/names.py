@@ -85,8 +85,8 @@ class GgufTensor:
 
     @property
     def quantizable(self) -> bool:
-        """Whether a file type decides about it. Vectors (norms, biases) and the router are always F32."""
-        return len(self.shape) > 1 and self.kind not in _UNQUANTIZED
+        """Whether a file type decides about it. Norms, biases, the experts' too, and the router are always F32."""
+        return len(self.shape) > 1 and self.kind not in _UNQUANTIZED and not self.name.endswith(".bias")
 
 
 def architecture_name(family: str) -> str:

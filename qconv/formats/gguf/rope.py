@@ -63,6 +63,9 @@ _YARN_BOUNDARIES = {"beta_fast": 32.0, "beta_slow": 1.0}
 """The turns between which YaRN interpolates. llama.cpp has keys for others, but loads them and computes differently."""
 
 
+UNTRUNCATED = "YaRN without truncation: llama.cpp rounds the bounds of what it interpolates to whole channels"
+
+
 def rope_of(config: dict[str, Any]) -> Rope:
     """The rotary embedding of a config.json.
 
@@ -103,7 +106,10 @@ def _check_expressible(stated: dict[str, Any], rope: Rope, of: Form) -> None:
     elif rope.kind == "yarn":
         reason = _yarn_difference(stated, rope.parameters["factor"], of)
     if reason is not None:
-        raise UsageError(f"config.json: {reason}.", hint="This model cannot be written as GGUF.")
+        hint = "This model cannot be written as GGUF."
+        if reason == UNTRUNCATED:
+            hint = "Set truncate to true in config.json for what llama.cpp computes of every file of this model."
+        raise UsageError(f"config.json: {reason}.", hint=hint)
 
 
 def _yarn_difference(stated: dict[str, Any], factor: float, of: Form) -> str | None:
@@ -118,8 +124,10 @@ def _yarn_difference(stated: dict[str, Any], factor: float, of: Form) -> str | N
         if given is not None and not math.isclose(_positive(name, given), value, rel_tol=1e-6):
             return f"YaRN with {name} {given!r}: llama.cpp computes {value:.6g}"
     scaled = not of.mixing.mscale and (stated.get("mscale") or stated.get("mscale_all_dim"))
-    if scaled or stated.get("truncate") is False:
-        return "YaRN with mscale or without truncation: llama.cpp has no keys for it in this architecture"
+    if scaled:
+        return "YaRN with mscale: llama.cpp has no keys for it in this architecture"
+    if stated.get("truncate") is False:
+        return UNTRUNCATED
     return None
 
 

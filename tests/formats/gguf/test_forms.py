@@ -105,6 +105,15 @@ def test_correction_biases_are_vectors_that_no_file_type_touches(name: str, bias
     assert not found.quantizable
 
 
+def test_biases_of_experts_are_matrices_that_no_file_type_touches() -> None:
+    found = {one.name: one for one in gguf_tensors(architecture(config_of("gpt_oss")))}
+    for role, width in (("gate", 96), ("up", 96), ("down", 64)):
+        bias = found[f"blk.1.ffn_{role}_exps.bias"]
+        assert bias.shape == (6, width)
+        assert not bias.quantizable
+        assert found[f"blk.1.ffn_{role}_exps.weight"].quantizable
+
+
 EXPERTS = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 32}
 UNGROUPED = {"expert_group_count": 1, "expert_group_used_count": 1}
 
@@ -152,6 +161,12 @@ UNGROUPED = {"expert_group_count": 1, "expert_group_used_count": 1}
             | UNGROUPED
             | {"attention.sliding_window": 16, "attention.sliding_window_pattern": [True, True, True, False, True]}
             | {"rope.dimension_count": 24},
+        ),
+        (
+            "gpt_oss",
+            EXPERTS
+            | {"expert_feed_forward_length": 96, "attention.sliding_window": 16, "rope.dimension_count": 24}
+            | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
         ),
         (
             "deepseek_v3",
@@ -235,6 +250,12 @@ def test_keys_beside_those_that_all_have(name: str, keys: dict[str, Any]) -> Non
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "every fourth layer"),
         ("smollm3", {"no_rope_layer_interval": 3}, "every fourth layer"),
         ("seed_oss", {"attention_out_bias": True}, "the output projection has no bias"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "all layers but each 2. attend to a window"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias False: q, k, v and o have biases"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit 6.0: gate and up are limited by 7"),
+        ("gpt_oss", {"swiglu_alpha": 1.7}, "swiglu_alpha 1.7: the gate's slope is 1.702"),
+        ("gpt_oss", {"tie_word_embeddings": True}, "the head is a tensor of its own"),
+        ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}}, "YaRN without truncation"),
         ("solar_open", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
     ],
 )
@@ -248,6 +269,7 @@ def test_what_llama_cpp_hard_codes_otherwise_is_refused(name: str, changes: dict
     with pytest.raises(UsageError) as caught:
         keys_of(config)
     assert what in caught.value.message
+    assert (caught.value.hint != "This model cannot be written as GGUF.") == ("truncation" in what)
 
 
 def test_a_dynamic_scaling_with_alpha_is_transformers_frequencies() -> None:
@@ -305,6 +327,7 @@ def test_a_file_is_the_model_that_it_was_made_of(name: str, files: Any) -> None:
         ("hy_v3", "expert_weights_norm", (False, GGUFValueType.BOOL)),
         ("qwen2", "nextn_predict_layers", (1, GGUFValueType.UINT32)),
         ("exaone_moe", "attention.sliding_window_pattern", (4, GGUFValueType.UINT32)),
+        ("gpt_oss", "attention.sliding_window_pattern", (4, GGUFValueType.UINT32)),
         ("glm4_moe", "nextn_predict_layers", (3, GGUFValueType.UINT32)),
     ],
 )

@@ -105,10 +105,15 @@ def routing(
     )
 
 
-def sliding_layers(config: Values, layers: int) -> list[bool]:
+def by_period(layers: int, period: int) -> list[bool]:
+    """Which layers attend to a window where all but each ``period``-th do."""
+    return [(layer + 1) % period != 0 for layer in range(layers)]
+
+
+def sliding_layers(config: Values, layers: int, period: int = 4) -> list[bool]:
     """Which layers attend to a window: by ``layer_types``, else all but each ``sliding_window_pattern``-th."""
-    kinds, period = config.get("layer_types"), config.get("sliding_window_pattern", 4)
-    return [(layer + 1) % period != 0 if not kinds else kinds[layer] != "full_attention" for layer in range(layers)]
+    kinds, period = config.get("layer_types"), config.get("sliding_window_pattern", period)
+    return [kind != "full_attention" for kind in kinds[:layers]] if kinds else by_period(layers, period)
 
 
 def _no_difference(config: Values, model: Architecture) -> str | None:
@@ -165,6 +170,7 @@ class Form:
         tied: Whether the head may be the embedding.
         heads_fill_hidden: Whether all heads together must be as wide as the model.
         windows: Which of so many layers attend to a window, None where llama.cpp knows none.
+        period: Every how manyth layer attends to the whole text, where the file need not say it; None where it must.
         window: Whether ``sliding_window`` holds unless ``use_sliding_window`` says that it does not.
         theta: The base of the rotary frequencies where config.json may leave it out.
         alpha: Whether ``dynamic`` scaling with an ``alpha`` is a larger base, whatever the length of the text.
@@ -189,6 +195,7 @@ class Form:
     tied: bool = True
     heads_fill_hidden: bool = False
     windows: Callable[[Values, int], list[bool]] | None = None
+    period: int | None = None
     window: bool = False
     theta: float | None = None
     alpha: bool = False
