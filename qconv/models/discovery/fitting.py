@@ -34,7 +34,7 @@ from qconv.models.discovery.kept import reason_to_keep
 from qconv.models.discovery.nested import in_whole
 from qconv.models.discovery.proofs import Proofs, Unproved
 from qconv.models.discovery.structure import Discovery, FusedExperts, LayerStructure, ReadTensor, read_model
-from qconv.models.discovery.tracing import is_norm
+from qconv.models.discovery.tracing import is_norm, settings_of
 
 _FINAL_NORM = "model.norm"
 _DENSE = ("gate_proj", "up_proj", "down_proj")
@@ -113,6 +113,7 @@ class _Fitting:
         parts.require_all_taken()
         layer = Layer(structure.index, name, input_norm, attention, mlp[1], mlp[0])
         kind = repr(layer).replace(f"{name}.", "").replace(name, "").replace(f"index={structure.index}", "")
+        kind += settings_of(self.model.get_submodule(name))
         if kind not in self.proved:
             self.proofs.layer(layer)
             self.proved[kind] = self.proofs.folding_groups(layer), self._by_heads(layer)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qconv.boundary.printable import one_line
 from qconv.core.architecture import HEAD, Joined, Layer, Linear, Mlp, Moe, Norm
 from qconv.models.calls import Call, Calls, with_children
-from qconv.models.discovery.tracing import is_reader
+from qconv.models.discovery.tracing import is_reader, settings_of
 from qconv.models.gating import Own, gating_of, is_linear_in_up, takes_turns
 
 _TOKENS = 6
@@ -91,7 +91,7 @@ class Proofs:
                 inner = with_children(inner, {"rotary_emb": rotary(self._config)})
             self._calls = Calls(inner, inner.embed_tokens.embedding_dim)
         self._generator = torch.Generator().manual_seed(0)
-        self._forms: dict[type[nn.Module], ExpertForm] = {}
+        self._forms: dict[tuple[type[nn.Module], str], ExpertForm] = {}
 
     @property
     def hidden(self) -> int:
@@ -299,9 +299,9 @@ class Proofs:
                 module.register_module(_leaf(self._held(moe.shared_expert_gate.name)), StandIn(gate))
                 shared = shared * torch.sigmoid(gate)
             scores: list[Tensor] = []
+            router: Any = module.get_submodule(self._held(moe.router.name).removeprefix(f"{block}."))
             if moe.scales_inputs:
-                router = self._held(moe.router.name).removeprefix(f"{block}.")
-                module.get_submodule(router).register_forward_hook(lambda _, __, output: scores.append(output[0]))
+                router.register_forward_hook(lambda _, __, output: scores.append(output[0]))
                 experts.given = (self._random(len(moe.experts) * _TOKENS, hidden),)
             given = self._random(1, _TOKENS, hidden)
             output = module(given)
@@ -317,6 +317,16 @@ class Proofs:
                 if not experts.arguments[2].shape == experts.arguments[1].shape:
                     raise Unproved(f"{block}.experts get no factor for each expert")
             _equal(output.view(_TOKENS, -1), (answers + shared).view(_TOKENS, -1), f"{block} is no plain sum")
+            # Scales that fold into the norm before a router are multiplied into its columns.
+            chosen = experts.arguments[1:]
+            scale = torch.exp2(torch.randint(-3, 4, (hidden,), generator=self._generator).float())
+            router.weight.mul_(scale)
+            module(given / scale)
+            again = [scores[1]] if moe.scales_inputs else experts.arguments[1:]
+            for before, after in zip([scores[0]] if moe.scales_inputs else chosen, again, strict=True):
+                _equal(
+                    after.float(), before.float(), f"{block}'s router looks at more than products with what it reads"
+                )
 
     def experts(self, name: str, hidden: int) -> ExpertForm:
         """How transformers' experts of a name lie together, and what they make of the outputs of gate and up.
@@ -325,7 +335,7 @@ class Proofs:
             Unproved: they are no gated experts, gate before up, whose outputs are added with their factors.
         """
         module = self._model.get_submodule(name)
-        kind = type(module)
+        kind = type(module), settings_of(module)
         if kind not in self._forms:
             forms = itertools.product((False, True), (False, True))
             self._forms[kind] = _first_that_runs(partial(self._expert_form, name, hidden, *form) for form in forms)

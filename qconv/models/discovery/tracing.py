@@ -109,6 +109,17 @@ def _one_sequence() -> Iterator[None]:
         untyped.find_packed_sequence_indices = looks
 
 
+def settings_of(module: nn.Module) -> str:
+    """The numbers, texts and flags that a module and those within it hold, but for which layer they are of."""
+    plain = (bool, int, float, str, type(None))
+    return "; ".join(
+        f"{name}.{key}={value!r}"
+        for name, one in module.named_modules()
+        for key, value in sorted(vars(one).items())
+        if isinstance(value, plain) and key not in ("layer_idx", "layer_index")
+    )
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters that no child of it holds."""
     yield from module.named_parameters(recurse=False)

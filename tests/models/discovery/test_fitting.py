@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
 from evals.model_types import config_of
 from qconv.core.architecture import Joined, Linear, Moe, Norm, Parameter
@@ -161,6 +163,9 @@ def test_another_kind_is_refused_with_what_is_unlike(name: str) -> None:
     assert not is_known(config)
 
 
+_ROUTE: Any = OlmoeTopKRouter.forward
+
+
 def _swapped_mlp(self: Any, x: Tensor) -> Any:
     return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
@@ -178,7 +183,17 @@ def _exponential(self: Any, hidden: Tensor) -> Any:
     return self.weight.exp() * hidden
 
 
+def _normalized(self: Any, hidden: Tensor) -> Any:
+    return _ROUTE(self, torch.nn.functional.normalize(hidden, dim=-1))
+
+
+def _later_layers(self: Any, x: Tensor) -> Any:
+    gate = self.act_fn(self.gate_proj(x))
+    return self.down_proj((gate * gate if self.later else gate) * self.up_proj(x))
+
+
 PLANTED = {
+    "a router": ("olmoe", "olmoe", "OlmoeTopKRouter", _normalized, "router looks at more than products"),
     "gate and up of an MLP": ("mistral", "mistral", "MistralMLP", _swapped_mlp, "is not gated as its config says"),
     "gate and up of experts": (
         "olmoe",
@@ -200,6 +215,21 @@ def test_a_module_that_computes_otherwise_is_found(name: str, monkeypatch: pytes
     with pytest.raises(CheckpointError) as caught:
         fitted(values | {"architectures": [name]})  # another text, so that no earlier answer is given
     assert said in caught.value.message
+
+
+def test_a_layer_that_computes_otherwise_than_those_before_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    real: Any = MistralMLP.__init__
+
+    def init(self: Any, config: Any) -> None:
+        nonlocal made
+        real(self, config)
+        self.later, made = made > 0, made + 1
+
+    monkeypatch.setattr(MistralMLP, "__init__", init)
+    monkeypatch.setattr(MistralMLP, "forward", _later_layers)
+    with pytest.raises(CheckpointError, match="is not gated as its config says"):
+        fitted(config_of("mistral").to_dict() | {"architectures": ["later layers"]})
 
 
 IMPLAUSIBLE = {
