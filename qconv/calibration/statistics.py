@@ -144,17 +144,18 @@ class InputStatistics:
     def shrunk(self, shared: InputStatistics, strength: float) -> InputStatistics:
         """Shrinkage toward shared statistics: ``(n own + k shared) / (n + k)`` with k = ``strength`` tokens.
 
-        The shared tokens are taken not to have drifted.
+        The shared tokens are taken not to have drifted. The own statistics are used up: second moments are not held
+        twice.
         """
         if self.tokens + strength == 0.0:
             return shared
         share = strength / (self.tokens + strength)
         return InputStatistics(
             self.tokens + strength,
-            torch.lerp(self.gram, shared.gram, share),
-            torch.lerp(self.magnitude, shared.magnitude, share),
+            self.gram.lerp_(shared.gram, share),
+            self.magnitude.lerp_(shared.magnitude, share),
             max(self.peak, shared.peak),
-            None if self.drift is None else self.drift * (1.0 - share),
+            None if self.drift is None else self.drift.mul_(1.0 - share),
         )
 
     def shrink_drift(self) -> None:
