@@ -15,6 +15,16 @@ THREE = {"num_hidden_layers": 3}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 MSCALE = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+}
+"""With the bounds that Llama 4 has, both the same."""
+LLAMA4 = {"num_local_experts": 6, "intermediate_size": 32, "intermediate_size_mlp": 96}
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -85,6 +95,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 3, "sliding_window": 16}
         | {"rope_parameters": YARN},
     ),
+    "llama4_text": (
+        "llama4_text",
+        LLAMA4 | {"num_hidden_layers": 5, "num_experts_per_tok": 1, "rope_parameters": LLAMA3},
+    ),
+    "llama4_text-interleaved": (
+        "llama4_text",
+        LLAMA4 | {"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2},
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"head_dim": 16}),
@@ -105,12 +123,13 @@ _WIDE_LATENT = {
 
 
 _WIDE_DELTA = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "shared_expert_intermediate_size": 256}
+_WIDE_LLAMA4 = {"intermediate_size_mlp": 256}
 
 
 def wide(name: str) -> dict[str, Any]:
     """Changes to rows that the K-quants' blocks divide."""
     own = MODELS[name][1]
-    return _WIDE | {key: value for key, value in (_WIDE_LATENT | _WIDE_DELTA).items() if key in own}
+    return _WIDE | {key: value for key, value in (_WIDE_LATENT | _WIDE_DELTA | _WIDE_LLAMA4).items() if key in own}
 
 
 def model_of(name: str, **changes: Any) -> Any:

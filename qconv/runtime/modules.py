@@ -84,6 +84,11 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
 
+    @property
+    def weight(self) -> Tensor:
+        """The blocks, uint8 [num_embeddings, bytes]: Llama 4 asks an embedding's weight for its device."""
+        return self.packed.rows
+
     def forward(self, ids: Tensor) -> Tensor:
         """[...] to [..., hidden]."""
         rows = functional.embedding(ids, self.packed.rows)

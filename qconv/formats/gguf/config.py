@@ -14,7 +14,7 @@ from gguf import ExpertGatingFuncType, Keys
 
 from qconv.errors import CheckpointError
 from qconv.formats.gguf.forms import Form, families, form
-from qconv.formats.gguf.forms.base import Experts, Stated, by_period
+from qconv.formats.gguf.forms.base import Experts, Stated, Windows, by_period
 from qconv.formats.gguf.keys import SCALE_LINEAR, ModelKeys
 from qconv.formats.gguf.reader import GgufModel
 from qconv.formats.gguf.special import end_ids, token_id
@@ -80,9 +80,7 @@ class _Reader:
         config |= {one.config: one.value for one in self.form.fixed if one.config is not None}
         config |= {one.config: self._stated(one) for one in self.form.stated}
         if self.form.windows is not None:
-            sliding = self._windows(layers)
-            config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
-            config["sliding_window"] = keys.integer(Keys.Attention.SLIDING_WINDOW)
+            config |= self._windows(self.form.windows, layers)
         if self.form.experts is not None:
             config |= self._experts(self.form.experts, layers)
         config |= self.form.mixing.restores(keys)
@@ -118,13 +116,17 @@ class _Reader:
             raise self.keys.error(f"all {count} layers only predict further tokens")
         return layers
 
-    def _windows(self, layers: int) -> list[bool]:
-        """Which layers attend to a window."""
-        key, period = Keys.Attention.SLIDING_WINDOW_PATTERN, self.form.period
+    def _windows(self, windows: Windows, layers: int) -> dict[str, Any]:
+        """Which layers attend to a window, and how large it is."""
+        keys, key, period = self.keys, Keys.Attention.SLIDING_WINDOW_PATTERN, windows.period
         if period is None:
-            return self.keys.flags(key, layers)
-        self._require(key, self.keys.integer(key, period), period)
-        return by_period(layers, period)
+            which = keys.flags(key, layers)
+        else:
+            self._require(key, keys.integer(key, period), period)
+            which = by_period(layers, period)
+        size = keys.integer(Keys.Attention.SLIDING_WINDOW, windows.only)
+        self._require(Keys.Attention.SLIDING_WINDOW, size, windows.only or size)
+        return {"layer_types": [windows.kind if one else "full_attention" for one in which], windows.size: size}
 
     def _is_present(self, names: str) -> bool:
         """Whether a tensor of a layer has such a name."""
@@ -146,6 +148,8 @@ class _Reader:
     def _experts(self, experts: Experts, layers: int) -> dict[str, Any]:
         keys, count = self.keys, self.keys.integer(Keys.LLM.EXPERT_COUNT)
         dense = 0 if experts.dense_first is None else self._dense(layers)
+        if experts.every is not None:
+            dense = keys.integer(Keys.LLM.INTERLEAVE_MOE_LAYER_STEP, 1) - 1
         first = f"blk.{dense}.{_SPARSE}"
         self._require(Keys.LLM.EXPERT_COUNT, count, self.model.entry(first).shape[0])
         config: dict[str, Any] = dict.fromkeys(experts.count, count)

@@ -71,9 +71,9 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
     writer.add_value_length(model.head_dim)
     _add_rope(writer, rope_of(config), rotated_head(config, model))
     if of.windows is not None:
-        writer.add_sliding_window(values.integer("sliding_window"))
-        if of.period is None:
-            writer.add_sliding_window_pattern(of.windows(config, len(model.layers)))
+        writer.add_sliding_window(values.integer(of.windows.size, default=of.windows.only))
+        if of.windows.period is None:
+            writer.add_sliding_window_pattern(of.windows.which(config, len(model.layers)))
     _add_experts(writer, model, of)
     for fixed in of.fixed:
         if fixed.key is not None and fixed.stated:
@@ -103,7 +103,7 @@ def require_expressible(config: dict[str, Any], model: Architecture) -> None:
         _activation_difference(config)
         or _attention_difference(config, model, of)
         or next((found for fixed in of.fixed if (found := _fixed_difference(config, fixed)) is not None), None)
-        or _layer_difference(model, of)
+        or _layer_difference(config, model, of)
         or of.mixing.differs(config, model)
         or of.differs(config, model)
     )
@@ -151,9 +151,12 @@ def _attention_difference(config: dict[str, Any], model: Architecture, of: Form)
     queries = model.num_attention_heads * model.head_dim
     if _slides(config, of):
         return "sliding-window attention: every layer attends to the whole context"
-    layers = len(model.layers)
-    if of.windows is not None and of.period is not None and of.windows(config, layers) != by_period(layers, of.period):
-        return f"layer_types: all layers but each {of.period}. attend to a window"
+    layers, windows = len(model.layers), of.windows
+    if windows is not None and windows.only is not None and config.get(windows.size, windows.only) != windows.only:
+        return f"{windows.size} {config[windows.size]!r}: it is {windows.only}"
+    period = None if windows is None else windows.period
+    if windows is not None and period is not None and windows.which(config, layers) != by_period(layers, period):
+        return f"layer_types: all layers but each {period}. attend to a window"
     if model.head_dim % 2:
         return f"head_dim {model.head_dim} is odd: rotary embeddings need pairs"
     if not of.grouped and model.num_key_value_heads != model.num_attention_heads:
@@ -178,7 +181,7 @@ def _fixed_difference(config: dict[str, Any], fixed: Fixed) -> str | None:
     return None if said == fixed.value else f"{fixed.config} {config.get(fixed.config)!r}: {fixed.because}"
 
 
-def _layer_difference(model: Architecture, of: Form) -> str | None:
+def _layer_difference(config: dict[str, Any], model: Architecture, of: Form) -> str | None:
     for layer in model.layers:
         mixer = layer.attention
         named = dict(zip("qkvo", mixer.linears(), strict=True)) if isinstance(mixer, Attention) else {}
@@ -192,10 +195,18 @@ def _layer_difference(model: Architecture, of: Form) -> str | None:
     if of.experts is None:
         return None
     dense = [layer.index for layer in model.layers if not isinstance(layer.mlp, Moe)]
+    if of.experts.every is not None:
+        step = config.get(of.experts.every, 1)
+        return None if dense == _between(len(model.layers), step) else f"each {step}. layer has experts, and no other"
     if of.experts.dense_first is None and dense:
         return f"layer {dense[0]} is dense: every layer has experts"
     later = [index for number, index in enumerate(dense) if index != number]
     return f"layer {later[0]} is dense behind one that has experts: dense layers come first" if later else None
+
+
+def _between(layers: int, step: int) -> list[int]:
+    """The layers that have no experts where each ``step``-th has."""
+    return [layer for layer in range(layers) if (layer + 1) % step]
 
 
 def _slides(config: dict[str, Any], of: Form) -> bool:

@@ -47,7 +47,9 @@ class Rope:
         factors = []
         for index in range(head_dim // 2):
             wavelength = 2.0 * math.pi * self.theta ** (2.0 * index / head_dim)
-            kept = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+            turns = original / wavelength
+            # Llama 4's bounds are one: nothing is between.
+            kept = min(max((turns - low) / (high - low), 0.0), 1.0) if high != low else float(turns > high)
             factors.append(1.0 / ((1.0 - kept) / factor + kept))
         return tuple(factors)
 

@@ -27,6 +27,7 @@ from tests.conftest import SIZES
 from tests.gguf_copies import copied
 from tests.gguf_families import MODELS, MSCALE, YARN, saved, with_joined_split
 
+CHUNKS = ["chunked_attention"] * 3 + ["full_attention", "chunked_attention"]
 IDS = torch.arange(40).view(1, 40)
 
 
@@ -169,6 +170,12 @@ UNGROUPED = {"expert_group_count": 1, "expert_group_used_count": 1}
             | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
         ),
         (
+            "llama4_text-interleaved",
+            EXPERTS
+            | {"expert_shared_feed_forward_length": 32, "expert_gating_func": 2, "interleave_moe_layer_step": 2}
+            | {"feed_forward_length": 96, "attention.sliding_window": 8192, "rope.dimension_count": 24},
+        ),
+        (
             "deepseek_v3",
             EXPERTS
             | {"expert_count": 12, "expert_shared_feed_forward_length": 32, "leading_dense_block_count": 1}
@@ -256,6 +263,16 @@ def test_keys_beside_those_that_all_have(name: str, keys: dict[str, Any]) -> Non
         ("gpt_oss", {"swiglu_alpha": 1.7}, "swiglu_alpha 1.7: the gate's slope is 1.702"),
         ("gpt_oss", {"tie_word_embeddings": True}, "the head is a tensor of its own"),
         ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}}, "YaRN without truncation"),
+        ("llama4_text", {"attention_chunk_size": 4096}, "attention_chunk_size 4096: it is 8192"),
+        ("llama4_text", {"no_rope_layers": [1, 1, 1, 1, 1], "layer_types": None}, "but each 4. attend to a window"),
+        ("llama4_text", {"no_rope_layers": [1, 0, 1, 0, 1], "layer_types": CHUNKS}, "every fourth layer, and no other"),
+        ("llama4_text", {"use_qk_norm": False}, "use_qk_norm False: q and k are normed unless there are 128 experts"),
+        ("llama4_text", {"num_local_experts": 128}, "use_qk_norm True"),
+        ("llama4_text", {"attn_temperature_tuning": False}, "attn_temperature_tuning False"),
+        ("llama4_text", {"floor_scale": 4096}, "floor_scale 4096: the scale rises each 8192 tokens"),
+        ("llama4_text", {"attn_scale": 0.2}, "attn_scale 0.2"),
+        ("llama4_text", {"attention_bias": True}, "attention_bias True: no linear has a bias"),
+        ("llama4_text", {"moe_layers": [1, 3]}, "each 1. layer has experts, and no other"),
         ("solar_open", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
     ],
 )
@@ -328,6 +345,8 @@ def test_a_file_is_the_model_that_it_was_made_of(name: str, files: Any) -> None:
         ("qwen2", "nextn_predict_layers", (1, GGUFValueType.UINT32)),
         ("exaone_moe", "attention.sliding_window_pattern", (4, GGUFValueType.UINT32)),
         ("gpt_oss", "attention.sliding_window_pattern", (4, GGUFValueType.UINT32)),
+        ("llama4_text", "attention.sliding_window", (4096, GGUFValueType.UINT32)),
+        ("llama4_text", "attention.sliding_window_pattern", (2, GGUFValueType.UINT32)),
         ("glm4_moe", "nextn_predict_layers", (3, GGUFValueType.UINT32)),
     ],
 )

@@ -15,7 +15,7 @@ from qconv.boundary.printable import name_of
 from qconv.errors import UsageError
 from qconv.formats.gguf.forms.base import Form
 
-_SHARED = ("base", "delta", "latent")
+_SHARED = ("base", "chunked", "delta", "latent")
 
 
 def families() -> list[str]:

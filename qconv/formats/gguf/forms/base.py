@@ -81,6 +81,7 @@ class Experts:
         width: Its key of their intermediate size, None where that is ``intermediate_size``.
         shared_width: Its key of the shared expert's, None where it has none or others tell.
         gating: What makes weights of the router's outputs. Any but softmax is stated in the file.
+        every: Its key of every how manyth layer has experts, None where all have but leading ones.
         dense_first: What config.json says of a number of leading dense layers, and of all; None where all are sparse.
     """
 
@@ -89,6 +90,7 @@ class Experts:
     width: str | None = "moe_intermediate_size"
     shared_width: str | None = None
     gating: ExpertGatingFuncType = ExpertGatingFuncType.SOFTMAX
+    every: str | None = None
     dense_first: Callable[[int, int], dict[str, Any]] | None = None
 
 
@@ -114,6 +116,34 @@ def sliding_layers(config: Values, layers: int, period: int = 4) -> list[bool]:
     """Which layers attend to a window: by ``layer_types``, else all but each ``sliding_window_pattern``-th."""
     kinds, period = config.get("layer_types"), config.get("sliding_window_pattern", period)
     return [kind != "full_attention" for kind in kinds[:layers]] if kinds else by_period(layers, period)
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Layers that attend to a window.
+
+    Attributes:
+        which: Which of so many layers do.
+        period: Every how manyth layer attends to the whole text, where the file need not say it; None where it must.
+        size: config.json's key of the window's size.
+        kind: What ``layer_types`` calls such a layer.
+        only: The one size that llama.cpp knows, which a file need not state; None where it knows all.
+    """
+
+    which: Callable[[Values, int], list[bool]]
+    period: int | None = None
+    size: str = "sliding_window"
+    kind: str = "sliding_attention"
+    only: int | None = None
+
+
+def without_rotation(config: Values, model: Architecture) -> str | None:
+    """How layers without rotary embeddings are others than llama.cpp's, every fourth; None where they are not."""
+    layers, step = len(model.layers), config.get("no_rope_layer_interval", 4)
+    given = config.get("no_rope_layers") or [int(one) for one in by_period(layers, step)]
+    if given == [int(one) for one in by_period(layers, 4)]:
+        return None
+    return "no_rope_layers: every fourth layer, and no other, has no rotary embedding"
 
 
 def _no_difference(config: Values, model: Architecture) -> str | None:
@@ -169,8 +199,7 @@ class Form:
         grouped: Whether several query heads may share a key head.
         tied: Whether the head may be the embedding.
         heads_fill_hidden: Whether all heads together must be as wide as the model.
-        windows: Which of so many layers attend to a window, None where llama.cpp knows none.
-        period: Every how manyth layer attends to the whole text, where the file need not say it; None where it must.
+        windows: Layers that attend to a window, None where llama.cpp knows none.
         window: Whether ``sliding_window`` holds unless ``use_sliding_window`` says that it does not.
         theta: The base of the rotary frequencies where config.json may leave it out.
         alpha: Whether ``dynamic`` scaling with an ``alpha`` is a larger base, whatever the length of the text.
@@ -194,8 +223,7 @@ class Form:
     grouped: bool = True
     tied: bool = True
     heads_fill_hidden: bool = False
-    windows: Callable[[Values, int], list[bool]] | None = None
-    period: int | None = None
+    windows: Windows | None = None
     window: bool = False
     theta: float | None = None
     alpha: bool = False

@@ -2,13 +2,13 @@
 
 from gguf import ExpertGatingFuncType
 
-from qconv.formats.gguf.forms.base import Experts, Form, routing, sliding_layers
+from qconv.formats.gguf.forms.base import Experts, Form, Windows, routing, sliding_layers
 
 FORM = Form(
     architecture="exaone-moe",
     model_class="ExaoneMoeForCausalLM",
     rope_factors=True,
-    windows=sliding_layers,
+    windows=Windows(sliding_layers),
     experts=Experts(
         count=("num_experts",),
         gating=ExpertGatingFuncType.SIGMOID,

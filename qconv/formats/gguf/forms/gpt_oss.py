@@ -3,15 +3,14 @@
 from functools import partial
 
 from qconv.formats.gguf.changes import renamed
-from qconv.formats.gguf.forms.base import Experts, Fixed, Form, Mixing, sliding_layers
+from qconv.formats.gguf.forms.base import Experts, Fixed, Form, Mixing, Windows, sliding_layers
 
 FORM = Form(
     architecture="gpt-oss",
     model_class="GptOssForCausalLM",
     biases=("q", "k", "v", "o"),
     tied=False,
-    windows=partial(sliding_layers, period=2),
-    period=2,
+    windows=Windows(partial(sliding_layers, period=2), period=2),
     theta=150000.0,
     experts=Experts(count=("num_local_experts",), width=None),
     fixed=(
