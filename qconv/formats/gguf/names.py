@@ -20,6 +20,8 @@ from qconv.formats.gguf.changes import Change, Piece, added
 from qconv.formats.gguf.forms import Form, form
 
 _UNQUANTIZED = (MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.SSM_CONV1D)
+_WITHIN = re.compile(r"^(model\.)?language_model\.")
+"""What comes before, or within, the names of a language model that is a part of a larger one."""
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
@@ -170,7 +172,7 @@ def _place(of: Form, names: TensorNameMap, source: str) -> tuple[MODEL_TENSOR, s
     Raises:
         UsageError: it has no place there.
     """
-    plain = _EXPERT_NUMBER.sub("", source).replace("model.language_model.", "model.")
+    plain = _WITHIN.sub(r"\1", _EXPERT_NUMBER.sub("", source))
     for name in (plain, plain.removesuffix("_bias") + ".bias"):
         found: tuple[MODEL_TENSOR, str] | None = names.get_type_and_name(name, try_suffixes=(".weight", ".bias"))
         if found is not None:

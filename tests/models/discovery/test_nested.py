@@ -16,6 +16,7 @@ from evals.families import BOUND, IDS, METHODS, relative
 from evals.model_types import SMALL, TYPES, WIDTHS, config_of
 from qconv.artifacts.source import Source
 from qconv.errors import CheckpointError
+from qconv.formats.gguf.names import gguf_tensors
 from qconv.models import architecture
 from qconv.runtime.dense import write_dense
 from qconv.runtime.stream import stream_logits
@@ -122,6 +123,15 @@ def _loaded(source: Source, dense: Path, folder: Path) -> Any:
     shutil.copyfile(source.checkpoint.path / "config.json", folder / "config.json")
     untyped: Any = AutoModelForImageTextToText
     return untyped.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", WHOLES)
+def test_a_gguf_holds_the_language_model_under_its_own_names(model_type: str, tmp_path: Path) -> None:
+    whole(model_type, tmp_path / "model")
+    source = Source.open(tmp_path / "model")
+    names = {tensor.name for tensor in gguf_tensors(source.architecture)}
+    assert {"token_embd.weight", "output_norm.weight", "output.weight", "blk.0.attn_norm.weight"} <= names
+    assert all(name.startswith(("token_embd", "output", "blk.")) for name in names)
 
 
 def test_a_tensor_that_no_part_has_is_refused(tmp_path: Path) -> None:
