@@ -220,7 +220,7 @@ def rows(types: tuple[str, ...]) -> Iterator[Row]:
 @click.argument("types", nargs=-1)
 def main(types: tuple[str, ...]) -> None:
     """Measure TYPES, by default all that are listed."""
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers does not type it
     print(f"| Type | Mixers | Layers | {' | '.join(METHODS)} | folding |")
     print(f"|---|---|---|{'---|' * (len(METHODS) + 1)}")
     good = True

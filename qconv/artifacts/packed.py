@@ -17,7 +17,7 @@ from torch import Tensor
 from qconv.checkpoint.config import without_quantization
 from qconv.checkpoint.fp8 import ACTIVATION_LEAVES, SCALE_DTYPES, is_cache_scale
 from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry, TensorSpec
-from qconv.checkpoint.quantized import QuantizedCheckpoint
+from qconv.checkpoint.quantized import QuantizedCheckpoint, codes_of
 from qconv.checkpoint.reader import Checkpoint, map_tensor, require_finite
 from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError
@@ -71,11 +71,7 @@ class PackedCheckpoint(QuantizedCheckpoint):
             CheckpointError: no packed weight at all, one that lacks a part or is there densely too, a part of another
                 shape or dtype, or one that belongs to no packed weight.
         """
-        codes = {
-            f"{name.removesuffix(CODES)}weight": entry
-            for name, entry in stored.entries.items()
-            if name.endswith(f".{CODES}")
-        }
+        codes = codes_of(stored, CODES)
         if not codes:
             raise CheckpointError(
                 f"{stored.path}: config.json says {PACK_QUANTIZED}, but no tensor is a {CODES}.",

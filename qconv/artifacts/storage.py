@@ -51,10 +51,6 @@ class Storage(Protocol):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """About how many bytes a weight of a shape takes, with its scales."""
 
-    @property
-    def bytes_a_weight(self) -> float:
-        """The same of one weight of a large matrix."""
-
     def read(self, stored: Checkpoint, dtype: torch.dtype) -> QuantizedCheckpoint:
         """The dense view of a checkpoint.
 
@@ -77,11 +73,6 @@ class StoredFp8:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Scales are float32 at most."""
         return math.prod(shape) + math.prod(self.scheme.scale_shape(shape)) * torch.float32.itemsize
-
-    @property
-    def bytes_a_weight(self) -> float:
-        """Of a large matrix."""
-        return self.nbytes(_LARGE) / math.prod(_LARGE)
 
     def read(self, stored: Checkpoint, dtype: torch.dtype) -> Dequantized:
         """See :class:`qconv.checkpoint.fp8.Dequantized`."""
@@ -111,11 +102,6 @@ class StoredIntegers:
         zero_points = 0 if grid.symmetric else rows * groups * grid.bits // 8
         return rows * shape[-1] * grid.bits // 8 + 2 * rows * groups + zero_points + 16
 
-    @property
-    def bytes_a_weight(self) -> float:
-        """Of a large matrix."""
-        return self.nbytes(_LARGE) / math.prod(_LARGE)
-
     def read(self, stored: Checkpoint, dtype: torch.dtype) -> PackedCheckpoint:
         """See :class:`qconv.artifacts.packed.PackedCheckpoint`."""
         return PackedCheckpoint.of(stored, self.described, dtype)
@@ -135,14 +121,14 @@ class StoredMxfp4:
         """17 bytes for 32 elements."""
         return math.prod(shape) * 17 // mxfp4.BLOCK
 
-    @property
-    def bytes_a_weight(self) -> float:
-        """Of a large matrix."""
-        return self.nbytes(_LARGE) / math.prod(_LARGE)
-
     def read(self, stored: Checkpoint, dtype: torch.dtype) -> Mxfp4Checkpoint:
         """See :class:`qconv.checkpoint.mxfp4.Mxfp4Checkpoint`."""
         return Mxfp4Checkpoint.of(stored, dtype)
+
+
+def bytes_a_weight(storage: Storage) -> float:
+    """About how many bytes one weight of a large matrix takes, with its share of the scales."""
+    return storage.nbytes(_LARGE) / math.prod(_LARGE)
 
 
 def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:

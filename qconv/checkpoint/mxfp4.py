@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qconv.checkpoint.config import without_quantization
 from qconv.checkpoint.header import TensorEntry
-from qconv.checkpoint.quantized import QuantizedCheckpoint
+from qconv.checkpoint.quantized import QuantizedCheckpoint, codes_of
 from qconv.checkpoint.reader import Checkpoint, map_tensor
 from qconv.errors import CheckpointError
 
@@ -49,11 +49,7 @@ class Mxfp4Checkpoint(QuantizedCheckpoint):
             CheckpointError: no MXFP4 weight at all, or blocks without scales, scales without blocks, or one of another
                 shape or dtype.
         """
-        codes = {
-            f"{name.removesuffix(BLOCKS)}weight": entry
-            for name, entry in stored.entries.items()
-            if name.endswith(f".{BLOCKS}")
-        }
+        codes = codes_of(stored, BLOCKS)
         if not codes:
             raise CheckpointError(
                 f"{stored.path}: config.json says {METHOD}, but no tensor holds blocks of it.",

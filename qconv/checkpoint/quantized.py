@@ -105,3 +105,14 @@ class QuantizedCheckpoint(Checkpoint):
     @abstractmethod
     def _dense(self, name: str, codes: Tensor, rows: Tensor) -> Tensor:
         """What codes of the weight's rows numbered ``rows`` [n] stand for, [n, in_features] in the weight's dtype."""
+
+
+def codes_of(stored: Checkpoint, leaf: str) -> dict[str, TensorEntry]:
+    """Where the codes of quantized weights lie, by the weights' names.
+
+    Args:
+        stored: The checkpoint as its files have it.
+        leaf: What codes are called in the place of ``weight``.
+    """
+    entries = stored.entries.items()
+    return {f"{name.removesuffix(leaf)}weight": entry for name, entry in entries if name.endswith(f".{leaf}")}

@@ -148,9 +148,9 @@ def _noting(layer: nn.Module, seen: list[tuple[Any, ...]]) -> nn.Module:
         seen.append((positional, named))
         return hidden
 
-    noting = with_children(layer, {})
+    noting: nn.Module = with_children(layer, {})
     noting.__dict__["forward"] = forward
-    return noting  # type: ignore[no-any-return]
+    return noting
 
 
 def _of_mixer(layer: nn.Module, name: str, hidden: Tensor, positional: Any, named: Any) -> Call:

@@ -13,7 +13,7 @@ import torch
 from qconv.artifacts.inspection import SKIP_KEYS, name_class
 from qconv.artifacts.separation import require_readable_experts, separated_names
 from qconv.artifacts.source import listed_files
-from qconv.artifacts.storage import Storage, storage_of, weight_dtype
+from qconv.artifacts.storage import Storage, bytes_a_weight, storage_of, weight_dtype
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.config import quantization_of
@@ -220,7 +220,9 @@ def _classes(plan: BuildPlan, stored: _Stored, beside: Beside) -> tuple[PlannedC
 
 def _guessed_class(stored: _Stored, beside: Beside, nbytes: int) -> PlannedClass:
     """What lies beside the model in so many bytes of the source, as if it were stored as the model's linears are."""
-    weights = nbytes // stored.dtype.itemsize if stored.storage is None else int(nbytes / stored.storage.bytes_a_weight)
+    weights = (
+        nbytes // stored.dtype.itemsize if stored.storage is None else int(nbytes / bytes_a_weight(stored.storage))
+    )
     output = weights * stored.dtype.itemsize
     return PlannedClass("beside the model", DTYPE_NAMES[stored.dtype], [], len(beside.names), weights, nbytes, output)
 

@@ -25,6 +25,7 @@ from qconv.planning.estimate import estimate
 from qconv.verification.build import verify
 from tests.artifacts.test_joined_layouts import EXPERTS, HIDDEN, WIDTH, joined, with_biases
 from tests.artifacts.test_source import edit_tensors, refused
+from tests.artifacts.test_source_packed import assert_same_tensors
 from tests.conftest import build, folder_bytes, small_recipe
 from tests.fp8 import same_bits
 
@@ -100,13 +101,7 @@ def test_every_code_and_scale(tmp_path: Path) -> None:
 def test_it_reads_as_transformers_reads_it(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "BLOCK_BYTES", 7 * 64 * 2)
     ours, theirs = map(Source.open, twins)
-    assert ours.checkpoint.entries.keys() == theirs.checkpoint.entries.keys()
-    for name, entry in ours.checkpoint.entries.items():
-        twin = theirs.checkpoint.entry(name)
-        assert (entry.dtype, entry.shape, entry.nbytes) == (twin.dtype, twin.shape, twin.nbytes)
-        assert same_bits(ours.read(name), theirs.read(name)), name
-        for one, other in zip(ours.blocks(name), theirs.blocks(name), strict=True):
-            assert same_bits(one, other), name
+    assert_same_tensors(ours, theirs)
     assert ours.read(f"{NAME}.2.gate_proj.bias").shape == (WIDTH,)
 
 

@@ -84,17 +84,22 @@ def packed_copy(twins: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(twins[0], tmp_path / "model"))
 
 
-def assert_twins(packed: Path, dense: Path) -> None:
-    """Both read as the same tensors, whole, in blocks and by rows."""
-    ours, theirs = Source.open(packed), Source.open(dense)
+def assert_same_tensors(ours: Source, theirs: Source) -> None:
+    """Both have the same tensors, whole and in blocks."""
     assert ours.checkpoint.entries.keys() == theirs.checkpoint.entries.keys()
-    assert "quantization_config" not in ours.checkpoint.config
     for name, entry in ours.checkpoint.entries.items():
         twin = theirs.checkpoint.entry(name)
         assert (entry.dtype, entry.shape, entry.nbytes) == (twin.dtype, twin.shape, twin.nbytes)
         assert same_bits(ours.read(name), theirs.read(name)), name
         for one, other in zip(ours.blocks(name), theirs.blocks(name), strict=True):
             assert same_bits(one, other), name
+
+
+def assert_twins(packed: Path, dense: Path) -> None:
+    """Both read as the same tensors, whole, in blocks and by rows."""
+    ours, theirs = Source.open(packed), Source.open(dense)
+    assert_same_tensors(ours, theirs)
+    assert "quantization_config" not in ours.checkpoint.config
     rows = torch.tensor([31, 0, 7, 31, 13])
     weight = f"{MODULE}.weight"
     assert same_bits(ours.checkpoint.gather(weight, rows), theirs.checkpoint.gather(weight, rows))

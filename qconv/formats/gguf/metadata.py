@@ -19,10 +19,10 @@ from gguf import (
     RopeScalingType,
 )
 
-from qconv.checkpoint.config import Config
+from qconv.checkpoint.config import Config, language_part
 from qconv.core.architecture import Architecture, Attention, Moe
 from qconv.errors import CheckpointError, UsageError
-from qconv.formats.gguf.forms import Form, form, text_part
+from qconv.formats.gguf.forms import Form, form
 from qconv.formats.gguf.forms.base import Fixed, Stated, by_period
 from qconv.formats.gguf.rope import Rope, rope_of
 
@@ -50,7 +50,7 @@ def model_metadata(config: dict[str, Any], model: Architecture, name: str, file_
         UsageError: llama.cpp cannot express the model; says what.
     """
     require_expressible(config, model)
-    config = text_part(config)
+    config = language_part(config)
     values, of = Config(config), form(model.family)
     writer = GGUFWriter(None, of.architecture)
     writer.add_type("model")
@@ -98,7 +98,7 @@ def require_expressible(config: dict[str, Any], model: Architecture) -> None:
         CheckpointError: a key of config.json is malformed.
         UsageError: it is not; says where they differ.
     """
-    config, of = text_part(config), form(model.family)
+    config, of = language_part(config), form(model.family)
     reason = (
         _activation_difference(config)
         or _attention_difference(config, model, of)

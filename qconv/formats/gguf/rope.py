@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from qconv.checkpoint.config import language_part
 from qconv.checkpoint.rope import stated_rope
 from qconv.errors import CheckpointError, UsageError
-from qconv.formats.gguf.forms import Form, form, text_part
+from qconv.formats.gguf.forms import Form, form
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def rope_of(config: dict[str, Any]) -> Rope:
         UsageError: the family has no GGUF form; a scaling that llama.cpp does not compute as transformers does, or two
             that contradict each other.
     """
-    config = text_part(config)
+    config = language_part(config)
     of = form(str(config.get("model_type")))
     stated = stated_rope(config)
     theta = stated.get("rope_theta", of.theta)

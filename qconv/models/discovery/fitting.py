@@ -1,7 +1,7 @@
 """The architecture of a model type that no file declares, where its layers are of a kind that qconv works on.
 
-That is: attention with q, k, v that read one norm and an o, then a gated MLP or a sparse block that reads another, each
-added to what runs through the layers. ``proofs`` shows by numbers what names cannot say. What a layer has beside that
+That is: a mixer of tokens that reads one norm, then a gated MLP or a sparse block that reads another, each added to
+what runs through the layers. ``proofs`` shows by numbers what names cannot say. What a layer has beside that
 (head norms, sinks, correction biases) belongs to transformers' own modules, and is kept as it is.
 """
 
@@ -32,7 +32,8 @@ from qconv.core.architecture import (
 from qconv.errors import CheckpointError
 from qconv.models.discovery.kept import reason_to_keep
 from qconv.models.discovery.nested import in_whole
-from qconv.models.discovery.proofs import Proofs, Unproved
+from qconv.models.discovery.proofs import Proofs
+from qconv.models.discovery.stand_ins import Unproved
 from qconv.models.discovery.structure import Discovery, FusedExperts, LayerStructure, ReadTensor, read_model
 from qconv.models.discovery.tracing import is_norm, settings_of
 
@@ -71,7 +72,6 @@ class _Fitting:
     proofs: Proofs
     model: nn.Module
     proved: dict[str, tuple[tuple[bool, ...], bool]] = field(default_factory=dict)
-    joined: list[str] = field(default_factory=list)
 
     def architecture(self) -> Architecture:
         outside = dict(self.found.outside)
@@ -82,6 +82,7 @@ class _Fitting:
         layers = tuple(self._layer(one) for one in self.found.layers)
         heads = self.proofs.heads
         head_dim, shared = self._heads(layers, heads)
+        experts = (one for layer in self.found.layers for one in layer.experts)
         return Architecture(
             family=self.found.model_type,
             hidden_size=embedding[1],
@@ -93,7 +94,7 @@ class _Fitting:
             final_norm=Norm(_FINAL_NORM, final[0]),
             lm_head=None if head is None else Linear(HEAD, head[0], head[1]),
             held=self.found.held,
-            joined=replace(self.proofs.joined(), always=bool(self.joined)),
+            joined=replace(self.proofs.joined(), always=any(map(_lie_together, experts))),
         )
 
     def _heads(self, layers: Sequence[Layer], heads: int) -> tuple[int, int]:
@@ -106,7 +107,7 @@ class _Fitting:
 
     def _layer(self, structure: LayerStructure) -> Layer:
         name = f"model.layers.{structure.index}"
-        parts = _Parts.of(structure, self.model, self.found.held, self.proofs, self.joined)
+        parts = _Parts.of(structure, self.model, self.found.held, self.proofs)
         attention, input_norm = parts.mixer(structure)
         experts = structure.experts
         mlp: tuple[Mlp | Moe, Norm] = parts.sparse(experts) if experts else parts.dense(structure)
@@ -123,6 +124,11 @@ class _Fitting:
         """Whether the last linear reads the outputs of v by heads, so that scales fold into v."""
         v, o = _values(layer), layer.groups()[-1].linears[-1]
         return v is not None and self.proofs.reads_by_heads(layer, v, o)
+
+
+def _lie_together(experts: FusedExperts) -> bool:
+    """Whether the checkpoint has one tensor for all experts of a layer."""
+    return len(experts.stored["gate_up_proj"]) == 1
 
 
 def _values(layer: Layer) -> Linear | None:
@@ -166,22 +172,13 @@ class _Parts:
     model: nn.Module
     held: Mapping[str, str]
     proofs: Proofs
-    joined: list[str]
     groups: dict[str, ReadTensor]
     tensors: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(
-        cls,
-        structure: LayerStructure,
-        model: nn.Module,
-        held: Mapping[str, str],
-        proofs: Proofs,
-        joined: list[str],
-    ) -> _Parts:
-        """Of a layer; experts that lie together are noted in ``joined``."""
+    def of(cls, structure: LayerStructure, model: nn.Module, held: Mapping[str, str], proofs: Proofs) -> _Parts:
         groups = {reader: group for group in structure.groups for reader in group.readers}
-        return cls(model, held, proofs, joined, groups, dict(structure.tensors))
+        return cls(model, held, proofs, groups, dict(structure.tensors))
 
     def mixer(self, structure: LayerStructure) -> tuple[Mixer, Norm]:
         """What mixes tokens: all that runs before the MLP, and the norm before it."""
@@ -295,7 +292,9 @@ class _Parts:
         """Each expert's linears, which the checkpoint holds by themselves or joined."""
         count, width, hidden = sizes
         shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        if [len(found.stored[leaf]) for leaf in _JOINED_LEAVES[:2]] == [2 * count, count]:
+        if not _lie_together(found):
+            if [len(found.stored[leaf]) for leaf in _JOINED_LEAVES[:2]] != [2 * count, count]:
+                raise Unproved(f"{found.name} lie together in a way of their own")
             weights = [*found.stored["gate_up_proj"], *found.stored["down_proj"]]
             for index in range(count):
                 gate, up, down = (
@@ -303,7 +302,6 @@ class _Parts:
                 )
                 yield Mlp(gate, up, down, folds)
             return
-        self.joined.append(found.name)
         for stored in found.stored.values():
             if len(stored) != 1 or self.tensors.pop(stored[0], None) is None:
                 raise Unproved(f"{found.name} lie together in a way of their own")

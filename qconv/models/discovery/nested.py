@@ -6,9 +6,9 @@ itself, under names without a prefix; where it lies in the whole says which pref
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from qconv.core.architecture import EMBEDDING, HEAD, Architecture
 from qconv.models.transformer import config_of, text_part
 
 _INNER = "model."
-Part = TypeVar("Part")
 
 
 def in_whole(values: Mapping[str, Any], model: nn.Module, found: Architecture) -> Architecture:
@@ -38,7 +37,7 @@ def in_whole(values: Mapping[str, Any], model: nn.Module, found: Architecture) -
                 return own + name.removeprefix(held)
         return name
 
-    named = _renamed(found, stored)
+    named: Architecture = _renamed(found, stored)
     return replace(named, held={stored(name): held for name, held in found.held.items()}, prefixes=whole.prefixes)
 
 
@@ -109,12 +108,12 @@ def _is_part(values: Mapping[str, Any]) -> bool:
     return text_part(values).keys() != values.keys()
 
 
-def _renamed(part: Part, stored: Any) -> Part:
+def _renamed(part: Any, stored: Callable[[str], str]) -> Any:
     """A description with other names in all of its parts."""
     if isinstance(part, str):
-        return stored(part)  # type: ignore[no-any-return]
+        return stored(part)
     if isinstance(part, tuple):
-        return tuple(_renamed(one, stored) for one in part)  # type: ignore[return-value]
+        return tuple(_renamed(one, stored) for one in part)
     if is_dataclass(part) and not isinstance(part, type):
         changed = {one.name: _renamed(getattr(part, one.name), stored) for one in fields(part) if one.name != "held"}
         return replace(part, **changed)

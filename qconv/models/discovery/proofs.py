@@ -8,69 +8,33 @@ compared with what qconv computes in its place.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qconv.boundary.printable import one_line
 from qconv.core.architecture import HEAD, Joined, Layer, Linear, Mlp, Moe, Norm
 from qconv.models.calls import Call, Calls, with_children
+from qconv.models.discovery.expert_forms import ExpertForm, form_of, is_told
+from qconv.models.discovery.stand_ins import (
+    Nothing,
+    StandIn,
+    Unproved,
+    first_that_runs,
+    is_equal,
+    require_equal,
+    running,
+    with_submodules,
+)
 from qconv.models.discovery.tracing import is_reader, settings_of
-from qconv.models.gating import Own, gating_of, is_linear_in_up, takes_turns
 
 _TOKENS = 6
-_TOLERANCE = 1e-4
-"""Relative to the largest number: these are a few operations in float32."""
 _BEYOND_LIMITS = 100.0
 """How large numbers are where models may limit them: to 7 or 10 in MLPs, to 8 in keys and values."""
-_WIDTH = 4
-"""Of the experts that stand for those of a model."""
-
-
-Made = TypeVar("Made")
-
-
-class Unproved(Exception):
-    """A part of a model that is not of the kind that is looked for; says which."""
-
-
-class StandIn(nn.Module):
-    """Gives the same numbers whatever it gets, and keeps what it got."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.given = given
-        self.seen: list[Any] = []
-        self.weight = torch.zeros(0)  # who asks for it asks for its dtype
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        self.seen.append((*arguments, *named.values())[0])
-        self.arguments = arguments
-        # Copies, since what comes of them may be added to in place.
-        given = tuple(one.clone() for one in self.given)
-        return given[0] if len(given) == 1 else given
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertForm:
-    """How experts are held together.
-
-    Attributes:
-        transposed: Whether their matrices are [in_features, out_features].
-        interleaved: Whether the rows of gate and up come by turns.
-        folds: Whether down's input is linear in up's outputs.
-    """
-
-    transposed: bool
-    interleaved: bool
-    folds: bool
 
 
 class Proofs:
@@ -84,7 +48,7 @@ class Proofs:
         self._model: Any = model
         self._names = held
         self._config: Any = self._model.config
-        with _running("the model around its layers"):
+        with running("the model around its layers"):
             inner: Any = self._model.model
             if hasattr(inner, "rotary_emb"):
                 rotary: Any = type(inner.rotary_emb)
@@ -121,20 +85,19 @@ class Proofs:
         Raises:
             Unproved: something is done to them.
         """
-        with _running("the model around its layers"):
-            hidden = self._model.model.embed_tokens.embedding_dim
-            rows, normed = (self._random(1, _TOKENS, hidden) for _ in range(2))
+        with running("the model around its layers"):
+            rows, normed = (self._random(1, _TOKENS, self.hidden) for _ in range(2))
             logits = self._random(1, _TOKENS, 5)
             norm, head = StandIn(normed), StandIn(logits)
-            _equal(self._embedded(rows[0]), rows, "the embedding is scaled")
+            require_equal(self._embedded(rows[0]), rows, "the embedding is scaled")
             around = {"embed_tokens": StandIn(rows), "rotary_emb": StandIn(rows), "layers": nn.ModuleList()}
             inner = with_children(self._model.model, {**around, "norm": norm})
             output = with_children(self._model, {"model": inner, HEAD: head})(
                 input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False
             )
-            _equal(norm.seen[0], rows, "the embedding is scaled")
-            _equal(head.seen[0], normed, "the head does not read the final norm")
-            _equal(output.logits, logits, "logits are scaled")
+            require_equal(norm.seen[0], rows, "the embedding is scaled")
+            require_equal(head.seen[0], normed, "the head does not read the final norm")
+            require_equal(output.logits, logits, "logits are scaled")
 
     def _embedded(self, weight: Tensor) -> Tensor:
         """What the embedding makes of all rows of a small weight, [1, rows, hidden]."""
@@ -168,13 +131,13 @@ class Proofs:
         Raises:
             Unproved: to none.
         """
-        with _running(block):
+        with running(block):
             module, experts, hidden = self._block(block, router)
             scores: list[Any] = []
             module.get_submodule(router.removeprefix(f"{block}.")).register_forward_hook(
                 lambda _, arguments, output: scores.append(output[0] if isinstance(output, tuple) else output)
             )
-            if len(inspect.signature(type(self._model.get_submodule(f"{block}.experts")).forward).parameters) == 2:
+            if not is_told(self._model.get_submodule(f"{block}.experts")):
                 experts.given = (torch.zeros(self._count(block) * _TOKENS, hidden),)
             module(self._random(1, _TOKENS, hidden))
             if len(experts.arguments) > 1:
@@ -195,7 +158,7 @@ class Proofs:
         Raises:
             Unproved: it does not scale what it gives by its weight.
         """
-        with _running(norm):
+        with running(norm):
             module = self._real(self._held(norm), {})
             hidden = self._random(1, _TOKENS, module.weight.numel())
             for offset in (0.0, 1.0):
@@ -212,11 +175,11 @@ class Proofs:
         )
         inside = layer.mlp.experts_name if isinstance(layer.mlp, Moe) else layer.mlp.gate.name
         block = self._held(inside).removeprefix(f"{layer.name}.").split(".")[0]
-        with _running("the model around its layers"):
+        with running("the model around its layers"):
             positional, named = self._calls.layer(layer.index, torch.zeros_like(hidden))
 
         def run(mixed: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, Tensor]:
-            with _running(layer.name):
+            with running(layer.name):
                 module = self._real(layer.name, {mixer: StandIn(*mixed), block: StandIn(*given)})
                 output = module(hidden, *positional, **named)
                 return module, output[0] if isinstance(output, tuple) else output
@@ -224,17 +187,17 @@ class Proofs:
         # Some parts give something beside their output.
         none = torch.zeros(0)
         given = itertools.product(((attended, none), (attended,)), ((fed,), (fed, none)))
-        module, output = _first_that_runs(partial(run, *one) for one in given)
-        with _running(layer.name):
+        module, output = first_that_runs(partial(run, *one) for one in given)
+        with running(layer.name):
             middle = hidden + attended
-            _equal(output, middle + fed, "what attention and MLP give is not simply added")
+            require_equal(output, middle + fed, "what attention and MLP give is not simply added")
             one, two = module.get_submodule(first), module.get_submodule(second)
-            _equal(module.get_submodule(mixer).seen[0], one(hidden), "attention does not read the first norm")
-            _equal(module.get_submodule(block).seen[0], two(middle), "the MLP does not read the second norm")
+            require_equal(module.get_submodule(mixer).seen[0], one(hidden), "attention does not read the first norm")
+            require_equal(module.get_submodule(block).seen[0], two(middle), "the MLP does not read the second norm")
             for norm, offset in ((one, layer.input_norm.offset), (two, layer.post_attention_norm.offset)):
                 before = norm(hidden)
                 norm.weight.add_(offset).mul_(2.0).sub_(offset)
-                _equal(norm(hidden), 2.0 * before, "a norm's weight does not scale what it gives")
+                require_equal(norm(hidden), 2.0 * before, "a norm's weight does not scale what it gives")
 
     def folding_groups(self, layer: Layer) -> tuple[bool, ...]:
         """For each group of a mixer's linears whether linears alone read what its norm gives; False without a norm.
@@ -244,16 +207,16 @@ class Proofs:
         """
         groups = layer.groups()
         last = groups[-1].linears[-1]
-        with _running(layer.attention.name):
+        with running(layer.attention.name):
             mixer = _RunningMixer.of(self, layer)
             read = [mixer.run(self._random(1, _TOKENS, self._calls.hidden)) for _ in range(2)]
-            _equal(mixer.output, mixer.linears[last.name].given[0], f"{last.name} does not give the output")
-            found = [_is_equal(read[1], read[0])]
+            require_equal(mixer.output, mixer.linears[last.name].given[0], f"{last.name} does not give the output")
+            found = [is_equal(read[1], read[0])]
             for norm in (group.producer for group in groups[1:]):
                 read = []
                 if isinstance(norm, Norm):
                     read = [mixer.with_norm(norm, self._random(1, _TOKENS, norm.size)) for _ in range(2)]
-                found.append(len(read) == 2 and _is_equal(read[1], read[0]))
+                found.append(len(read) == 2 and is_equal(read[1], read[0]))
         return tuple(found)
 
     def reads_by_heads(self, layer: Layer, v: Linear, o: Linear) -> bool:
@@ -267,27 +230,27 @@ class Proofs:
         scale = 0.5 + torch.rand(v.out_features, generator=self._generator)
         spread = scale.view(groups, 1, head_dim).expand(groups, self.heads // groups, head_dim).reshape(-1)
         hidden = self._random(1, _TOKENS, self._calls.hidden)
-        with _running(layer.attention.name):
+        with running(layer.attention.name):
             mixer = _RunningMixer.of(self, layer)
             values = mixer.linears[v.name]
             values.given = (_BEYOND_LIMITS * values.given[0],)
             before = mixer.run(hidden)
             values.given = (values.given[0] * scale,)
-            return _is_equal(mixer.run(hidden), before * spread)
+            return is_equal(mixer.run(hidden), before * spread)
 
     def _mlp(self, mlp: Mlp) -> None:
         name = self._held(mlp.gate.name).rpartition(".")[0]
         gate, up = (_BEYOND_LIMITS * self._random(1, _TOKENS, mlp.gate.out_features) for _ in range(2))
         down = StandIn(self._random(1, _TOKENS, mlp.down.out_features))
-        with _running(name):
+        with running(name):
             module = self._real(name, {"gate_proj": StandIn(gate), "up_proj": StandIn(up), "down_proj": down})
             module(self._random(1, _TOKENS, mlp.gate.in_features))
-            _equal(down.seen[0], self._activation(gate) * up, f"{name} is not gated as its config says")
+            require_equal(down.seen[0], self._activation(gate) * up, f"{name} is not gated as its config says")
 
     def _sparse(self, moe: Moe) -> None:
         """What experts give, and the shared expert times its gate's sigmoid, is added."""
         block = self._held(moe.experts_name).rpartition(".")[0]
-        with _running(block):
+        with running(block):
             module, experts, hidden = self._block(block, self._held(moe.router.name))
             shared = torch.zeros(1, _TOKENS, hidden)
             if moe.shared_expert is not None:
@@ -309,14 +272,14 @@ class Proofs:
             if moe.scales_inputs:
                 answers = experts.given[0].view(len(moe.experts), _TOKENS, -1).sum(0)
                 read = given[0] * scores[0].t().unsqueeze(-1)
-                _equal(experts.seen[0].view_as(read), read, f"{block}.experts do not read what is scaled by scores")
+                require_equal(experts.seen[0].view_as(read), read, f"{block}.experts do not read scaled inputs")
             else:
                 answers = experts.given[0]
                 read = experts.seen[0].view(_TOKENS, -1)
-                _equal(read, given[0], f"{block}.experts do not read the block's input")
+                require_equal(read, given[0], f"{block}.experts do not read the block's input")
                 if not experts.arguments[2].shape == experts.arguments[1].shape:
                     raise Unproved(f"{block}.experts get no factor for each expert")
-            _equal(output.view(_TOKENS, -1), (answers + shared).view(_TOKENS, -1), f"{block} is no plain sum")
+            require_equal(output.view(_TOKENS, -1), (answers + shared).view(_TOKENS, -1), f"{block} is no plain sum")
             # Scales that fold into the norm before a router are multiplied into its columns.
             chosen = experts.arguments[1:]
             scale = torch.exp2(torch.randint(-3, 4, (hidden,), generator=self._generator).float())
@@ -324,7 +287,7 @@ class Proofs:
             module(given / scale)
             again = [scores[1]] if moe.scales_inputs else experts.arguments[1:]
             for before, after in zip([scores[0]] if moe.scales_inputs else chosen, again, strict=True):
-                _equal(
+                require_equal(
                     after.float(), before.float(), f"{block}'s router looks at more than products with what it reads"
                 )
 
@@ -338,53 +301,15 @@ class Proofs:
         kind = type(module), settings_of(module)
         if kind not in self._forms:
             forms = itertools.product((False, True), (False, True))
-            self._forms[kind] = _first_that_runs(partial(self._expert_form, name, hidden, *form) for form in forms)
+            self._forms[kind] = first_that_runs(
+                partial(form_of, module, name, hidden, self._config, self._random, *form) for form in forms
+            )
         return self._forms[kind]
 
     def joined(self) -> Joined:
         """How experts lie in a tensor of all of a layer; as most do where there are none."""
         form = next(iter(self._forms.values()), None)
         return Joined() if form is None else Joined(transposed=form.transposed, interleaved=form.interleaved)
-
-    def _expert_form(self, name: str, hidden: int, transposed: bool, interleaved: bool) -> ExpertForm:
-        """Two small experts in the place of all, held so."""
-        with _running(name):
-            module = copy.deepcopy(self._model.get_submodule(name))
-            module.__dict__.pop("forward", None)  # the stand-in of the trace
-            joined, down = self._random(2, 2 * _WIDTH, hidden), self._random(2, hidden, _WIDTH)
-            biases = {"gate_up_proj_bias": self._random(2, 2 * _WIDTH), "down_proj_bias": self._random(2, hidden)}
-            biases = {leaf: bias for leaf, bias in biases.items() if hasattr(module, leaf)}
-            held = {"gate_up_proj": joined, "down_proj": down}
-            held = {
-                leaf: weight.transpose(1, 2).contiguous() if transposed else weight for leaf, weight in held.items()
-            }
-            for leaf, tensor in {**held, **biases}.items():
-                setattr(module, leaf, nn.Parameter(tensor))
-            module.num_experts = 2
-            module.config = copy.copy(self._config)
-            module.config._experts_implementation = "eager"
-            gating = gating_of(module, interleaved)
-            if isinstance(gating, Own) and takes_turns(gating) != interleaved:
-                raise Unproved(f"{name} hold gate and up in another way")
-            tokens, factors = self._random(_TOKENS, hidden), self._random(_TOKENS, 2)
-            indices = torch.tensor([[0, 1], [1, 0]] * (_TOKENS // 2))
-            if len(inspect.signature(type(module).forward).parameters) == 2:
-                factors = torch.ones_like(factors)
-                output = module(tokens.repeat(2, 1)).view(2, _TOKENS, hidden).sum(0)
-            else:
-                output = module(tokens, indices, factors)
-            expected = torch.zeros_like(tokens)
-            for expert in range(2):
-                both = tokens @ joined[expert].t()
-                if "gate_up_proj_bias" in biases:
-                    both = both + biases["gate_up_proj_bias"][expert]
-                gate, up = (both[:, ::2], both[:, 1::2]) if interleaved else both.chunk(2, dim=-1)
-                made = gating(gate, up) @ down[expert].t()
-                if "down_proj_bias" in biases:
-                    made = made + biases["down_proj_bias"][expert]
-                expected += made * (factors * (indices == expert)).sum(-1, keepdim=True)
-            _equal(output, expected, f"{name} are not gated as their config says")
-            return ExpertForm(transposed, interleaved, is_linear_in_up(gating))
 
     def _block(self, block: str, router: str) -> tuple[nn.Module, StandIn, int]:
         """A sparse block with a random router, stand-ins for its experts, and the size of what it reads."""
@@ -400,8 +325,8 @@ class Proofs:
 
     def _real(self, name: str, stand_ins: dict[str, nn.Module]) -> Any:
         """A copy of a module off the meta device, with random numbers for its tensors and other modules for some."""
-        nothing: dict[str, nn.Module] = {child: _Nothing() for child in stand_ins}
-        module = copy.deepcopy(_with_submodules(self._model.get_submodule(name), nothing))
+        nothing: dict[str, nn.Module] = {child: Nothing() for child in stand_ins}
+        module = copy.deepcopy(with_submodules(self._model.get_submodule(name), nothing))
         for child, stand_in in stand_ins.items():
             parent, _, leaf = child.rpartition(".")
             module.get_submodule(parent).register_module(leaf, stand_in)
@@ -456,61 +381,6 @@ class _RunningMixer:
         parent, _, leaf = norm.name.removeprefix(f"{self.last.rpartition('.')[0]}.").rpartition(".")
         self.module.get_submodule(parent).register_module(leaf, StandIn(given))
         return self.run(self.inputs)
-
-
-class _Nothing(nn.Module):
-    """In the place of what a stand-in replaces after a copy was made."""
-
-
-@contextmanager
-def _running(what: str) -> Iterator[None]:
-    """Without gradients; whatever transformers' modules raise says that they are of another kind.
-
-    Raises:
-        Unproved: they raised something.
-    """
-    try:
-        with torch.no_grad():
-            yield
-    except Unproved:
-        raise
-    # Modules of another kind raise whatever they raise when they are called as this kind is.
-    except Exception as error:
-        raise Unproved(f"{what} does not run by itself: {one_line(error)}") from error
-
-
-def _first_that_runs(attempts: Iterable[Callable[[], Made]]) -> Made:
-    """What the first attempt gives that is no :class:`Unproved`.
-
-    Raises:
-        Unproved: as the first attempt.
-    """
-    failed: list[Unproved] = []
-    for attempt in attempts:
-        try:
-            return attempt()
-        except Unproved as error:
-            failed.append(error)
-    raise failed[0]
-
-
-def _with_submodules(module: nn.Module, changed: Mapping[str, nn.Module]) -> Any:
-    """The same module with some other submodules, by names with dots; the rest is shared."""
-    direct = {name: one for name, one in changed.items() if "." not in name}
-    for child in {name.partition(".")[0] for name in changed if "." in name}:
-        below = {name.partition(".")[2]: one for name, one in changed.items() if name.startswith(f"{child}.")}
-        direct[child] = _with_submodules(module.get_submodule(child), below)
-    return with_children(module, direct)
-
-
-def _equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
-    if not _is_equal(found, expected):
-        raise Unproved(otherwise)
-
-
-def _is_equal(found: Tensor, expected: Tensor) -> bool:
-    bound = _TOLERANCE * float(expected.abs().max())
-    return found.shape == expected.shape and float((found - expected).abs().max()) <= bound
 
 
 def _leaf(name: str) -> str:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 from qconv.boundary.printable import name_of
 from qconv.errors import UsageError
@@ -21,12 +19,6 @@ _SHARED = ("base", "chunked", "delta", "latent")
 def families() -> list[str]:
     """The ``model_type`` of every family that has a form, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
-
-
-def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the language model, of one that has towers beside it."""
-    text = config.get("text_config")
-    return dict(text) if isinstance(text, Mapping) and "model_type" in text else dict(config)
 
 
 @cache
@@ -45,4 +37,4 @@ def form(family: str) -> Form:
     return declared
 
 
-__all__ = ["Form", "families", "form", "text_part"]
+__all__ = ["Form", "families", "form"]
