@@ -109,6 +109,16 @@ def small_recipe(method: str = "rtn", output_format: str = "w4a16", **changes: A
     return parse_recipe(values)
 
 
+GRIDS: dict[str, dict[str, Any]] = {
+    "fp8": {"bits": 8, "group_size": 128},
+    "fp8_dynamic": {"bits": 8, "group_size": -1},
+    "fp8_static": {"bits": 8, "group_size": -1},
+    "w4a8": {"group_size": 128},
+    "w8a8": {"bits": 8, "group_size": -1},
+}
+"""The grid of formats that hold no int4 in groups of 32."""
+
+
 def build(model: Path, out: Path, recipe: Recipe, **options: Any) -> Outcome:
     """Quantize without progress and log."""
     options = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None, **options}

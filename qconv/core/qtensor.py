@@ -41,6 +41,7 @@ class Grid:
         block_rows: Output rows that share a scale, on a float grid; :data:`CHANNEL` for all of them.
         act_order: Whether groups are made of columns in an order of their own, which each weight carries with it.
         activations: How an engine quantizes a linear's inputs: not at all, by their own range, or by a stored scale.
+        activation_number: What it rounds them to, where it does: integers of 8 bits, or E4M3 floats.
     """
 
     bits: int
@@ -51,6 +52,7 @@ class Grid:
     block_rows: int = 1
     act_order: bool = False
     activations: Literal["none", "dynamic", "static"] = "none"
+    activation_number: Number = "e4m3"
 
     @property
     def levels(self) -> int:

@@ -23,6 +23,8 @@ READERS: dict[str, dict[str, Known]] = {
     "fp8": {VLLM: "run", TRANSFORMERS: "run", SGLANG: "read"},
     "fp8_dynamic": {VLLM: "run", TRANSFORMERS: "run", SGLANG: "read"},
     "fp8_static": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
+    "w8a8": {VLLM: "read", SGLANG: "read"},
+    "w4a8": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
 }
 """Who loads a format, by its name."""
 

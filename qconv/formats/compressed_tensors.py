@@ -20,7 +20,7 @@ from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.formats.base import LINEAR, Described, Group, TensorReader, matches, require_readable, skip_list
 from qconv.formats.float8 import FLOATS
-from qconv.formats.packed import PACKED, WHOLE_NUMBERS, WholeNumberGrid, not_read
+from qconv.formats.packed import PACKED, WHOLE_NUMBERS, WholeNumberGrid, by_token, not_read
 
 VERSION = "0.20.0"
 """The release whose layouts these are; written to config.json as readers expect."""
@@ -167,6 +167,17 @@ class CompressedTensors:
 def is_of_kind(section: dict[str, Any], kind: str) -> bool:
     """Whether a ``quantization_config`` is compressed-tensors' of that compression format."""
     return section.get("quant_method") == "compressed-tensors" and section.get("format") == kind
+
+
+def bits_and_inputs(section: dict[str, Any]) -> set[tuple[int | None, Number | None]]:
+    """The weights' bits of each config group of a ``quantization_config``, and what each token's inputs become."""
+    groups = section.get("config_groups")
+    found = set[tuple[int | None, Number | None]]()
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        bits = weights.get("num_bits") if isinstance(weights, dict) else None
+        found.add((bits if isinstance(bits, int) else None, by_token(group) if isinstance(group, dict) else None))
+    return found
 
 
 def is_static(section: dict[str, Any]) -> bool:

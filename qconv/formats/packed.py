@@ -6,14 +6,16 @@ unsigned; ``weight_scale`` [out, groups] in the weight's dtype; ``weight_shape``
 which compressed-tensors wrote until 2026 and qconv only reads, add ``weight_g_idx`` int32 [in], each input's group;
 codes keep the inputs' own order.
 
-int-quantized, W8A8's weights, has ``weight`` int8 [out, in] and ``weight_scale``. It is read alone: qconv writes
-pack-quantized, which holds the same numbers.
+int-quantized, W8A8's weights, has ``weight`` int8 [out, in] and ``weight_scale``. compressed-tensors 0.20 also writes
+int4 so, one number a byte, where inputs are rounded, too; qconv reads that, and writes words.
+
+Either may say that engines round each token's inputs by its own range, to 8-bit integers or to E4M3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.header import TensorSpec
-from qconv.core.qtensor import CHANNEL, Grid, QTensor
+from qconv.core.qtensor import CHANNEL, Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, by_rows, read_tensors
@@ -29,12 +31,13 @@ from qconv.formats.base import TensorReader, by_rows, read_tensors
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 ACT_ORDER = ("group", "dynamic", True)
 """How ``actorder`` says that groups are of inputs in an order of their own; other values leave groups as they are."""
-_SIGN = 0x80
+_KINDS: dict[Number, str] = {"int": "int", "e4m3": "float"}
+"""What config groups call the numbers that inputs are rounded to."""
 
 
 @dataclass(frozen=True, slots=True)
 class WholeNumberGrid(Grid):
-    """The grid of a file that holds whole numbers, where qconv writes words of packed codes."""
+    """The grid of a file that holds whole numbers, and not words of packed codes."""
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
@@ -146,7 +149,7 @@ class PackedLayout:
             "group_size": None if per_channel else grid.group_size,
             "dynamic": False,
         }
-        return weights, None
+        return weights, _input_arguments(grid)
 
     def read(self, group: Mapping[str, Any], weight_dtype: torch.dtype) -> Grid:
         """The grid of a config group.
@@ -166,11 +169,13 @@ class PackedLayout:
         if not isinstance(group_size, int) or (group_size < 1 and group_size != CHANNEL):
             raise not_read("weights.group_size", repr(group_size))
         symmetric, act_order = bool(weights.get("symmetric", True)), weights.get("actorder") in ACT_ORDER
-        return Grid(bits, group_size, symmetric, weight_dtype, act_order=act_order and group_size != CHANNEL)
+        grid = Grid(bits, group_size, symmetric, weight_dtype, act_order=act_order and group_size != CHANNEL)
+        number = by_token(group)
+        return grid if number is None else replace(grid, activations="dynamic", activation_number=number)
 
 
 class WholeNumberLayout(PackedLayout):
-    """int8 numbers, where :class:`PackedLayout` has words of four codes."""
+    """int8 numbers, where :class:`PackedLayout` has words of codes."""
 
     kind = INT_QUANTIZED
 
@@ -183,32 +188,62 @@ class WholeNumberLayout(PackedLayout):
 
     def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of :meth:`specs`."""
-        yield f"{module}.weight", weight.codes.bitwise_xor(_SIGN).view(torch.int8)
+        # Bytes wrap around, so that below the middle they are negative numbers.
+        yield f"{module}.weight", weight.codes.sub(weight.grid.mid).view(torch.int8)
         yield f"{module}.weight_scale", weight.scales
 
     def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
-        """Codes, each 128 more than the number in the file, and scales.
+        """Codes, each the middle of the grid more than the number in the file, and scales.
 
         Raises:
-            CheckpointError: a tensor is absent or misshapen.
+            CheckpointError: a tensor is absent or misshapen, or holds a number that the grid has not.
         """
         tensors = read_tensors(self.specs(module, *shape, grid), module, read)
-        return QTensor(grid, tensors["weight"].view(torch.uint8).bitwise_xor(_SIGN), tensors["weight_scale"], None)
+        codes = tensors["weight"].view(torch.uint8).add(grid.mid)
+        if codes.numel() and int(codes.max()) >= grid.levels:
+            raise CheckpointError(
+                f"{module}.weight: holds a number of more than {grid.bits} bits.",
+                hint="The build is damaged, or config.json belongs to another one.",
+            )
+        return QTensor(grid, codes, tensors["weight_scale"], None)
 
     def read(self, group: Mapping[str, Any], weight_dtype: torch.dtype) -> Grid:
         """The grid of a config group.
 
         Raises:
-            CheckpointError: not weights of 8 bits without zero points.
+            CheckpointError: as of packed ones, or weights with zero points.
         """
         grid = super().read(group, weight_dtype)
-        if not grid.symmetric or grid.bits != 8:
+        if not grid.symmetric:
             raise CheckpointError(
-                f"config.json: int-quantized weights of {grid.bits} bits, symmetric {grid.symmetric}; they are read "
-                "with 8 bits and without zero points.",
+                "config.json: int-quantized weights with symmetric false; they are read without zero points.",
                 hint="Quantize the original model in a way that is read.",
             )
-        return WholeNumberGrid(grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype)
+        return whole_numbers(grid)
+
+
+def whole_numbers(grid: Grid) -> WholeNumberGrid:
+    """The same grid in a file of whole numbers."""
+    return WholeNumberGrid(**{field.name: getattr(grid, field.name) for field in fields(grid)})
+
+
+def by_token(group: Mapping[str, Any]) -> Number | None:
+    """What a config group rounds inputs to by each token's own range; None if it leaves them, or does otherwise."""
+    activations = group.get("input_activations")
+    if not isinstance(activations, dict):
+        return None
+    return next((number for number in _KINDS if _by_token(number).items() <= activations.items()), None)
+
+
+def _input_arguments(grid: Grid) -> dict[str, Any] | None:
+    """What a config group says of activations."""
+    if grid.activations == "none":
+        return None
+    return {**_by_token(grid.activation_number), "group_size": None}
+
+
+def _by_token(number: Number) -> dict[str, Any]:
+    return {"num_bits": 8, "type": _KINDS[number], "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def not_read(key: str, value: str) -> CheckpointError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qconv.formats.compressed_tensors import MIXED_PRECISION, CompressedTensors, is_of_kind
-from qconv.formats.packed import INT_QUANTIZED, PACK_QUANTIZED
+from qconv.formats.compressed_tensors import MIXED_PRECISION, CompressedTensors, bits_and_inputs, is_of_kind
+from qconv.formats.packed import PACK_QUANTIZED
 
 
 class PackQuantizedFormat(CompressedTensors):
@@ -15,19 +15,8 @@ class PackQuantizedFormat(CompressedTensors):
     number = "int"
 
     def recognizes(self, section: dict[str, Any]) -> bool:
-        """compressed-tensors in its pack-quantized format."""
-        return is_of_kind(section, PACK_QUANTIZED)
-
-
-class IntQuantizedFormat(CompressedTensors):
-    """compressed-tensors ``int-quantized``, W8A8's weights, which is read alone."""
-
-    name = "int_quantized"
-    number = "int"
-
-    def recognizes(self, section: dict[str, Any]) -> bool:
-        """compressed-tensors in its int-quantized format."""
-        return is_of_kind(section, INT_QUANTIZED)
+        """compressed-tensors in its pack-quantized format, unless all inputs are rounded, too."""
+        return is_of_kind(section, PACK_QUANTIZED) and bits_and_inputs(section) != {(4, "e4m3")}
 
 
 class MixedPrecisionFormat(CompressedTensors):
@@ -42,4 +31,4 @@ class MixedPrecisionFormat(CompressedTensors):
 
 
 FORMAT = PackQuantizedFormat()
-READ_ALONE = (IntQuantizedFormat(), MixedPrecisionFormat())
+READ_ALONE = (MixedPrecisionFormat(),)

@@ -22,7 +22,7 @@ from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weight_map
 from qconv.checkpoint.rope import in_both_spellings
 from qconv.core.architecture import Architecture
-from qconv.core.qtensor import CHANNEL, Grid
+from qconv.core.qtensor import CHANNEL, Grid, Number
 from qconv.formats.base import skip_list
 from qconv.models import architecture
 from qconv.planning.beside import Beside
@@ -30,6 +30,8 @@ from qconv.planning.costs import Costs, modelled_costs
 from qconv.planning.plan import BuildPlan, Item, make_plan
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme
+
+_INPUTS: dict[Number, str] = {"int": "int8", "e4m3": "FP8"}
 
 
 @dataclass(slots=True)
@@ -235,7 +237,8 @@ def _scheme(scheme: LinearScheme) -> str:
 def _grid(grid: Grid) -> str:
     """A grid in two words."""
     if not grid.is_float:
-        return f"{grid.bits}-bit {'channel' if grid.group_size == CHANNEL else f'g{grid.group_size}'}"
+        inputs = "" if grid.activations == "none" else f", {_INPUTS[grid.activation_number]} inputs"
+        return f"{grid.bits}-bit {'channel' if grid.group_size == CHANNEL else f'g{grid.group_size}'}{inputs}"
     if grid.group_size == CHANNEL:
         return f"FP8 {'tensor' if grid.block_rows == CHANNEL else 'channel'}"
     return f"FP8 {grid.block_rows}x{grid.group_size}"

@@ -84,7 +84,8 @@ def in_words(grid: Grid) -> str:
     """What weights on a grid become: ``4 bits in groups of 128``."""
     if not grid.is_float:
         spread = ", one scale a row" if grid.group_size == CHANNEL else f" in groups of {grid.group_size}"
-        return f"{grid.bits} bits{spread}"
+        inputs = {"int": "8-bit integers", "e4m3": "E4M3"}[grid.activation_number]
+        return f"{grid.bits} bits{spread}{'' if grid.activations == 'none' else f', inputs in {inputs}'}"
     if grid.group_size != CHANNEL:
         spread = f" in blocks of {grid.block_rows} x {grid.group_size}"
     else:

@@ -179,14 +179,16 @@ class BuildFiles(DenseFiles):
         return IntegerWeight(linear.name, shape, layout, grid, read_tensors(specs, linear.name, read))
 
     def input_rounding(self, linear: Linear) -> InputRounding | None:
-        """What config.json says of the inputs of FP8 weights, with the stored scale where they are static."""
+        """What config.json says of a linear's inputs, with the stored scale where they are static."""
         grid = self.build.grid_of(linear)
         if grid.activations == "none" or not self.build.is_quantized(linear):
             return None
         entry = self.checkpoint.entries.get(f"{linear.name}.input_scale")
         scale = self.mapped(entry) if entry is not None and entry.numel == 1 else None
-        group = None if grid.group_size == CHANNEL else grid.group_size
-        return ActivationScheme(group, grid.activations == "static").of(scale, linear.in_features)
+        # Blocks of floats go with groups of inputs; beside integers each token has one scale.
+        group = grid.group_size if grid.is_float and grid.group_size != CHANNEL else None
+        scheme = ActivationScheme(group, grid.activations == "static", grid.activation_number)
+        return scheme.of(scale, linear.in_features)
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
         """Packed rows of a quantized head, where a row's words stand together, or dense ones.
@@ -212,7 +214,7 @@ class BuildFiles(DenseFiles):
         return IntegerWeight(linear.name, shape, weight.format, weight.grid, parts)
 
     def _whole_numbers(self, linear: Linear, grid: Grid) -> PackedWeight:
-        """int8 numbers as packed words of 8 bits: four codes, with 128 added, in each."""
+        """int8 numbers, whatever they mean, as packed words of 8 bits: four codes, with 128 added, in each."""
         entry, shape = self.checkpoint.entries.get(linear.weight), (linear.out_features, linear.in_features)
         if entry is None or entry.dtype != torch.int8:
             return DenseFiles.weight(self, linear)
@@ -230,7 +232,7 @@ class BuildFiles(DenseFiles):
             "weight_scale": scale,
             "weight_shape": torch.tensor(shape),
         }
-        packed = Grid(grid.bits, grid.group_size, grid.symmetric, scale.dtype)
+        packed = Grid(8, grid.group_size, grid.symmetric, scale.dtype)
         return IntegerWeight(linear.name, shape, _PACKED, packed, parts)
 
 

@@ -59,9 +59,9 @@ class IntegerSchemes:
         self._source = source
         self._format = get_format(recipe.format)
         self._own = self._format.grid(recipe.grid, source.dtype)
-        if not self._format.mixes or self._own.is_float:
+        if not self._format.mixes or self._own.is_float or self._own.activations != "none":
             raise UsageError(
-                f"--target-size, --target-bits: format {recipe.format} holds one grid, so that nothing is to choose.",
+                f"--target-size, --target-bits: format {recipe.format} holds no mixture of integers to choose.",
                 hint="Take --fmt gguf or --fmt w4a16.",
             )
         known = tuple(dict.fromkeys((*SCHEMES, *SMALL_SCHEMES)))

@@ -127,7 +127,7 @@ def test_int8_weights_are_inspected_verified_and_run_alike(eight_bits: Path, moe
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(moe / name, tmp_path / name)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert inspect(tmp_path).format == layout_of(tmp_path, config).name == "int_quantized"
+    assert inspect(tmp_path).format == layout_of(tmp_path, config).name == "w8a8"
     assert verify(tmp_path).problems == []
     against = verify(tmp_path, moe)
     assert (against.problems, against.not_checked) == ([], [])

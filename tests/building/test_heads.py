@@ -23,7 +23,7 @@ from qconv.planning.estimate import estimate
 from qconv.planning.recipe import Recipe
 from qconv.runtime.dense import write_dense
 from qconv.verification.build import verify
-from tests.conftest import build, random_model, save_model, small_recipe
+from tests.conftest import GRIDS, build, random_model, save_model, small_recipe
 
 # Whole blocks of 128 everywhere, so that every format holds it.
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -33,10 +33,7 @@ LISTS = {"awq": "modules_to_not_convert", "fp8": "modules_to_not_convert", "gptq
 
 def recipe(output_format: str) -> Recipe:
     """Plain rounding; static FP8 looks at a few tokens all the same."""
-    if output_format.startswith("fp8"):
-        group_size = 128 if output_format == "fp8" else -1
-        return small_recipe("rtn", output_format, grid={"bits": 8, "group_size": group_size})
-    return small_recipe("rtn", output_format)
+    return small_recipe("rtn", output_format, grid=GRIDS.get(output_format, {}))
 
 
 @pytest.fixture(scope="module")

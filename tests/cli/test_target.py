@@ -37,6 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--fmt", "gguf", "--fmt", "w4a16", "--target-bits", 4), "are for one build"),
         (("--fmt", "awq", "--target-bits", 4), "format awq holds one grid"),
         (("--fmt", "fp8-dynamic", "--target-bits", 4), "format fp8_dynamic holds"),
+        (("--fmt", "w8a8", "--target-bits", 8), "format w8a8 holds"),
         (("--fmt", "w4a16", "--sensitivity", "."), "--sensitivity: goes with --target-size or --target-bits"),
         (("--fmt", "gguf:Q4_K_M", "--exclude-type", "IQ*"), "--exclude-type: goes with"),
         (("--fmt", "gguf:Q4_K_M", "--no-gradients"), "--no-gradients: goes with"),

@@ -15,7 +15,7 @@ from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, formats, get_format
 from qconv.formats.fp8 import FORMAT
-from tests.conftest import random_float_qtensor
+from tests.conftest import GRIDS, random_float_qtensor
 
 GRID = Grid(8, 128, True, torch.float32, number="e4m3", block_rows=128, activations="dynamic")
 
@@ -175,8 +175,7 @@ def test_published_sections_that_say_less_or_other_blocks_are_read() -> None:
 @pytest.mark.parametrize("name", formats())
 def test_every_section_belongs_to_one_format(name: str) -> None:
     output_format = get_format(name)
-    bits, group_size = (8, 128 if name == "fp8" else CHANNEL) if name.startswith("fp8") else (4, 128)
-    grid = output_format.grid(GridSettings(bits=bits, group_size=group_size), torch.bfloat16)
+    grid = output_format.grid(GridSettings(**GRIDS.get(name, {})), torch.bfloat16)
     section = output_format.config({grid: []}, ["lm_head"])
     assert [other for other in formats() if get_format(other).recognizes(section)] == [name]
     assert detect({"quantization_config": section}) is output_format

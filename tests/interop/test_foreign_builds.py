@@ -21,6 +21,7 @@ import qconv
 from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Checkpoint
 from qconv.errors import CheckpointError
+from qconv.runtime.activations import InputRounding
 from qconv.runtime.files import open_files
 from qconv.runtime.modules import PackedExperts, PackedLinear
 from qconv.runtime.packed import DenseWeight
@@ -57,6 +58,7 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "w4a16-asymmetric": {"scheme": "W4A16_ASYM", "weights": {"group_size": 32}, "ignore": ROUTERS},
     "w8a16": {"scheme": "W8A16", "weights": {"group_size": 32}, "ignore": [*ROUTERS, r"re:.*\.down_proj"]},
     "int8": {"scheme": "INT8", "weights": {}, "ignore": ROUTERS},
+    "w4afp8": {"scheme": "W4AFP8", "weights": {"group_size": 32}, "ignore": ROUTERS},
     "fp8": {"scheme": "FP8", "weights": {}, "ignore": ROUTERS},
     "fp8-dynamic": {"scheme": "FP8_DYNAMIC", "weights": {}, "ignore": ROUTERS},
     "fp8-block": {"scheme": "FP8_BLOCK", "weights": {"block_structure": [32, 32]}, "ignore": ROUTERS},
@@ -73,6 +75,7 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     },
     "w3a16": {"scheme": "W3A16", "weights": {"group_size": 32}, "ignore": ROUTERS},
 }
+ROUNDED_INPUTS = {"int8": InputRounding(number="int"), "w4afp8": InputRounding(), "w4a16": None}
 REFUSED = {
     "down-in-8": r"config\.json: quantization_config\.dynamic has the rule .*down_proj.* Only rules that leave",
     "head": r"config\.json: quantization_config\.lm_head is True; GPTQ is read with false.* quantize the original",
@@ -196,6 +199,9 @@ def test_compressed_tensors(source: Callable[[str], Path], client: Client, tmp_p
         assert_runs(tmp_path / name, tmp_path / f"{name}-dense", 2 * (4 + mlps * (2 + down)) + name.endswith("head"))
         if name.startswith(("w4a16", "w8a16")):
             assert_source(tmp_path / name)
+        if name in ROUNDED_INPUTS:
+            files = open_files(tmp_path / name)
+            assert files.input_rounding(files.architecture.layers[1].heads.o) == ROUNDED_INPUTS[name]
 
 
 @pytest.mark.parametrize("family", SIZES)

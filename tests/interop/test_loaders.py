@@ -147,8 +147,15 @@ def test_gptqmodel_decodes_as_the_dequantized_model(
     _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
 
 
-@pytest.mark.parametrize(("fmt", "environment"), [("fp8", None), ("fp8-dynamic", "compressed-tensors")])
-def test_transformers_decodes_fp8_as_the_dequantized_model(
+@pytest.mark.parametrize(
+    ("fmt", "environment"),
+    [
+        ("fp8", None),
+        ("fp8-dynamic", "compressed-tensors"),
+        ("w4a8", "compressed-tensors"),
+    ],
+)
+def test_transformers_decodes_what_rounds_inputs_as_the_dequantized_model(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, fmt: str, environment: str | None
 ) -> None:
     made = build(fmt, "rtn")

@@ -61,6 +61,19 @@ def test_compressed_tensors_decompresses_our_weights_bit_for_bit(
     assert not theirs
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("fmt", ["w8a8", "w4a8"])
+def test_compressed_tensors_decompresses_what_comes_with_rounded_inputs(
+    build: Callable[[str, str], Path], client: Client, tmp_path: Path, fmt: str, method: str
+) -> None:
+    made = build(fmt, method)
+    client("compressed-tensors", "compressed_tensors_groups", made, tmp_path / "unpacked.safetensors")
+    theirs = load_file(tmp_path / "unpacked.safetensors")
+    for name, ours in _quantized(made):
+        _assert_same_bits(theirs.pop(name), ours.dequantize(torch.float32), name)
+    assert not theirs
+
+
 MIXTURES: list[dict[str, Any]] = [
     {"format": "w4a16", "rules": [{"match": "self_attn.*", "grid": "int8-channel"}]},
     {

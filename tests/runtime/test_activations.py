@@ -22,12 +22,13 @@ from qconv.runtime.stream import stream_logits
 from tests.conftest import build, random_model, save_model
 
 FEW: dict[str, Any] = {"calibration.tokens": 512, "calibration.sequence_length": 64}
-RECIPES: dict[str, dict[str, Any]] = {"fp8": {}, "fp8-dynamic": {}, "fp8-static": FEW}
+ROUNDED: dict[str, Any] = {"method": "rtn"}
+RECIPES: dict[str, dict[str, Any]] = {"fp8": {}, "fp8-dynamic": {}, "fp8-static": FEW, "w8a8": ROUNDED, "w4a8": ROUNDED}
 
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The FP8 builds of a small model; do not write to them."""
+    """The builds of a small model that round inputs; do not write to them."""
     folder = tmp_path_factory.mktemp("rounded")
     source = save_model(
         random_model("qwen3_moe", hidden_size=256, moe_intermediate_size=128, head_dim=128), folder / "model"
@@ -54,6 +55,19 @@ def test_each_token_has_a_scale_of_its_own(seed: int) -> None:
         step = float(torch.tensor(max(map(abs, row))) / 448.0)
         assert rounded == pytest.approx([by_hand(one, step) for one in row], rel=1e-6)
     torch.testing.assert_close(InputRounding()(found), found, rtol=1e-6, atol=0.0)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_integers_reach_to_the_largest_of_each_token(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3, 8, generator=generator) * 10.0 ** torch.randint(-2, 4, (3, 1), generator=generator)
+    found = InputRounding(number="int")(inputs)
+    for row, rounded in zip(inputs.double(), found.double(), strict=True):
+        step = float(row.abs().max()) / 127.0
+        torch.testing.assert_close(rounded, torch.round(row / step) * step, rtol=1e-6, atol=0.0)
+        assert float(rounded.abs().max()) == pytest.approx(float(row.abs().max()), rel=1e-6)  # 127 steps, not 127.5
+    assert InputRounding(number="int")(torch.zeros(2, 4)).abs().max() == 0.0
+    assert InputRounding(number="int")(inputs.bfloat16()).dtype == torch.bfloat16
 
 
 def test_groups_and_stored_scales() -> None:
@@ -102,6 +116,7 @@ def test_an_expert_rounds_before_each_of_its_linears(name: str, builds: dict[str
         assert rounding is not None
         assert (rounding.scale is not None) == (name == "fp8-static")
         assert rounding.group == (128 if name == "fp8" else None)
+        assert rounding.number == ("int" if name == "w8a8" else "e4m3")
         return functional.linear(rounding(values), files.weight(which).dequantize(torch.float32))
 
     mlp = moe.experts[1]

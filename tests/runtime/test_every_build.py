@@ -38,6 +38,8 @@ BUILDS: dict[str, dict[str, Any]] = {
     "w4a16": {"method": "rtn"},
     "w4a16 asymmetric": {"method": "rtn", "grid.symmetric": False},
     "w4a16 8": {"method": "rtn", "grid.bits": 8},
+    "w8a8": {"method": "rtn"},
+    "w4a8": {"method": "rtn"},
     "fp8": {},
     "fp8-dynamic": {},
     "fp8-static": FEW,

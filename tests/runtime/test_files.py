@@ -125,10 +125,10 @@ def test_int_quantized_is_pack_quantized_written_out(eight_bits: Path, tmp_path:
     assert float((streamed - logits(whole)).abs().max()) < 1e-5 * float(streamed.abs().max())
 
 
-def test_int_quantized_of_another_kind_is_refused(eight_bits: Path, rtn_build: Path, tmp_path: Path) -> None:
-    four = rewrite(rtn_build, tmp_path / "four", lambda _: None, format="int-quantized")
-    with pytest.raises(CheckpointError, match=r"config\.json: int-quantized weights of 4 bits"):
-        qconv.load(four)
+def test_int_quantized_of_another_kind_is_refused(eight_bits: Path, moe: Path, tmp_path: Path) -> None:
+    zero_points = build(moe, tmp_path / "build", small_recipe(grid={"bits": 8, "symmetric": False})).out
+    with pytest.raises(CheckpointError, match=r"config\.json: int-quantized weights with symmetric false"):
+        qconv.load(rewrite(zero_points, tmp_path / "zero points", lambda _: None, format="int-quantized"))
 
     def cut(tensors: dict[str, Tensor]) -> None:
         to_whole_numbers(tensors)
