@@ -45,24 +45,30 @@ def test_autoawq_unpacks_our_weights_bit_for_bit(
     assert not theirs
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize(
+    ("fmt", "method"), [("w4a16", "rtn"), ("w4a16", "awq"), ("w4a16", "gptq"), ("w4a16-asym", "gptq")]
+)
 def test_compressed_tensors_decompresses_our_weights_bit_for_bit(
-    build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
+    build: Callable[[str, str], Path], client: Client, tmp_path: Path, fmt: str, method: str
 ) -> None:
-    made = build("w4a16", method)
+    made = build(fmt, method)
     client("compressed-tensors", "compressed_tensors_unpack", made, tmp_path / "unpacked.safetensors")
     theirs = load_file(tmp_path / "unpacked.safetensors")
 
     for name, ours in _quantized(made):
         # compressed-tensors counts codes from the middle of the grid, a QTensor from its low end.
         assert torch.equal(theirs.pop(f"{name}.codes").int() + ours.grid.mid, ours.codes.int()), name
+        assert (ours.zero_points is not None) == (fmt == "w4a16-asym")
+        if ours.zero_points is not None:
+            found = theirs.pop(f"{name}.zero_points").int() + ours.grid.mid
+            assert torch.equal(found, ours.zero_points.int()), name
         for dtype in (torch.bfloat16, torch.float32):
             _assert_same_bits(theirs.pop(f"{name}.{_short(dtype)}"), ours.dequantize(dtype), name)
     assert not theirs
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("fmt", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("fmt", ["w8a8", "w4a8", "w4a16-fp8"])
 def test_compressed_tensors_decompresses_what_comes_with_rounded_inputs(
     build: Callable[[str, str], Path], client: Client, tmp_path: Path, fmt: str, method: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 The answer holds, for each linear, ``codes`` (int8, signed), ``bfloat16`` and ``float32``: the weight as
 compressed-tensors computes it from the stored bfloat16 scales and from the same scales as float32. All are
-[out_features, in_features].
+[out_features, in_features]. Where there are zero points, it holds ``zero_points``, int8 [out_features, groups].
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ def main(build: str, answer: str) -> None:
     unpacked: dict[str, Tensor] = {}
     for module in sorted(name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")):
         stored = {part: tensors[f"{module}.{part}"] for part in PARTS}
+        if not scheme.weights.symmetric:
+            packed = stored["weight_zero_point"] = tensors[f"{module}.weight_zero_point"]
+            shape = stored["weight_scale"].shape
+            unpacked[f"{module}.zero_points"] = unpack_from_int32(packed, scheme.weights.num_bits, shape, packed_dim=0)
         exact = stored | {"weight_scale": stored["weight_scale"].float()}
         unpacked[f"{module}.codes"] = unpack_from_int32(
             stored["weight_packed"], scheme.weights.num_bits, stored["weight_shape"]
