@@ -113,6 +113,11 @@ GRIDS: dict[str, dict[str, Any]] = {
     "fp8": {"bits": 8, "group_size": 128},
     "fp8_dynamic": {"bits": 8, "group_size": -1},
     "fp8_static": {"bits": 8, "group_size": -1},
+    "mxfp4": {"bits": 4, "group_size": 32},
+    "mxfp8": {"bits": 8, "group_size": 32},
+    "nvfp4": {"bits": 4, "group_size": 16},
+    "nvfp4_modelopt": {"bits": 4, "group_size": 16},
+    "nvfp4_w4a4": {"bits": 4, "group_size": 16},
     "w4a8": {"group_size": 128},
     "w8a8": {"bits": 8, "group_size": -1},
 }

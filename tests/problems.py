@@ -38,14 +38,17 @@ ELEMENTS: dict[str, FittedGrid[Any]] = {
     "E4M3 per row": E4M3Grid(_float(1, CHANNEL)),
     "E4M3 per tensor": E4M3Grid(_float(CHANNEL, CHANNEL, activations="static"), None, torch.tensor(0.5)),
 }
+POWERS: dict[str, FittedGrid[Any]] = {
+    "MXFP8": E4M3Grid(Grid(8, 32, True, torch.float8_e8m0fnu, "e4m3"), ClipSettings(steps=4)),
+}
 FOURS: dict[str, FittedGrid[Any]] = {
     "NVFP4": Nvfp4Grid(),
     "NVFP4 plain": Nvfp4Grid(search=False),
-    "NVFP4 shared": Nvfp4Grid(global_scale=torch.tensor(2e-3)),
+    "NVFP4 shared": Nvfp4Grid(global_scale=2e-3),
     "MXFP4 searched": Mxfp4Grid(),
     "MXFP4 plain": Mxfp4Grid(search=False),
 }
-STEPS: dict[str, FittedGrid[Any]] = {**BLOCKS, **ELEMENTS, **FOURS}
+STEPS: dict[str, FittedGrid[Any]] = {**BLOCKS, **ELEMENTS, **POWERS, **FOURS}
 """Grids that round one column at a time."""
 FITTED: dict[str, FittedGrid[Any]] = {**STEPS, **LATTICES}
 

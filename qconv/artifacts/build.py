@@ -26,11 +26,12 @@ from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError
 from qconv.formats import Format
 from qconv.formats.base import Described
+from qconv.formats.float4 import reciprocal_of
 from qconv.methods import rounding_of
 from qconv.models import architecture
 from qconv.models.folding import SCALE_SUFFIX, output_channels
 
-_CODES = (torch.float8_e4m3fn, torch.int8)
+_CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8)
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 SCALES_FOLDER = "qconv-scales"
 """Beside the shards, where engines do not look: what was folded into each layer, for verification."""
@@ -101,7 +102,7 @@ class Build:
         return self.checkpoint.path
 
     def is_quantized(self, linear: Linear) -> bool:
-        """Whether the file holds no plain weight for a linear: none at all, or one of whole numbers or E4M3 floats."""
+        """Whether the file holds no plain weight for a linear: none at all, or one of whole numbers or short floats."""
         entry = self.checkpoint.entries.get(linear.weight)
         return entry is None or entry.dtype in _CODES
 
@@ -152,11 +153,14 @@ class Build:
         )
 
     def input_scale(self, linear: Linear) -> float:
-        """What a linear's inputs are divided by, on a grid with static activations.
+        """What a linear's inputs are divided by, on a grid that stores it.
 
         Raises:
-            CheckpointError: it is absent, or more than one number.
+            CheckpointError: it is absent, or not one number.
         """
+        inverse = self.checkpoint.entries.get(f"{linear.name}.input_global_scale")
+        if inverse is not None:
+            return reciprocal_of(map_tensor(inverse), inverse.name)
         scale = self.part(linear, f"{linear.name}.input_scale")
         if scale.numel() != 1:
             raise CheckpointError(f"{linear.name}.input_scale: {list(scale.shape)}, not one number.")

@@ -26,6 +26,7 @@ from qconv.folders.journal import JOURNAL_NAME, Journal
 from qconv.folders.ownership import WORK_FOLDER, claimed, recover, replaced, require_free, require_own, within
 from qconv.folders.part import Part
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState, folder_state
+from qconv.formats import known_formats
 from qconv.planning.plan import BuildPlan
 from qconv.verification.checksums import parse_checksums
 
@@ -154,6 +155,7 @@ def owned_files(out: Path) -> dict[str, frozenset[str] | None]:
 def _is_build_name(name: str) -> bool:
     return (
         name in _FIXED_NAMES
+        or any(name in one.beside_names for one in known_formats())
         or _NUMBERED_NAME.fullmatch(name) is not None
         or fnmatch.fnmatchcase(name, f"{ADDITIONAL_FOLDER}/*.jinja")
         or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS))
@@ -222,9 +224,10 @@ def planned_files(plan: BuildPlan) -> list[str]:
     return [*(shard for unit in plan.units for shard, _ in unit.shards), *scales]
 
 
-def companion_names(source: Source) -> list[str]:
+def companion_names(source: Source, plan: BuildPlan) -> list[str]:
     """The names of :func:`companion_files`."""
-    return [INDEX_NAME, "config.json", "README.md", REPORT_NAME, *source.named_companions()]
+    fixed = [INDEX_NAME, "config.json", *plan.format.beside_names, "README.md", REPORT_NAME]
+    return [*fixed, *source.named_companions()]
 
 
 def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str, bytes]:
@@ -232,10 +235,11 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
     config = with_both_spellings(source.checkpoint.config)
-    config["quantization_config"] = plan.format.config(plan.grids(), plan.skipped)
+    section = config["quantization_config"] = plan.format.config(plan.grids(), plan.skipped)
     return {
         INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
         "config.json": _json(config),
+        **{name: _json(values) for name, values in plan.format.beside(section).items()},
         **{name: file.read_bytes() for name, file in source.named_companions().items()},
         "README.md": report.model_card().encode(),
         REPORT_NAME: _json(report.values),

@@ -44,11 +44,12 @@ from qconv.core.workers import Workers
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, checksum
 from qconv.folders.state import CHECKSUMS_NAME
-from qconv.grids import e4m3, get_grid, integers
+from qconv.grids.fp4 import Nvfp4Grid, largest_magnitude
+from qconv.grids.of_formats import grid_of
 from qconv.heap import return_freed_memory
 from qconv.planning.costs import Demand, demand_of
 from qconv.planning.plan import BuildPlan, Item, Unit
-from qconv.planning.schemes import LinearScheme
+from qconv.planning.schemes import LinearScheme, matrices
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Verification
 from qconv.verification.structure import check_structure
@@ -90,7 +91,7 @@ class SafetensorsTarget:
 
     def names(self) -> list[str]:
         """Every file that gets a name."""
-        return [*planned_files(self.plan), *companion_names(self.source)]
+        return [*planned_files(self.plan), *companion_names(self.source, self.plan)]
 
     def fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
         """What the build belongs to."""
@@ -173,6 +174,9 @@ class SafetensorsWriter:
         self.done = 0
         self.committing: Future[None] | None = None
         self.verbatim = {one.name for one in target.plan.verbatim}
+        self.fused = {
+            one.name: group for layer in self.plan.architecture.layers for group in matrices(layer) for one in group
+        }
         self.units = {unit.layer.index: unit for unit in self.plan.units if unit.layer is not None}
 
     def pending(self, layer: Layer) -> bool:
@@ -245,13 +249,17 @@ class SafetensorsWriter:
         """A linear's weight without calibration, made block by block unless all rows share a scale."""
         grid, recipe = scheme.grid, self.plan.recipe
         clip = recipe.clip if recipe.clips(scheme.method) else None
-        if scheme.values is not None:
-            return get_grid(scheme.values)(grid, clip).encode(self.source.read(linear.weight).float())
-        rounded = e4m3.quantize if grid.is_float else integers.quantize
-        if grid.block_rows == CHANNEL:
-            return rounded(self.source.read(linear.weight), grid, clip)
+        rounding = grid_of(grid, scheme.values, clip)
+        if isinstance(rounding, Nvfp4Grid):
+            rounding = rounding.shared(max(map(self._largest, self.fused.get(linear.name, (linear,)))))
+        if scheme.values is not None or grid.block_rows == CHANNEL:
+            return rounding.encode(self.source.read(linear.weight))
         blocks = self.source.blocks(linear.weight, grid.block_rows)
-        return assemble((rounded(block, grid, clip) for block in blocks), linear.out_features)
+        return assemble(map(rounding.encode, blocks), linear.out_features)
+
+    def _largest(self, linear: Linear) -> float:
+        """The magnitude of its largest weight."""
+        return largest_magnitude(self.source.blocks(linear.weight))
 
     def settle(self) -> None:
         """Wait until the unit before is published; its error is raised here."""

@@ -52,6 +52,8 @@ class AttentionBuild:
         self.groups = context.layer.groups()
         self.source_weights = {linear.name: tensors[linear.weight] for linear in context.layer.attention.linears()}
         self.weights: dict[str, Packed] = {}
+        for group in self.groups:
+            build.share({linear.name: self.source_weights[linear.name] for linear in group.linears})
 
     def compensates(self, linears: Sequence[Linear]) -> bool:
         """Whether second moments decide about the codes of any of them."""
@@ -67,6 +69,7 @@ class AttentionBuild:
         self.inputs, self.probe = list(inputs), probe
         for group, statistics in zip(self.groups, inputs, strict=True):
             self.build.keep_squares(statistics, group.linears)
+            self.build.keep_peak(statistics.peak, group.linears)
 
     def forget_moments(self) -> None:
         """Keep of the inputs' statistics no second moments."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Architecture, Layer, Linear, Module
 from qconv.core.grid import Packed
+from qconv.core.qtensor import QTensor
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import Workers
+from qconv.grids.fp4 import largest_magnitude, local_scale
 from qconv.methods import rounding_of
 from qconv.methods.awq import Choice
 from qconv.models.folding import Folds
@@ -107,24 +109,26 @@ class LayerBuild:
     Attributes:
         source: The model.
         recipe: The method and its settings; of its calibration, what the context says counts.
-        schemes: How each quantized linear is rounded, by name; empty where inputs have stored scales.
+        schemes: How each quantized linear is rounded, by name; empty where activations are static.
         static: How they are rounded then, else None.
         quantized: Names of the linears that are quantized.
         report: What happened.
         scales: What is folded, filled in by the searches; by producer's module name.
         folds: A view of ``scales`` that always shows its present state.
         squares: The squared inputs of linears, routers included, by name, filled in where second moments are kept.
+        peaks: The largest magnitude of the inputs of linears by name, filled in.
     """
 
     source: Source
     recipe: Recipe
-    schemes: Mapping[str, Scheme]
+    schemes: dict[str, Scheme]
     static: StaticScheme | None
     quantized: frozenset[str]
     report: LayerReport
     scales: dict[str, Tensor]
     folds: Folds
     squares: dict[str, InputSquares]
+    peaks: dict[str, float]
 
     @classmethod
     def of(
@@ -148,7 +152,7 @@ class LayerBuild:
         """
         scales: dict[str, Tensor] = {}
         folds = Folds.of(source.architecture, layer, scales)
-        return cls(source, recipe, schemes, static, frozenset(quantized), LayerReport(), scales, folds, {})
+        return cls(source, recipe, {**schemes}, static, frozenset(quantized), LayerReport(), scales, folds, {}, {})
 
     def rounding(self, linear: Linear) -> str | None:
         """What chooses a linear's codes by second moments; None where nothing does, or it is not quantized."""
@@ -157,6 +161,17 @@ class LayerBuild:
     def searches_scales(self, linears: Sequence[Linear]) -> bool:
         """Whether AWQ's scales are searched for linears together: all of them are quantized, and by AWQ."""
         return all(one.name in self.schemes and "awq" in self.schemes[one.name].method for one in linears)
+
+    def share(self, weights: Mapping[str, Tensor]) -> None:
+        """Have linears that engines hold as one matrix rounded as one, given their weights by name."""
+        together = {name: weight for name, weight in weights.items() if name in self.schemes}
+        if len(together) > 1:
+            largest = largest_magnitude(together.values())
+            self.schemes.update({name: self.schemes[name].shared(largest) for name in together})
+
+    def keep_peak(self, peak: float, linears: Iterable[Linear]) -> None:
+        """Keep the largest magnitude of what linears read."""
+        self.peaks.update(dict.fromkeys((linear.name for linear in linears), peak))
 
     def keep_squares(self, statistics: InputStatistics, linears: Iterable[Linear]) -> None:
         """Keep what an importance matrix says of the linears that read an input, where its second moments are known."""
@@ -172,6 +187,8 @@ class LayerBuild:
         """A linear after folding, quantized or not."""
         if weight is None:
             return self.dense(linear)
+        if isinstance(weight, QTensor) and weight.grid.activations == "local":
+            weight = replace(weight, input_scale=local_scale(self.peaks[linear.name]))
         names = [name for name, _ in linear.tensors() if name != linear.weight]
         biases = tuple((name, [self.folds.expected(linear, name, self.source.read(name))]) for name in names)
         return Finished(linear, weight, biases)

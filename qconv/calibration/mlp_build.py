@@ -87,6 +87,7 @@ class MlpBuild:
         self.record = dict(record)
         self.scales = FoldedScales(build.folds.input_scale(subject.mlp.up), None)
         self.folded = self.scales.fold(subject.weights)
+        build.share({subject.mlp.gate.name: self.folded.gate, subject.mlp.up.name: self.folded.up})
         self.weights: dict[str, Packed] = {}
         self.compensations: dict[str, dict[str, Any]] = {}
 

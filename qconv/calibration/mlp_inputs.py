@@ -56,6 +56,7 @@ class MlpInputs:
         self.layer = self._layer_inputs()
         for build in context.builds:
             build.keep_squares(self.layer[self.width(build)], context.layer.routers())
+            build.keep_peak(self.layer[self.width(build)].peak, self._readers())
         count = min(POOL_TOKENS, context.work.tokens)
         picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
         self.pool = self.normed(picks)
@@ -186,6 +187,7 @@ class MlpInputs:
             statistics.update(inner)
         for build, width in asked:
             build.keep_squares(found[width], (mlp.down,))
+            build.keep_peak(max(found[width].peak, pooled[width].peak), (mlp.down,))
         return {width: found.pop(width).shrunk(pooled.pop(width), float(self.shrinkage)) for width in [*found]}
 
     def windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +15,10 @@ from qconv.core.hessian import Factor
 from qconv.core.qtensor import Grid
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.core.settings import MOST_MOVED, ClipSettings
-from qconv.grids import e4m3, get_grid, integers
-from qconv.grids.elements import E4M3Grid, IntegerGrid
+from qconv.grids import e4m3, integers
+from qconv.grids.elements import IntegerGrid
+from qconv.grids.fp4 import Nvfp4Grid
+from qconv.grids.of_formats import grid_of
 from qconv.methods import awq, get_rounding, gptq, rounding_of
 from qconv.methods.compensated.problem import SCALE_EXPONENT, Problem
 from qconv.planning.recipe import Recipe
@@ -40,6 +42,9 @@ class Scheme(Protocol):
     @property
     def method(self) -> tuple[str, ...]:
         """By which steps: a member of :data:`qconv.planning.steps.METHODS`."""
+
+    def shared(self, largest: float) -> Scheme:
+        """The same for linears that engines hold as one matrix, whose largest weight has that magnitude."""
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The weight after plain rounding, float32 [out_features, in_features]."""
@@ -152,6 +157,10 @@ class IntegerScheme:
     def _clip(self) -> ClipSettings | None:
         return self.recipe.clip if self.recipe.clips(self.method) else None
 
+    def shared(self, largest: float) -> IntegerScheme:
+        """See :class:`Scheme`: every group has its own scale alone."""
+        return self
+
     def nearest(self, weight: Tensor) -> Tensor:
         """See :class:`Scheme`."""
         return fake_quantize(weight, self.grid)
@@ -195,6 +204,10 @@ class FittedScheme:
 
     grid: FittedGrid[Any]
     method: tuple[str, ...] = ("gptq",)
+
+    def shared(self, largest: float) -> FittedScheme:
+        """See :class:`Scheme`: their global scale, on a grid that has one."""
+        return replace(self, grid=self.grid.shared(largest)) if isinstance(self.grid, Nvfp4Grid) else self
 
     def nearest(self, weight: Tensor) -> Tensor:
         """See :class:`Scheme`."""
@@ -260,13 +273,11 @@ class StaticScheme:
 
 
 def scheme_of(planned: LinearScheme, recipe: Recipe) -> Scheme:
-    """How linears on a grid of integers, or of floats whose inputs have no stored scale, are rounded."""
+    """How linears on a grid of integers, or of floats without static activations, are rounded."""
     grid, method = planned.grid, planned.method
-    if planned.values is not None:
-        return FittedScheme(get_grid(planned.values)(grid, recipe.clip if recipe.clips(method) else None), method)
-    if grid.is_float:
-        return FittedScheme(E4M3Grid(grid, recipe.clip if recipe.clips(method) else None), method)
-    return IntegerScheme(grid, recipe, method)
+    if planned.values is None and not grid.is_float:
+        return IntegerScheme(grid, recipe, method)
+    return FittedScheme(grid_of(grid, planned.values, recipe.clip if recipe.clips(method) else None), method)
 
 
 def _on_fixed_scales(weight: Tensor, grid: FittedGrid[Any], moments: SecondMoments) -> Compensated:

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from qconv.errors import UsageError
 
-Number: TypeAlias = Literal["int", "e4m3"]
-"""What a code is: an unsigned integer, or an E4M3 float."""
+Number: TypeAlias = Literal["int", "e4m3", "e2m1"]
+"""What a code is: an unsigned integer, an E4M3 float, or an E2M1 float."""
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""E2M1 (OCP Microscaling Formats 1.0, section 5.3.3) by the lower three bits of a code; the fourth is the sign."""
+E2M1_VALUES = (*E2M1_MAGNITUDES, *(-magnitude for magnitude in E2M1_MAGNITUDES))
+"""By all four bits."""
 CHANNEL = -1
 """``group_size`` of a grid whose one scale covers a whole output row, ``block_rows`` of one whose covers all rows."""
 
@@ -29,19 +33,22 @@ class Grid:
     ``group_size`` elements along the input dimension shares one scale and one zero point. A symmetric grid has the
     fixed zero point ``2**(bits-1)``, so its values reach from ``-2**(bits-1)`` to ``2**(bits-1) - 1`` steps.
 
-    On a float grid an element is ``code * scale`` with ``code`` a float8 E4M3 number. Blocks of ``block_rows`` times
-    ``group_size`` elements share a scale; the last ones of a row or column may be smaller.
+    On a float grid an element is ``code * scale`` with ``code`` a float: E4M3 (float8), or E2M1. Blocks of
+    ``block_rows`` times ``group_size`` elements share a scale; of E4M3 the last ones of a row or column may be smaller.
+    Scales in E4M3 have a global scale beside them, which all of a weight share (NVFP4); scales in E8M0 are powers of
+    two (MXFP4, MXFP8).
 
     Attributes:
         bits: Bits of a code.
         group_size: Elements along the input dimension that share a scale; :data:`CHANNEL` for the whole row.
         symmetric: Whether the zero point is fixed.
         scale_dtype: The dtype in which scales are stored.
-        number: What a code is: an unsigned integer, or an E4M3 float.
+        number: What a code is.
         block_rows: Output rows that share a scale, on a float grid; :data:`CHANNEL` for all of them.
         act_order: Whether groups are made of columns in an order of their own, which each weight carries with it.
-        activations: How an engine quantizes a linear's inputs: not at all, by their own range, or by a stored scale.
-        activation_number: What it rounds them to, where it does: integers of 8 bits, or E4M3 floats.
+        activations: How an engine quantizes a linear's inputs: not at all, by their own range, by a stored scale, or
+            (``local``) by the range of each group of them, in units of a stored scale.
+        activation_number: What it rounds them to, where it does: integers of 8 bits, E4M3 or E2M1 floats.
     """
 
     bits: int
@@ -51,7 +58,7 @@ class Grid:
     number: Number = "int"
     block_rows: int = 1
     act_order: bool = False
-    activations: Literal["none", "dynamic", "static"] = "none"
+    activations: Literal["none", "dynamic", "static", "local"] = "none"
     activation_number: Number = "e4m3"
 
     @property
@@ -67,17 +74,27 @@ class Grid:
     @property
     def is_float(self) -> bool:
         """Whether codes are floating-point numbers."""
-        return self.number == "e4m3"
+        return self.number != "int"
+
+    @property
+    def stores_inputs(self) -> bool:
+        """Whether a scale of a linear's inputs is stored beside its weight."""
+        return self.activations in ("static", "local")
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether a weight's scales have one scale of their own, which linears that engines fuse must share."""
+        return self.scale_dtype is torch.float8_e4m3fn
 
     def groups(self, in_features: int) -> int:
         """The number of scales along a row of ``in_features``.
 
         Raises:
-            UsageError: the group size of an integer grid does not divide the row.
+            UsageError: the group size does not divide the row, on any grid but that of E4M3 floats.
         """
         if self.group_size == CHANNEL:
             return 1
-        if self.is_float:
+        if self.number == "e4m3":
             return -(-in_features // self.group_size)
         if in_features % self.group_size:
             raise UsageError(
@@ -117,12 +134,15 @@ class QTensor:
 
     Attributes:
         grid: The grid that the codes live on.
-        codes: [out_features, in_features]; uint8, each below ``grid.levels``, or float8_e4m3fn on a float grid.
+        codes: [out_features, in_features]; uint8, each below ``grid.levels``, or float8_e4m3fn on a grid of those.
         scales: ``grid.scale_dtype`` of ``grid.scale_shape``.
         zero_points: uint8 of the scales' shape, or None on a symmetric grid.
         group_index: int32 [in_features], the group of each input, on a grid with ``act_order``; else None, and groups
             are runs of neighbours.
-        input_scale: float32 [], what an engine divides the linear's inputs by, on a grid with static activations.
+        input_scale: float32 [], what an engine divides the linear's inputs by, on a grid with static activations; with
+            local ones float64, so that it is also exact enough where files hold its inverse.
+        global_scale: What all scales are multiplied by, on a grid with a global scale. In double precision, so that
+            scales come out the same in float32 whether a file holds it or its inverse.
     """
 
     grid: Grid
@@ -131,6 +151,7 @@ class QTensor:
     zero_points: Tensor | None
     group_index: Tensor | None = None
     input_scale: Tensor | None = None
+    global_scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,7 +161,7 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out_features, in_features], computed in float32, cast to ``dtype``."""
         if self.grid.is_float:
-            return self.codes.float().mul_(self._spread(self.scales)).to(dtype)
+            return self._floats().mul_(self._spread(self.steps())).to(dtype)
         if self.group_index is not None:
             zeros = float(self.grid.mid) if self.zero_points is None else self._spread(self.zero_points)
             return self.codes.float().sub_(zeros).mul_(self._spread(self.scales)).to(dtype)
@@ -152,6 +173,19 @@ class QTensor:
             grouped.sub_(self.zero_points.float().unsqueeze(-1))
         grouped.mul_(self.scales.float().unsqueeze(-1))
         return grouped.view(rows, columns).to(dtype)
+
+    def steps(self) -> Tensor:
+        """What codes are multiplied by, float32 of the scales' shape."""
+        if not self.grid.has_global_scale:
+            return self.scales.float()
+        return (self.scales.double() * self.global_scale).float()
+
+    def _floats(self) -> Tensor:
+        """The floats that codes are, float32 [out_features, in_features]."""
+        if self.grid.number == "e4m3":
+            return self.codes.float()
+        table = torch.tensor(E2M1_VALUES, device=self.codes.device)
+        return table.index_select(0, self.codes.flatten().int()).view(self.codes.shape)
 
     def _spread(self, parameters: Tensor) -> Tensor:
         """Scales or zero points as each element sees them, float32, broadcastable to the weight."""
@@ -180,8 +214,11 @@ class QTensor:
         """The same with the ``chosen`` rows, bool [out_features], of ``other``, which lies on the same grid.
 
         Raises:
-            ValueError: rows that share scales have other ones in ``other``, or its groups are made otherwise.
+            ValueError: rows that share scales have other ones in ``other``, its global scale is another, or its groups
+                are made otherwise.
         """
+        if self.global_scale != other.global_scale:
+            raise ValueError("rows of a weight with another global scale cannot be taken over")
         shared = len(self.scales) != len(self.codes)
         same = (self.group_index is None) == (other.group_index is None) and (
             self.group_index is None or other.group_index is None or torch.equal(self.group_index, other.group_index)
@@ -189,12 +226,19 @@ class QTensor:
         if not same or (shared and not torch.equal(self.scales, other.scales)):
             raise ValueError("rows of a weight whose scales or groups are others cannot be taken over")
         chosen = chosen.unsqueeze(1)
-        codes = torch.where(chosen, other.codes.view(torch.uint8), self.codes.view(torch.uint8))
+        codes = _where(chosen, other.codes, self.codes)
         zero_points = self.zero_points
         if zero_points is not None and other.zero_points is not None:
             zero_points = torch.where(chosen, other.zero_points, zero_points)
-        scales = self.scales if shared else torch.where(chosen, other.scales, self.scales)
-        return replace(self, codes=codes.view(self.codes.dtype), scales=scales, zero_points=zero_points)
+        scales = self.scales if shared else _where(chosen, other.scales, self.scales)
+        return replace(self, codes=codes, scales=scales, zero_points=zero_points)
+
+
+def _where(chosen: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """``torch.where`` for all dtypes: it knows no floats of 8 bits."""
+    if first.element_size() > 1:
+        return torch.where(chosen, first, second)
+    return torch.where(chosen, first.view(torch.uint8), second.view(torch.uint8)).view(first.dtype)
 
 
 @dataclass(frozen=True, slots=True)

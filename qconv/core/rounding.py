@@ -7,6 +7,7 @@ operations on a whole matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -110,12 +111,24 @@ def _extremes(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as a file holds them: in ``dtype``, kept within its normal numbers, and 1 in place of 0."""
+    """Scales as a file holds them: in ``dtype``, kept within its normal numbers, and 1 in place of 0.
+
+    Of powers of two (E8M0) each is the least that is not below.
+    """
+    if dtype is torch.float8_e8m0fnu:
+        return powers_of_two(scales)
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal
     stored = scales.clamp(min=smallest, max=limits.max).to(dtype)
     # A group of zeros can take any scale; 1 keeps subnormal arithmetic out of every reader.
     return torch.where(scales == 0.0, torch.ones_like(stored), stored)
+
+
+def powers_of_two(scales: Tensor) -> Tensor:
+    """The least powers of two that are not below, float8_e8m0fnu: normal numbers of float32, and 1 in place of 0."""
+    fractions, exponents = torch.frexp(scales.float())
+    exponents = (exponents - (fractions == 0.5).to(exponents.dtype)).clamp_(-126, 127)
+    return (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def encode_(grouped: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid) -> Tensor:
@@ -234,9 +247,9 @@ def assemble(blocks: Iterable[QTensor], rows: int) -> QTensor:
 def _empty(like: QTensor, rows: int) -> QTensor:
     """A QTensor of so many rows, its content undefined, on the grid and of the row length of ``like``."""
     shape = like.grid.scale_shape(rows, like.codes.shape[1])
-    return QTensor(
-        like.grid,
-        like.codes.new_empty(rows, like.codes.shape[1]),
-        like.scales.new_empty(shape),
-        None if like.zero_points is None else like.zero_points.new_empty(shape),
+    return replace(
+        like,
+        codes=like.codes.new_empty(rows, like.codes.shape[1]),
+        scales=like.scales.new_empty(shape),
+        zero_points=None if like.zero_points is None else like.zero_points.new_empty(shape),
     )

@@ -117,7 +117,7 @@ LIMITS = (
 )
 
 
-_MIXED: dict[Number, str] = {"int": "w4a16", "e4m3": "fp8_dynamic"}
+_MIXED: dict[Number, str] = {"int": "w4a16", "e4m3": "fp8_dynamic", "e2m1": "nvfp4"}
 """The formats that hold each other's grids, by what codes are in them."""
 
 

@@ -1,8 +1,8 @@
 """Formats: how QTensors are laid out in a safetensors checkpoint. A module's name is its format's registry key.
 
-``awq``, ``gptq``, ``w4a16``, ``fp8``, ``fp8_dynamic`` and ``fp8_static`` each say which grids they can hold, which
-tensors stand for a linear, how words are packed and unpacked, and what config.json says of it; ``base`` is what a
-format must be able to do. ``compressed_tensors``, ``packed`` and ``float8`` are words and layouts that several share.
+Each says which grids it can hold, which tensors stand for a linear, how words are packed and unpacked, and what
+config.json says of it; ``base`` is what a format must be able to do. ``compressed_tensors``, ``packed``, ``float8`` and
+``float4`` are words and layouts that several share.
 ``gguf`` is llama.cpp's container, with rules of its own.
 
 A format knows no method and no statistics: it is given codes and scales, and gives them back.
@@ -18,7 +18,7 @@ from typing import Any
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
 
-_SHARED = ("base", "compressed_tensors", "float8", "gguf", "packed")
+_SHARED = ("base", "compressed_tensors", "float4", "float8", "gguf", "packed")
 """The modules that are no formats of safetensors: what formats have in common, and GGUF."""
 
 

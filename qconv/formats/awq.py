@@ -19,7 +19,16 @@ from qconv.core.architecture import HEAD
 from qconv.core.qtensor import CHANNEL, Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import Described, Group, TensorReader, by_rows, read_tensors, require_number, skip_list
+from qconv.formats.base import (
+    AllInConfig,
+    Described,
+    Group,
+    TensorReader,
+    by_rows,
+    read_tensors,
+    require_number,
+    skip_list,
+)
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each nibble holds, lowest nibble first."""
@@ -56,7 +65,7 @@ def unpack_words(words: Tensor) -> Tensor:
     return unpack_rows(words.t()).t().contiguous()
 
 
-class AwqFormat:
+class AwqFormat(AllInConfig):
     """AutoAWQ GEMM, 4 bits, with zero points."""
 
     name = "awq"

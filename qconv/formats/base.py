@@ -121,7 +121,7 @@ def require_number(number: Number | None, own: Number, name: str) -> None:
         RecipeError: it is.
     """
     if number not in (None, own):
-        held = "integers" if own == "int" else "E4M3 floats"
+        held = {"int": "integers", "e4m3": "E4M3 floats", "e2m1": "E2M1 floats"}[own]
         raise RecipeError(
             f"grid.number: the {name} format holds {held} alone.", hint="Take format w4a16 or fp8_dynamic for both."
         )
@@ -184,6 +184,16 @@ def by_rows(
     return out.t() if transposed else out
 
 
+class AllInConfig:
+    """What a format has in common with others of which config.json says everything."""
+
+    beside_names: tuple[str, ...] = ()
+
+    def beside(self, section: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See :class:`Format`."""
+        return {}
+
+
 class Format(Protocol):
     """Pack, unpack and describe quantized linears. Formats know no calibration."""
 
@@ -195,6 +205,8 @@ class Format(Protocol):
     """Whether it can say which group each input belongs to."""
     mixes: bool
     """Whether linears of one build may be on different grids."""
+    beside_names: tuple[str, ...]
+    """JSON files that say what config.json says, for readers that look there."""
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """The grid for a recipe's settings, of codes of a kind, or of the format's own.
@@ -221,6 +233,9 @@ class Format(Protocol):
 
     def config(self, quantized: Mapping[Grid, Sequence[str]], skipped: Sequence[str]) -> dict[str, Any]:
         """The ``quantization_config`` of config.json, from the linears quantized, by grid, and those left alone."""
+
+    def beside(self, section: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the files of ``beside_names`` hold, by name, from what config.json says of quantization."""
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """Whether a ``quantization_config`` is of this format."""

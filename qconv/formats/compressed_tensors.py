@@ -1,8 +1,9 @@
 """compressed-tensors: the words of its ``quantization_config``, and one format for all of its layouts that are read.
 
 A config group says of the linears that it targets how weights and inputs are quantized, and in which layout they lie
-(its ``format``): integers in ``pack-quantized`` or ``int-quantized``, E4M3 floats in ``float-quantized``. Groups of
-several layouts together are called ``mixed-precision``. One group that is written targets every Linear; of several each
+(its ``format``): integers in ``pack-quantized`` or ``int-quantized``, E4M3 floats in ``float-quantized`` or
+``mxfp8-quantized``, E2M1 floats in ``nvfp4-pack-quantized`` or ``mxfp4-pack-quantized``. Groups of several layouts
+together are called ``mixed-precision``. One group that is written targets every Linear; of several each
 names its linears by regular expressions that exclude each other, since readers rank targets in different ways.
 """
 
@@ -18,13 +19,16 @@ from torch import Tensor
 from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
-from qconv.formats.base import LINEAR, Described, Group, TensorReader, matches, require_readable, skip_list
-from qconv.formats.float8 import FLOATS
+from qconv.formats.base import LINEAR, AllInConfig, Described, Group, TensorReader, matches, require_readable, skip_list
+from qconv.formats.float4 import MXFP4_PAIRS, NVFP4_PAIRS
+from qconv.formats.float8 import FLOATS, MX_FLOATS
 from qconv.formats.packed import PACKED, WHOLE_NUMBERS, WholeNumberGrid, by_token, not_read
 
 VERSION = "0.20.0"
 """The release whose layouts these are; written to config.json as readers expect."""
 MIXED_PRECISION = "mixed-precision"
+MICROSCALING = 32
+"""Elements that share a scale in all of OCP's microscaling formats."""
 _LAYER = re.compile(r".*\.layers\.(\d+)\.(.+)")
 
 
@@ -61,17 +65,27 @@ class Layout(Protocol):
         """
 
 
-LAYOUTS: tuple[Layout, ...] = (PACKED, WHOLE_NUMBERS, FLOATS)
+LAYOUTS: tuple[Layout, ...] = (PACKED, WHOLE_NUMBERS, FLOATS, MX_FLOATS, NVFP4_PAIRS, MXFP4_PAIRS)
 
 
 def layout_of(grid: Grid) -> Layout:
     """The layout of a linear on a grid."""
-    if grid.is_float:
-        return FLOATS
-    return WHOLE_NUMBERS if isinstance(grid, WholeNumberGrid) else PACKED
+    if isinstance(grid, WholeNumberGrid):
+        return WHOLE_NUMBERS
+    return _layout(grid.number, grid.group_size)
 
 
-class CompressedTensors:
+def _layout(number: Number, group_size: int) -> Layout:
+    """The layout of codes of a kind that share a scale in groups of a size; 32 are those of microscaling."""
+    if number == "int":
+        return PACKED
+    micro = group_size == MICROSCALING
+    if number == "e4m3":
+        return MX_FLOATS if micro else FLOATS
+    return MXFP4_PAIRS if micro else NVFP4_PAIRS
+
+
+class CompressedTensors(AllInConfig):
     """compressed-tensors' layouts as one format; a format adds its name, what it takes by default and recognizes."""
 
     name: str
@@ -82,13 +96,12 @@ class CompressedTensors:
     mixes = True
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
-        """Integers in groups or rows, or floats by row or block.
+        """Integers in groups or rows, or floats by row, block or group.
 
         Raises:
             RecipeError: the layout cannot express the settings.
         """
-        layout: Layout = FLOATS if (number or self.number) == "e4m3" else PACKED
-        return layout.grid(settings, weight_dtype)
+        return _layout(number or self.number, settings.group_size).grid(settings, weight_dtype)
 
     def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
         """Why a linear of that shape cannot be stored, or None."""
@@ -178,6 +191,14 @@ def bits_and_inputs(section: dict[str, Any]) -> set[tuple[int | None, Number | N
         bits = weights.get("num_bits") if isinstance(weights, dict) else None
         found.add((bits if isinstance(bits, int) else None, by_token(group) if isinstance(group, dict) else None))
     return found
+
+
+def rounds_inputs(section: dict[str, Any]) -> bool:
+    """Whether any config group of a ``quantization_config`` says that inputs are rounded."""
+    groups = section.get("config_groups")
+    return isinstance(groups, dict) and any(
+        isinstance(group, dict) and group.get("input_activations") is not None for group in groups.values()
+    )
 
 
 def is_static(section: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 ``weight`` is F8_E4M3 [out, in]. Its scales multiply, whatever they are called; the one scale of a whole weight is [1],
 those of rows are [out, 1], those of blocks [blocks down, blocks across]. A static ``input_scale`` is float32 [1].
+MXFP8's scales are uint8 [out, in/32], E8M0: exponents of two plus 127.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats.base import TensorReader, read_tensors
+from qconv.formats.packed import not_read
 
 BLOCK = 128
 """Side of a block: what the kernels of engines are made for."""
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which dtypes scales are found."""
-FLOAT_QUANTIZED = "float-quantized"
+FLOAT_QUANTIZED, MXFP8_QUANTIZED = "float-quantized", "mxfp8-quantized"
+MXFP8 = Grid(8, 32, True, torch.float8_e8m0fnu, "e4m3", activations="dynamic")
 
 
 class Float8Layout:
@@ -123,6 +126,69 @@ class FloatLayout(Float8Layout):
         )
 
 
+class MxFloatLayout:
+    """compressed-tensors' mxfp8-quantized: powers of two as scales of 32, in weights and inputs."""
+
+    kind = MXFP8_QUANTIZED
+
+    def grid(self, settings: GridSettings, weight_dtype: torch.dtype) -> Grid:
+        """The only one.
+
+        Raises:
+            RecipeError: other bits, or zero points.
+        """
+        require_eight_bits(settings, "mxfp8")
+        return MXFP8
+
+    def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
+        """Whole groups."""
+        if in_features % grid.group_size:
+            return f"groups of {grid.group_size} do not divide its {in_features} input features"
+        return None
+
+    def specs(self, module: str, out_features: int, in_features: int, grid: Grid) -> list[TensorSpec]:
+        """weight, weight_scale."""
+        return [
+            TensorSpec(f"{module}.weight", torch.float8_e4m3fn, (out_features, in_features)),
+            TensorSpec(f"{module}.weight_scale", torch.uint8, (out_features, in_features // grid.group_size)),
+        ]
+
+    def pack(self, module: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of :meth:`specs`."""
+        yield f"{module}.weight", weight.codes
+        yield f"{module}.weight_scale", weight.scales.view(torch.uint8)
+
+    def unpack(self, module: str, shape: tuple[int, int], read: TensorReader, grid: Grid) -> QTensor:
+        """Codes and scales of a linear of ``shape``.
+
+        Raises:
+            CheckpointError: a tensor is absent or misshapen.
+        """
+        tensors = read_tensors(self.specs(module, *shape, grid), module, read)
+        return QTensor(grid, tensors["weight"], tensors["weight_scale"].view(torch.float8_e8m0fnu), None)
+
+    def describe(self, grid: Grid) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What a config group says of weights and of activations."""
+        dtypes = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+        inputs = None if grid.activations == "none" else _arguments(True, strategy="group", group_size=32, **dtypes)
+        return _arguments(False, strategy="group", group_size=32, **dtypes), inputs
+
+    def read(self, group: Mapping[str, Any], weight_dtype: torch.dtype) -> Grid:
+        """The grid of a config group.
+
+        Raises:
+            CheckpointError: not E4M3 weights in groups of 32, with inputs as they are or likewise.
+        """
+        (weights, inputs), given = _parts(group), group.get("input_activations")
+        grid = MXFP8 if given is not None else replace(MXFP8, activations="none")
+        described = self.describe(grid)
+        for part, expected in zip((weights, inputs), described, strict=True):
+            keys = () if expected is None else ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+            if any(part.get(key) != (expected or {})[key] for key in keys):
+                raise not_read("config_groups", f"of an MXFP8 scheme that is not known: {_shown(part)}")
+        return grid
+
+
 def _input_spec(module: str) -> TensorSpec:
     return TensorSpec(f"{module}.input_scale", torch.float32, (1,))
 
@@ -197,4 +263,4 @@ def _shown(arguments: dict[str, Any]) -> str:
     return repr({key: arguments[key] for key in keys if key in arguments})
 
 
-FLOATS = FloatLayout()
+FLOATS, MX_FLOATS = FloatLayout(), MxFloatLayout()

@@ -16,7 +16,7 @@ from qconv.core.architecture import HEAD
 from qconv.core.qtensor import Grid, Number
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import Described, Group, require_number, skip_list
+from qconv.formats.base import AllInConfig, Described, Group, require_number, skip_list
 from qconv.formats.float8 import BLOCK, Float8Layout, block_sides, require_eight_bits
 
 SKIP_KEY = "modules_to_not_convert"
@@ -24,7 +24,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 """The norms of a layer that Qwen's releases list among what is not converted."""
 
 
-class Fp8Format(Float8Layout):
+class Fp8Format(AllInConfig, Float8Layout):
     """Blocks of 128 x 128 with float32 scales."""
 
     name = "fp8"

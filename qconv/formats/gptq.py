@@ -29,7 +29,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import CHANNEL, Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import Described, Group, TensorReader, by_rows, read_tensors, require_number
+from qconv.formats.base import AllInConfig, Described, Group, TensorReader, by_rows, read_tensors, require_number
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -111,7 +111,7 @@ class ForeignGrid(Grid):
     """
 
 
-class GptqFormat:
+class GptqFormat(AllInConfig):
     """GPTQ with 2, 3, 4 or 8 bits, with and without act-order."""
 
     name = "gptq"

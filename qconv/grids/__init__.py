@@ -11,6 +11,7 @@ order, each from wherever compensation has moved it. What is rounded is packed i
     blocks.py       ggml's types
     fp4.py          NVFP4 and MXFP4
     elements.py     integer and E4M3 grids
+    of_formats.py   which of them a format's grid is
 
 Any other module is a grid by its own name: ``GRID`` of it is called with what a format can hold
 (:class:`qconv.core.qtensor.Grid`) and the search of clipping ranges, and gives a grid of those values in whose own way
@@ -31,7 +32,20 @@ if TYPE_CHECKING:
     from qconv.core.settings import ClipSettings
 
 _SHARED = frozenset(
-    ("blocks", "e4m3", "elements", "fp4", "ggml", "integers", "lattices", "nearest", "scales", "steps", "turns")
+    (
+        "blocks",
+        "e4m3",
+        "elements",
+        "fp4",
+        "ggml",
+        "integers",
+        "lattices",
+        "nearest",
+        "of_formats",
+        "scales",
+        "steps",
+        "turns",
+    )
 )
 """The modules that grids have in common, and the grids that formats take by themselves."""
 

@@ -104,7 +104,10 @@ def _fitted(bands: Iterable[Tensor], grid: Grid, clip: ClipSettings | None) -> T
         return storable(absmax / MAX, grid.scale_dtype)
     tried = torch.stack([storable(absmax / MAX * ratio, grid.scale_dtype) for ratio in scale_ratios(clip)])
     errors = functools.reduce(torch.add, (_errors(tiles, tried) for tiles in bands))
-    return tried.gather(0, errors.argmin(0, keepdim=True))[0]
+    best = errors.argmin(0, keepdim=True)
+    if grid.scale_dtype.itemsize == 1:  # which torch gathers only as bytes
+        return tried.view(torch.uint8).gather(0, best)[0].view(grid.scale_dtype)
+    return tried.gather(0, best)[0]
 
 
 def _errors(tiles: Tensor, tried: Tensor) -> Tensor:

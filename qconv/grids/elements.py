@@ -96,6 +96,8 @@ class E4M3Grid:
     def name(self) -> str:
         """What shares a scale."""
         rows, columns = self.grid.block_rows, self.grid.group_size
+        if self.grid.scale_dtype is torch.float8_e8m0fnu:
+            return "MXFP8"
         if columns == CHANNEL:
             return "E4M3 per tensor" if rows == CHANNEL else "E4M3 per row"
         return f"E4M3 {rows}x{columns}"

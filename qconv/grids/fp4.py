@@ -1,7 +1,6 @@
 """NVFP4 and MXFP4: E2M1 numbers whose scales are floats of eight bits.
 
-E2M1 (OCP Microscaling Formats 1.0, section 5.3.3) has the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6. MXFP4 scales 32 of
-them by a power of two (E8M0). NVFP4 scales 16 by an E4M3 number, and all by one float32 more.
+MXFP4 scales 32 E2M1 numbers by a power of two (E8M0). NVFP4 scales 16 by an E4M3 number, and all by one float32 more.
 
 That one is taken to be a power of two here: then products of codes and scales are exact in float32, and formats that
 store it and formats that store its inverse hold the same weight.
@@ -13,22 +12,21 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qconv.core.grid import Fit
+from qconv.core.qtensor import E2M1_MAGNITUDES, Grid, QTensor
 from qconv.core.rounding import row_blocks
 from qconv.errors import UsageError
 from qconv.grids.nearest import E2M1
 from qconv.grids.scales import Scales
 from qconv.grids.steps import StepFit
 
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""By the lower three bits of a code; the fourth is the sign."""
-NVFP4_GROUP = 16
-MXFP4_GROUP = 32
+NVFP4 = Grid(4, 16, True, torch.float8_e4m3fn, "e2m1")
+MXFP4 = Grid(4, 32, True, torch.float8_e8m0fnu, "e2m1")
+"""What formats hold of the two where they leave inputs as they are."""
 
 _SCALE_MAX = 448.0
 _SCALE_MIN = 2.0**-9
@@ -40,63 +38,9 @@ come to lie at 5, between 4 and 6, or all weights where values are denser."""
 _EXPONENTS = (0, 1, -1)
 """What MXFP4's search adds to the exponent that puts a group's largest weight between 4 and 8."""
 _LEAST_IMPORTANCE = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Fp4Tensor:
-    """A weight as E2M1 codes and scales.
-
-    Attributes:
-        codes: uint8 [out_features, in_features / 2], two in a byte, the even column in its lower half.
-        scales: [out_features, groups]; float8_e4m3fn for NVFP4; for MXFP4 uint8, exponents of two plus 127.
-        global_scale: float32 [], what NVFP4's scales are multiplied by; None for MXFP4.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    global_scale: Tensor | None
-
-    @property
-    def kind(self) -> Literal["nvfp4", "mxfp4"]:
-        """Which of the two it is."""
-        return "mxfp4" if self.global_scale is None else "nvfp4"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.codes.shape[0], self.codes.shape[1] * 2
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight, [out_features, in_features]: ``code * (scale * global_scale)`` in float32, cast to ``dtype``."""
-        rows, columns = self.shape
-        dense = torch.empty(rows, columns, dtype=dtype)
-        steps = self.steps()
-        for start, stop in row_blocks(rows, columns):
-            values = unpack(self.codes[start:stop]).view(stop - start, steps.shape[1], -1)
-            dense[start:stop] = values.mul_(steps[start:stop].unsqueeze(2)).view(stop - start, columns)
-        return dense
-
-    def steps(self) -> Tensor:
-        """What codes are multiplied by, float32 [out_features, groups]."""
-        if self.global_scale is None:
-            return _power_of_two(self.scales.int() - _BIAS)
-        return self.scales.float() * self.global_scale
-
-    def with_rows(self, chosen: Tensor, other: Fp4Tensor) -> Fp4Tensor:
-        """The same with the ``chosen`` rows, bool [out_features], of ``other``.
-
-        Raises:
-            ValueError: its global scale is another.
-        """
-        if not _same(self.global_scale, other.global_scale):
-            raise ValueError("rows of a weight with another global scale cannot be taken over")
-        codes = torch.where(chosen.unsqueeze(1), other.codes, self.codes)
-        scales = torch.where(chosen.unsqueeze(1), other.scales.view(torch.uint8), self.scales.view(torch.uint8))
-        return replace(self, codes=codes, scales=scales.view(self.scales.dtype))
-
-
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    return torch.equal(first, second) if first is not None and second is not None else first is second
+_ROOM = 16.0
+"""By what weights may exceed what their global scale was taken from: matched calibration moves them, and what it moves
+too far is cut off. More is no weight of that scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,42 +49,45 @@ class Nvfp4Grid:
 
     Attributes:
         search: Each group's scale is searched for the least squared error; False puts its largest weight at 6.
-        global_scale: float32 [], for linears that engines hold as one and so must share it; None for the weight's own.
+        global_scale: For linears that engines hold as one and so must share it; None for the weight's own.
+        grid: What the format holds.
     """
 
     search: bool = True
-    global_scale: Tensor | None = None
+    global_scale: float | None = None
+    grid: Grid = NVFP4
 
     @property
     def name(self) -> str:
         """As formats call it."""
         return "NVFP4"
 
-    def encode(self, weight: Tensor, importance: Tensor | None = None) -> Fp4Tensor:
+    def shared(self, largest: float) -> Nvfp4Grid:
+        """The grid of linears that share a global scale, the largest of whose weights has that magnitude."""
+        return replace(self, global_scale=global_scale(largest))
+
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> QTensor:
         """See :class:`qconv.core.grid.FittedGrid`."""
-        _require_groups(weight, NVFP4_GROUP)
+        _require_groups(weight, self.grid.group_size)
         largest = largest_magnitude([weight])
         shared = global_scale(largest) if self.global_scale is None else self.global_scale
-        # Others' amax / 2688 may be rounded down.
-        if not bool((shared > 0.0) & shared.isfinite()) or largest / float(shared) > 1.001 * E2M1.highest * _SCALE_MAX:
-            raise UsageError(f"NVFP4: the global scale {float(shared):g} does not suit weights up to {largest:g}.")
+        if not 0.0 < shared < math.inf or largest / shared > _ROOM * E2M1.highest * _SCALE_MAX:
+            raise UsageError(f"NVFP4: the global scale {shared:g} does not suit weights up to {largest:g}.")
         parts = []
         for start, stop in row_blocks(*weight.shape):
-            groups = weight[start:stop].float().view(stop - start, -1, NVFP4_GROUP)
+            groups = weight[start:stop].float().view(stop - start, -1, self.grid.group_size)
             wanted = groups.abs().amax(2) / (E2M1.highest * shared)
             tried = (_as_e4m3(wanted * ratio) for ratio in (_RATIOS if self.search else (1.0,)))
-            parts.append(_best(groups, tried, lambda scales: scales * shared, importance))
+            parts.append(_best(groups, tried, functools.partial(_global, shared=shared), importance))
         codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Fp4Tensor(codes, scales.to(torch.float8_e4m3fn), shared)
+        return QTensor(self.grid, codes, scales.to(torch.float8_e4m3fn), None, global_scale=shared)
 
-    def fit(self, weight: Tensor, encoded: Fp4Tensor) -> Fit[Fp4Tensor]:
+    def fit(self, weight: Tensor, encoded: QTensor) -> Fit[QTensor]:
         """See :class:`qconv.core.grid.FittedGrid`."""
         shared = encoded.global_scale
-        assert shared is not None
         return _fit(
             encoded,
-            NVFP4_GROUP,
-            lambda steps: _as_e4m3(steps / shared) * shared,
+            lambda steps: _global(_as_e4m3(steps / shared), shared),
             lambda steps: (steps / shared).to(torch.float8_e4m3fn),
         )
 
@@ -152,40 +99,52 @@ class Mxfp4Grid:
     Attributes:
         search: Each group's exponent is searched for the least squared error; False puts its largest weight between 4
             and 8, what is beyond 6 becoming 6 (OCP Microscaling Formats 1.0, section 6.3).
+        grid: What the format holds.
     """
 
     search: bool = True
+    grid: Grid = MXFP4
 
     @property
     def name(self) -> str:
         """As formats call it."""
         return "MXFP4"
 
-    def encode(self, weight: Tensor, importance: Tensor | None = None) -> Fp4Tensor:
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> QTensor:
         """See :class:`qconv.core.grid.FittedGrid`."""
-        _require_groups(weight, MXFP4_GROUP)
+        _require_groups(weight, self.grid.group_size)
         parts = []
         for start, stop in row_blocks(*weight.shape):
-            groups = weight[start:stop].float().view(stop - start, -1, MXFP4_GROUP)
+            groups = weight[start:stop].float().view(stop - start, -1, self.grid.group_size)
             # A float's exponent, exact where a logarithm may not be; of 0 and what is below float32's normal numbers
             # the lowest.
             exponents = (groups.abs().amax(2).view(torch.int32) >> 23) - _BIAS - 2
             tried = (_within(exponents + change) for change in (_EXPONENTS if self.search else (0,)))
             parts.append(_best(groups, tried, _power_of_two, importance))
         codes, exponents = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Fp4Tensor(codes, (exponents + _BIAS).to(torch.uint8), None)
+        return QTensor(self.grid, codes, _stored(exponents), None)
 
-    def fit(self, weight: Tensor, encoded: Fp4Tensor) -> Fit[Fp4Tensor]:
+    def fit(self, weight: Tensor, encoded: QTensor) -> Fit[QTensor]:
         """See :class:`qconv.core.grid.FittedGrid`."""
-        return _fit(encoded, MXFP4_GROUP, _nearest_power, lambda steps: (_exponent(steps) + _BIAS).to(torch.uint8))
+        return _fit(encoded, _nearest_power, lambda steps: _stored(_exponent(steps)))
 
 
-def global_scale(largest: float) -> Tensor:
-    """The power of two that lets all of E4M3 scale weights up to ``largest`` in magnitude, float32 []."""
+def grid_of(grid: Grid, *, search: bool = True) -> Nvfp4Grid | Mxfp4Grid:
+    """What puts weights on a format's grid of E2M1 floats."""
+    return Nvfp4Grid(search, grid=grid) if grid.has_global_scale else Mxfp4Grid(search, grid)
+
+
+def global_scale(largest: float) -> float:
+    """The power of two that lets all of E4M3 scale weights up to ``largest`` in magnitude; a number of float32."""
     if largest == 0.0:
-        return torch.ones(())
+        return 1.0
     exponent = math.ceil(math.log2(largest / (E2M1.highest * _SCALE_MAX)))
-    return torch.tensor(2.0 ** min(max(exponent, -126), 127))
+    return float(2.0 ** min(max(exponent, -126), 127))
+
+
+def local_scale(peak: float) -> Tensor:
+    """What inputs are divided by where the scales of their groups are E4M3 numbers, float64 []; 1 for inputs of 0."""
+    return torch.tensor(peak / (E2M1.highest * _SCALE_MAX) or 1.0, dtype=torch.float64)
 
 
 def largest_magnitude(weights: Iterable[Tensor]) -> float:
@@ -193,35 +152,26 @@ def largest_magnitude(weights: Iterable[Tensor]) -> float:
     return max((float(weight.abs().amax()) for weight in weights if weight.numel()), default=0.0)
 
 
-def pack(values: Tensor) -> Tensor:
-    """E2M1 numbers as codes, two in a byte: float32 [rows, columns] -> uint8 [rows, columns / 2]; zero is positive."""
-    places = torch.bucketize(values.abs().contiguous(), torch.tensor(MAGNITUDES), out_int32=True).to(torch.uint8)
-    codes = places | (values < 0.0).to(torch.uint8) << 3
-    return codes[:, ::2] | codes[:, 1::2] << 4
+def codes_of(values: Tensor) -> Tensor:
+    """E2M1 numbers as codes: float32 -> uint8 of the same shape; zero is positive."""
+    places = torch.bucketize(values.abs().contiguous(), torch.tensor(E2M1_MAGNITUDES), out_int32=True).to(torch.uint8)
+    return places | (values < 0.0).to(torch.uint8) << 3
 
 
-def unpack(codes: Tensor) -> Tensor:
-    """The inverse of :func:`pack`, float32 [rows, columns]."""
-    table = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)])
-    return table[torch.stack([codes & 15, codes >> 4], 2).flatten(1).int()]
-
-
-def _fit(
-    encoded: Fp4Tensor, width: int, store: Callable[[Tensor], Tensor], stored: Callable[[Tensor], Tensor]
-) -> Fit[Fp4Tensor]:
+def _fit(encoded: QTensor, store: Callable[[Tensor], Tensor], stored: Callable[[Tensor], Tensor]) -> Fit[QTensor]:
     steps = encoded.steps().t().contiguous()
 
-    def packed(scales: Scales, values: Tensor) -> Fp4Tensor:
-        codes = torch.cat([pack(found.t()) for _, _, found in scales.by_rows(values)])
-        return Fp4Tensor(codes, stored(scales.steps.t()).contiguous(), encoded.global_scale)
+    def packed(scales: Scales, values: Tensor) -> QTensor:
+        codes = torch.cat([codes_of(found.t()) for _, _, found in scales.by_rows(values)])
+        return replace(encoded, codes=codes, scales=stored(scales.steps.t()).contiguous())
 
-    return StepFit(Scales(width=width, steps=steps, bases=None, store=store), E2M1, packed)
+    return StepFit(Scales(width=encoded.grid.group_size, steps=steps, bases=None, store=store), E2M1, packed)
 
 
 def _best(
     groups: Tensor, tried: Iterable[Tensor], steps: Callable[[Tensor], Tensor], importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [rows, columns / 2], and of the tried scales [rows, groups] those with the least squared error.
+    """Codes uint8 [rows, columns], and of the tried scales [rows, groups] those with the least squared error.
 
     Ties go to the scale that was tried first.
     """
@@ -238,7 +188,7 @@ def _best(
 
     first, *others = tried
     scales = functools.reduce(better, others, (first, error(first)))[0] if others else first
-    return pack(_rounded(groups, steps(scales)).flatten(1)), scales
+    return codes_of(_rounded(groups, steps(scales)).flatten(1)), scales
 
 
 def _rounded(groups: Tensor, steps: Tensor) -> Tensor:
@@ -257,6 +207,11 @@ def _as_e4m3(scales: Tensor) -> Tensor:
     return scales.clamp(_SCALE_MIN, _SCALE_MAX).to(torch.float8_e4m3fn).float()
 
 
+def _global(scales: Tensor, shared: float) -> Tensor:
+    """What codes are multiplied by, as :meth:`QTensor.steps` has it."""
+    return (scales.double() * shared).float()
+
+
 def _within(exponents: Tensor) -> Tensor:
     """Of what E8M0 can hold: of its numbers down to the least normal float32."""
     return exponents.clamp(1 - _BIAS, _BIAS)
@@ -267,6 +222,11 @@ def _power_of_two(exponents: Tensor) -> Tensor:
     normal = exponents.clamp(min=1 - _BIAS)
     # The lowest is no normal float32: half of the one above it.
     return (normal + _BIAS << 23).view(torch.float32) * torch.where(exponents < normal, 0.5, 1.0)
+
+
+def _stored(exponents: Tensor) -> Tensor:
+    """As E8M0 numbers."""
+    return (exponents + _BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _exponent(powers: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ from qconv.planning.beside import Beside
 from qconv.planning.costs import Costs, modelled_costs
 from qconv.planning.plan import BuildPlan, Item, make_plan
 from qconv.planning.recipe import Recipe
-from qconv.planning.schemes import LinearScheme
+from qconv.planning.schemes import LinearScheme, microscaling_name
 
-_INPUTS: dict[Number, str] = {"int": "int8", "e4m3": "FP8"}
+_INPUTS: dict[Number, str] = {"int": "int8", "e4m3": "FP8", "e2m1": "FP4"}
 
 
 @dataclass(slots=True)
@@ -239,6 +239,8 @@ def _grid(grid: Grid) -> str:
     if not grid.is_float:
         inputs = "" if grid.activations == "none" else f", {_INPUTS[grid.activation_number]} inputs"
         return f"{grid.bits}-bit {'channel' if grid.group_size == CHANNEL else f'g{grid.group_size}'}{inputs}"
+    if grid.has_global_scale or grid.scale_dtype is torch.float8_e8m0fnu:
+        return microscaling_name(grid)
     if grid.group_size == CHANNEL:
         return f"FP8 {'tensor' if grid.block_rows == CHANNEL else 'channel'}"
     return f"FP8 {grid.block_rows}x{grid.group_size}"

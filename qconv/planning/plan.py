@@ -85,12 +85,12 @@ class BuildPlan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether activations are looked at: by a method, or for the stored scales of static activations."""
-        return any(one.method != ("rtn",) or one.grid.activations == "static" for one in set(self.schemes.values()))
+        """Whether activations are looked at: by a method, or for stored scales of inputs."""
+        return any(one.method != ("rtn",) or one.grid.stores_inputs for one in set(self.schemes.values()))
 
     @property
     def is_static(self) -> bool:
-        """Whether inputs have stored scales."""
+        """Whether activations are static."""
         return any(grid.activations == "static" for grid in self.grids())
 
     def grids(self) -> dict[Grid, list[str]]:

@@ -84,13 +84,21 @@ def in_words(grid: Grid) -> str:
     """What weights on a grid become: ``4 bits in groups of 128``."""
     if not grid.is_float:
         spread = ", one scale a row" if grid.group_size == CHANNEL else f" in groups of {grid.group_size}"
-        inputs = {"int": "8-bit integers", "e4m3": "E4M3"}[grid.activation_number]
+        inputs = {"int": "8-bit integers", "e4m3": "E4M3", "e2m1": "E2M1"}[grid.activation_number]
         return f"{grid.bits} bits{spread}{'' if grid.activations == 'none' else f', inputs in {inputs}'}"
+    inputs = {"none": "16-bit", "local": "4-bit"}.get(grid.activations, grid.activations)
+    if grid.has_global_scale or grid.scale_dtype is torch.float8_e8m0fnu:
+        return f"{microscaling_name(grid)} in groups of {grid.group_size}, {inputs} activations"
     if grid.group_size != CHANNEL:
         spread = f" in blocks of {grid.block_rows} x {grid.group_size}"
     else:
         spread = f", one scale a {'weight' if grid.block_rows == CHANNEL else 'row'}"
-    return f"FP8 (E4M3){spread}, {grid.activations} activations"
+    return f"FP8 (E4M3){spread}, {inputs} activations"
+
+
+def microscaling_name(grid: Grid) -> str:
+    """NVFP4, MXFP4 or MXFP8."""
+    return f"{'NV' if grid.has_global_scale else 'MX'}FP{grid.bits}"
 
 
 def in_full(grid: Grid) -> str:
@@ -110,6 +118,12 @@ def fused(layer: Layer) -> Iterator[tuple[str, tuple[Linear, ...]]]:
     shared = layer.mlp.shared_expert
     if shared is not None:
         yield "the shared expert's gate and up", (shared.gate, shared.up)
+
+
+def matrices(layer: Layer) -> Iterator[tuple[Linear, ...]]:
+    """What engines hold as one matrix, an expert's gate and up for themselves: it shares a global scale."""
+    yield from (group.linears for group in layer.groups() if len(group.linears) > 1)
+    yield from ((mlp.gate, mlp.up) for mlp in layer.mlps())
 
 
 def _check_patterns(architecture: Architecture, recipe: Recipe) -> None:
@@ -144,8 +158,8 @@ def _grid(linear: Linear, wanted: RuleGrid, recipe: Recipe, output_format: Forma
 
 
 def _mixing() -> str:
-    mixing = " and ".join(mixing_formats())
-    return f"Formats {mixing} hold integers and FP8 on different grids, gguf any type per tensor."
+    *others, last = mixing_formats()
+    return f"Formats {', '.join(others)} and {last} hold integers, FP8 and FP4 on different grids, gguf any type."
 
 
 def _known_values(name: str | None) -> str | None:

@@ -29,8 +29,10 @@ from qconv.errors import CheckpointError
 from qconv.formats.base import read_tensors
 from qconv.formats.compressed_tensors import CompressedTensors
 from qconv.formats.packed import WholeNumberGrid
+from qconv.grids.nearest import E2M1, E4M3
 from qconv.models import architecture
 from qconv.runtime.activations import ActivationScheme, InputRounding
+from qconv.runtime.grouped_activations import MicroscalingRounding, Nvfp4Rounding
 from qconv.runtime.packed import DenseWeight, FloatWeight, IntegerWeight, PackedWeight
 
 _PACKED = "w4a16"
@@ -179,10 +181,14 @@ class BuildFiles(DenseFiles):
         return IntegerWeight(linear.name, shape, layout, grid, read_tensors(specs, linear.name, read))
 
     def input_rounding(self, linear: Linear) -> InputRounding | None:
-        """What config.json says of a linear's inputs, with the stored scale where they are static."""
+        """What config.json says of a linear's inputs, with the stored scale where there is one."""
         grid = self.build.grid_of(linear)
         if grid.activations == "none" or not self.build.is_quantized(linear):
             return None
+        if grid.activations == "local":
+            return Nvfp4Rounding(scale=torch.tensor(self.build.input_scale(linear), dtype=torch.float64))
+        if grid.scale_dtype is torch.float8_e8m0fnu:
+            return MicroscalingRounding(grid.group_size, floats=E2M1 if grid.number == "e2m1" else E4M3)
         entry = self.checkpoint.entries.get(f"{linear.name}.input_scale")
         scale = self.mapped(entry) if entry is not None and entry.numel == 1 else None
         # Blocks of floats go with groups of inputs; beside integers each token has one scale.

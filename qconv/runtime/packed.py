@@ -89,12 +89,13 @@ class IntegerWeight:
 
 @dataclass(frozen=True, slots=True)
 class FloatWeight:
-    """E4M3 codes with scales by block, row or tensor.
+    """Codes that are floats, with scales by group, block, row or tensor.
 
     Attributes:
         name: The linear's name in the checkpoint.
-        weight: The codes are float8_e4m3fn [out_features, in_features], as in the file; scales [blocks down, blocks
-            across] in their stored dtype, for blocks of ``grid.block_rows`` times ``grid.group_size``.
+        weight: The codes are float8_e4m3fn [out_features, in_features], as in the file, or E2M1, one in a byte; scales
+            [blocks down, blocks across] in their stored dtype, for blocks of ``grid.block_rows`` times
+            ``grid.group_size``.
     """
 
     name: str

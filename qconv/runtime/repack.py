@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.core.qtensor import QTensor
+from qconv.core.qtensor import E2M1_VALUES, Grid, QTensor
 from qconv.errors import UsageError
 from qconv.formats.awq import ORDER
 from qconv.runtime.kernel_interface import ALIGNMENT, KernelWeight
@@ -75,19 +75,32 @@ def int4_weight(weight: QTensor) -> KernelWeight:
 
 
 def fp8_weight(weight: QTensor) -> KernelWeight:
-    """An E4M3 weight, whatever shares a scale: blocks, rows or the whole weight; every output gets its own copy.
+    """A weight of floats, whatever shares a scale: groups, blocks, rows or all of it; every output gets its own copy.
 
     Raises:
         UsageError: the kernels do not cover the shape or the blocks, or a code is NaN.
     """
     columns, depth = weight.shape
     _require_aligned(columns, depth)
+    weight = as_e4m3(weight)
     codes = weight.codes.view(torch.uint8)
     if bool(((codes & 0x7F) == 0x7F).any()):
         raise UsageError("no kernel for an E4M3 weight with NaN among its codes")
     scales = weight.scales.float().repeat_interleave(weight.grid.rows_sharing(columns), 0)[:columns]
     shift = 31 if scales.shape[1] == 1 else _shift(weight.grid.group_size)
     return KernelWeight("fp8", columns, depth, byte_octets(codes), scales.t().contiguous(), group_shift=shift)
+
+
+def as_e4m3(weight: QTensor) -> QTensor:
+    """A weight of floats as E4M3 with the scales that its codes are multiplied by: E4M3 has all numbers of E2M1."""
+    if weight.grid.number == "e4m3" and weight.grid.scale_dtype.itemsize > 1:
+        return weight
+    codes = weight.codes
+    if weight.grid.number == "e2m1":
+        table = torch.tensor(E2M1_VALUES).to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = table.index_select(0, codes.flatten().int()).view(codes.shape).view(torch.float8_e4m3fn)
+    grid = Grid(8, weight.grid.group_size, True, torch.float32, "e4m3", weight.grid.block_rows)
+    return QTensor(grid, codes, weight.steps(), None)
 
 
 def q8_0_weight(blocks: Tensor) -> KernelWeight:

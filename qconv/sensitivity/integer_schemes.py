@@ -12,7 +12,7 @@ from qconv.core.architecture import Layer, Linear, Moe
 from qconv.core.qtensor import Grid
 from qconv.errors import UsageError
 from qconv.formats import get_format
-from qconv.grids import e4m3, integers
+from qconv.grids.of_formats import grid_of
 from qconv.planning.plan import plan_of
 from qconv.planning.recipe import Recipe
 from qconv.planning.rules import Rule, RuleGrid
@@ -109,8 +109,7 @@ class IntegerSchemes:
         """To nearest, in clipping ranges of least squared error where the recipe searches them."""
         clip = self.recipe.clip if self.recipe.clips(self.recipe.method) else None
         grid = self._grids[name]
-        quantize = e4m3.quantize if grid.is_float else integers.quantize
-        return quantize(rows, grid, clip).dequantize()
+        return grid_of(grid, None, clip).encode(rows).dequantize()
 
     def left(self, unit: Unit, name: str) -> float:
         """What GPTQ leaves."""

@@ -15,6 +15,7 @@ from qconv.core.qtensor import QTensor
 from qconv.core.workers import Workers
 from qconv.errors import CheckpointError
 from qconv.grids.e4m3 import MAX
+from qconv.grids.nearest import E2M1
 from qconv.verification.outcome import Progress, Verification
 
 _E4M3_NAN = 0x7F
@@ -36,12 +37,14 @@ def not_finite(weight: QTensor) -> str | None:
     """What no reader can compute with, or None."""
     if not bool(torch.isfinite(weight.scales.float()).all()):
         return "a scale is not finite"
-    if weight.grid.is_float:
+    if not 0.0 < weight.global_scale < math.inf:
+        return "its global scale is not finite and positive"
+    if weight.grid.number == "e4m3":
         if bool(((weight.codes.view(torch.uint8) & _E4M3_NAN) == _E4M3_NAN).any()):
             return "a code is not a number"
     elif weight.codes.numel() and int(weight.codes.max()) >= weight.grid.levels:
         return "a code is out of range"
-    if weight.grid.activations == "static":
+    if weight.grid.stores_inputs:
         if weight.input_scale is None:
             return "there is no scale for its inputs"
         if not 0.0 < float(weight.input_scale) < math.inf:
@@ -148,9 +151,10 @@ def _normalized(build: Build, linears: Sequence[Linear], norm: Tensor, length: f
         return
     name, scale = next(iter(found.items()))
     least = _LEAST_PEAK * float(norm.abs().median())
-    if not least <= scale * MAX <= _ROOM * length:
+    peak = scale * _reach(build, linears[0])
+    if not least <= peak <= _ROOM * length:
         yield (
-            f"{name}: the scale of its inputs says that they reach {scale * MAX:.3g}; after its norm they lie "
+            f"{name}: the scale of its inputs says that they reach {peak:.3g}; after its norm they lie "
             f"between {least:.3g} and {_ROOM * length:.3g}"
         )
     other = next((one for one, value in found.items() if value != scale), None)
@@ -159,15 +163,23 @@ def _normalized(build: Build, linears: Sequence[Linear], norm: Tensor, length: f
 
 
 def _bounded(build: Build, linear: Linear, most: float) -> Iterator[str]:
-    if _has_input_scale(build, linear) and build.input_scale(linear) * MAX > _ROOM * most:
+    if not _has_input_scale(build, linear):
+        return
+    peak = build.input_scale(linear) * _reach(build, linear)
+    if peak > _ROOM * most:
         yield (
-            f"{linear.name}: the scale of its inputs says that they reach "
-            f"{build.input_scale(linear) * MAX:.3g}; no text makes them larger than {_ROOM * most:.3g}"
+            f"{linear.name}: the scale of its inputs says that they reach {peak:.3g}; no text makes them larger than "
+            f"{_ROOM * most:.3g}"
         )
 
 
 def _has_input_scale(build: Build, linear: Linear) -> bool:
-    return build.is_quantized(linear) and build.grid_of(linear).activations == "static"
+    return build.is_quantized(linear) and build.grid_of(linear).stores_inputs
+
+
+def _reach(build: Build, linear: Linear) -> float:
+    """How many times its scale a linear's largest input is; where groups have scales of their own, of those too."""
+    return MAX * E2M1.highest if build.grid_of(linear).activations == "local" else MAX
 
 
 def _largest(build: Build, linear: Linear, length: float) -> float:

@@ -52,7 +52,7 @@ class Comparison:
         snr = self._error(linear, weight).snr_db
         problem = bad_parameters(weight)
         grid = weight.grid
-        floor = float_snr_floor_db(compensated) if grid.is_float else snr_floor_db(grid.bits, compensated)
+        floor = float_snr_floor_db(compensated) if grid.number == "e4m3" else snr_floor_db(grid.bits, compensated)
         floor = matched_floor_db(floor) if self.matched and compensated else floor
         if problem is None and not snr >= floor:
             problem = f"signal to noise {snr:.1f} dB, below {floor:.1f}"

@@ -21,18 +21,19 @@ from qconv.runtime.files import open_files
 from qconv.verification.build import verify
 from tests.conftest import build, small_recipe
 
-FP4_GROUPS = {"group_0": {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}}}
+FP6_GROUPS = {"group_0": {"weights": {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32}}}
 UNREAD: dict[str, tuple[dict[str, Any], str]] = {
-    "nvfp4": (
+    "mxfp6": (
         {
             "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
-            "config_groups": FP4_GROUPS,
+            "format": "mxfp6-pack-quantized",
+            "config_groups": FP6_GROUPS,
         },
-        "'nvfp4-pack-quantized'",
+        "'mxfp6-pack-quantized'",
     ),
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "quant_method 'mxfp4'"),
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "MIXED_PRECISION"),
+    "modelopt's fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "'FP8'"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
     "awq for gemv": ({"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32}, "'gemv'"),
     "gptq by marlin": (
@@ -88,7 +89,7 @@ def test_an_architecture_that_is_not_known_is_not_called_damaged(foreign: Callab
 
 
 def test_a_broken_shard_of_an_unread_layout_is_still_a_problem(foreign: Callable[..., Path]) -> None:
-    out = foreign(UNREAD["nvfp4"][0])
+    out = foreign(UNREAD["mxfp6"][0])
     shard = next(out.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert verify(out).problems

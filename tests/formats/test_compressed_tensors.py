@@ -106,7 +106,7 @@ def test_a_name_goes_before_an_expression_and_that_before_the_class() -> None:
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"format": "nvfp4-pack-quantized"}, "of groups of format 'nvfp4-pack-quantized'"),
+    ({"format": "mxfp6-pack-quantized"}, "of groups of format 'mxfp6-pack-quantized'"),
     ({"format": None}, "of groups of format None"),
     ({"weights": None}, "a group that describes no weights"),
     ({"weights": {"num_bits": 3, "strategy": "group", "group_size": 32}}, "3-bit int"),
@@ -125,4 +125,4 @@ def test_a_group_that_is_not_read_is_refused(change: dict[str, Any], message: st
 
 
 def test_which_formats_mix() -> None:
-    assert mixing_formats() == ["fp8_dynamic", "w4a16", "w4a8", "w8a8"]
+    assert mixing_formats() == ["fp8_dynamic", "mxfp4", "mxfp8", "nvfp4", "nvfp4_w4a4", "w4a16", "w4a8", "w8a8"]

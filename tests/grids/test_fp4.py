@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconv.core.qtensor import QTensor
 from qconv.errors import UsageError
 from qconv.grids.blocks import BlockGrid
-from qconv.grids.fp4 import Fp4Tensor, Mxfp4Grid, Nvfp4Grid, global_scale, largest_magnitude, pack, unpack
+from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid, codes_of, global_scale, largest_magnitude, local_scale
 from qconv.grids.ggml import GgmlType
 from tests.problems import random_weight
 
@@ -26,22 +27,20 @@ def grid_of(kind: str, search: bool) -> Any:
     return Nvfp4Grid(search) if kind == "nvfp4" else Mxfp4Grid(search)
 
 
-def numpy_values(weight: Fp4Tensor) -> Any:
+def numpy_values(weight: QTensor) -> Any:
     """As the layout says, in NumPy: float64 [out_features, in_features]."""
     codes: Any = weight.codes.numpy()
-    both = np.stack([codes & 15, codes >> 4], 2).reshape(len(codes), -1)
-    magnitudes = np.array(VALUES)[both & 7] * np.where(both >> 3, -1.0, 1.0)
-    if weight.global_scale is None:
-        steps = np.exp2(weight.scales.numpy().astype(np.float64) - 127.0)
+    magnitudes = np.array(VALUES)[codes & 7] * np.where(codes >> 3, -1.0, 1.0)
+    if weight.grid.has_global_scale:
+        steps = weight.scales.double().numpy() * weight.global_scale
     else:
-        steps = weight.scales.double().numpy() * float(weight.global_scale)
+        steps = np.exp2(weight.scales.view(torch.uint8).numpy().astype(np.float64) - 127.0)
     return magnitudes * np.repeat(steps, magnitudes.shape[1] // steps.shape[1], 1)
 
 
-def test_codes_are_a_sign_and_a_place_the_even_column_low() -> None:
-    values = torch.tensor([[*VALUES, *(-value for value in VALUES[1:]), 0.5]])
-    assert pack(values).tolist() == [[0x10, 0x32, 0x54, 0x76, 0xA9, 0xCB, 0xED, 0x1F]]
-    assert torch.equal(unpack(pack(values)), values)
+def test_codes_are_a_sign_and_a_place() -> None:
+    values = torch.tensor([[*VALUES, *(-value for value in VALUES[1:]), -0.0]])
+    assert codes_of(values).tolist() == [[*range(8), *range(9, 16), 0]]
 
 
 @pytest.mark.parametrize("search", [True, False])
@@ -50,14 +49,13 @@ def test_products_are_exact(kind: str, search: bool) -> None:
     weight = grid_of(kind, search).encode(random_weight(5, 96, seed=0))
     assert torch.equal(weight.dequantize().double(), torch.from_numpy(numpy_values(weight)))
     assert torch.equal(weight.dequantize(torch.bfloat16).float(), weight.dequantize())
-    assert weight.kind == kind
+    assert weight.grid.has_global_scale == (kind == "nvfp4")
 
 
 def test_the_gguf_package_reads_the_same_values() -> None:
     """Its NVFP4 holds 64 weights in a block: four scales, then elements i and i + 8 of each sixteen in a byte."""
     ours = Nvfp4Grid().encode(random_weight(4, 128, seed=1))
-    assert ours.global_scale is not None
-    codes = torch.stack([ours.codes & 15, ours.codes >> 4], 2).view(-1, 4, 2, 8)
+    codes = ours.codes.view(-1, 4, 2, 8)
     bytes_of = (codes[:, :, 0] | codes[:, :, 1] << 4).flatten(1)
     blocks = torch.cat([ours.scales.view(torch.uint8).view(-1, 4), bytes_of], dim=1)
     theirs = NVFP4.dequantize_blocks(blocks.numpy()).reshape(4, 128)
@@ -73,7 +71,7 @@ def test_plain_mxfp4_is_ggmls(exponent: int, seed: int) -> None:
 
 def test_plain_nvfp4_puts_the_largest_weight_of_a_group_at_six() -> None:
     weight = random_weight(4, 64, seed=2)
-    shared = torch.tensor(float(weight.abs().max()) / 2688.0)
+    shared = float(weight.abs().max() / 2688.0)
     ours = Nvfp4Grid(search=False, global_scale=shared).encode(weight)
     groups = weight.view(4, 4, 16)
     scales = (groups.abs().amax(2) / 6.0 / shared).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
@@ -104,7 +102,7 @@ def test_the_search_costs_least_where_it_counts(kind: str) -> None:
 def test_each_group_is_searched_for_itself(kind: str) -> None:
     weight, importance = random_weight(4, 128, seed=4), torch.linspace(1.0, 2.0, 128)
     whole = grid_of(kind, True).encode(weight, importance)
-    shared = {} if whole.global_scale is None else {"global_scale": whole.global_scale}
+    shared = {"global_scale": whole.global_scale} if whole.grid.has_global_scale else {}
     for first in range(0, 128, 32):
         grid = Nvfp4Grid(**shared) if shared else Mxfp4Grid()
         # Importance is taken relative to the columns' mean, so a factor on it does not matter.
@@ -117,18 +115,18 @@ def test_linears_can_share_a_global_scale() -> None:
     shared = global_scale(largest_magnitude([small, large]))
     weights = [Nvfp4Grid(global_scale=shared).encode(one) for one in (small, large)]
     for encoded, weight in zip(weights, (small, large), strict=True):
-        assert encoded.global_scale is shared
+        assert encoded.global_scale == shared
         # Steps are 2 of at most 6 wide at the top, and scales off by 1 part in 16.
         assert bool(((encoded.dequantize() - weight).abs() <= 0.25 * weight.abs().amax()).all())
     with pytest.raises(UsageError, match="global scale 1e-09 does not suit"):
-        Nvfp4Grid(global_scale=torch.tensor(1e-9)).encode(large)
+        Nvfp4Grid(global_scale=1e-9).encode(large)
     with pytest.raises(ValueError, match="another global scale"):
         weights[0].with_rows(torch.tensor([True, False, True]), Nvfp4Grid().encode(small))
 
 
 @given(largest=st.floats(1e-37, 3e38))
 def test_the_global_scale_is_the_least_power_of_two_that_reaches(largest: float) -> None:
-    scale = float(global_scale(largest))
+    scale = global_scale(largest)
     assert np.frexp(scale)[0] == 0.5
     assert largest <= scale * 2688.0
     assert scale == 2.0**-126 or largest > scale * 1344.0
@@ -148,3 +146,17 @@ def test_zeros_have_scales_to_divide_by(kind: str) -> None:
 def test_groups_must_divide_the_row(kind: str) -> None:
     with pytest.raises(UsageError, match="do not divide 40 input features"):
         grid_of(kind, True).encode(torch.zeros(2, 40))
+
+
+def test_what_matched_calibration_moves_beyond_the_shared_scale_is_cut_off() -> None:
+    weight = random_weight(3, 32, seed=7)
+    weight[1, 5] = 4.0 * weight.abs().max()
+    shared = global_scale(float(weight.abs().max()) / 4.0)
+    encoded = Nvfp4Grid(global_scale=shared).encode(weight)
+    assert float(encoded.dequantize().abs().max()) == 2688.0 * shared
+    assert not bool(encoded.scales.float().isnan().any())
+
+
+def test_inputs_are_divided_so_that_all_of_e4m3_scales_their_groups() -> None:
+    assert float(local_scale(5376.0)) == 2.0
+    assert float(local_scale(0.0)) == 1.0

@@ -167,8 +167,10 @@ def test_every_packaged_recipe_plans_the_whole_480b(name: str, coder: Architectu
     assert plan.skipped == [*(f"model.layers.{index}.mlp.gate" for index in range(62)), "lm_head"]
     group = recipe.grid.group_size
     # A 16-bit scale a group, and a zero point's 4 bits or an index of groups where the format has them. Blocks, rows of
-    # at least 2560 and whole weights have next to nothing.
-    bits, shared = recipe.grid.bits, 0 if group == -1 or any(grid.is_float for grid in plan.grids()) else 1 / group
+    # at least 2560 and whole weights have next to nothing; groups of 16 or 32 floats have a scale of 8 bits.
+    bits, shared = recipe.grid.bits, 0 if group == -1 else 1 / group
+    if any(grid.is_float for grid in plan.grids()):
+        shared = 0.5 / group if group in (16, 32) else 0
     if not recipe.rules:
         assert bits + 16 * shared <= plan.quantized_bits_per_weight <= bits + 20 * shared + 0.02
     sizes = [sum(spec.nbytes for spec in specs) for unit in plan.units for _, specs in unit.shards]

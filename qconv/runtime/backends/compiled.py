@@ -16,6 +16,7 @@ from qconv import native
 from qconv.core.qtensor import CHANNEL
 from qconv.formats import gptq
 from qconv.runtime.packed import BlockWeight, DenseWeight, FloatWeight, IntegerWeight, PackedWeight
+from qconv.runtime.repack import as_e4m3
 
 LIBRARY = "runtime"
 KEPT_BYTES = 2**26
@@ -334,9 +335,10 @@ def _integer(weight: IntegerWeight) -> CompiledWeight | None:
 
 
 def _float(weight: FloatWeight) -> CompiledWeight:
-    (rows, columns), grid = weight.shape, weight.weight.grid
+    (rows, columns), held = weight.shape, as_e4m3(weight.weight)
+    grid = held.grid
     group = columns if grid.group_size == CHANNEL else grid.group_size
-    codes, scales = weight.weight.codes.contiguous(), weight.weight.scales.contiguous()
+    codes, scales = held.codes.contiguous(), held.scales.contiguous()
     return _described(weight, _E4M3, 8, group, codes=codes, scales=scales, block_rows=grid.rows_sharing(rows))
 
 

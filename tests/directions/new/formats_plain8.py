@@ -13,10 +13,10 @@ from qconv.core.architecture import HEAD
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
-from qconv.formats.base import Described, Group, TensorReader, read_tensors, require_number, skip_list
+from qconv.formats.base import AllInConfig, Described, Group, TensorReader, read_tensors, require_number, skip_list
 
 
-class Plain8Format:
+class Plain8Format(AllInConfig):
     """Symmetric, 8 bits."""
 
     name = "plain8"
