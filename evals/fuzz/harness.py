@@ -137,7 +137,7 @@ def _copy(target: Target, sound: Path, data: bytes) -> Iterator[Path]:
 
 def _fault(code: int, said: str, seconds: float, memory: int) -> str | None:
     if "Traceback" in said:
-        return f"a traceback: {said.strip().splitlines()[-1][:300]}"
+        return f"a traceback: {' | '.join(line.strip() for line in said.strip().splitlines()[-5:])[-600:]}"
     if code < 0:
         return f"ended by {signal.Signals(-code).name} after {seconds:.0f} s"
     if code not in CODES:

@@ -72,6 +72,17 @@ class _Verbatim(_Part):
     dequantized: Count
 
 
+class _Finding(_Part):
+    what: str
+
+
+class _Engine(_Part):
+    engine: str
+    version: str
+    verdict: str
+    findings: list[_Finding]
+
+
 class _Recipe(_Part):
     method: str | list[str]
 
@@ -91,6 +102,7 @@ class _BuildReport(_Report):
     coverage: _Coverage | None
     degenerate: list[dict[str, str]]
     verbatim: list[_Verbatim] = []
+    engines: list[_Engine] = []
     layers: list[_Layer]
 
 
@@ -112,6 +124,7 @@ class _GgufReport(_Report):
     files: Annotated[list[str], Field(min_length=1)]
     tensors: dict[str, _Tensor]
     imatrix: _Imatrix | None
+    engines: list[_Engine] = []
 
 
 class _ImatrixReport(_Report):

@@ -10,6 +10,7 @@ from qconv.building.run import make_builds
 from qconv.building.safetensors_target import SafetensorsTarget
 from qconv.building.target import Log
 from qconv.executors import DEFAULT
+from qconv.planning.engines import judged, sentences
 from qconv.planning.plan import plan_of
 from qconv.planning.recipe import Recipe
 from qconv.verification.outcome import Progress
@@ -74,6 +75,6 @@ def safetensors_target(source: Source, recipe: Recipe, folder: Path, name: str, 
         RecipeError: the recipe does not fit the model.
     """
     plan = plan_of(source, recipe)
-    for notice in plan.notices():
+    for notice in (*plan.notices(), *sentences(judged(plan, source), plan.format.name)):
         log(f"{name or 'build'}: {notice}")
     return SafetensorsTarget(source, plan, folder, name)

@@ -18,6 +18,9 @@ from qconv.artifacts.bits import BITS, module_bits
 from qconv.artifacts.verbatim import VerbatimPart, copied, part_values
 from qconv.boundary.printable import markdown_block, markdown_text
 from qconv.building.chosen import Chosen, allocation_lines, allocation_values
+from qconv.building.engine_lines import engine_lines
+from qconv.engines.rule import Judgement
+from qconv.planning.engines import engine_values
 from qconv.planning.plan import BuildPlan
 from qconv.planning.schemes import LinearScheme, in_full
 
@@ -37,6 +40,7 @@ class Report:
         corpus: str | None,
         units: Mapping[str, Mapping[str, Any]],
         chosen: Chosen | None = None,
+        engines: Sequence[Judgement] = (),
     ) -> Report:
         """Assemble the report from the plan and the journal's unit records.
 
@@ -47,6 +51,7 @@ class Report:
             corpus: Description of the calibration text, None where none was used.
             units: The journal's records by unit key.
             chosen: How the recipe's grids were chosen, if they were.
+            engines: What engines will make of it.
         """
         layers = []
         for unit in plan.units:
@@ -73,6 +78,7 @@ class Report:
                 **_verbatim(plan),
                 "coverage": _coverage(layers, plan),
                 "degenerate": _degenerate(layers),
+                "engines": engine_values(engines),
                 "layers": layers,
             }
         )
@@ -103,6 +109,7 @@ class Report:
             _table(("layer", "least", "mean", "worst module"), [_error_row(layer) for layer in values["layers"]]),
         ]
         lines += self._calibration_lines()
+        lines += engine_lines(values.get("engines", ()))
         lines += ["## Recipe", markdown_block(yaml.safe_dump(recipe, sort_keys=False), "yaml")]
         lines.append(
             "`qconv-report.json` holds every module's figures. `qconv verify . --against SOURCE` checks this folder "

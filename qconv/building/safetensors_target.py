@@ -48,6 +48,7 @@ from qconv.grids.fp4 import Nvfp4Grid, largest_magnitude
 from qconv.grids.of_formats import grid_of
 from qconv.heap import return_freed_memory
 from qconv.planning.costs import Demand, demand_of
+from qconv.planning.engines import judged
 from qconv.planning.plan import BuildPlan, Item, Unit
 from qconv.planning.schemes import LinearScheme, matrices
 from qconv.verification.checksums import render_checksums
@@ -270,7 +271,8 @@ class SafetensorsWriter:
     def finish(self) -> Outcome:
         """Complete the folder."""
         corpus, units = None if self.tokens is None else self.tokens.source, self.part.units
-        report = Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units, self.chosen)
+        engines = judged(self.plan, self.source)
+        report = Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units, self.chosen, engines)
         small = companion_files(self.source, self.plan, report)
         publish(self.out, self.part, small)
         remove_vanished(self.out, self.part, small)

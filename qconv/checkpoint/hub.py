@@ -116,3 +116,30 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
             f"{model}: no such folder here, and the download from the Hub failed: {error}.",
             hint="Check the spelling, the network and HF_TOKEN; a partial download is continued.",
         ) from error
+
+
+def headers_of(model: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a repository on the Hub, from the heads of its files alone.
+
+    Args:
+        model: ``owner/name[@revision]``.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached, or the repository holds no safetensors.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    name, _, revision = model.partition("@")
+    try:
+        found = get_safetensors_metadata(name, revision=revision or None)
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+        raise CheckpointError(
+            f"{model}: the headers of its files cannot be read from the Hub: {error}.",
+            hint="Check the spelling, the network and HF_TOKEN; or give a folder or a GGUF file.",
+        ) from error
+    return {
+        tensor: (info.dtype, tuple(info.shape))
+        for file in found.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }

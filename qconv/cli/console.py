@@ -91,6 +91,16 @@ def print_roles(console: Console, found: BitsByLayer) -> None:
     print_table(console, ("layer", *roles), rows)
 
 
+def print_engines(engines: Sequence[Mapping[str, Any]]) -> None:
+    """A line on what engines make of a build, from the values of its report; none where it has none."""
+    verdicts: dict[str, list[str]] = {}
+    for one in engines:
+        verdicts.setdefault(one["verdict"], []).append(one["engine"])
+    if verdicts:
+        told = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
+        say(stdout(), f"engines      {told} (qconv check tells why)")
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document. Numbers that JSON cannot hold (infinity, NaN) become null."""
     try:

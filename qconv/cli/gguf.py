@@ -14,6 +14,7 @@ from qconv.cli.console import (
     costs,
     plan_costs_values,
     print_costs,
+    print_engines,
     print_json,
     print_other_way,
     print_plan_costs,
@@ -90,6 +91,7 @@ def build_values(outcome: Outcome) -> dict[str, Any]:
         "method": report.get("method", "rtn"),
         "imatrix": report["imatrix"],
         "left_out": report.get("left_out", []),
+        "engines": report.get("engines", []),
         "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
     }
 
@@ -110,6 +112,7 @@ def print_build(result: Mapping[str, Any]) -> None:
         _print_imatrix(result["imatrix"])
     if result["least_snr"] is not None:
         say(console, f"least SNR    {result['least_snr']['snr_db']:.1f} dB, {result['least_snr']['tensor']}")
+    print_engines(result["engines"])
 
 
 def _print_imatrix(imatrix: Mapping[str, Any]) -> None:

@@ -22,7 +22,10 @@ from qconv.cli.signals import Interrupts
 from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 from qconv.heap import settle_allocation
 
-COMMANDS = ("plan", "quantize", "imatrix", "sensitivity", "inspect", "verify", "generate", "eval", "nightly", "bench")
+COMMANDS = (
+    *("plan", "quantize", "imatrix", "sensitivity", "inspect", "verify", "check"),
+    *("generate", "eval", "nightly", "bench"),
+)
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""
 
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")

@@ -11,6 +11,7 @@ from qconv.cli import gguf
 from qconv.cli.console import (
     bits,
     plan_costs_values,
+    print_engines,
     print_json,
     print_other_way,
     print_plan_costs,
@@ -38,12 +39,16 @@ _TOPOLOGY_FAILS = 1
 @model_argument
 @recipe_options
 @click.option("--tp", type=COUNT, metavar="N", help="Check a tensor-parallel serving topology.")
+@click.option(
+    "--ep", type=COUNT, default=1, metavar="N", help="Experts spread over N ranks, for what engines make of it."
+)
 @target_options
 @click.option("--units", is_flag=True, help="A row for each unit of work: embeddings, each layer, head.")
 @json_option
 def command(
     model: str,
     tp: int | None,
+    ep: int,
     units: bool,
     as_json: bool,
     fmt: Sequence[str],
@@ -67,7 +72,7 @@ def command(
         plan_target(model, target.recipe(fmt, recipe, options), target, as_json)
         return 0
     if is_several(fmt, recipe):
-        return _plan_several(model, several(fmt, recipe, options), tp, units, as_json)
+        return _plan_several(model, several(fmt, recipe, options), tp, ep, units, as_json)
     given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
@@ -80,7 +85,7 @@ def command(
     from qconv.planning.estimate import estimate
 
     result = estimate(resolve_model(model, weights=False), loaded)
-    topology = _topology(result, tp)
+    topology = {**_topology(result, tp), **_engines(result, tp, ep)}
     if as_json:
         print_json({**_values(result, units), **topology})
     else:
@@ -88,17 +93,18 @@ def command(
         print_plan_costs(result.costs)
         print_other_way(loaded)
         _print_topology(topology)
+        print_engines(topology["engines"])
     return _TOPOLOGY_FAILS if topology["topology_problems"] else 0
 
 
-def _plan_several(model: str, builds: Builds, tp: int | None, units: bool, as_json: bool) -> int:
+def _plan_several(model: str, builds: Builds, tp: int | None, ep: int, units: bool, as_json: bool) -> int:
     from qconv.checkpoint.hub import resolve_model
     from qconv.planning.gguf_outline import outline
     from qconv.planning.several import estimates
 
     folder = resolve_model(model, weights=False)
     planned, costs = estimates(folder, builds)
-    topologies = {name: _topology(result, tp) for name, result in planned.items()}
+    topologies = {name: {**_topology(result, tp), **_engines(result, tp, ep)} for name, result in planned.items()}
     outlines = {name: outline(folder, one) for name, one in builds.items() if not isinstance(one, Recipe)}
     fails = any(one["topology_problems"] for one in topologies.values())
     shown: dict[str, dict[str, Any]] = {
@@ -117,6 +123,7 @@ def _plan_several(model: str, builds: Builds, tp: int | None, units: bool, as_js
         if isinstance(one, Recipe):
             _print(planned[name], units)
             _print_topology(topologies[name])
+            print_engines(topologies[name]["engines"])
         else:
             gguf.print_plan(outlines[name], one)
         say(console, "")
@@ -132,6 +139,15 @@ def _topology(result: Estimate, tp: int | None) -> dict[str, Any]:
     problems = [] if tp is None else topology_problems(result.plan, tp)
     sizes = topology_group_sizes(result.plan, tp) if problems and tp is not None else []
     return {"tp": tp, "topology_problems": problems, "topology_group_sizes": sizes}
+
+
+def _engines(result: Estimate, tp: int | None, ep: int) -> dict[str, Any]:
+    """What engines will make of a build, by the rules that need no weights."""
+    from qconv.engines.subject import Deployment
+    from qconv.engines.table import judgements
+    from qconv.planning.engines import engine_values
+
+    return {"engines": engine_values(judgements(result.subject, (), Deployment(tp or 1, ep)))}
 
 
 def _values(result: Estimate, units: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from qconv.cli import gguf
 from qconv.cli.console import (
     costs,
     print_costs,
+    print_engines,
     print_json,
     print_other_way,
     say,
@@ -226,6 +227,7 @@ def results(report: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": report["bits_per_weight"],
         "quantized_bits_per_weight": report["quantized_bits_per_weight"],
         "verbatim": report.get("verbatim", []),
+        "engines": report.get("engines", []),
         "least_snr": None if worst is None else {"module": worst, "snr_db": finite[worst]},
         "searches": len(searches),
         "searches_kept_rtn": sum(bool(search["kept_rtn"]) for search in searches),
@@ -262,3 +264,4 @@ def _print(result: dict[str, Any]) -> None:
         say(console, f"searches     {result['searches_kept_rtn']} of {result['searches']} kept plain rounding")
     if result["degenerate"]:
         say(console, f"degenerate   {result['degenerate']} modules with little to go by; qconv-report.json names them")
+    print_engines(result["engines"])

@@ -23,10 +23,13 @@ from qconv.checkpoint.reader import INDEX_NAME, in_config, read_json, read_weigh
 from qconv.checkpoint.rope import in_both_spellings
 from qconv.core.architecture import Architecture
 from qconv.core.qtensor import CHANNEL, Grid, Number
+from qconv.engines.subject import Deployment, Subject
+from qconv.engines.table import judgements
 from qconv.formats.base import skip_list
 from qconv.models import architecture
 from qconv.planning.beside import Beside
 from qconv.planning.costs import Costs, modelled_costs
+from qconv.planning.engines import sentences, subject_of_plan
 from qconv.planning.plan import BuildPlan, Item, make_plan
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme, microscaling_name
@@ -76,6 +79,7 @@ class Estimate:
         output_bytes: Bytes of the build's shards, headers included; about, where shards of the source are not here that
             hold more than the model.
         costs: Modelled memory and scratch disk.
+        subject: The build as engines will look at it.
     """
 
     path: Path
@@ -86,6 +90,7 @@ class Estimate:
     source_bytes: int
     output_bytes: int
     costs: Costs
+    subject: Subject
 
     @property
     def weights(self) -> int:
@@ -124,6 +129,8 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
     stored = _Stored.of(dtype, storage, model, config, listed or None)
     beside = Beside.of(path, config, model, storage, dtype)
     plan = make_plan(model, recipe, lambda name: dtype, beside.verbatim)
+    subject = subject_of_plan(plan, config, path)
+    engines = sentences(judgements(subject, (), Deployment()), plan.format.name)
     classes = _classes(plan, stored, beside)
     guessed = beside.guessed_bytes(sum(row.source_bytes for row in classes))
     if guessed:
@@ -132,11 +139,12 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         path=path,
         plan=plan,
         dtype=stored.dtypes,
-        notices=(*_notices(path, model, stored, indexed, listed, beside, guessed), *plan.notices()),
+        notices=(*_notices(path, model, stored, indexed, listed, beside, guessed), *plan.notices(), *engines),
         classes=classes,
         source_bytes=sum(row.source_bytes for row in classes),
         output_bytes=plan.output_bytes + (classes[-1].output_bytes if guessed else 0),
         costs=modelled_costs(plan),
+        subject=subject,
     )
 
 

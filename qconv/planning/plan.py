@@ -17,8 +17,7 @@ from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim, copied, parts_of
 from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.core.architecture import Architecture, Layer, Linear, Module, Parameter
-from qconv.core.qtensor import CHANNEL, Grid
-from qconv.engines.rules import TRANSFORMERS, limits
+from qconv.core.qtensor import Grid
 from qconv.formats import get_format
 from qconv.formats.base import Format
 from qconv.planning.fitting import check_shapes
@@ -116,28 +115,7 @@ class BuildPlan:
 
     def notices(self) -> list[str]:
         """What a reader of the build may stumble over, as sentences."""
-        grids = self.grids()
-        sentences: dict[str, None] = {copied(parts_of(self.verbatim)): None} if self.verbatim else {}
-        for grid, names in grids.items():
-            experts = any(".experts." in name for name in names)
-            sentences |= dict.fromkeys(map(str, limits(self.format.name, grid, experts=experts)))
-        blocks = [one for one in self.quantized if self.schemes[one.name].grid.is_float]
-        blocks = [one for one in blocks if one.out_features % max(1, self.schemes[one.name].grid.block_rows)]
-        blocks = [one for one in blocks if self.schemes[one.name].grid.group_size != CHANNEL]
-        if blocks:
-            first, grid = blocks[0], self.schemes[blocks[0].name].grid
-            sentences[
-                f"{len(blocks)} linears are not whole blocks of {grid.block_rows} x {grid.group_size}, the first "
-                f"{first.name} of {first.out_features} x {first.in_features}: {TRANSFORMERS} refuses or misreads them"
-            ] = None
-        of_experts = {self.schemes[one.name].grid for one in self.quantized if ".experts." in one.name}
-        if len(of_experts) > 1:
-            sentences[
-                f"layers' experts are on {len(of_experts)} grids: {TRANSFORMERS} takes one for all of a model, and "
-                "fails to load others (compressed-tensors itself takes each layer's); --rule 'experts.*=int4-g128' "
-                "gives them one, and leaves the choice to the rest"
-            ] = None
-        return list(sentences)
+        return [copied(parts_of(self.verbatim))] if self.verbatim else []
 
     def allowance(self, workers: int) -> float:
         """How many weights may be in flight, in the unit that is made and the one that is checked together.

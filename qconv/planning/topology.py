@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qconv.core.architecture import Attention, Linear
+from qconv.engines.topology import Part, uneven
 from qconv.planning.fitting import GROUP_SIZES, group_sizes
 from qconv.planning.plan import BuildPlan
 
@@ -32,11 +33,10 @@ def topology_problems(plan: BuildPlan, ranks: int) -> list[str]:
             *((one, parts, one.out_features, "output features") for one, parts in columns),
             *((one, ranks, one.in_features, "input features") for one in rows),
         ):
-            unit = _unit(plan, linear, along_output=what == "output features")
-            if size % parts == 0 and (size // parts) % unit == 0:
+            why = uneven(Part(size, parts, _unit(plan, linear, along_output=what == "output features"), what))
+            if why is None:
                 continue
-            kind = linear.name.rpartition(".")[2]
-            problem = f"{kind}: {size} {what} over {parts} ranks are {size / parts:g} each, not a multiple of {unit}"
+            problem = f"{linear.name.rpartition('.')[2]}: {why}"
             if problem not in seen:
                 seen.add(problem)
                 problems.append(f"{problem} (first in {linear.name})")

@@ -1,0 +1,24 @@
+"""What a model card says of engines: which load the build, and what else is to be known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qconv.boundary.printable import markdown_text
+
+
+def engine_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Paragraphs of a card, from the values of its report; none where a report has none."""
+    if not engines:
+        return []
+    rows = [
+        f"| {one['engine']} | {one['version']} | {one['verdict']} | "
+        f"{markdown_text('; '.join(finding['what'] for finding in one['findings']))} |"
+        for one in engines
+    ]
+    return [
+        "## Engines",
+        "By rules of which each has a source, without a run here; `qconv check .` names the sources and remedies.",
+        "\n".join(("| engine | version | verdict | why |", "| --- | --- | --- | --- |", *rows)),
+    ]
