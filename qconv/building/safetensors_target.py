@@ -48,7 +48,7 @@ from qconv.grids.fp4 import Nvfp4Grid, largest_magnitude
 from qconv.grids.of_formats import grid_of
 from qconv.heap import return_freed_memory
 from qconv.planning.costs import Demand, demand_of
-from qconv.planning.engines import judged
+from qconv.planning.engines import engine_values, judged
 from qconv.planning.plan import BuildPlan, Item, Unit
 from qconv.planning.schemes import LinearScheme, matrices
 from qconv.verification.checksums import render_checksums
@@ -132,7 +132,8 @@ class SafetensorsTarget:
         """The finished build, with the companions that the source has now."""
 
         def renew(report: dict[str, Any]) -> dict[str, bytes]:
-            return companion_files(self.source, self.plan, Report(report))
+            engines = engine_values(judged(self.plan, self.source))
+            return companion_files(self.source, self.plan, Report(report | {"engines": engines}))
 
         shards = [shard for unit in self.plan.units for shard, _ in unit.shards]
         return already_complete(self.folder, belongs, shards, means.workers, means.progress, renew)

@@ -10,7 +10,7 @@ from typing import Any
 from qconv.artifacts.source import Source
 from qconv.artifacts.subject import subject_of_folder
 from qconv.checkpoint.header import DTYPE_NAMES
-from qconv.engines.rule import Effect, Judgement, Verdict
+from qconv.engines.rule import Effect, Finding, Judgement, Verdict
 from qconv.engines.rules import READERS
 from qconv.engines.subject import Deployment, Stored, Subject
 from qconv.engines.table import judgements
@@ -48,12 +48,17 @@ def sentences(found: Sequence[Judgement], format: str) -> list[str]:
     """What engines that the README names for a format refuse of a build or compute wrongly."""
     readers = READERS.get(format, {})
     return [
-        f"{one.engine.version} {finding.rule.what} ({finding.rule.known}; {finding.where[0]}): {finding.rule.remedy}"
+        f"{one.engine.version} {finding.rule.what} ({finding.rule.known}; {_places(finding)}): {finding.rule.remedy}"
         for one in found
         if one.engine.version in readers
         for finding in one.findings
         if finding.rule.effect is not Effect.NOTICE
     ]
+
+
+def _places(finding: Finding) -> str:
+    """The first place of a finding, and how many there are."""
+    return finding.where[0] if finding.count == 1 else f"{finding.count:,} times, first {finding.where[0]}"
 
 
 def engine_values(found: Sequence[Judgement]) -> list[dict[str, Any]]:

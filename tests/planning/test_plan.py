@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from qconv.core.architecture import Architecture
+from qconv.engines.subject import Deployment
 from qconv.errors import RecipeError
 from qconv.models import architecture
+from qconv.planning.engines import judgements, sentences, subject_of_plan
 from qconv.planning.plan import BuildPlan, make_plan
 from qconv.planning.recipe import parse_recipe
 from qconv.planning.topology import topology_group_sizes, topology_problems
@@ -28,6 +30,12 @@ def plan(described: Architecture, **recipe: Any) -> BuildPlan:
     """A plan of bf16 weights."""
     output_format = recipe.pop("format", "w4a16")
     return make_plan(described, small_recipe("rtn", output_format, **recipe), lambda _: torch.bfloat16)
+
+
+def told(planned: BuildPlan, folder: Path, model_type: str) -> list[str]:
+    """What is said of engines that read the format."""
+    subject = subject_of_plan(planned, {"model_type": model_type, **SIZES, **FAMILIES[model_type]}, folder)
+    return sentences(judgements(subject, (), Deployment()), planned.format.name)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -154,27 +162,34 @@ LIMITED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"format": "w4a16"}, "qwen3_moe", []),
     ({"format": "w4a16", "grid": {"group_size": 16}}, "llama", ["vLLM", "SGLang"]),
     ({"format": "w4a16", "grid": {"group_size": -1}}, "llama", []),
-    ({"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}}, "mixtral", ["vLLM", "transf"]),
+    (
+        {"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}},
+        "mixtral",
+        ["vLLM", "SGLang", "transf"],
+    ),
     ({"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}}, "llama", ["transformers"]),
 ]
 
 
 @pytest.mark.parametrize(("recipe", "model_type", "engines"), LIMITED, ids=lambda value: str(value))
-def test_what_engines_refuse_is_told(recipe: dict[str, Any], model_type: str, engines: list[str]) -> None:
-    said = plan(model(model_type), **recipe).notices()
+def test_what_engines_refuse_is_told(
+    recipe: dict[str, Any], model_type: str, engines: list[str], tmp_path: Path
+) -> None:
+    said = told(plan(model(model_type), **recipe), tmp_path, model_type)
     assert [notice.startswith(engine) for engine, notice in zip(engines, said, strict=True)] == [True] * len(engines)
-    assert all(re.search(r"\d.* \((run|read)\): ", notice) for notice in said), "which version, and how it is known"
+    assert all(re.search(r"\d.* \((run|read|thread); .*\): ", notice) for notice in said), "which version, how known"
 
 
-def test_desc_act_is_told() -> None:
+def test_desc_act_is_told(tmp_path: Path) -> None:
     values = {"format": "gptq", "method": "gptq", "grid": {"group_size": 32}, "gptq": {"ordering": "desc_act"}}
-    (notice,) = make_plan(model("llama"), parse_recipe(values), lambda _: torch.bfloat16).notices()
+    planned = make_plan(model("llama"), parse_recipe(values), lambda _: torch.bfloat16)
+    (notice,) = told(planned, tmp_path, "llama")
     assert "refuses desc_act" in notice
 
 
-def test_experts_that_are_left_alone_limit_nothing() -> None:
+def test_experts_that_are_left_alone_limit_nothing(tmp_path: Path) -> None:
     recipe = {"format": "w4a16", "grid": {"group_size": 32, "bits": 8, "symmetric": False}}
-    (notice,) = plan(model("qwen3_moe"), skip=["*.experts.*"], **recipe).notices()
+    (notice,) = told(plan(model("qwen3_moe"), skip=["*.experts.*"], **recipe), tmp_path, "qwen3_moe")
     assert notice.startswith("transformers")
 
 
@@ -279,8 +294,9 @@ def test_the_plan_needs_a_known_format() -> None:
         make_plan(model("llama"), parse_recipe({"format": "gguf"}), lambda _: torch.bfloat16)
 
 
-@pytest.mark.parametrize(("match", "told"), [("layers.0.mlp.experts.*", True), ("mlp.experts.*", False)])
-def test_a_reader_that_takes_one_grid_for_all_experts_is_told_of(match: str, told: bool) -> None:
+@pytest.mark.parametrize(("match", "is_told"), [("layers.0.mlp.experts.*", True), ("mlp.experts.*", False)])
+def test_a_reader_that_takes_one_grid_for_all_experts_is_told_of(match: str, is_told: bool, tmp_path: Path) -> None:
     rules = [{"match": match, "grid": "int8-g32"}, {"match": "self_attn.*", "grid": "int8-channel"}]
-    said = plan(model("qwen3_moe"), format="w4a16", grid={"group_size": 32}, rules=rules).notices()
-    assert any("layers' experts are on 2 grids" in notice for notice in said) == told
+    planned = plan(model("qwen3_moe"), format="w4a16", grid={"group_size": 32}, rules=rules)
+    said = told(planned, tmp_path, "qwen3_moe")
+    assert any("takes one grid for the experts of all layers" in notice for notice in said) == is_told

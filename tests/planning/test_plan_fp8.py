@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 from qconv.cli.quantize import plan_summary
 from qconv.core.architecture import Architecture
+from qconv.engines.subject import Deployment
+from qconv.engines.transformers import ENGINE
 from qconv.errors import RecipeError
 from qconv.models import architecture
+from qconv.planning.engines import subject_of_plan
 from qconv.planning.plan import BuildPlan, make_plan
 from qconv.planning.recipe import parse_recipe
 from qconv.planning.topology import topology_problems
@@ -36,6 +40,14 @@ def plan(described: Architecture, kind: str, **recipe: Any) -> BuildPlan:
     output_format, group_size, _ = KINDS[kind]
     values = {"format": output_format, "method": "rtn", "grid": {"bits": 8, "group_size": group_size}, **recipe}
     return make_plan(described, parse_recipe(values), lambda _: torch.bfloat16)
+
+
+def found(planned: BuildPlan, key: str) -> list[str]:
+    """What a rule of transformers finds in a plan."""
+    (rule,) = (rule for rule in ENGINE.rules if rule.key == key)
+    return list(
+        rule.breaches(subject_of_plan(planned, {"model_type": "qwen3_moe"}, Path(__file__).parent), Deployment())
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +167,7 @@ def test_what_engines_cannot_read_in_blocks_is_refused_with_the_patterns_that_he
     assert hint.endswith(" ".join(f"--skip '{pattern}'" for pattern in patterns))
     left = plan(described, kind, skip=[*skip, *patterns])
     assert left.quantized
-    assert left.notices() == plan(model(), kind).notices()
+    assert found(left, "transformers/ragged") == []
 
 
 def test_a_model_without_any_whole_block_is_told_of_another_format() -> None:
@@ -173,12 +185,11 @@ def test_rows_of_a_linear_that_stands_alone_are_pointed_out(kind: str) -> None:
     # o and down give 192 rows each, and read whole blocks; all that reads 192 inputs is left alone.
     described = model("llama", hidden_size=192, intermediate_size=256, head_dim=64)
     planned = plan(described, kind, skip=["*.[qkv]_proj", "*.gate_proj", "*.up_proj"])
-    said = [notice for notice in planned.notices() if "not whole blocks" in notice]
-    assert bool(said) == (KINDS[kind][1] == 128)
-    assert all(notice.startswith("4 linears are not whole blocks of 128 x 128") for notice in said)
+    said = found(planned, "transformers/ragged")
+    assert len(said) == (4 if KINDS[kind][1] == 128 else 0)
+    assert all(place.endswith(": 192 x 256") for place in said)
 
 
 def test_static_experts_in_transformers_are_told_of() -> None:
-    (notice,) = plan(model(), "static").notices()
-    assert "computes experts without the stored scales" in notice
-    assert plan(model("llama"), "static").notices() == []
+    assert found(plan(model(), "static"), "transformers/static-experts")
+    assert found(plan(model("llama"), "static"), "transformers/static-experts") == []

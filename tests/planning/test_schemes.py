@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from qconv.planning.plan import BuildPlan, make_plan
 from qconv.planning.recipe import parse_recipe
 from qconv.planning.topology import topology_group_sizes, topology_problems
 from tests.conftest import small_recipe
-from tests.planning.test_plan import model
+from tests.planning.test_plan import model, told
 
 INT4 = Grid(4, 32, symmetric=True, scale_dtype=torch.bfloat16)
 ROWS = Grid(8, CHANNEL, True, torch.bfloat16, "e4m3", 1, activations="dynamic")
@@ -175,16 +176,16 @@ def test_a_topology_is_checked_by_each_linears_own_groups() -> None:
     assert topology_group_sizes(halves, 2) == [CHANNEL]
 
 
-def test_engines_limits_are_told_of_each_grid_once() -> None:
+def test_engines_limits_are_told_once_for_all_grids(tmp_path: Path) -> None:
     rules = [{"match": "self_attn.*", "grid": "int8-g16"}, {"match": "mlp.*", "grid": "int4-g16"}]
-    notices = plan(model("llama"), rules).notices()
+    notices = told(plan(model("llama"), rules), tmp_path, "llama")
     assert len(notices) == len(set(notices)) == 2
     assert "no kernel for such groups" in notices[0]
     # Of each grid what concerns its layout: int4 in groups is no block of FP8, and has its own limits.
     floats = {"format": "fp8_dynamic", "grid": {"bits": 8, "group_size": -1}}
-    mixed = plan(model("llama"), [{"match": "mlp.*", "grid": "int4-g16"}], **floats).notices()
-    assert mixed == notices
-    assert plan(model("llama"), [{"match": "mlp.*", "grid": "int4-g32"}], **floats).notices() == []
+    mixed = told(plan(model("llama"), [{"match": "mlp.*", "grid": "int4-g16"}], **floats), tmp_path, "llama")
+    assert [one.partition(" (")[0] for one in mixed] == [one.partition(" (")[0] for one in notices]
+    assert told(plan(model("llama"), [{"match": "mlp.*", "grid": "int4-g32"}], **floats), tmp_path, "llama") == []
 
 
 def test_recipes_without_rules_have_the_digest_that_they_had() -> None:
