@@ -10,8 +10,8 @@ from typing import Any
 from qconv.artifacts.source import Source
 from qconv.artifacts.subject import subject_of_folder
 from qconv.checkpoint.header import DTYPE_NAMES
+from qconv.engines.readers import READERS
 from qconv.engines.rule import Effect, Finding, Judgement, Verdict
-from qconv.engines.rules import READERS
 from qconv.engines.subject import Deployment, Stored, Subject
 from qconv.engines.table import judgements
 from qconv.planning.plan import BuildPlan

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qconv.engines.rules import READERS
+from qconv.engines.readers import READERS
 from qconv.engines.table import ENGINES
 from qconv.formats import formats
 from qconv.planning.recipe import load_recipe, packaged_recipes
