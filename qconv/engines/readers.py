@@ -21,5 +21,10 @@ READERS: dict[str, dict[str, Known]] = {
     "fp8_static": {VLLM: "read", SGLANG: "read"},
     "w8a8": {VLLM: "read", SGLANG: "read"},
     "w4a8": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
+    "nvfp4": {VLLM: "read", SGLANG: "read"},
+    "nvfp4_w4a4": {VLLM: "read", SGLANG: "read"},
+    "nvfp4_modelopt": {VLLM: "read", SGLANG: "read"},
+    "mxfp4": {VLLM: "read", SGLANG: "read"},
+    "mxfp8": {VLLM: "read"},
 }
 """Who loads a format, by its name."""

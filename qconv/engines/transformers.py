@@ -45,6 +45,10 @@ def _layers_apart(subject: Subject, deployment: Deployment) -> Iterator[str]:
         yield from kinds.values()
 
 
+def _int8_experts(subject: Subject, deployment: Deployment) -> Iterator[str]:
+    yield from (names[0] for names in subject.experts.values() if names[0] in subject.quantized)
+
+
 def _method(subject: Subject, deployment: Deployment) -> Iterator[str]:
     method = (subject.section or {}).get("quant_method")
     if method in _UNKNOWN:
@@ -117,6 +121,15 @@ RULES = (
         "takes one grid for the experts of all layers and fails to load others",
         "--rule 'mlp.experts.*=int4-g128' gives them one",
         _layers_apart,
+    ),
+    Rule(
+        "transformers/int8-experts",
+        Effect.REFUSED,
+        "run",
+        _RUN,
+        "cannot load experts of int-quantized weights",
+        "take w4a16 of 8 bits, or load with vLLM",
+        of_layout("int-quantized")(_int8_experts),
     ),
     Rule(
         "transformers/method",
