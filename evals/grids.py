@@ -45,6 +45,7 @@ from qconv.calibration.corpus import build_tokens
 from qconv.calibration.layer import LayerBuild
 from qconv.calibration.run import Calibration
 from qconv.calibration.schemes import FittedScheme
+from qconv.core.architecture import Linear
 from qconv.core.settings import MATCHED, RefineSettings
 from qconv.errors import QconvError
 from qconv.executors.threads import Threads
@@ -173,7 +174,7 @@ def compensated(
             made = LayerBuild.of(source, layer, recipe, names, dict.fromkeys(names, FittedScheme(grid)))
             context = calibration.context(layer, [made])
             for _, finished in calibration.modules(context):
-                if finished.weight is not None:
+                if finished.weight is not None and isinstance(finished.module, Linear):
                     found[finished.module.weight] = finished.weight.dequantize()
             calibration.advance(context)
     return found

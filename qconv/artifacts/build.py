@@ -17,7 +17,7 @@ from qconv.artifacts.source import untied
 from qconv.artifacts.storage import WEIGHT_DTYPES
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, verbatim_of
 from qconv.boundary.printable import name_of
-from qconv.checkpoint.header import TensorEntry, read_header
+from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
 from qconv.checkpoint.maps import MapTensor
 from qconv.checkpoint.reader import Checkpoint, in_config, map_tensor
 from qconv.checkpoint.rope import in_both_spellings
@@ -231,6 +231,16 @@ class Build:
             for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid_of(linear)):
                 if spec.name in self.checkpoint.entries or not self._may_lack(linear, spec.name):
                     yield spec.name, spec.shape
+        for spec in self.cache_scales():
+            yield spec.name, spec.shape
+
+    def cache_scales(self) -> list[TensorSpec]:
+        """The scales of a cache that a build of ours holds, in file order; others' are not needed to compute."""
+        naming = self.format.cache
+        if naming is None or not self.described.cache or not self.is_ours:
+            return []
+        dtype = self.checkpoint.entry(self.architecture.embedding.weight).dtype
+        return [spec for layer in self.architecture.layers for spec in naming.specs(layer.attention.name, dtype)]
 
     def verbatim(self) -> tuple[Verbatim, ...]:
         """What it holds beside the model, as transformers' own model of the type declares it.

@@ -20,7 +20,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.reader import Tensors
 from qconv.checkpoint.stream import TensorStream, same_bits
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
-from qconv.core.architecture import Linear
+from qconv.core.architecture import CacheScales, Linear
 from qconv.core.settings import MATCHED
 from qconv.core.workers import Workers
 from qconv.errors import VerificationError
@@ -169,7 +169,7 @@ class UnitWriter:
                     writer.require_same(stream.sha256())
                     writer = of_shard[spec.name]
                     stream = TensorStream(writer.temporary)
-                if item.quantized or not comparison.is_copy(item.module):
+                if item.quantized or isinstance(item.module, CacheScales) or not comparison.is_copy(item.module):
                     tensors[spec.name] = stream.tensor(spec.name)
                 elif not _is_copy(stream, spec.name, comparison.source):
                     problem = f"{spec.name}: differs from the source"
@@ -185,6 +185,8 @@ class UnitWriter:
             RecipeError: the format cannot hold a weight's scales.
         """
         module, snr, problem = read.item.module, None, read.problem
+        if isinstance(module, CacheScales):  # of no tensor of the source
+            return module.name, None, problem, []
         for name, _ in module.tensors():
             found = None
             if read.item.quantized and isinstance(module, Linear) and name == module.weight:

@@ -236,6 +236,8 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     size = sum(unit.nbytes for unit in plan.units)
     config = with_both_spellings(source.checkpoint.config)
     section = config["quantization_config"] = plan.format.config(plan.grids(), plan.skipped)
+    if plan.recipe.kv_cache is not None and plan.format.cache is not None:
+        section |= plan.format.cache.section
     return {
         INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
         "config.json": _json(config),

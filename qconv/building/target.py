@@ -19,7 +19,7 @@ from qconv.building.output import Outcome
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.layer import Finished, LayerBuild
 from qconv.calibration.statistics import InputSquares
-from qconv.core.architecture import Layer, Linear, Module
+from qconv.core.architecture import CacheScales, Layer, Linear, Module
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import Workers
 from qconv.folders.part import Part
@@ -50,7 +50,7 @@ class Means:
 class PackedModule:
     """A module's tensors as files hold them: names and blocks of rows."""
 
-    module: Module
+    module: Module | CacheScales
     tensors: tuple[tuple[str, Iterable[Tensor]], ...]
 
 

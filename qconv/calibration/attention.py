@@ -26,7 +26,8 @@ Made = TypeVar("Made")
 def calibrate_attention(context: LayerContext) -> Iterator[tuple[LayerBuild, Finished]]:
     """Quantize the attention of a layer for each build and write the layer's middle activations.
 
-    Yields each build's modules in the order of the plan: input norm, the linears, what attention keeps.
+    Yields each build's modules in the order of the plan: input norm, the linears, what attention keeps, the scales of a
+    cache.
     """
     half = _AttentionHalf(context)
     half.collect()
@@ -39,6 +40,8 @@ def calibrate_attention(context: LayerContext) -> Iterator[tuple[LayerBuild, Fin
             yield build, build.finished(linear, part.weights.get(linear.name))
         for kept in attention.kept():
             yield build, build.dense(kept)
+        if build.recipe.kv_cache is not None:
+            yield build, build.cache_scales(context.layer, *half.cached(part))
     half.pass_on()
 
 
@@ -180,6 +183,18 @@ class _AttentionHalf:
                 if number > 0 and part.compensates(group.linears):
                     inputs = {part.width(group.linears): self._collect_again(part, number, self.reference)}
                     part.keep(solve((group, inputs))[0])
+
+    def cached(self, part: AttentionBuild) -> tuple[float, float]:
+        """The largest magnitude of the keys and of the values that a build's attention gives to a cache."""
+        block = self._block(part.effective())
+
+        def largest(window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            return block.cached(self._normed(*window)[1])
+
+        keys, values = (torch.stack(found).amax(0) for found in zip(*self._windows(largest), strict=True))
+        # Values are cached with what is folded into them, which a block of effective weights takes out again.
+        folded = part.build.folds.output_scale(self.context.layer.heads.v)
+        return float(keys.max()), float((values if folded is None else values / folded).max())
 
     def pass_on(self) -> None:
         """Write the residual stream after attention, through the quantized weights where the recipe propagates."""

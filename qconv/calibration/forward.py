@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qconv.checkpoint.reader import in_config, read_json
 from qconv.core.architecture import Architecture, Layer, Mlp, Moe, Norm
+from qconv.errors import RecipeError
 from qconv.models.calls import Call, Calls
 from qconv.models.gating import Gating, Plain, gating_of
 from qconv.models.transformer import config_of, empty_model
@@ -220,6 +221,42 @@ class MixerBlock:
         # The hooks run in the thread that computes, so what they kept there is this call's own.
         kept = self.kept.__dict__
         return output, [kept.pop(f"group {number}") for number in range(len(self.layer.groups()))]
+
+    def cached(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest magnitudes of the keys, after their rotation, and of the values that a cache would be given.
+
+        Args:
+            hidden: Normalized input, float32 [sequences, length, hidden].
+
+        Returns:
+            Both float32 [key-value heads * head size].
+
+        Raises:
+            RecipeError: transformers' attention gives none to a cache.
+        """
+        name = self.layer.attention.name.removeprefix(f"{self.layer.name}.")
+        call, cache = self.calls.mixer(self.layer.index, name, hidden), _Cache()
+        replace(call, named={**call.named, "past_key_values": cache})(self.module, hidden)
+        self.kept.__dict__.clear()
+        if len(cache.largest) != 1:
+            raise RecipeError(
+                f"kv_cache: {self.layer.attention.name} does not give its keys and values to a cache.",
+                hint="Leave kv_cache out.",
+            )
+        return cache.largest[0]
+
+
+class _Cache:
+    """In the place of transformers' cache: notes the largest magnitudes of what it is given, and gives it back."""
+
+    def __init__(self) -> None:
+        self.largest: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """[sequences, heads, length, head size] each."""
+        by_channel = (one.abs().amax((0, 2)).flatten() for one in (keys, values))
+        self.largest.append((next(by_channel), next(by_channel)))
+        return keys, values
 
 
 def _keeping(kept: threading.local, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

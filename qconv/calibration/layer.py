@@ -15,11 +15,12 @@ from qconv.calibration.activations import ActivationFile
 from qconv.calibration.forward import Decoder
 from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.statistics import InputSquares, InputStatistics
-from qconv.core.architecture import Architecture, Layer, Linear, Module
+from qconv.core.architecture import Architecture, CacheScales, Layer, Linear, Module
 from qconv.core.grid import Packed
 from qconv.core.qtensor import QTensor
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import Workers
+from qconv.formats import get_format
 from qconv.grids.fp4 import largest_magnitude, local_scale
 from qconv.methods import rounding_of
 from qconv.methods.awq import Choice
@@ -31,7 +32,7 @@ from qconv.planning.recipe import Recipe
 class Finished:
     """A module as the build will hold it: a quantized weight or None, then its plain tensors as blocks of rows."""
 
-    module: Module
+    module: Module | CacheScales
     weight: Packed | None
     dense: tuple[tuple[str, Iterable[Tensor]], ...]
 
@@ -192,6 +193,14 @@ class LayerBuild:
         names = [name for name, _ in linear.tensors() if name != linear.weight]
         biases = tuple((name, [self.folds.expected(linear, name, self.source.read(name))]) for name in names)
         return Finished(linear, weight, biases)
+
+    def cache_scales(self, layer: Layer, key: float, value: float) -> Finished:
+        """The scales of the layer's cache, from the largest magnitudes of its keys and values."""
+        naming, attention = get_format(self.recipe.format).cache, layer.attention
+        assert naming is not None
+        dtype = self.source.checkpoint.entry(attention.linears()[0].weight).dtype
+        tensors = naming.tensors(attention.name, dtype, key, value)
+        return Finished(CacheScales(attention.name), None, tuple((name, [tensor]) for name, tensor in tensors))
 
 
 @dataclass(frozen=True, slots=True)

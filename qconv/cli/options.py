@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GGUF = "gguf"
 COMPENSATED_BY_TEXT = ("fp8", "fp8_dynamic")
 """Formats that are rounded to nearest unless there is calibration text."""
-OF_SAFETENSORS = ("group_size", "skip")
+OF_SAFETENSORS = ("group_size", "skip", "kv_cache")
 OF_GGUF = ("imatrix", "tensor_type")
 """Options that have no meaning for the others."""
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,6 +93,11 @@ _RECIPE_OPTIONS = (
         "GGUF a type; repeatable, the first counts, before the recipe's own.",
     ),
     click.option(
+        "--kv-cache",
+        type=click.Choice(["fp8"]),
+        help="Calibrate and store scales of keys and values for a cache in FP8 (compressed-tensors' layouts).",
+    ),
+    click.option(
         "--imatrix",
         type=click.Path(exists=True, dir_okay=False),
         multiple=True,
@@ -126,6 +131,7 @@ class RecipeOptions:
     max_shard_size: float | None
     skip: Sequence[str]
     rule: Sequence[str]
+    kv_cache: str | None
     imatrix: Sequence[str]
     tensor_type: Sequence[str]
 
@@ -200,7 +206,7 @@ class RecipeOptions:
         for name in OF_GGUF:
             if getattr(self, name):
                 raise UsageError(f"--{name.replace('_', '-')}: is for --fmt gguf:TYPE and recipes of format gguf.")
-        overrides = self._shared_overrides() | {"grid.group_size": self.group_size}
+        overrides = self._shared_overrides() | {"grid.group_size": self.group_size, "kv_cache": self.kv_cache}
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         plain = load_recipe(source)
         if plain.format in COMPENSATED_BY_TEXT and not plain.looks_at_activations and self.method is None:

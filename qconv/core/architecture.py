@@ -88,6 +88,23 @@ class Parameter:
         yield self.name, self.shape
 
 
+@dataclass(frozen=True, slots=True)
+class CacheScales:
+    """The scales of a layer's cache of keys and values: a build may hold them beside an attention, no model does."""
+
+    name: str
+    """The attention's."""
+
+    @property
+    def numel(self) -> int:
+        """None of the model's weights."""
+        return 0
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """None of the model's tensors."""
+        return iter(())
+
+
 Module: TypeAlias = Linear | Norm | Parameter
 
 

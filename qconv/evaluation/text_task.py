@@ -26,7 +26,8 @@ from qconv.evaluation.suites import NoiseSettings, TextSettings
 from qconv.evaluation.tasks import Bench, Subject
 from qconv.evaluation.text import calibrated_on, windowed_text
 from qconv.evaluation.windows import Window, WindowedText
-from qconv.runtime.files import open_files, rounds_inputs
+from qconv.runtime.engine_rounding import rounds_inputs
+from qconv.runtime.files import open_files
 
 SETTINGS = TextSettings
 ROUNDED_INPUTS = ("ppl", "ppl.ratio", "kld.mean", "top1.flips", "top1.agreement")

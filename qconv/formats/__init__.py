@@ -18,7 +18,7 @@ from typing import Any
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
 
-_SHARED = ("base", "compressed_tensors", "float4", "float8", "gguf", "packed")
+_SHARED = ("base", "cache", "compressed_tensors", "float4", "float8", "gguf", "packed")
 """The modules that are no formats of safetensors: what formats have in common, and GGUF."""
 
 

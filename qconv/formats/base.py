@@ -16,6 +16,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
+from qconv.formats.cache import CacheNaming
 
 TensorReader = Callable[[str], Tensor]
 """Gives a tensor by its full name."""
@@ -45,10 +46,12 @@ class Described:
     Attributes:
         groups: At least one.
         skipped: Its list of exceptions.
+        cache: Whether it says that a cache of keys and values has stored scales.
     """
 
     groups: tuple[Group, ...]
     skipped: tuple[str, ...]
+    cache: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -188,6 +191,7 @@ class AllInConfig:
     """What a format has in common with others of which config.json says everything."""
 
     beside_names: tuple[str, ...] = ()
+    cache: CacheNaming | None = None
 
     def beside(self, section: Mapping[str, Any]) -> Mapping[str, Any]:
         """See :class:`Format`."""
@@ -207,6 +211,10 @@ class Format(Protocol):
     """Whether linears of one build may be on different grids."""
     beside_names: tuple[str, ...]
     """JSON files that say what config.json says, for readers that look there."""
+
+    @property
+    def cache(self) -> CacheNaming | None:
+        """How it holds the scales of a cache of keys and values, if it does."""
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """The grid for a recipe's settings, of codes of a kind, or of the format's own.

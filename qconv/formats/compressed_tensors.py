@@ -20,6 +20,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.formats.base import LINEAR, AllInConfig, Described, Group, TensorReader, matches, require_readable, skip_list
+from qconv.formats.cache import COMPRESSED_TENSORS, CacheNaming
 from qconv.formats.float4 import MXFP4_PAIRS, NVFP4_PAIRS
 from qconv.formats.float8 import FLOATS, MX_FLOATS
 from qconv.formats.packed import PACKED, WHOLE_NUMBERS, WholeNumberGrid, by_token, not_read
@@ -94,6 +95,7 @@ class CompressedTensors(AllInConfig):
     pack_columns = 1
     act_order = False
     mixes = True
+    cache: CacheNaming | None = COMPRESSED_TENSORS
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """Integers in groups or rows, or floats by row, block or group.
@@ -157,7 +159,7 @@ class CompressedTensors(AllInConfig):
         found = tuple(self._read_group(group, section, weight_dtype) for group in groups.values())
         skipped = skip_list(section, "ignore")
         require_readable([*skipped, *(target for group in found for target in group.targets)])
-        return Described(found, tuple(skipped))
+        return Described(found, tuple(skipped), section.get("kv_cache_scheme") is not None)
 
     def _read_group(self, group: Mapping[str, Any], section: Mapping[str, Any], weight_dtype: torch.dtype) -> Group:
         kind = section.get("format")

@@ -21,6 +21,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.formats.base import Described, Group, TensorReader, by_rows, read_tensors, require_number, skip_list
+from qconv.formats.cache import MODELOPT, CacheNaming
 from qconv.formats.float4 import NVFP4, fp4_grid, misfit, pack_pairs, positive, unpack_pairs
 from qconv.formats.packed import not_read
 
@@ -39,6 +40,7 @@ class ModelOptFormat:
     act_order = False
     mixes = False
     beside_names = (QUANT_CONFIG,)
+    cache: CacheNaming | None = MODELOPT
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """The only one.
@@ -105,7 +107,7 @@ class ModelOptFormat:
         """hf_quant_config.json."""
         said = {
             "quant_algo": section["quant_algo"],
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": "FP8" if _caches(section) else None,
             "group_size": section["config_groups"]["group_0"]["weights"]["group_size"],
             "exclude_modules": section["ignore"],
         }
@@ -131,13 +133,18 @@ class ModelOptFormat:
             if size != NVFP4.group_size:
                 raise not_read("config_groups", f"of groups of {size!r} weights")
         grid = NVFP4 if algorithm == W4A16 else replace(NVFP4, activations="local", activation_number="e2m1")
-        return Described((Group(grid),), tuple(skip_list(section, "ignore")))
+        return Described((Group(grid),), tuple(skip_list(section, "ignore")), _caches(section))
 
     def is_skipped(self, module: str, skipped: Sequence[str]) -> bool:
         """Whether a shell pattern fits the module, or what it is a part of."""
         parts = module.split(".")
         within = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in skipped for name in within)
+
+
+def _caches(section: Mapping[str, Any]) -> bool:
+    """Whether it says that a cache of keys and values has stored scales."""
+    return section.get("kv_cache_scheme") is not None
 
 
 FORMAT = ModelOptFormat()

@@ -62,7 +62,7 @@ class PlannedClass:
     @property
     def bits_per_weight(self) -> float:
         """Bits of what they become over weights."""
-        return 8.0 * self.output_bytes / self.weights
+        return 8.0 * self.output_bytes / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True, slots=True)

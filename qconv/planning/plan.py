@@ -16,10 +16,12 @@ import torch
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim, copied, parts_of
 from qconv.checkpoint.header import TensorSpec, encode_header
-from qconv.core.architecture import Architecture, Layer, Linear, Module, Parameter
+from qconv.core.architecture import Architecture, Attention, CacheScales, Layer, Linear, Module, Parameter
 from qconv.core.qtensor import Grid
-from qconv.formats import get_format
+from qconv.errors import RecipeError
+from qconv.formats import formats, get_format
 from qconv.formats.base import Format
+from qconv.formats.cache import CacheNaming
 from qconv.planning.fitting import check_shapes
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme, in_full, in_words, resolve
@@ -34,7 +36,7 @@ ACTIVATION_BYTES = 2 + 2 + 2 + 4
 class Item:
     """One source module, the scheme of its weight if that is quantized, and the tensors it becomes."""
 
-    module: Module
+    module: Module | CacheScales
     scheme: LinearScheme | None
     specs: tuple[TensorSpec, ...]
 
@@ -84,8 +86,10 @@ class BuildPlan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether activations are looked at: by a method, or for stored scales of inputs."""
-        return any(one.method != ("rtn",) or one.grid.stores_inputs for one in set(self.schemes.values()))
+        """Whether activations are looked at: by a method, or for stored scales of inputs or of a cache."""
+        return self.recipe.kv_cache is not None or any(
+            one.method != ("rtn",) or one.grid.stores_inputs for one in set(self.schemes.values())
+        )
 
     @property
     def is_static(self) -> bool:
@@ -201,6 +205,7 @@ def make_plan(
             does not fit the model.
     """
     output_format = get_format(recipe.format)
+    cache = cache_naming(recipe, output_format, architecture)
     schemes = resolve(
         architecture, recipe, output_format, dtype_of(architecture.layers[0].attention.linears()[0].weight)
     )
@@ -217,6 +222,9 @@ def make_plan(
     groups: list[tuple[str, Layer | None, list[Item]]] = [("embeddings", None, [item(architecture.embedding)])]
     for layer in architecture.layers:
         items = [item(module) for module in layer.modules()]
+        if cache is not None:
+            scales = cache.specs(layer.attention.name, dtype_of(layer.attention.linears()[0].weight))
+            items.insert(1 + len(layer.attention.modules()), Item(CacheScales(layer.attention.name), None, scales))
         groups.append((f"layer-{layer.index:05d}", layer, items))
     head = [item(architecture.final_norm)]
     if architecture.lm_head is not None:
@@ -235,6 +243,29 @@ def make_plan(
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
         units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
     return BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim))
+
+
+def cache_naming(recipe: Recipe, output_format: Format, architecture: Architecture) -> CacheNaming | None:
+    """How a build's scales of a cache of keys and values are held; None where none are asked for.
+
+    Raises:
+        RecipeError: the format has no place for them, or a layer has no keys and values of heads.
+    """
+    if recipe.kv_cache is None:
+        return None
+    if output_format.cache is None:
+        holding = ", ".join(name for name in formats() if get_format(name).cache is not None)
+        raise RecipeError(
+            f"kv_cache: format {output_format.name} has no place for a cache's scales.", hint=f"Take one of {holding}."
+        )
+    for layer in architecture.layers:
+        if not isinstance(layer.attention, Attention):
+            raise RecipeError(
+                f"kv_cache: {layer.attention.name} is no attention with keys and values for each head, whose scales "
+                "engines read.",
+                hint="Leave kv_cache out.",
+            )
+    return output_format.cache
 
 
 def plan_of(source: Source, recipe: Recipe) -> BuildPlan:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -75,6 +75,8 @@ class Recipe(Section):
     gptq: GptqSettings = GptqSettings()
     refine: RefineSettings = RefineSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    kv_cache: Literal["fp8"] | None = None
+    """Scales of a cache of keys and values, from their largest magnitudes on the calibration text; null for none."""
     skip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""
     output: OutputSettings = OutputSettings()
@@ -91,7 +93,8 @@ class Recipe(Section):
 
     @model_serializer(mode="wrap")
     def _without_empty_rules(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_empty_rules(serialize(self))
+        values = without_empty_rules(serialize(self))
+        return {key: value for key, value in values.items() if key != "kv_cache" or value is not None}
 
     @model_validator(mode="after")
     def _after_a_rounding_alone(self) -> Self:

@@ -95,4 +95,4 @@ def require_agreement(looks: Mapping[str, tuple[CalibrationSettings | None, bool
 def _looks(recipe: Recipe) -> bool:
     """Whether a build is calibrated: by its method, or for stored scales of inputs."""
     grid = get_format(recipe.format).grid(recipe.grid, torch.bfloat16)
-    return recipe.looks_at_activations or grid.stores_inputs
+    return recipe.looks_at_activations or recipe.kv_cache is not None or grid.stores_inputs

@@ -358,12 +358,6 @@ def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     return BuildFiles(checkpoint, config, model, mapped, Build.of(checkpoint))
 
 
-def rounds_inputs(files: ModelFiles) -> bool:
-    """Whether engines round the inputs of any linear in the layers."""
-    linears = (linear for layer in files.architecture.layers for linear in layer.linears())
-    return any(files.input_rounding(linear) is not None for linear in linears)
-
-
 def require_no_bias(files: ModelFiles, linear: Linear) -> None:
     """Check that a linear whose bias nobody adds has none, or one of zeros, as AutoGPTQ stored for all of them.
 

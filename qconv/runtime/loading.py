@@ -40,7 +40,8 @@ def load(
         backend: ``cpu``, ``cuda``, ``reference``, or ``auto`` for what suits the device.
         dtype: The dtype of activations and of what is not packed; by default config.json's.
         device: By default a GPU where there is one.
-        round_inputs: Round the inputs of linears as engines do that compute in FP8, where config.json says so.
+        round_inputs: Round the inputs of linears as engines do that compute in FP8 or int8, where config.json says so,
+            and keys and values for which scales are stored.
 
     Returns:
         transformers' model of the architecture for causal language modelling, in evaluation mode.

@@ -19,6 +19,7 @@ from qconv.models import transformer
 from qconv.models.gating import Gating, gating_of
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends.base import Backend
+from qconv.runtime.engine_rounding import cache_rounding
 from qconv.runtime.files import ModelFiles, require_no_bias
 from qconv.runtime.modules import DenseLinear, PackedEmbedding, PackedExperts, PackedLinear
 from qconv.runtime.packed import BlockWeight, DenseWeight, PackedMlp, PackedWeight
@@ -151,6 +152,9 @@ class Installer:
                 self.linear(module)
         for linear in layer.attention.linears():
             self.linear(linear)
+        cache = cache_rounding(self.files, layer) if self.round_inputs else None
+        if cache is not None:
+            cache.install(self.model.get_submodule(self.held_name(layer.attention.name)))
         for router in layer.routers():
             shape = (router.out_features, router.in_features)
             self._assign(router.name, weight=self.files.tensor(router.weight, shape))

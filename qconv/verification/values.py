@@ -81,6 +81,7 @@ def check_values(build: Build, result: Verification, progress: Progress | None, 
     if odd:
         result.notices.append(f"{odd[0]} ({len(odd)} such linears), which qconv never writes")
     check_inputs(build, result, workers)
+    result.problems += cache_problems(build)
     result.checked.append("every scale finite and positive, everything that is not quantized finite")
 
 
@@ -90,6 +91,18 @@ def check_inputs(build: Build, result: Verification, workers: Workers) -> None:
     if not result.problems:
         layers = build.architecture.layers
         result.problems += [problem for layer in layers for problem in input_scale_problems(build, layer)]
+
+
+def cache_problems(build: Build) -> Iterator[str]:
+    """Scales of a cache of keys and values that are not finite and positive."""
+    for spec in build.cache_scales():
+        entry = build.checkpoint.entries.get(spec.name)  # of an absent one the structure tells
+        if entry is not None and not (entry.dtype.is_floating_point and _is_scale(build.checkpoint.read(spec.name))):
+            yield f"{spec.name}: the scale of a cache is not finite and positive"
+
+
+def _is_scale(tensor: Tensor) -> bool:
+    return bool((torch.isfinite(tensor) & (tensor > 0)).all())
 
 
 def plain_problems(build: Build, workers: Workers) -> Iterator[str]:

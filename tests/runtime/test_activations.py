@@ -16,7 +16,8 @@ import qconv
 from qconv.core.architecture import Moe
 from qconv.planning.recipe import load_recipe
 from qconv.runtime.activations import ActivationScheme, InputRounding
-from qconv.runtime.files import open_files, rounds_inputs
+from qconv.runtime.engine_rounding import rounds_inputs
+from qconv.runtime.files import open_files
 from qconv.runtime.modules import PackedExperts
 from qconv.runtime.stream import stream_logits
 from tests.conftest import build, random_model, save_model
