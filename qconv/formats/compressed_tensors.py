@@ -73,17 +73,16 @@ def layout_of(grid: Grid) -> Layout:
     """The layout of a linear on a grid."""
     if isinstance(grid, WholeNumberGrid):
         return WHOLE_NUMBERS
-    return _layout(grid.number, grid.group_size)
+    return _layout(grid.number, grid.group_size == MICROSCALING)
 
 
-def _layout(number: Number, group_size: int) -> Layout:
-    """The layout of codes of a kind that share a scale in groups of a size; 32 are those of microscaling."""
+def _layout(number: Number, microscaling: bool) -> Layout:
+    """The layout of codes of a kind, in OCP's microscaling formats or not."""
     if number == "int":
         return PACKED
-    micro = group_size == MICROSCALING
     if number == "e4m3":
-        return MX_FLOATS if micro else FLOATS
-    return MXFP4_PAIRS if micro else NVFP4_PAIRS
+        return MX_FLOATS if microscaling else FLOATS
+    return MXFP4_PAIRS if microscaling else NVFP4_PAIRS
 
 
 class CompressedTensors(AllInConfig):
@@ -92,6 +91,8 @@ class CompressedTensors(AllInConfig):
     name: str
     number: Number
     """What codes are where a recipe does not say."""
+    microscaling = False
+    """Whether they are then those of OCP's microscaling formats."""
     pack_columns = 1
     act_order = False
     mixes = True
@@ -103,7 +104,9 @@ class CompressedTensors(AllInConfig):
         Raises:
             RecipeError: the layout cannot express the settings.
         """
-        return _layout(number or self.number, settings.group_size).grid(settings, weight_dtype)
+        if number is None:
+            return _layout(self.number, self.microscaling).grid(settings, weight_dtype)
+        return _layout(number, settings.group_size == MICROSCALING).grid(settings, weight_dtype)
 
     def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
         """Why a linear of that shape cannot be stored, or None."""

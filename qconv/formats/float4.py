@@ -113,7 +113,6 @@ class _PairsLayout:
 
     def _arguments(self, dynamic: bool | str) -> dict[str, Any]:
         nvfp4 = self.own.has_global_scale
-        dtype = "torch.float8_e4m3fn" if nvfp4 else "torch.uint8"
         return {
             "num_bits": 4,
             "type": "float",
@@ -121,8 +120,7 @@ class _PairsLayout:
             "strategy": "tensor_group" if nvfp4 else "group",
             "group_size": self.own.group_size,
             "dynamic": dynamic,
-            "scale_dtype": dtype,
-            "zp_dtype": dtype,
+            "scale_dtype": "torch.float8_e4m3fn" if nvfp4 else "torch.uint8",
         }
 
     def read(self, group: Mapping[str, Any], weight_dtype: torch.dtype) -> Grid:

@@ -135,9 +135,11 @@ class MxFloatLayout:
         """The only one.
 
         Raises:
-            RecipeError: other bits, or zero points.
+            RecipeError: other bits, zero points, or another group size.
         """
         require_eight_bits(settings, "mxfp8")
+        if settings.group_size != MXFP8.group_size:
+            raise RecipeError(f"grid.group_size: the mxfp8 format has groups of 32, not {settings.group_size}.")
         return MXFP8
 
     def check(self, out_features: int, in_features: int, grid: Grid) -> str | None:
@@ -169,9 +171,8 @@ class MxFloatLayout:
 
     def describe(self, grid: Grid) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """What a config group says of weights and of activations."""
-        dtypes = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-        inputs = None if grid.activations == "none" else _arguments(True, strategy="group", group_size=32, **dtypes)
-        return _arguments(False, strategy="group", group_size=32, **dtypes), inputs
+        shared = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+        return _arguments(False, **shared), None if grid.activations == "none" else _arguments(True, **shared)
 
     def read(self, group: Mapping[str, Any], weight_dtype: torch.dtype) -> Grid:
         """The grid of a config group.

@@ -13,6 +13,7 @@ class Mxfp4Format(CompressedTensors):
 
     name = "mxfp4"
     number = "e2m1"
+    microscaling = True
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors' MXFP4."""

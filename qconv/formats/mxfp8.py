@@ -13,6 +13,7 @@ class Mxfp8Format(CompressedTensors):
 
     name = "mxfp8"
     number = "e4m3"
+    microscaling = True
 
     def recognizes(self, section: dict[str, Any]) -> bool:
         """compressed-tensors' MXFP8."""

@@ -8,23 +8,30 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from qconv.boundary.globs import MAX_LENGTH, names_module
+from qconv.core.qtensor import Number
 from qconv.core.settings import GridSettings, Section, positive_or_channel
 from qconv.grids import grids
 from qconv.planning.steps import known_method, shown_steps, steps
 
 SKIP: Final = "skip"
 """In the place of a grid: left as it is."""
-SHORT_GRIDS = "int4, int8, int4-g32, int8-channel, int4-g128-asym, fp8-channel, fp8-block or skip"
+SHORT_GRIDS = "int4, int8, int4-g32, int8-channel, int4-g128-asym, fp8-channel, fp8-block, nvfp4, mxfp4, mxfp8 or skip"
 """Examples of grids as one word."""
 _INTEGERS = re.compile(r"int([2348])(?:-g(\d{1,6})|-(channel))?(?:-(sym|asym))?")
-_FLOATS = {"fp8-channel": -1, "fp8-block": 128}
-"""Group sizes; -1 for a whole row."""
+_FLOATS: dict[str, tuple[Number, int, int]] = {
+    "fp8-channel": ("e4m3", 8, -1),
+    "fp8-block": ("e4m3", 8, 128),
+    "mxfp8": ("e4m3", 8, 32),
+    "nvfp4": ("e2m1", 4, 16),
+    "mxfp4": ("e2m1", 4, 32),
+}
+"""What codes are, their bits, and how many share a scale; -1 for a whole row."""
 
 
 class RuleGrid(Section):
     """What a rule says of a grid; keys that are not given are those of the recipe's own."""
 
-    number: Literal["int", "e4m3"] | None = None
+    number: Number | None = None
     """What codes are: null for what the format holds where no rule says otherwise."""
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
     group_size: int | None = None
@@ -37,10 +44,14 @@ class RuleGrid(Section):
         return None if value is None else positive_or_channel(value)
 
     def over(self, settings: GridSettings) -> GridSettings:
-        """A recipe's grid with what is said here in its place; floats have 8 bits, and a scale a row unless said."""
-        if self.number == "e4m3":
-            size = -1 if self.group_size is None else self.group_size
-            return GridSettings(bits=self.bits or 8, group_size=size, symmetric=self.symmetric)
+        """A recipe's grid with what is said here in its place.
+
+        Floats have, unless it is said, 8 bits and a scale a row (E4M3), or 4 bits and a scale for 16 (E2M1).
+        """
+        if self.number in ("e4m3", "e2m1"):
+            bits, size = (8, -1) if self.number == "e4m3" else (4, 16)
+            size = size if self.group_size is None else self.group_size
+            return GridSettings(bits=self.bits or bits, group_size=size, symmetric=self.symmetric)
         given = {key: value for key, value in self.model_dump(exclude={"number"}).items() if value is not None}
         return settings.model_copy(update=given)
 
@@ -52,7 +63,7 @@ def _grid(value: Any) -> Any:
     if value in grids():
         return {"values": value}
     if value in _FLOATS:
-        return {"number": "e4m3", "bits": 8, "group_size": _FLOATS[value]}
+        return dict(zip(("number", "bits", "group_size"), _FLOATS[value], strict=True))
     found = _INTEGERS.fullmatch(value)
     if found is None:
         raise ValueError(f"{value!r} is no grid; write {SHORT_GRIDS}, or a mapping of bits, group_size, symmetric")

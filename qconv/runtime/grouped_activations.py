@@ -50,5 +50,5 @@ class MicroscalingRounding(InputRounding):
         largest, power = torch.frexp(groups.abs().amax(-1, keepdim=True))  # largest in [0.5, 1)
         own = int(torch.frexp(torch.tensor(self.floats.highest)).exponent)
         power = power + (largest * 2.0 >= _ROUND_UP).to(power.dtype) - own
-        steps = torch.ldexp(torch.ones(()), power.clamp_(-126, 127))
+        steps = torch.ldexp(torch.ones_like(largest), power.clamp_(-126, 127))
         return self.floats(groups / steps, 0).mul_(steps).view(inputs.shape).to(inputs.dtype)

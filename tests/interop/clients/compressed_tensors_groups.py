@@ -2,7 +2,7 @@
 
 A module is made for every projection of the checkpoint, routers too; ``apply_quantization_config`` gives each the
 scheme that its targets choose. The answer holds, for each that has one, the weight [out_features, in_features] as the
-scheme's compressor computes it from float32 copies of the scales.
+scheme's compressor computes it: from float32 copies of the scales, but for those of 8 bits as they are.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def main(build: str, answer: str) -> None:
         if scheme is None:
             continue
         stored = {part: tensors[f"{name}.{part}"] for part in parts(name, tensors)}
-        stored["weight_scale"] = stored["weight_scale"].float()
+        if stored["weight_scale"].element_size() > 1:
+            stored["weight_scale"] = stored["weight_scale"].float()
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         found[name] = compressor.decompress(stored, scheme)["weight"].contiguous()
     save_file(found, answer)
@@ -47,13 +48,15 @@ def main(build: str, answer: str) -> None:
 
 def parts(module: str, tensors: dict[str, Tensor]) -> list[str]:
     """The last parts of the names of a module's tensors."""
-    leaves = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    leaves = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape")
     return [leaf for leaf in leaves if f"{module}.{leaf}" in tensors]
 
 
 def shape_of(module: str, tensors: dict[str, Tensor]) -> tuple[int, int]:
     """(out_features, in_features)."""
-    shape = tensors.get(f"{module}.weight_shape")
+    shape, packed = tensors.get(f"{module}.weight_shape"), tensors.get(f"{module}.weight_packed")
+    if shape is None and packed is not None:  # pairs
+        return packed.shape[0], 2 * packed.shape[1]
     rows, columns = tensors[f"{module}.weight"].shape if shape is None else shape.tolist()
     return rows, columns
 
