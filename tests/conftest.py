@@ -119,6 +119,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "nvfp4_modelopt": {"bits": 4, "group_size": 16},
     "nvfp4_w4a4": {"bits": 4, "group_size": 16},
     "w4a8": {"group_size": 128},
+    "w4afp8": {"bits": 8, "group_size": 128},
     "w8a8": {"bits": 8, "group_size": -1},
 }
 """The grid of formats that hold no int4 in groups of 32."""

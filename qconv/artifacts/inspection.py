@@ -34,6 +34,8 @@ SKIP_KEYS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modu
 
 _PACKED = ("qweight", "weight_packed")
 """Leaf names of tensors that hold several weights in a word; unsigned words named ``weight`` or ``*_blocks`` do too."""
+_PAIRS = "w4afp8"
+"""The method whose int8 weights are two numbers each, where others' are one."""
 OUTSIDE = "-"
 """Name of the summary of what belongs to no layer."""
 _PARAMETERS = re.compile(
@@ -183,6 +185,7 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
     section, layout = quantization_section(path, config), None
     with suppress(UnreadLayoutError):
         layout = layout_of(path, config)
+    pairs = torch.int8 if (section or {}).get("quant_method") == _PAIRS else None
     bits, bits_of = _bits(section or {}), _bits_by_group(section or {}, {split_name(name)[0] for name in entries})
     classes: dict[str, ModuleClass] = {}
     layers: dict[str, LayerSummary] = {}
@@ -195,6 +198,7 @@ def _inspection(path: Path, config: dict[str, Any], entries: Mapping[str, Tensor
         weights = (
             entry.numel if entry.packed else logical_weights(leaf, entry.dtype, entry.shape, bits_of.get(module, bits))
         )
+        weights *= 2 if entry.dtype is pairs and leaf == "weight" else 1
         if module in matrices:
             amounts.append((module, entry.nbytes, weights))
         dtype = entry.dtype_name

@@ -21,6 +21,7 @@ from qconv.core.qtensor import QTensor
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import Workers
 from qconv.formats import get_format
+from qconv.grids.e4m3 import activation_scale
 from qconv.grids.fp4 import largest_magnitude, local_scale
 from qconv.methods import rounding_of
 from qconv.methods.awq import Choice
@@ -190,6 +191,8 @@ class LayerBuild:
             return self.dense(linear)
         if isinstance(weight, QTensor) and weight.grid.activations == "local":
             weight = replace(weight, input_scale=local_scale(self.peaks[linear.name]))
+        elif isinstance(weight, QTensor) and weight.grid.stores_inputs and not weight.grid.is_float:
+            weight = replace(weight, input_scale=activation_scale(torch.tensor(self.peaks[linear.name])))
         names = [name for name, _ in linear.tensors() if name != linear.weight]
         biases = tuple((name, [self.folds.expected(linear, name, self.source.read(name))]) for name in names)
         return Finished(linear, weight, biases)

@@ -21,6 +21,7 @@ READERS: dict[str, dict[str, Known]] = {
     "fp8_static": {VLLM: "read", SGLANG: "read"},
     "w8a8": {VLLM: "read", SGLANG: "read"},
     "w4a8": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
+    "w4afp8": {SGLANG: "read"},
     "nvfp4": {VLLM: "read", SGLANG: "read"},
     "nvfp4_w4a4": {VLLM: "read", SGLANG: "read"},
     "nvfp4_modelopt": {VLLM: "read", SGLANG: "read"},

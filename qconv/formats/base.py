@@ -240,7 +240,11 @@ class Format(Protocol):
         """
 
     def config(self, quantized: Mapping[Grid, Sequence[str]], skipped: Sequence[str]) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json, from the linears quantized, by grid, and those left alone."""
+        """The ``quantization_config`` of config.json, from the linears quantized, by grid, and those left alone.
+
+        Raises:
+            RecipeError: it has no words for that.
+        """
 
     def beside(self, section: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the files of ``beside_names`` hold, by name, from what config.json says of quantization."""

@@ -93,8 +93,8 @@ class BuildPlan:
 
     @property
     def is_static(self) -> bool:
-        """Whether activations are static."""
-        return any(grid.activations == "static" for grid in self.grids())
+        """Whether linears are rounded to floats by :class:`~qconv.calibration.schemes.StaticScheme`."""
+        return any(grid.is_float and grid.activations == "static" for grid in self.grids())
 
     def grids(self) -> dict[Grid, list[str]]:
         """The linears that are quantized, by grid, in file order."""
@@ -242,7 +242,10 @@ def make_plan(
             number += 1
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
         units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
-    return BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim))
+    plan = BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim))
+    if output_format.mixes:
+        output_format.config(plan.grids(), plan.skipped)  # what config.json cannot say is refused now
+    return plan
 
 
 def cache_naming(recipe: Recipe, output_format: Format, architecture: Architecture) -> CacheNaming | None:

@@ -188,7 +188,7 @@ def _check_method(scheme: LinearScheme, name: str, recipe: Recipe, output_format
             f"method: {scheme.method_name} searches scales for integers, and format {output_format.name} holds floats.",
             hint="Take method rtn or gptq, or an integer format.",
         )
-    if grid.activations == "static" and scheme.method != ("rtn",):
+    if grid.is_float and grid.activations == "static" and scheme.method != ("rtn",):
         raise RecipeError(
             f"method: {output_format.name} is rounded to nearest, with one scale for all linears that engines fuse.",
             hint="Take method rtn, or format fp8_dynamic.",

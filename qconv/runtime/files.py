@@ -5,7 +5,7 @@ Names are always those of the checkpoint that transformers reads, whatever the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from qconv.checkpoint.reader import Checkpoint, in_config, map_rows, map_tensor
 from qconv.core.architecture import Architecture, Linear
 from qconv.core.qtensor import CHANNEL, Grid, QTensor
 from qconv.errors import CheckpointError
+from qconv.formats import get_format, w4afp8
 from qconv.formats.base import read_tensors
 from qconv.formats.compressed_tensors import CompressedTensors
 from qconv.formats.packed import WholeNumberGrid
@@ -175,6 +176,11 @@ class BuildFiles(DenseFiles):
             return FloatWeight(linear.name, self.build.qtensor(linear, self.mapped))
         if isinstance(grid, WholeNumberGrid):
             return self._whole_numbers(linear, grid)
+        if self.build.format.name == w4afp8.METHOD:
+            qtensor = self.build.qtensor(linear, self.mapped)
+            packed = get_format(_PACKED).pack(linear.name, qtensor)
+            words = {name.rpartition(".")[2]: tensor for name, tensor in packed}
+            return IntegerWeight(linear.name, shape, _PACKED, replace(grid, activations="none"), words)
         specs = self.build.format.specs(linear.name, *shape, grid)
         read = partial(self.build.part, linear, mapped=self.mapped)
         layout = _PACKED if isinstance(self.build.format, CompressedTensors) else self.build.format.name
@@ -189,12 +195,23 @@ class BuildFiles(DenseFiles):
             return Nvfp4Rounding(scale=torch.tensor(self.build.input_scale(linear), dtype=torch.float64))
         if grid.scale_dtype is torch.float8_e8m0fnu:
             return MicroscalingRounding(grid.group_size, floats=E2M1 if grid.number == "e2m1" else E4M3)
+        if grid.activations == "static" and not grid.is_float:
+            return InputRounding(scale=self._largest_input_scale(linear))
         entry = self.checkpoint.entries.get(f"{linear.name}.input_scale")
         scale = self.mapped(entry) if entry is not None and entry.numel == 1 else None
         # Blocks of floats go with groups of inputs; beside integers each token has one scale.
         group = grid.group_size if grid.is_float and grid.group_size != CHANNEL else None
         scheme = ActivationScheme(group, grid.activations == "static", grid.activation_number)
         return scheme.of(scale, linear.in_features)
+
+    def _largest_input_scale(self, linear: Linear) -> Tensor:
+        """Of all experts of a layer, gate and up together, in bfloat16: what W4AFP8's readers divide by."""
+        entries, scales = self.checkpoint.entries, [self.build.input_scale(linear)]
+        for name in w4afp8.sharing_inputs(linear.name):
+            if f"{name}.input_scale" not in entries:
+                break
+            scales.append(float(self.mapped(entries[f"{name}.input_scale"])))
+        return torch.tensor(max(scales)).bfloat16().float()
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
         """Packed rows of a quantized head, where a row's words stand together, or dense ones.

@@ -27,7 +27,7 @@ from tests.conftest import GRIDS, build, random_model, save_model, small_recipe
 
 # Whole blocks of 128 everywhere, so that every format holds it.
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-LISTS = {"awq": "modules_to_not_convert", "fp8": "modules_to_not_convert", "gptq": "dynamic"}
+LISTS = {**dict.fromkeys(("awq", "fp8", "w4afp8"), "modules_to_not_convert"), "gptq": "dynamic"}
 """Where a format lists what is left alone; compressed-tensors' under ``ignore``."""
 
 

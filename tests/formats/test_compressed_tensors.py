@@ -125,4 +125,14 @@ def test_a_group_that_is_not_read_is_refused(change: dict[str, Any], message: st
 
 
 def test_which_formats_mix() -> None:
-    assert mixing_formats() == ["fp8_dynamic", "mxfp4", "mxfp8", "nvfp4", "nvfp4_w4a4", "w4a16", "w4a8", "w8a8"]
+    assert mixing_formats() == [
+        "fp8_dynamic",
+        "mxfp4",
+        "mxfp8",
+        "nvfp4",
+        "nvfp4_w4a4",
+        "w4a16",
+        "w4a8",
+        "w4afp8",
+        "w8a8",
+    ]
