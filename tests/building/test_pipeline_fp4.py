@@ -19,7 +19,8 @@ from qconv.planning.estimate import estimate
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import matrices
 from qconv.runtime.dense import write_dense
-from qconv.runtime.files import open_files, rounds_inputs
+from qconv.runtime.engine_rounding import rounds_inputs
+from qconv.runtime.files import open_files
 from qconv.verification.build import verify
 from tests.building.test_pipeline import Stop
 from tests.conftest import GRIDS, build, folder_bytes, small_recipe
