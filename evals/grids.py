@@ -5,8 +5,7 @@ by the type's own search makes of it with an importance matrix; beside it stand 
 and both with matched calibration. Files are decoded and run in transformers in float32, on text that calibration has
 not seen; differences are paired over documents, with 95 % percentile bootstrap intervals.
 
-NVFP4 and MXFP4, whose files qconv does not write yet, are judged on the weights in memory: their baseline is plain
-rounding.
+NVFP4 and MXFP4 are builds of safetensors, in compressed-tensors' layout; their baseline is plain rounding.
 
 ``--outliers`` measures a copy of the model whose norms have some channels sixteen times larger, which the linears that
 read them make up for exactly: the same function, harder to round.
@@ -33,25 +32,13 @@ from evals.quality import (
     CALIBRATION,
     Difference,
     Measured,
-    compare,
     difference,
     held_out_text,
     load,
     log_probabilities,
     measure,
 )
-from qconv.artifacts.source import Source
-from qconv.calibration.corpus import build_tokens
-from qconv.calibration.layer import LayerBuild
-from qconv.calibration.run import Calibration
-from qconv.calibration.schemes import FittedScheme
-from qconv.core.architecture import Linear
-from qconv.core.settings import MATCHED, RefineSettings
 from qconv.errors import QconvError
-from qconv.executors.threads import Threads
-from qconv.folders.journal import Journal
-from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid
-from qconv.planning.recipe import Recipe
 
 TYPES = ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 OWN = "imatrix"
@@ -61,7 +48,8 @@ METHODS = {
     "refined": ("--method", "gptq", "--refine", "2", "--propagate", "true"),
     "matched": ("--method", "gptq", "--refine", "1", "--propagate", "matched"),
 }
-IN_MEMORY: dict[str, type[Nvfp4Grid] | type[Mxfp4Grid]] = {"NVFP4": Nvfp4Grid, "MXFP4": Mxfp4Grid}
+SAFETENSORS = {"NVFP4": "nvfp4", "MXFP4": "mxfp4"}
+"""Types that are a format by themselves, by what it is called."""
 FACTOR = 16.0
 """Of the outliers: a power of two, so that dividing by it loses no bit of a bf16 weight."""
 OUTLIERS = 6
@@ -107,13 +95,7 @@ def main(
         for type in types:
             measured = {}
             for method in dict.fromkeys((OWN, *methods)):
-                if type in IN_MEMORY:
-                    dense = write_rounded(
-                        model, IN_MEMORY[type], METHODS[method], work / f"{model.name}-{type}-{method}"
-                    )
-                    measured[method] = compare(source, log_probabilities(load(dense), held_out), held_out)
-                else:
-                    measured[method] = measure(source, build(model, type, method, work), held_out)
+                measured[method] = measure(source, build(model, type, method, work), held_out)
                 rows.append(row(type, method, measured))
                 if not as_json:
                     click.echo(shown(rows[-1]))
@@ -127,57 +109,21 @@ def main(
 
 
 def build(model: Path, type: str, method: str, work: Path) -> Path:
-    """A GGUF file with all linears of the layers in a type, made through the command line."""
+    """A build with all linears of the layers in a type, made through the command line: a folder, or a GGUF file."""
     out = work / f"{model.name}-{type}-{method}"
-    command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", "gguf:BF16", *METHODS[method]]
-    command += ["--tensor-type", rf"blk\.[0-9]+\.(attn|ffn)_.*={type}", "--calib", CALIBRATION.corpus]
-    command += ["--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
+    kind = ["--fmt", SAFETENSORS.get(type, "gguf:BF16")]
+    if type not in SAFETENSORS:
+        kind += ["--tensor-type", rf"blk\.[0-9]+\.(attn|ffn)_.*={type}"]
+    command = [sys.executable, "-m", "qconv", "quantize", str(model), *kind, *METHODS[method]]
+    if type not in SAFETENSORS or method != OWN:
+        command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens)]
+    command += ["-o", str(out), "--restart"]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise QconvError(f"{' '.join(command[1:])} failed:\n{finished.stderr.strip()}")
+    if type in SAFETENSORS:
+        return out
     return next(file for file in out.glob("*.gguf") if file.name != "imatrix.gguf")
-
-
-def write_rounded(model: Path, kind: type[Nvfp4Grid] | type[Mxfp4Grid], options: Sequence[str], out: Path) -> Path:
-    """A float32 checkpoint of what rounding on a grid makes of all linears of the layers."""
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-    source = Source.open(model)
-    weights = {name: source.read(name).float() for name, _ in source.architecture.tensors()}
-    if "gptq" in options:
-        refine = int(options[options.index("--refine") + 1]) if "--refine" in options else 0
-        calibration = CALIBRATION.model_copy(update={"propagate": MATCHED if MATCHED in options else True})
-        recipe = Recipe(method=("gptq",), refine=RefineSettings(sweeps=refine, refits=refine), calibration=calibration)
-        weights |= compensated(source, model, recipe, kind(search=True), out / "work")
-        shutil.rmtree(out / "work")
-    else:
-        for layer in source.architecture.layers:
-            for linear in layer.linears():
-                weights[linear.weight] = kind(search=False).encode(weights[linear.weight]).dequantize()
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
-    return out
-
-
-def compensated(
-    source: Source, model: Path, recipe: Recipe, grid: Nvfp4Grid | Mxfp4Grid, work: Path
-) -> dict[str, torch.Tensor]:
-    """The weights of all linears of the layers after calibration, by name."""
-    work.mkdir()
-    found: dict[str, torch.Tensor] = {}
-    with Threads() as workers:
-        tokens = build_tokens(recipe.calibration, model)
-        calibration = Calibration(
-            source, recipe.calibration, tokens, work, Journal.create(work / "journal.jsonl", {}), workers
-        )
-        for layer in source.architecture.layers:
-            names = [linear.name for linear in layer.linears()]
-            made = LayerBuild.of(source, layer, recipe, names, dict.fromkeys(names, FittedScheme(grid)))
-            context = calibration.context(layer, [made])
-            for _, finished in calibration.modules(context):
-                if finished.weight is not None and isinstance(finished.module, Linear):
-                    found[finished.module.weight] = finished.weight.dequantize()
-            calibration.advance(context)
-    return found
 
 
 def with_outliers(model: Path, out: Path) -> Path:

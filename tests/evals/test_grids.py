@@ -1,4 +1,4 @@
-"""The script that measures every grid: its model with outliers, and weights rounded in memory."""
+"""The script that measures every grid: its model with outliers, and builds of types that are formats."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from evals import grids
-from evals.grids import FACTOR, METHODS, OUTLIERS, with_outliers, write_rounded
+from evals.grids import FACTOR, OUTLIERS, with_outliers
 from evals.quality import load
+from qconv.artifacts.build import Build
 from qconv.core.settings import CalibrationSettings
-from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid
 from tests.conftest import random_model, save_model
 
 
@@ -32,21 +32,13 @@ def test_a_model_with_outliers_is_the_same_function(model_type: str, tmp_path: P
     assert changed == [OUTLIERS] * 4
 
 
-@pytest.mark.parametrize("kind", [Nvfp4Grid, Mxfp4Grid])
-def test_weights_in_memory_are_on_the_grid_and_nearer_by_gptq(
-    kind: type[Nvfp4Grid] | type[Mxfp4Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("type", grids.SAFETENSORS)
+def test_types_that_are_formats_are_built_by_every_method(
+    type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grids, "CALIBRATION", CalibrationSettings(tokens=256, sequence_length=32))
+    monkeypatch.setattr(grids, "CALIBRATION", CalibrationSettings(tokens=512))
     model = save_model(random_model("qwen3"), tmp_path / "model")
-    ids = torch.arange(32).view(1, -1)
-    distances = []
-    with torch.no_grad():
-        true = load(model)(ids).logits
-        for method in (grids.OWN, "gptq"):
-            out = write_rounded(model, kind, METHODS[method], tmp_path / method)
-            distances.append(float((load(out)(ids).logits - true).norm()))
-            weight = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-            # A group of sixteen has at most fifteen values: eight magnitudes with their signs, and one zero.
-            assert max(len(torch.unique(group)) for group in weight.reshape(-1, 16)) <= 15
-            assert len(torch.unique(weight)) > 15
-    assert 0.0 < distances[1] < distances[0]
+    for method in (grids.OWN, "matched"):
+        made = Build.open(grids.build(model, type, method, tmp_path))
+        assert made.format.name == grids.SAFETENSORS[type]
+        assert made.method() == (("rtn",) if method == grids.OWN else ("gptq",))

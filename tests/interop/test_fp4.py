@@ -1,7 +1,7 @@
-"""compressed-tensors decompresses our NVFP4, MXFP4 and MXFP8 to our bits, and we read its own, rounded inputs too.
+"""compressed-tensors and ModelOpt decode our NVFP4, MXFP4 and MXFP8 to our bits, and we theirs, rounded inputs too.
 
-Our global scales are powers of two, so that products have at most six significant bits: bfloat16, in which it
-decompresses, holds all of them. Its own are any float32, and the comparison is in float32 too.
+Our global scales are powers of two, so that products have at most six significant bits: bfloat16, in which
+compressed-tensors decompresses, holds all of them. Their own are any float32, and are compared in float32 too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qconv.artifacts.build import Build
 from qconv.core.qtensor import QTensor
-from qconv.formats import detect
+from qconv.formats import detect, get_format
+from qconv.formats.float4 import NVFP4
 from qconv.grids.nearest import E2M1, E4M3
 from qconv.runtime.grouped_activations import MicroscalingRounding, Nvfp4Rounding
 from tests.interop.conftest import Client
@@ -115,3 +116,20 @@ def test_inputs_are_rounded_as_it_rounds_them(theirs: Path, preset: str) -> None
     else:
         rounded = MicroscalingRounding(32, floats=E2M1 if preset == "MXFP4" else E4M3)(answer["inputs"])
     assert torch.equal(rounded, answer["rounded"])
+
+
+def test_modelopt_dequantizes_our_weights_and_we_its_own(
+    build: Callable[[str, str], Path], client: Client, tmp_path: Path
+) -> None:
+    made = build("nvfp4-modelopt", "gptq")
+    client("modelopt", "modelopt_nvfp4", made, tmp_path / "answer", tmp_path / "own")
+    theirs, opened = load_file(tmp_path / "answer"), Build.open(made)
+    for layer in opened.architecture.layers:
+        for linear in layer.linears():
+            assert_same(theirs.pop(linear.name), opened.qtensor(linear), linear.name)
+    assert not theirs
+    own = load_file(tmp_path / "own")
+    weight = get_format("nvfp4_modelopt").unpack("m", (48, 96), own.__getitem__, NVFP4)
+    assert_same(own["dense"], weight, "ModelOpt's own")
+    for name, tensor in get_format("nvfp4_modelopt").pack("m", weight):
+        assert torch.equal(tensor.view(torch.uint8), own[name].view(tensor.dtype).view(torch.uint8)), name
