@@ -55,6 +55,7 @@ IMPORTED = (
     "qconv.nightly.run",
     "qconv.building.pipeline",
     "qconv.building.several_pipeline",
+    "qconv.conversion.pipeline",
 )
 MOST_RESUMES = 3
 """Runs that a folder may take after its last kill; one is enough where nothing is wrong."""
@@ -162,6 +163,7 @@ def commands(model: Path, work: Path) -> list[Command]:
         quantize("gguf:Q8_0", "--max-shard-size", "0.001"),
         quantize("gguf:Q4_0", *TEXT, "--max-shard-size", "0.001"),
         Command("two formats", two_formats),
+        Command("convert", lambda out: ["convert", str(build), "--to", "fp8-dynamic", "-o", str(out)]),
         Command("imatrix", lambda out: ["imatrix", str(model), *TEXT, "-o", str(out)]),
         Command("chosen types", of_a_size("gguf")),
         Command("chosen grids", of_a_size("w4a16", *groups)),

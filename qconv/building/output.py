@@ -235,9 +235,11 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
     config = with_both_spellings(source.checkpoint.config)
-    section = config["quantization_config"] = plan.format.config(plan.grids(), plan.skipped)
+    section = plan.format.config(plan.grids(), plan.skipped)
     if plan.recipe.kv_cache is not None and plan.format.cache is not None:
         section |= plan.format.cache.section
+    if section:
+        config["quantization_config"] = section
     return {
         INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
         "config.json": _json(config),

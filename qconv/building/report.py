@@ -109,6 +109,7 @@ class Report:
             _table(("layer", "least", "mean", "worst module"), [_error_row(layer) for layer in values["layers"]]),
         ]
         lines += self._calibration_lines()
+        lines += _converted_lines(values.get("converted"))
         lines += engine_lines(values.get("engines", ()))
         lines += ["## Recipe", markdown_block(yaml.safe_dump(recipe, sort_keys=False), "yaml")]
         lines.append(
@@ -151,6 +152,15 @@ class Report:
         if compensated:
             lines.append(_compensation_line(compensated))
         return lines
+
+
+def _converted_lines(converted: Mapping[str, Any] | None) -> list[str]:
+    """What a card says of a build that was made from another one's codes."""
+    if converted is None:
+        return []
+    again = len(converted["rounded_again"])
+    kept = f"{again:,} linears had no place in it and were rounded again." if again else "Every weight kept its number."
+    return ["## Converted", f"From the layout `{converted['from']}`, not from the original weights. {kept}"]
 
 
 def _schemes(plan: BuildPlan) -> dict[str, Any]:

@@ -272,9 +272,8 @@ class SafetensorsWriter:
     def finish(self) -> Outcome:
         """Complete the folder."""
         corpus, units = None if self.tokens is None else self.tokens.source, self.part.units
-        engines = judged(self.plan, self.source)
-        report = Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units, self.chosen, engines)
-        small = companion_files(self.source, self.plan, report)
+        report = self._report(corpus, units)
+        small = self._companions(report)
         publish(self.out, self.part, small)
         remove_vanished(self.out, self.part, small)
         names = sorted({*small, *(file["name"] for record in units.values() for file in record["files"])})
@@ -283,6 +282,15 @@ class SafetensorsWriter:
         self._check_whole(units, sums)
         publish(self.out, self.part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
         return Outcome(self.out, report.values, already_complete=False)
+
+    def _report(self, corpus: str | None, units: Mapping[str, Mapping[str, Any]]) -> Report:
+        """What the build says of itself."""
+        engines = judged(self.plan, self.source)
+        return Report.make(self.plan, self.source.name, lasting(self.belongs), corpus, units, self.chosen, engines)
+
+    def _companions(self, report: Report) -> dict[str, bytes]:
+        """What lies beside the shards."""
+        return companion_files(self.source, self.plan, report)
 
     def _check_whole(self, units: Mapping[str, Mapping[str, Any]], sums: Mapping[str, str]) -> None:
         """Check the build as it now lies on disk.
@@ -293,11 +301,7 @@ class SafetensorsWriter:
         Raises:
             VerificationError: they are not.
         """
-        result = Verification()
-        for record in units.values():
-            for file in record["files"]:
-                if sums.get(file["name"]) != file["sha256"]:
-                    result.problems.append(f"{file['name']}: changed since it was committed")
+        result = self._check_files(units, sums)
         build = Build.open(self.out)
         check_structure(build, result)
         quantized = {linear.name for linear in self.plan.quantized}
@@ -305,6 +309,20 @@ class SafetensorsWriter:
         for name in sorted(quantized ^ measured):
             result.problems.append(f"{name}: planned and measured do not agree")
         result.raise_if_bad(self.out)
+
+    def _check_files(self, units: Mapping[str, Mapping[str, Any]], sums: Mapping[str, str]) -> Verification:
+        """Check that every file is what was committed.
+
+        Raises:
+            VerificationError: one is not.
+        """
+        result = Verification()
+        for record in units.values():
+            for file in record["files"]:
+                if sums.get(file["name"]) != file["sha256"]:
+                    result.problems.append(f"{file['name']}: changed since it was committed")
+        result.raise_if_bad(self.out)
+        return result
 
 
 class _UnitSink:

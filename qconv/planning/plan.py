@@ -209,6 +209,22 @@ def make_plan(
     schemes = resolve(
         architecture, recipe, output_format, dtype_of(architecture.layers[0].attention.linears()[0].weight)
     )
+    return lay_out(architecture, recipe, output_format, schemes, dtype_of, verbatim)
+
+
+def lay_out(
+    architecture: Architecture,
+    recipe: Recipe,
+    output_format: Format,
+    schemes: Mapping[str, LinearScheme],
+    dtype_of: DtypeOf,
+    verbatim: Sequence[Verbatim] = (),
+) -> BuildPlan:
+    """The plan of a build of which the scheme of each linear is known.
+
+    Raises:
+        RecipeError: the format cannot hold a linear.
+    """
     check_shapes(architecture, schemes, output_format)
 
     def item(module: Module) -> Item:

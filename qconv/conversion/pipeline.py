@@ -1,0 +1,250 @@
+"""``qconv convert``: a build in one layout becomes one in another, with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qconv.artifacts.build import Build
+from qconv.artifacts.source import Source
+from qconv.building.output import Outcome, require_apart
+from qconv.building.run import make_builds
+from qconv.building.target import Log
+from qconv.conversion.dense import DTYPES, DenseFormat
+from qconv.conversion.exact import grid_in, in_grid
+from qconv.conversion.target import ConvertedTarget
+from qconv.conversion.weights import BuildWeights, source_of
+from qconv.core.architecture import Linear
+from qconv.core.qtensor import Grid, QTensor
+from qconv.errors import QconvError, RecipeError, UsageError
+from qconv.executors import DEFAULT
+from qconv.formats import formats, get_format
+from qconv.formats.base import Format
+from qconv.planning.plan import lay_out
+from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, parse_recipe
+from qconv.planning.schemes import LinearScheme
+from qconv.verification.outcome import Progress
+
+COMPRESSED, SHARDED = "compressed-tensors", "sharded"
+_OF_LIBRARY = {"int": "w4a16", "e4m3": "fp8_dynamic", "e2m1": "nvfp4"}
+"""Which format has compressed-tensors' layout of codes of each kind."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a build is to become.
+
+    Attributes:
+        format: The layout; None to keep the one that there is.
+        shard_bytes: The largest file; None for the usual one.
+    """
+
+    format: str | None
+    shard_bytes: int | None = None
+
+
+def target_names() -> list[str]:
+    """What ``--to`` takes besides ``sharded:SIZE``."""
+    return [*(name.replace("_", "-") for name in formats()), COMPRESSED, *DTYPES]
+
+
+def convert(
+    path: Path,
+    out: Path,
+    wanted: Wanted,
+    *,
+    requantize: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    progress: Progress,
+    log: Log,
+) -> Outcome:
+    """Convert a build, or go on with it.
+
+    Args:
+        path: The build's folder.
+        out: The new one's; made if absent.
+        wanted: What it is to become.
+        requantize: Round again what the new layout cannot hold, instead of doing nothing.
+        restart: Discard what ``out`` holds, if qconv made all of it.
+        threads: Matrices worked on at once.
+        progress: Told what is at work, the weights done and the weights in all.
+        log: Told about decisions, one sentence each.
+
+    Raises:
+        UsageError, RecipeError: the layout cannot hold the build's numbers; names the first linears and why.
+        CheckpointError: the build is damaged or of a layout that is not read.
+        OutputError: ``out`` is foreign, in use, or cannot be written.
+        VerificationError: what was written has other numbers.
+    """
+    require_apart(path, out)
+    build = Build.open(path)
+    output_format = _format(build, wanted)
+    plain = DTYPES.get(output_format.name)
+    source = source_of(build, plain or torch.float32)
+    weights = source.checkpoint
+    assert isinstance(weights, BuildWeights)
+    progress("reading scales", 0, 1)
+    schemes, again = ({}, {}) if plain is not None else _schemes(weights, output_format)
+    if plain is torch.float16:
+        _require_range(weights)
+    if again and not requantize:
+        raise _cannot(again, output_format)
+    if again:
+        log(f"{len(again)} linears are rounded again: {_told(again)}")
+    if plain is not None:
+        log(f"{len(weights.linears):,} weights become {output_format.name}: code times scale, rounded once")
+    recipe = _recipe(output_format, schemes, wanted)
+    plan = lay_out(
+        build.architecture, recipe, output_format, schemes, lambda name: weights.entry(name).dtype, source.verbatim
+    )
+    target = ConvertedTarget(source, plan, out, "", again=again)
+    (outcome,) = make_builds(
+        source, [target], out, restart=restart, threads=threads, executor=DEFAULT, progress=progress, log=log
+    )
+    return outcome
+
+
+def _format(build: Build, wanted: Wanted) -> Format:
+    """The format that is asked for."""
+    if wanted.format is None:
+        return build.format
+    if wanted.format in DTYPES:
+        return DenseFormat(wanted.format)
+    if wanted.format == COMPRESSED:
+        return get_format(_OF_LIBRARY[build.described.grid.number])
+    return get_format(wanted.format.replace("-", "_"))
+
+
+def _schemes(weights: BuildWeights, output_format: Format) -> tuple[dict[str, LinearScheme], dict[str, str]]:
+    """The scheme of each linear in the new layout, and those that must be rounded again, each with why."""
+    build, of_grids = weights.build, dict[Grid, list[Linear]]()
+    for linear in weights.linears.values():
+        of_grids.setdefault(build.grid_of(linear), []).append(linear)
+    own = getattr(output_format, "number", None)
+    strange = own is not None and all(grid.number != own for grid in of_grids)
+    schemes: dict[str, LinearScheme] = {}
+    again: dict[str, str] = {}
+    for grid, linears in of_grids.items():
+        if output_format.name == build.format.name:
+            found, problems = grid, dict[str, str]()
+        elif strange:
+            found, problems = None, dict.fromkeys((one.name for one in linears), f"{output_format.name} holds others")
+        else:
+            found, problems = _best(weights, output_format, grid, linears)
+        again |= problems
+        scheme = LinearScheme(_own_grid(output_format) if found is None else found, ("rtn",))
+        schemes |= {one.name: scheme for one in linears}
+    schemes = {linear.name: schemes[linear.name] for linear in weights.linears.values()}
+    if len({scheme.grid for scheme in schemes.values()}) > 1 and not output_format.mixes:
+        names = {scheme.grid: name for name, scheme in schemes.items()}
+        raise RecipeError(
+            f"--to {output_format.name}: holds one grid, and {' and '.join(list(names.values())[:2])} are on two.",
+            hint=f"Take --to {COMPRESSED}, or a dense layout.",
+        )
+    return schemes, again
+
+
+def _best(
+    weights: BuildWeights, output_format: Format, grid: Grid, linears: Sequence[Linear]
+) -> tuple[Grid | None, dict[str, str]]:
+    """The grid that takes a grid's values, and the linears that it does not hold, each with why.
+
+    Scales are stored in the dtype of the model's other weights where they are numbers of it, and else as they are.
+    """
+    best: tuple[Grid | None, dict[str, str]] | None = None
+    plain = weights.entry(weights.build.architecture.embedding.weight).dtype
+    for dtype in dict.fromkeys((plain, grid.scale_dtype)):
+        scaled = replace(grid, scale_dtype=dtype if grid.number != "e2m1" else grid.scale_dtype)
+        found = grid_in(output_format, scaled)
+        if isinstance(found, str):
+            return None, dict.fromkeys((one.name for one in linears), found)
+        problems = {}
+        for linear in linears:
+            problem = output_format.check(linear.out_features, linear.in_features, found)
+            if problem is None and found != grid:
+                problem = _held(output_format, linear, weights.build.qtensor(linear), found)
+            if problem is not None:
+                problems[linear.name] = problem
+        if not problems:
+            return found, problems
+        best = (found, problems) if best is None or len(problems) < len(best[1]) else best
+    assert best is not None
+    return best
+
+
+def _held(output_format: Format, linear: Linear, weight: QTensor, grid: Grid) -> str | None:
+    """Why a weight has other numbers in the new layout; None if it has the same."""
+    found = in_grid(weight, grid)
+    if isinstance(found, str):
+        return found
+    if not grid.has_global_scale:
+        return None
+    # Files hold the scale of all scales or its inverse: what is read again must give the same steps.
+    scales = torch.unique(weight.scales.flatten().view(torch.uint8)).view(weight.scales.dtype).unsqueeze(1)
+    codes = torch.zeros(len(scales), grid.group_size, dtype=torch.uint8)
+    few = QTensor(grid, codes, scales, None, input_scale=found.input_scale, global_scale=found.global_scale)
+    packed = dict(output_format.pack(linear.name, few))
+    again = output_format.unpack(linear.name, few.shape, packed.__getitem__, grid)
+    return None if torch.equal(few.steps(), again.steps()) else "its scale of all scales is another number there"
+
+
+def _own_grid(output_format: Format) -> Grid:
+    """The grid that a format has by its own recipe."""
+    name = output_format.name.replace("_", "-")
+    recipe = load_recipe(name) if name in packaged_recipes() else Recipe(format=output_format.name)
+    grid = output_format.grid(recipe.grid, torch.bfloat16)
+    if grid.stores_inputs:
+        raise UsageError(
+            f"--to {name}: needs scales of inputs, which only calibration finds.",
+            hint="Quantize the original model with --fmt.",
+        )
+    return grid
+
+
+def _recipe(output_format: Format, schemes: Mapping[str, LinearScheme], wanted: Wanted) -> Recipe:
+    """What the plan is made by: the layout, its grid, the size of files."""
+    values: dict[str, Any] = {"format": output_format.name, "method": "rtn"}
+    grid = next((scheme.grid for scheme in schemes.values()), None)
+    if grid is not None:
+        values["grid"] = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+    if wanted.shard_bytes is not None:
+        values["output"] = {"max_shard_size": wanted.shard_bytes}
+    return parse_recipe(values, f"--to {output_format.name}")
+
+
+def _require_range(weights: BuildWeights) -> None:
+    """Check that float16 holds every number.
+
+    Raises:
+        UsageError: it does not.
+    """
+    most = torch.finfo(torch.float16).max
+    largest: Callable[[str], float] = lambda name: float(weights.qtensor(name).dequantize().abs().max())  # noqa: E731
+    beyond = [name for name in weights.linears if largest(name) > most]
+    if beyond:
+        raise UsageError(
+            f"--to f16: {len(beyond)} weights are beyond float16's {most:,.0f}, the first {beyond[0]}.",
+            hint="Take --to bf16 or f32.",
+        )
+
+
+def _cannot(again: Mapping[str, str], output_format: Format) -> QconvError:
+    return UsageError(
+        f"--to {output_format.name.replace('_', '-')}: {len(again)} linears would be other numbers there: "
+        f"{_told(again)}. Nothing was written.",
+        hint="--requantize rounds them again, which costs quality; --to compressed-tensors or bf16 keeps them.",
+    )
+
+
+def _told(again: Mapping[str, str]) -> str:
+    shown = [f"{name} ({why})" for name, why in list(again.items())[:_SHOWN]]
+    return "; ".join(shown) + (f"; and {len(again) - _SHOWN} more" if len(again) > _SHOWN else "")
+
+
+__all__ = ["Source", "Wanted", "convert", "target_names"]

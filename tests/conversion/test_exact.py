@@ -1,0 +1,100 @@
+"""What a layout holds of another one's numbers: the same codes and scales, or a reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qconv.conversion.exact import grid_in, in_grid, stored_as
+from qconv.core.qtensor import CHANNEL, Grid
+from qconv.formats import get_format
+from tests.conftest import random_float_qtensor, random_qtensor
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+INT4 = Grid(4, 32, True, F16)
+
+
+@given(
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, CHANNEL]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@pytest.mark.parametrize(("first", "second"), [("gptq", "w4a16"), ("w4a16", "gptq"), ("gptq", "awq"), ("w4a16", "awq")])
+def test_integers_there_and_back(first: str, second: str, bits: int, group: int, symmetric: bool, seed: int) -> None:
+    grid = Grid(bits, group, symmetric, F16)
+    weight = random_qtensor(grid, 32, 64, seed)
+    there = grid_in(get_format(second), grid)
+    if isinstance(there, str):
+        assert second == "awq"
+        assert bits == 8 or group == CHANNEL
+        return
+    found = in_grid(weight, there)
+    assert not isinstance(found, str)
+    assert torch.equal(found.dequantize(), weight.dequantize())
+    packed = dict(get_format(second).pack("m", found))
+    read = get_format(second).unpack("m", (32, 64), packed.__getitem__, there)
+    assert torch.equal(read.dequantize(), weight.dequantize())
+    back = grid_in(get_format(first), there)
+    assert not isinstance(back, str)
+    again = in_grid(read, replace(back, symmetric=symmetric))
+    assert not isinstance(again, str)
+    assert torch.equal(again.codes, weight.codes)
+    assert torch.equal(again.scales.float(), weight.scales.float())
+
+
+def test_blocks_of_fp8_are_the_same_under_two_names() -> None:
+    native, library = get_format("fp8"), get_format("fp8_dynamic")
+    grid = Grid(8, 128, True, F32, "e4m3", 128, activations="dynamic")
+    weight = random_float_qtensor(grid, 256, 384, 0)
+    there = grid_in(library, grid)
+    assert isinstance(there, Grid)
+    found = in_grid(weight, there)
+    assert not isinstance(found, str)
+    back = grid_in(native, there)
+    assert isinstance(back, Grid)
+    assert torch.equal(found.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("grid", "target", "why"),
+    [
+        (Grid(8, 32, True, F16), "awq", "4 bits"),
+        (replace(INT4, act_order=True), "w4a16", "an order of their own"),
+        (replace(INT4, act_order=True), "awq", "an order of their own"),
+        (INT4, "fp8", "holds E4M3 floats alone"),
+        (Grid(8, CHANNEL, True, BF16, "e4m3", 1, activations="dynamic"), "fp8", "blocks"),
+        (Grid(3, 32, True, F16), "w4a16", "4 or 8 bits"),
+    ],
+)
+def test_what_has_no_place_is_told(grid: Grid, target: str, why: str) -> None:
+    found = grid_in(get_format(target), grid)
+    assert isinstance(found, str)
+    assert why in found
+
+
+def test_scales_must_be_numbers_of_the_other_dtype() -> None:
+    weight = random_qtensor(Grid(4, 32, True, BF16), 8, 64, 0)
+    huge = replace(weight, scales=torch.full_like(weight.scales, 1e30))
+    assert "no numbers of float16" in str(in_grid(huge, Grid(4, 32, False, F16)))
+    assert "no numbers of bfloat16" in str(
+        in_grid(replace(weight, grid=INT4, scales=torch.full((8, 2), 1.0009765625, dtype=F16)), Grid(4, 32, True, BF16))
+    )
+    assert stored_as(torch.tensor([-0.0]), F16) is not None
+    assert stored_as(torch.tensor([0.1]), F16) is None
+
+
+def test_zero_points_go_only_where_they_say_nothing() -> None:
+    plain = random_qtensor(INT4, 8, 64, 1)
+    with_points = in_grid(plain, replace(INT4, symmetric=False))
+    assert not isinstance(with_points, str)
+    assert bool((with_points.zero_points == 8).all()) if with_points.zero_points is not None else False
+    back = in_grid(with_points, INT4)
+    assert not isinstance(back, str)
+    assert back.zero_points is None
+    other = random_qtensor(replace(INT4, symmetric=False), 8, 64, 2)
+    assert "zero points" in str(in_grid(other, INT4))
