@@ -13,6 +13,7 @@ from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
 from qconv.formats.base import Described, TensorReader
+from qconv.formats.cache import CacheNaming
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 """By the names that ``--to`` takes."""
@@ -29,6 +30,11 @@ class DenseFormat:
     def __init__(self, name: str) -> None:
         """Of one of :data:`DTYPES`."""
         self.name = name
+
+    @property
+    def cache(self) -> CacheNaming | None:
+        """No scales of a cache."""
+        return None
 
     def grid(self, settings: GridSettings, weight_dtype: torch.dtype, number: Number | None = None) -> Grid:
         """None.

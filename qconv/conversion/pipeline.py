@@ -15,8 +15,8 @@ from qconv.building.output import Outcome, require_apart
 from qconv.building.run import make_builds
 from qconv.building.target import Log
 from qconv.conversion.dense import DTYPES, DenseFormat
-from qconv.conversion.exact import grid_in, in_grid
-from qconv.conversion.target import ConvertedTarget
+from qconv.conversion.exact import grid_in, in_grid, stored_as
+from qconv.conversion.target import ConvertedTarget, cache_scales
 from qconv.conversion.weights import BuildWeights, source_of
 from qconv.core.architecture import Linear
 from qconv.core.qtensor import Grid, QTensor
@@ -99,7 +99,8 @@ def convert(
         log(f"{len(again)} linears are rounded again: {_told(again)}")
     if plain is not None:
         log(f"{len(weights.linears):,} weights become {output_format.name}: code times scale, rounded once")
-    recipe = _recipe(output_format, schemes, wanted)
+    caches = _keeps_cache(build, output_format, log)
+    recipe = _recipe(output_format, schemes, wanted, caches)
     plan = lay_out(
         build.architecture, recipe, output_format, schemes, lambda name: weights.entry(name).dtype, source.verbatim
     )
@@ -207,12 +208,44 @@ def _own_grid(output_format: Format) -> Grid:
     return grid
 
 
-def _recipe(output_format: Format, schemes: Mapping[str, LinearScheme], wanted: Wanted) -> Recipe:
+def _keeps_cache(build: Build, output_format: Format, log: Log) -> bool:
+    """Whether scales of a cache are stored, and have a place.
+
+    Raises:
+        UsageError: they are, and have none.
+    """
+    if not build.described.cache:
+        return False
+    if output_format.name in DTYPES:
+        log("the stored scales of the cache are left out: plain weights have no words for them")
+        return False
+    naming = output_format.cache
+    if naming is None:
+        raise UsageError(
+            f"--to {output_format.name.replace('_', '-')}: has no place for the stored scales of the cache.",
+            hint=f"Take --to {COMPRESSED}.",
+        )
+    for layer in build.architecture.layers:
+        for spec, one in zip(
+            naming.specs(layer.attention.name, torch.bfloat16), cache_scales(build, layer.attention.name), strict=True
+        ):
+            if stored_as(one, spec.dtype) is None:
+                raise UsageError(
+                    f"--to {output_format.name.replace('_', '-')}: {spec.name} is no number of "
+                    f"{str(spec.dtype).removeprefix('torch.')}.",
+                    hint="Quantize the original model with --kv-cache fp8.",
+                )
+    return True
+
+
+def _recipe(output_format: Format, schemes: Mapping[str, LinearScheme], wanted: Wanted, caches: bool) -> Recipe:
     """What the plan is made by: the layout, its grid, the size of files."""
     values: dict[str, Any] = {"format": output_format.name, "method": "rtn"}
     grid = next((scheme.grid for scheme in schemes.values()), None)
     if grid is not None:
         values["grid"] = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+    if caches:
+        values["kv_cache"] = "fp8"
     if wanted.shard_bytes is not None:
         values["output"] = {"max_shard_size": wanted.shard_bytes}
     return parse_recipe(values, f"--to {output_format.name}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
-from qconv.artifacts.build import SCALES_FOLDER
+from torch import Tensor
+
+from qconv.artifacts.build import SCALES_FOLDER, Build
 from qconv.artifacts.reported import has_report, read_report
 from qconv.artifacts.source import Source
 from qconv.building.inputs import fingerprints
@@ -16,14 +17,16 @@ from qconv.building.report import Report
 from qconv.building.safetensors_target import SafetensorsTarget, SafetensorsWriter
 from qconv.building.target import Means
 from qconv.calibration.corpus import TokenSet
+from qconv.calibration.layer import Finished
 from qconv.conversion.dense import DTYPES
 from qconv.conversion.exact import in_grid
 from qconv.conversion.weights import BuildWeights
-from qconv.core.architecture import Linear
+from qconv.core.architecture import CacheScales, Linear
 from qconv.core.qtensor import QTensor
 from qconv.core.settings import CalibrationSettings
 from qconv.errors import VerificationError
 from qconv.folders.part import Part
+from qconv.planning.plan import Item
 from qconv.planning.schemes import LinearScheme
 
 CONVERTED = "converted"
@@ -80,6 +83,16 @@ class ConvertedWriter(SafetensorsWriter):
         """See :meth:`ConvertedTarget.begin`."""
         super().__init__(target, *given)
         self.again = target.again
+
+    def _rounded(self, item: Item) -> Finished:
+        """A module; the scales of a cache are those of the other build."""
+        if not isinstance(item.module, CacheScales):
+            return super()._rounded(item)
+        values = cache_scales(_weights(self.source).build, item.module.name)
+        pairs = zip(item.specs, values, strict=True)
+        return Finished(
+            item.module, None, tuple((spec.name, [one.to(spec.dtype).view(spec.shape)]) for spec, one in pairs)
+        )
 
     def _round(self, linear: Linear, scheme: LinearScheme) -> QTensor:
         """The weight as the other build holds it, on the new grid; one that this cannot hold is rounded again."""
@@ -144,6 +157,13 @@ def _weights(source: Source) -> BuildWeights:
     return source.checkpoint
 
 
-def scale_files(build: Path) -> list[str]:
-    """The files of folded scales of a build."""
-    return [f"{SCALES_FOLDER}/{file.name}" for file in sorted((build / SCALES_FOLDER).glob("*.safetensors"))]
+def cache_scales(build: Build, attention: str) -> tuple[Tensor, Tensor]:
+    """The scales of a layer's keys and values that a build stores, each one number.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    naming = build.format.cache
+    assert naming is not None
+    key, value = (build.checkpoint.read(f"{attention}.{leaf}").reshape(1) for leaf in (naming.key, naming.value))
+    return key, value

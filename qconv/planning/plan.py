@@ -205,7 +205,6 @@ def make_plan(
             does not fit the model.
     """
     output_format = get_format(recipe.format)
-    cache = cache_naming(recipe, output_format, architecture)
     schemes = resolve(
         architecture, recipe, output_format, dtype_of(architecture.layers[0].attention.linears()[0].weight)
     )
@@ -226,6 +225,7 @@ def lay_out(
         RecipeError: the format cannot hold a linear.
     """
     check_shapes(architecture, schemes, output_format)
+    cache = cache_naming(recipe, output_format, architecture)
 
     def item(module: Module) -> Item:
         dense = tuple(TensorSpec(name, dtype_of(name), shape) for name, shape in module.tensors())

@@ -172,6 +172,24 @@ def test_a_second_run_has_nothing_to_do_and_another_build_is_stale(builds: dict[
         converted(builds["gptq"], tmp_path / "out", "w4a16")
 
 
+def test_scales_of_a_cache_come_along_or_are_refused(source: Path, tmp_path: Path) -> None:
+    recipe = small_recipe("rtn", "w4a16", kv_cache="fp8")
+    build(source, tmp_path / "cached", recipe)
+    assert Build.open(tmp_path / "cached").described.cache
+    again = converted(tmp_path / "cached", tmp_path / "again", None, size=10**6)
+    assert again.report["converted"]["rounded_again"] == {}
+    name = "model.layers.1.self_attn.k_scale"
+    assert torch.equal(
+        Build.open(tmp_path / "again").checkpoint.read(name), Build.open(tmp_path / "cached").checkpoint.read(name)
+    )
+    assert not verify(tmp_path / "again", source).problems
+    with pytest.raises(UsageError, match="no place for the stored scales of the cache"):
+        converted(tmp_path / "cached", tmp_path / "awq", "awq")
+    told: list[str] = []
+    converted(tmp_path / "cached", tmp_path / "plain", "bf16", log=told.append)
+    assert any("scales of the cache are left out" in one for one in told)
+
+
 def test_what_is_no_build_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no quantization_config"):
         converted(source, tmp_path / "out", "awq")
