@@ -21,7 +21,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import qconv
 from qconv.runtime.dense import write_dense
+from qconv.runtime.engine_rounding import cache_rounding
+from qconv.runtime.files import open_files
 from tests.interop.conftest import MODEL, Client
 
 pytestmark = pytest.mark.interop
@@ -167,6 +170,33 @@ def test_transformers_decodes_what_rounds_inputs_as_the_dequantized_model(
     assert not any(loaded.loading.values()), loaded.loading
     assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND
     _assert_same_greedy_tokens(reference, loaded, FLOAT32_BOUND)
+
+
+def test_compressed_tensors_keeps_keys_and_values_as_eval_rounds_them(
+    build_recipe: Callable[[dict[str, Any]], Path], client: Client, tmp_path: Path
+) -> None:
+    """Its cache in FP8, by the scales that it finds in the build: no tensor is left over."""
+    made = build_recipe({"format": "w4a16", "method": "rtn", "kv_cache": "fp8"})
+    reference = _reference(made, torch.bfloat16, client, tmp_path)
+    request = _request(tmp_path / "request.json", reference.tokens.tolist())
+    answer = tmp_path / "cached.safetensors"
+    client("compressed-tensors", "transformers_generate", made, "bfloat16", request, answer, "rounded")
+    loaded = _read(answer)
+
+    assert not any(loaded.loading.values()), loaded.loading
+    assert (loaded.log_probs - reference.log_probs).abs().max() > 10 * FLOAT32_BOUND, "nothing was rounded"
+    files, model = open_files(made), qconv.load(tmp_path / "dense", dtype=torch.float32, backend="reference")
+    for layer in files.architecture.layers:
+        rounding = cache_rounding(files, layer)
+        assert rounding is not None
+        rounding.install(model.get_submodule(layer.attention.name))
+    ids = torch.cat([torch.tensor(json.loads(request.read_text())["prompts"]), reference.tokens], 1)
+    with torch.inference_mode():
+        ours = model(ids, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1].log_softmax(-1)
+    # A value that lies on a tie may be rounded the other way, which costs its position more than float32 does.
+    distances = (loaded.log_probs - ours).abs().amax(-1)
+    assert float(distances.median()) < FLOAT32_BOUND
+    assert float(distances.max()) < 0.1
 
 
 def _reference(made: Path, dtype: torch.dtype, client: Client, scratch: Path) -> Decoded:

@@ -1,6 +1,8 @@
-"""Load a checkpoint with transformers and decode greedily in float32. Arguments: MODEL WEIGHT_DTYPE REQUEST ANSWER.
+"""Load a checkpoint with transformers and decode greedily in float32.
 
-WEIGHT_DTYPE is the type in which weights are loaded or, in a quantized checkpoint, dequantized.
+Arguments: MODEL WEIGHT_DTYPE REQUEST ANSWER [rounded]. WEIGHT_DTYPE is the type in which weights are loaded or, in a
+quantized checkpoint, dequantized; with ``rounded`` compressed-tensors rounds inputs, keys and values as the checkpoint
+says, without it weights alone are quantized.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from transformers import AutoModelForCausalLM
 from tests.interop.clients import decoding
 
 
-def main(model_folder: str, weight_dtype: str, request: str, answer: str) -> None:
+def main(model_folder: str, weight_dtype: str, request: str, answer: str, rounded: str = "") -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=getattr(torch, weight_dtype), output_loading_info=True
     )
     model, loading = loaded
     model.eval()
     model(torch.tensor([[0]]))  # compressed-tensors dequantizes attention only at the first forward pass
-    leave_activations(model)
+    if not rounded:
+        leave_activations(model)
     decoding.compute_in_float32(model)
     problems = {kind: sorted(map(str, names)) for kind, names in loading.items()}
     decoding.answer(Path(request), Path(answer), model, problems)
