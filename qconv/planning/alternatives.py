@@ -13,6 +13,8 @@ _OF_TYPE = {"Q2_K": 0.30, "Q3_K": 0.25, "IQ3": 0.26, "IQ4": 0.30, "Q4": 0.32, "Q
 """What is left of the divergence of rounding with an importance matrix, by what a file type's name begins with."""
 _OF_INTEGERS, _OF_FLOATS = 0.22, 0.40
 """The same of plain rounding to 4 bits, and to E4M3."""
+_OF_SHORT_INPUTS = ("nvfp4_w4a4", "nvfp4_modelopt")
+"""Formats whose inputs of 4 bits, of which no way is rid, outweigh what weights lose."""
 _CALIBRATED, _ENCODED, _ROUNDED = "19 minutes", "3 minutes", "46 s"
 """What a layer takes: by GPTQ, by ggml's encoders, and by rounding to integers or floats."""
 
@@ -42,6 +44,8 @@ def _left(recipe: Recipe | GgufRecipe) -> float | None:
         return None
     if isinstance(recipe, GgufRecipe):
         return next((left for start, left in _OF_TYPE.items() if recipe.type.startswith(start)), None)
+    if recipe.format in _OF_SHORT_INPUTS:
+        return None
     if recipe.format.startswith("fp8"):
         return None if recipe.format == "fp8_static" else _OF_FLOATS
     return _OF_INTEGERS if recipe.grid.bits == 4 else None
