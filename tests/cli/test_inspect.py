@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +64,10 @@ def test_a_damaged_shard_exits_with_5(invoke: Invoke, build: Path, tmp_path: Pat
 
 def test_bench_slice_writes_a_checkpoint(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The command has no option for other shapes, and the true ones are 4 GB of embeddings alone.
-    monkeypatch.setattr("qconv.building.bench.write_slice", functools.partial(write_slice, shape=SMALL))
+    def small(*arguments: Any, **named: Any) -> None:
+        write_slice(*arguments, **{**named, "shape": SMALL})
+
+    monkeypatch.setattr("qconv.building.bench.write_slice", small)
     out = tmp_path / "slice"
     arguments = ("bench", "slice", "--layers", 2, "--experts", 3, "-o", out)
     result = invoke(*arguments)
