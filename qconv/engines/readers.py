@@ -25,7 +25,7 @@ READERS: dict[str, dict[str, Known]] = {
     "nvfp4": {VLLM: "read", SGLANG: "read"},
     "nvfp4_w4a4": {VLLM: "read", SGLANG: "read"},
     "nvfp4_modelopt": {VLLM: "read", SGLANG: "read"},
-    "mxfp4": {VLLM: "read", SGLANG: "read"},
+    "mxfp4": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
     "mxfp8": {VLLM: "read"},
 }
 """Who loads a format, by its name."""

@@ -87,15 +87,18 @@ def test_autoawq_decodes_as_the_dequantized_model(
     _assert_same_greedy_tokens(reference, loaded, AUTOAWQ_BOUND)
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
-def test_transformers_decodes_w4a16_as_the_dequantized_model(
-    build: Callable[[str, str], Path], client: Client, tmp_path: Path, method: str
+# Of NVFP4's experts transformers 5.23.0 leaves out the global scale, and those of MXFP8 it cannot load.
+@pytest.mark.parametrize(
+    ("fmt", "method"), [("w4a16", "rtn"), ("w4a16", "awq"), ("w4a16", "gptq"), ("mxfp4", "rtn"), ("mxfp4", "gptq")]
+)
+def test_transformers_decodes_compressed_tensors_as_the_dequantized_model(
+    build: Callable[[str, str], Path], client: Client, tmp_path: Path, fmt: str, method: str
 ) -> None:
-    made = build("w4a16", method)
+    made = build(fmt, method)
     reference = _reference(made, torch.bfloat16, client, tmp_path)
     request = _request(tmp_path / "request.json", reference.tokens.tolist())
-    client("compressed-tensors", "transformers_generate", made, "bfloat16", request, tmp_path / "w4a16.safetensors")
-    loaded = _read(tmp_path / "w4a16.safetensors")
+    client("compressed-tensors", "transformers_generate", made, "bfloat16", request, tmp_path / "loaded.safetensors")
+    loaded = _read(tmp_path / "loaded.safetensors")
 
     assert not any(loaded.loading.values()), loaded.loading
     assert (loaded.log_probs - reference.log_probs).abs().max() < FLOAT32_BOUND
