@@ -157,6 +157,7 @@ def commands(model: Path, work: Path) -> list[Command]:
         quantize("awq", "--method", "awq", *TEXT, *groups),
         quantize("gptq", *TEXT, *groups),
         quantize("w4a16", *groups),
+        quantize("w8a8", *TEXT, "--kv-cache", "fp8"),
         quantize("fp8"),
         quantize("fp8-dynamic"),
         quantize("fp8-static", *TEXT),
