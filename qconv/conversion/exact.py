@@ -64,6 +64,40 @@ def in_grid(weight: QTensor, grid: Grid) -> QTensor | str:
     return replace(weight, grid=grid, scales=scales, zero_points=zero_points)
 
 
+def same_numbers(one: QTensor, other: QTensor) -> bool:
+    """Whether two weights have the same codes, zero points and steps, and so the same numbers in float32."""
+    if one.shape != other.shape or _spread(one) != _spread(other):
+        return False
+    if one.group_index is not None and not torch.equal(one.group_index, _present(other.group_index)):
+        return False
+    return (
+        torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8))
+        and torch.equal(_points(one), _points(other))
+        and torch.equal(one.steps(), other.steps())
+    )
+
+
+def _spread(weight: QTensor) -> tuple[object, ...]:
+    """What codes are, and which elements share a scale."""
+    rows, columns = weight.shape
+    grid = weight.grid
+    return grid.number, weight.group_index is None, grid.rows_sharing(rows), grid.width(columns), weight.scales.shape
+
+
+def _points(weight: QTensor) -> Tensor:
+    """The zero points of integers; those of a symmetric grid are all its middle."""
+    return (
+        torch.tensor(weight.grid.mid, dtype=torch.uint8).expand(weight.scales.shape)
+        if weight.zero_points is None
+        else weight.zero_points
+    )
+
+
+def _present(index: Tensor | None) -> Tensor:
+    assert index is not None
+    return index
+
+
 def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The same numbers in another dtype; None where one of them is none of its numbers."""
     found = values.to(dtype)

@@ -14,6 +14,7 @@ from qconv.artifacts.layout import strip_quantization
 from qconv.artifacts.source import Source, require_tokenizer
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import Checkpoint, row_ranges
+from qconv.conversion.exact import same_numbers
 from qconv.core.architecture import Linear
 from qconv.core.qtensor import QTensor
 
@@ -83,6 +84,10 @@ class BuildWeights(Checkpoint):
             CheckpointError: a tensor of it is absent or misshapen.
         """
         return self.build.qtensor(self.linears[name])
+
+    def is_made_of(self, name: str, weight: QTensor) -> bool:
+        """See :class:`qconv.verification.weights.Coded`."""
+        return self.dtype is torch.float32 and same_numbers(self.qtensor(name), weight)
 
     def crc32(self, name: str, value: int = 0) -> int:
         """Of the stored tensors that a weight is made of."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
 from qconv.verification.values import bad_parameters
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """Tensors that know of which codes and scales they are made."""
+
+    def is_made_of(self, name: str, weight: QTensor) -> bool:
+        """Whether a tensor is certainly what a weight dequantizes to: the same codes, and steps equal as float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,8 @@ class Comparison:
             weight: As the build holds it.
             compensated: Whether its elements may carry compensation for each other's errors.
         """
-        snr = self._error(linear, weight).snr_db
+        same = isinstance(self.source, Coded) and self.source.is_made_of(linear.weight, weight)
+        snr = math.inf if same else self._error(linear, weight).snr_db
         problem = bad_parameters(weight)
         grid = weight.grid
         floor = float_snr_floor_db(compensated) if grid.number == "e4m3" else snr_floor_db(grid.bits, compensated)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.conversion.exact import grid_in, in_grid, stored_as
+from qconv.conversion.exact import grid_in, in_grid, same_numbers, stored_as
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.formats import get_format
 from tests.conftest import random_float_qtensor, random_qtensor
@@ -86,6 +86,30 @@ def test_scales_must_be_numbers_of_the_other_dtype() -> None:
     )
     assert stored_as(torch.tensor([-0.0]), F16) is not None
     assert stored_as(torch.tensor([0.1]), F16) is None
+
+
+def test_weights_are_told_apart_by_one_code_one_scale_or_one_zero_point() -> None:
+    grid = Grid(4, 32, False, F16)
+    weight = random_qtensor(grid, 8, 64, 3)
+    assert weight.zero_points is not None
+    assert same_numbers(weight, replace(weight, grid=replace(grid, scale_dtype=F32), scales=weight.scales.float()))
+    plain = random_qtensor(INT4, 8, 64, 3)
+    with_points = in_grid(plain, grid)
+    assert not isinstance(with_points, str)
+    assert same_numbers(plain, with_points)
+    codes, scales, points = weight.codes.clone(), weight.scales.clone(), weight.zero_points.clone()
+    codes[3, 5] ^= 1
+    scales[2, 1] = torch.nextafter(scales[2, 1], torch.tensor(9.0, dtype=F16))
+    points[7, 0] ^= 1
+    for other in (replace(weight, codes=codes), replace(weight, scales=scales), replace(weight, zero_points=points)):
+        assert not same_numbers(weight, other)
+    assert not same_numbers(weight, replace(weight, grid=replace(grid, group_size=CHANNEL)))
+    ordered = replace(weight, grid=replace(grid, act_order=True), group_index=torch.arange(64, dtype=torch.int32) // 32)
+    turned = replace(ordered, group_index=ordered.group_index.flip(0) if ordered.group_index is not None else None)
+    assert same_numbers(ordered, ordered)
+    assert not same_numbers(ordered, turned)
+    assert not same_numbers(weight, ordered)
+    assert not same_numbers(weight, weight.rows(0, 4))
 
 
 def test_zero_points_go_only_where_they_say_nothing() -> None:
