@@ -38,6 +38,11 @@ def _odd_w4afp8(subject: Subject, deployment: Deployment) -> Iterator[str]:
         yield f"quantization_config.group_size is {size}"
 
 
+def _unread_exceptions(subject: Subject, deployment: Deployment) -> Iterator[str]:
+    """Attention that stays plain in a layout whose list of exceptions is not read."""
+    yield from (module for module in subject.dense if "attn" in module)
+
+
 def _dropped_cache_scales(subject: Subject, deployment: Deployment) -> Iterator[str]:
     if subject.model_type in _DROP_CACHE_SCALES:
         yield from common.cache_scales(subject)
@@ -103,6 +108,15 @@ RULES = (
         "decodes w4afp8's experts as if groups were of 128",
         "take groups of 128",
         of_layout("w4afp8")(_odd_w4afp8),
+    ),
+    Rule(
+        "sglang/w4afp8-exceptions",
+        Effect.WRONG,
+        "read",
+        "w4afp8.py: from_config takes no list of exceptions",
+        "reads attention of w4afp8 as block FP8 though modules_to_not_convert names it",
+        "quantize attention, too (qconv does by default)",
+        of_layout("w4afp8")(_unread_exceptions),
     ),
     Rule(
         "sglang/cache-scales",

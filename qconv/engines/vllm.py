@@ -87,6 +87,12 @@ def _eight_bits_with_zero_points(subject: Subject, deployment: Deployment) -> It
             yield module
 
 
+def _w4a8(subject: Subject, deployment: Deployment) -> Iterator[str]:
+    for module, weights in common.integers(subject):
+        if weights.get("num_bits") == 4 and subject.groups.get(module, {}).get("input_activations"):
+            yield module
+
+
 def _no_input_scale(subject: Subject, deployment: Deployment) -> Iterator[str]:
     yield from (f"{module}.input_scale" for module, leaves in subject.quantized.items() if "input_scale" not in leaves)
 
@@ -356,6 +362,15 @@ RULES = (
         "takes the largest stored scale of inputs for linears that it holds as one",
         "store one for all of them (qconv does)",
         common.unshared("input_scale"),
+    ),
+    Rule(
+        "vllm/w4a8-scales",
+        Effect.NOTICE,
+        "read",
+        "convert_bf16_scales_to_fp8 in quant_utils.py",
+        "rounds the scales of groups to E4M3, one scale a row, before it computes W4A8 on Hopper",
+        "measure it there; w4a16 keeps its scales",
+        _w4a8,
     ),
     Rule(
         "vllm/draft-layers",
