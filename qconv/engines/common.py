@@ -182,6 +182,27 @@ def heads_do_not_split(subject: Subject, deployment: Deployment) -> Iterator[str
         yield f"{cached} key-value heads over {deployment.tp} ranks"
 
 
+Told = tuple[Known, str]
+"""How something is known, and where."""
+
+
+def of_ranks(
+    engine: str, remedy: str, *, blocks: Told, groups: Told | None = None, heads: Told | None = None
+) -> tuple[Rule, ...]:
+    """The rules about tensor parallelism: blocks, groups and heads that a rank owns in part."""
+    whole = "refuses {} that a rank owns in part"
+    said: tuple[tuple[str, Told | None, str, str, Breaches], ...] = (
+        ("tp-blocks", blocks, whole.format("blocks"), remedy, lambda one, of: splits(one, of, blocks=True)),
+        ("tp-groups", groups, whole.format("groups"), remedy, lambda one, of: splits(one, of, blocks=False)),
+        ("tp-heads", heads, whole.format("heads"), "serve on another number of ranks", heads_do_not_split),
+    )
+    return tuple(
+        Rule(f"{engine}/{key}", Effect.REFUSED, *told, what, instead, breaches)
+        for key, told, what, instead, breaches in said
+        if told is not None
+    )
+
+
 def unshared(leaf: str) -> Breaches:
     """Fused linears with different stored numbers where they must share one: a scale of weights or of inputs."""
 

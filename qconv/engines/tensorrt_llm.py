@@ -233,14 +233,10 @@ RULES = (
         "take kv_cache_scheme of 8-bit floats",
         _cache,
     ),
-    Rule(
-        "tensorrt-llm/tp-blocks",
-        Effect.REFUSED,
-        "read",
-        "_torch/modules/linear.py asserts whole blocks of a rank",
-        "refuses blocks that a rank owns in part",
+    *common.of_ranks(
+        "tensorrt-llm",
         "serve with expert parallelism, or fewer ranks",
-        lambda subject, deployment: common.splits(subject, deployment, blocks=True),
+        blocks=("read", "_torch/modules/linear.py asserts whole blocks of a rank"),
     ),
     common.not_gguf("tensorrt-llm", _CONFIG),
     common.no_generation_config("tensorrt-llm", "read", "llmapi/llm_utils.py"),

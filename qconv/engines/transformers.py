@@ -45,7 +45,7 @@ def _layers_apart(subject: Subject, deployment: Deployment) -> Iterator[str]:
         yield from kinds.values()
 
 
-def _int8_experts(subject: Subject, deployment: Deployment) -> Iterator[str]:
+def _quantized_experts(subject: Subject, deployment: Deployment) -> Iterator[str]:
     yield from (names[0] for names in subject.experts.values() if names[0] in subject.quantized)
 
 
@@ -85,6 +85,24 @@ RULES = (
         "holds a layer's experts as one tensor and loads AutoAWQ's and GPTQ's without an error and with random experts",
         "load with GPTQModel or vLLM, or build w4a16",
         _experts_in_words,
+    ),
+    Rule(
+        "transformers/nvfp4-experts",
+        Effect.WRONG,
+        "run",
+        _RUN,
+        "drops the scale of all scales of NVFP4 experts, and every weight of theirs is off by it",
+        "load with vLLM or SGLang, or take mxfp4",
+        of_layout("nvfp4-pack-quantized")(_quantized_experts),
+    ),
+    Rule(
+        "transformers/mxfp8-experts",
+        Effect.REFUSED,
+        "run",
+        _RUN,
+        "cannot load experts of MXFP8",
+        "load with vLLM",
+        of_layout("mxfp8-quantized")(_quantized_experts),
     ),
     Rule(
         "transformers/static-experts",
@@ -129,7 +147,7 @@ RULES = (
         _RUN,
         "cannot load experts of int-quantized weights",
         "take w4a16 of 8 bits, or load with vLLM",
-        of_layout("int-quantized")(_int8_experts),
+        of_layout("int-quantized")(_quantized_experts),
     ),
     Rule(
         "transformers/method",
@@ -186,6 +204,7 @@ ENGINE = Engine(
         "pack-quantized": "run",
         "float-quantized": "run",
         "int-quantized": "read",
+        "mxfp4-pack-quantized": "run",
         "nvfp4-pack-quantized": "read",
         "mxfp4": "read",
         "dense": "run",

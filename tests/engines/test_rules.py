@@ -312,6 +312,8 @@ BREACHES: tuple[tuple[str, Make, Change, Deployment], ...] = (
     ("transformers/blocks", dynamic, weights(strategy="block", block_structure=[128, 128]), ONE),
     ("transformers/layers-apart", builds.w4a16, groups_of({"group_size": 64}), ONE),
     ("transformers/int8-experts", builds.w8a8, lambda draft: None, ONE),
+    ("transformers/nvfp4-experts", builds.nvfp4, lambda draft: None, ONE),
+    ("transformers/mxfp8-experts", builds.w8a8, section(format="mxfp8-quantized"), ONE),
     ("transformers/method", builds.fp8, section(quant_method="w4afp8"), ONE),
     ("transformers/ragged", builds.fp8, lambda draft: draft.reshape(f"{DOWN}.weight", 500, 256), ONE),
     ("transformers/fp8-head", builds.fp8, section(modules_to_not_convert=builds.routers()[1:]), ONE),
@@ -383,7 +385,9 @@ def test_rule_finds_what_breaks_it_and_nothing_else(
     found = findings(key, broken.subject(), deployment)
     assert found
     assert all(found)
-    if key not in ("transformers/experts-in-words", "transformers/int8-experts"):  # no such build is right there
+    if not (
+        key.startswith("transformers/") and key.endswith(("-words", "int8-experts", "nvfp4-experts"))
+    ):  # always broken
         assert findings(key, make().subject(), deployment) == []
 
 
