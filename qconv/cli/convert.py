@@ -15,6 +15,8 @@ from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
+    from qconv.building.output import Outcome
+    from qconv.cli.progress import Reporter
     from qconv.conversion.pipeline import Wanted
 
 _SHARDED = "sharded:"
@@ -42,24 +44,29 @@ def command(
       a format of --fmt      awq, gptq, w4a16, fp8, fp8-dynamic, nvfp4, nvfp4-modelopt, mxfp4 ...
       compressed-tensors     that library's layout of the grid that BUILD has
       bf16, f16, f32         plain weights, code times scale, rounded once
-      sharded:SIZE           the same layout in files of at most SIZE
+      sharded:SIZE           the same layout in files of at most SIZE; of a GGUF file or set, too
     """
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{build}: reading")
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.boundary.content import is_gguf
+        from qconv.checkpoint.hub import resolve_build
         from qconv.conversion.pipeline import convert
 
-        outcome = convert(
-            resolve_model(build),
-            out,
-            _wanted(layout),
-            requantize=requantize,
-            restart=restart,
-            threads=threads,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        wanted, path = _wanted(layout), resolve_build(build)
+        if is_gguf(path):
+            outcome = _split_anew(path, out, layout, wanted, restart, reporter)
+        else:
+            outcome = convert(
+                path,
+                out,
+                wanted,
+                requantize=requantize,
+                restart=restart,
+                threads=threads,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     report = outcome.report
     result = {
         "path": str(outcome.out),
@@ -81,6 +88,17 @@ def command(
     say(console, f"size         {size(result['bytes'])}, {report['bits_per_weight']:.2f} bits per weight")
     print_engines(result["engines"])
     print_costs(result)
+
+
+def _split_anew(path: Path, out: Path, layout: str, wanted: Wanted, restart: bool, reporter: Reporter) -> Outcome:
+    from qconv.conversion.gguf import split_anew
+
+    if wanted.shard_bytes is None:
+        raise UsageError(
+            f"--to {layout}: of GGUF only the size of files can be changed: sharded:SIZE.",
+            hint="Other layouts come from the original model: qconv quantize MODEL --fmt ...",
+        )
+    return split_anew(path, out, wanted.shard_bytes, restart=restart, progress=reporter.progress, log=reporter.log)
 
 
 def _wanted(layout: str) -> Wanted:

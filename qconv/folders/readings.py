@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.workers import Workers
@@ -40,10 +41,22 @@ def checksum(checkpoint: Checkpoint, names: Iterable[str], workers: Workers) -> 
     return combined(zip(listed, workers.map(checkpoint.crc32, listed), strict=True))
 
 
+class Shards(Protocol):
+    """Files that a run reads."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All of them."""
+
+    @property
+    def path(self) -> Path:
+        """Their folder."""
+
+
 class SourceRecord:
     """What a run has read of its source, and whether that is still there."""
 
-    def __init__(self, checkpoint: Checkpoint, journal: Journal, readings: Mapping[str, Callable[[], str]]) -> None:
+    def __init__(self, checkpoint: Shards, journal: Journal, readings: Mapping[str, Callable[[], str]]) -> None:
         """Look at the shards as they are before the run reads any.
 
         Args:

@@ -54,3 +54,17 @@ def test_sizes_of_files(invoke: Invoke, build: Path, tmp_path: Path) -> None:
     assert len(shards) > len(list(build.glob("model-*.safetensors")))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert {file.name for file in shards} == set(index["weight_map"].values())
+
+
+def test_of_gguf_the_size_of_files_can_be_changed(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert invoke("quantize", tiny, "--fmt", "gguf:Q4_0", "-o", whole).exit_code == 0
+    refused = invoke("convert", whole, "--to", "awq", "-o", parts)
+    assert refused.exit_code == 2
+    assert "sharded:SIZE" in refused.stderr
+    assert not parts.exists()
+    result = invoke("convert", whole, "--to", "sharded:2MB", "-o", parts)
+    assert result.exit_code == 0
+    assert len(list(parts.glob("*.gguf"))) > 1
+    assert invoke("verify", parts, "--against", tiny).exit_code == 0
+    assert invoke("check", parts, "--engine", "llamacpp").exit_code == 0

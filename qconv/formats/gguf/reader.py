@@ -118,6 +118,12 @@ def split_paths(path: Path) -> list[Path]:
     ]
 
 
+def set_name(path: Path) -> str:
+    """What a file's set is called: its name without the number and the suffix."""
+    match = _SPLIT_NAME.fullmatch(path.name)
+    return path.stem if match is None else match["stem"]
+
+
 def model_files(folder: Path) -> list[Path]:
     """Of every model in a folder one file, by which it is opened. An importance matrix beside a model is none.
 
