@@ -29,7 +29,7 @@ _STYLES = {
 }
 
 
-@click.command(short_help="Tell which engines load a build, and whether they compute it rightly.")
+@click.command(short_help="Tell which engines load a build, and which get it wrong.")
 @click.argument("build")
 @click.option(
     "--engine", "engines", type=click.Choice(NAMES), multiple=True, help="Repeatable; all of them by default."

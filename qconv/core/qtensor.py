@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qconv.core.number import Number as Number
 from qconv.errors import UsageError
 
-Number: TypeAlias = Literal["int", "e4m3", "e2m1"]
-"""What a code is: an unsigned integer, an E4M3 float, or an E2M1 float."""
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """E2M1 (OCP Microscaling Formats 1.0, section 5.3.3) by the lower three bits of a code; the fourth is the sign."""
 E2M1_VALUES = (*E2M1_MAGNITUDES, *(-magnitude for magnitude in E2M1_MAGNITUDES))

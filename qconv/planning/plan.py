@@ -224,8 +224,8 @@ def lay_out(
     Raises:
         RecipeError: the format cannot hold a linear.
     """
-    check_shapes(architecture, schemes, output_format)
     cache = cache_naming(recipe, output_format, architecture)
+    check_shapes(architecture, schemes, output_format)
 
     def item(module: Module) -> Item:
         dense = tuple(TensorSpec(name, dtype_of(name), shape) for name, shape in module.tensors())

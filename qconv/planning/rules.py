@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from qconv.boundary.globs import MAX_LENGTH, names_module
-from qconv.core.qtensor import Number
+from qconv.core.number import Number
 from qconv.core.settings import GridSettings, Section, positive_or_channel
 from qconv.grids import grids
 from qconv.planning.steps import known_method, shown_steps, steps

@@ -187,5 +187,5 @@ def test_what_cannot_be_is_said_before_anything_is_measured(model: Path, tmp_pat
     with pytest.raises(UsageError, match="holds no sensitivity"):
         quantize_to_size(model, tmp_path / "out", GGUF, Request(Target(bits=4.5)), sensitivity=tmp_path, **QUIET)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="holds one grid"):
+    with pytest.raises(UsageError, match="holds no mixture of integers"):
         quantize_to_size(model, tmp_path / "out", parse_recipe({"format": "awq"}), Request(Target(bits=4.5)), **QUIET)

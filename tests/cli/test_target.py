@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--fmt", "gguf", "--target-bits", 4, "--exclude-type", "Q9*"), "is none of"),
         (("--fmt", "gguf", "--target-bits", 4, "--exclude-type", "*"), "leaves no type"),
         (("--fmt", "gguf", "--fmt", "w4a16", "--target-bits", 4), "are for one build"),
-        (("--fmt", "awq", "--target-bits", 4), "format awq holds one grid"),
+        (("--fmt", "awq", "--target-bits", 4), "format awq holds no mixture of integers"),
         (("--fmt", "fp8-dynamic", "--target-bits", 4), "format fp8_dynamic holds"),
         (("--fmt", "w8a8", "--target-bits", 8), "format w8a8 holds"),
         (("--fmt", "w4a16", "--sensitivity", "."), "--sensitivity: goes with --target-size or --target-bits"),

@@ -42,7 +42,7 @@ def undocumented(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (traceback, "a traceback: KeyError"),
+        (traceback, "KeyError"),
         (killed, "ended by SIGSEGV"),
         (hang, "ended by SIGXCPU"),
         (eat, "GiB"),
