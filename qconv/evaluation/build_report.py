@@ -20,7 +20,7 @@ from qconv.planning.recipe import parse_recipe
 
 _HINT = "Restore it, or make the build again."
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Read(BaseModel):

@@ -24,6 +24,8 @@ AGAIN = "Run the evaluation again, into another folder."
 
 Model = TypeVar("Model", bound=BaseModel)
 Sha256: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+"""A whole number as qconv writes it. A string of 400 digits would be one of pydantic's, and larger than any float."""
 Status: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured"]
 Outcome: TypeAlias = Literal["pass", "regression", "inconclusive", "corrupt", "not gated"]
 
@@ -51,7 +53,7 @@ class Artifact(_Values):
     """Over all weights."""
     quantized_bits_per_weight: float | None = None
     """Over the quantized ones."""
-    size: int | None = None
+    size: Count | None = None
     """Bytes of the weights' files."""
     report: dict[str, JsonValue] = {}
     """From the build's own report: coverage of the experts, modules left to plain rounding."""
@@ -67,7 +69,7 @@ class Metric(_Values):
     confidence: float = 0.95
     unit: str = ""
     better: Literal["lower", "higher", "neither"] = "neither"
-    units: int | None = None
+    units: Count | None = None
     """Documents, windows or problems that it is taken over."""
     note: str | None = None
 
@@ -90,7 +92,7 @@ class FileRef(_Values):
 
     name: str
     sha256: Sha256
-    size: Annotated[int, Field(ge=0)]
+    size: Count
 
     @model_validator(mode="after")
     def _named_by_content(self) -> Self:
@@ -172,7 +174,7 @@ class Gate(_Values):
     limit: float | None = None
     baseline: float | None = None
     noise: float | None = None
-    units: int | None = None
+    units: Count | None = None
     exceeded: bool = False
     """Whether the estimate is beyond the limit, by chance or not."""
     p_value: float | None = None
@@ -181,7 +183,7 @@ class Gate(_Values):
     detectable: float | None = None
     """The least true change beyond the limit that this gate would probably have caught."""
     sentence: str
-    reruns: int = 0
+    reruns: Count = 0
 
 
 class Verdict(_Values):

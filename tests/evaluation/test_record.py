@@ -148,6 +148,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a file elsewhere": lambda run: run["tasks"][0].update(files={"tokens": file("../../../../dev/zero")}),
     "a file of another name": lambda run: run["tasks"][0].update(files={"tokens": file(f"{SHA}/../x")}),
     "a file below nothing": lambda run: run["tasks"][0].update(files={"tokens": file(f"{SHA}.json", size=-1)}),
+    "a size as a string of digits": lambda run: run["build"].update(size="9" * 400),
+    "a size beyond every file": lambda run: run["build"].update(size=1 << 63),
     "no verdict": lambda run: run.pop("verdict"),
     "a verdict that is none": lambda run: run["verdict"].update(outcome="fine"),
     "a hash that is none": lambda run: run.update(suite_sha256="0"),

@@ -11,7 +11,7 @@ from qconv.boundary.reading import read_json
 from qconv.errors import ArtifactError
 from qconv.evaluation.blaming import BLAME_NAME
 from qconv.evaluation.kept_files import FILES_FOLDER, load_json
-from qconv.evaluation.record import AGAIN, FileRef, Task, parse_as
+from qconv.evaluation.record import AGAIN, Count, FileRef, Task, parse_as
 
 
 class _Read(BaseModel):
@@ -63,7 +63,7 @@ class Confidence(_Read):
 
     low: float = Field(alias="from")
     high: float = Field(alias="to")
-    tokens: int
+    tokens: Count
     kld: float | None = Field(alias="kld.mean")
     flips: float | None = Field(alias="top1.flips")
 
