@@ -167,7 +167,7 @@ def splits(subject: Subject, deployment: Deployment, *, blocks: bool) -> Iterato
         elif leaf in COLUMN:
             part = Part(size[0], ranks, block[0], "output features")
         elif leaf in SPLIT_KV:
-            owners = min(ranks, heads) if isinstance(heads, int) else ranks
+            owners = min(ranks, heads) if isinstance(heads, int) and heads > 0 else ranks
             part = Part(size[0], owners, block[0], "output features")
         if part is not None and uneven(part) is not None:
             yield f"{module}: {uneven(part)}"
@@ -210,8 +210,9 @@ def unshared(leaf: str) -> Breaches:
         if subject.read is None or not any(leaf in leaves for leaves in subject.quantized.values()):
             return
         for names in subject.fused:
-            stored = [f"{name}.{leaf}" for name in names if leaf in subject.modules[name]]
-            if len(stored) == len(names) and len({float(subject.read(one).reshape(-1)[0]) for one in stored}) > 1:
+            stored = [f"{name}.{leaf}" for name in names]
+            values = {subject.first(one) for one in stored}
+            if None not in values and len(values) > 1:
                 yield " and ".join(stored)
 
     return found

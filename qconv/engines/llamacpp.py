@@ -51,17 +51,23 @@ def _lacks_tokens(key: str, *models: str) -> common.Breaches:
 
 def _key_length(subject: Subject, deployment: Deployment) -> Iterator[str]:
     hidden, heads = _key(subject, "embedding_length"), _key(subject, "attention.head_count")
-    query = subject.tensors.get("blk.0.attn_q.weight")
+    query = _rows_of(subject, "blk.0.attn_q.weight")
     if query is None or not isinstance(hidden, int) or not isinstance(heads, int) or not heads:
         return
-    if _key(subject, "attention.key_length") is None and query.shape[0] != hidden // heads * heads:
-        yield f"{_arch(subject)}.attention.key_length: attn_q has {query.shape[0]} rows for {heads} heads of {hidden}"
+    if _key(subject, "attention.key_length") is None and query != hidden // heads * heads:
+        yield f"{_arch(subject)}.attention.key_length: attn_q has {query} rows for {heads} heads of {hidden}"
+
+
+def _rows_of(subject: Subject, name: str) -> int | None:
+    """The rows of a tensor; None if it is not there or has none."""
+    stored = subject.tensors.get(name)
+    return stored.shape[0] if stored is not None and stored.shape else None
 
 
 def _rows(subject: Subject, deployment: Deployment) -> Iterator[str]:
-    tokens, embedding = _tokens(subject), subject.tensors.get("token_embd.weight")
-    if tokens and embedding is not None and len(tokens) != embedding.shape[0]:
-        yield f"{len(tokens)} tokens, {embedding.shape[0]} rows of token_embd.weight"
+    tokens, rows = _tokens(subject), _rows_of(subject, "token_embd.weight")
+    if tokens and rows is not None and len(tokens) != rows:
+        yield f"{len(tokens)} tokens, {rows} rows of token_embd.weight"
 
 
 def _duplicates(subject: Subject, deployment: Deployment) -> Iterator[str]:

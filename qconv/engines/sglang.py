@@ -8,7 +8,7 @@ from qconv.engines import common
 from qconv.engines.common import FP8, IGNORE, is_compressed, is_expert, of_layout
 from qconv.engines.names import by_part, is_class
 from qconv.engines.rule import Effect, Engine, Rule
-from qconv.engines.subject import Deployment, Subject
+from qconv.engines.subject import Deployment, Subject, targets_of
 from qconv.engines.vllm import KERNEL_GROUPS
 
 VERSION = "SGLang 0.5.23"
@@ -73,10 +73,9 @@ def _mixture(subject: Subject, deployment: Deployment) -> Iterator[str]:
 
 
 def _no_class_target(subject: Subject, deployment: Deployment) -> Iterator[str]:
-    groups = (subject.section or {}).get("config_groups")
-    if not is_compressed(subject) or not subject.experts or not isinstance(groups, dict):
+    if not is_compressed(subject) or not subject.experts:
         return
-    targets = [str(one) for group in groups.values() if isinstance(group, dict) for one in group.get("targets") or ()]
+    targets = [one for group in subject.config_groups.values() for one in targets_of(group)]
     if targets and not any(map(is_class, targets)):
         yield "no config group targets Linear"
 

@@ -153,14 +153,15 @@ class Subject:
         return found
 
     @functools.cached_property
+    def config_groups(self) -> dict[str, Mapping[str, Any]]:
+        """compressed-tensors' config groups by name, those that are objects."""
+        groups = (self.section or {}).get("config_groups")
+        return {name: one for name, one in groups.items() if isinstance(one, dict)} if isinstance(groups, dict) else {}
+
+    @functools.cached_property
     def groups(self) -> dict[str, Mapping[str, Any]]:
         """What compressed-tensors' config groups say of each module of a layer, exceptions or not."""
-        groups = (self.section or {}).get("config_groups")
-        given = [
-            (tuple(map(str, group.get("targets") or ())), group)
-            for group in (groups.values() if isinstance(groups, dict) else ())
-            if isinstance(group, dict)
-        ]
+        given = [(targets_of(group), group) for group in self.config_groups.values()]
         try:
             return by_target(given, (*self.quantized, *self.dense))
         except CheckpointError:
@@ -224,7 +225,7 @@ class Subject:
 
     def size(self, module: str) -> tuple[int, int] | None:
         """(out_features, in_features) of a linear, from the shapes of what is stored; None where these do not say."""
-        leaves = self.modules.get(module, {})
+        leaves = {leaf: one for leaf, one in self.modules.get(module, {}).items() if len(one.shape) == 2}
         bits = self.bits(module)
         if "qweight" in leaves:
             rows, columns = leaves["qweight"].shape
@@ -234,7 +235,7 @@ class Subject:
             rows, columns = leaves["weight_packed"].shape
             return rows, columns * (2 if leaves["weight_packed"].dtype == "U8" else 32 // bits)
         weight = leaves.get("weight")
-        if weight is None or len(weight.shape) != 2:
+        if weight is None:
             return None
         rows, columns = weight.shape
         in_word = {"U8": 2, "U32": 32 // bits}.get(weight.dtype, 1)
@@ -264,6 +265,13 @@ class Subject:
             return 1, size[1] // scale.shape[1]
         return 1, 0
 
+    def first(self, name: str) -> float | None:
+        """The first number of a tensor; None where it is not there, has none, or nothing was written yet."""
+        stored = self.tensors.get(name)
+        if self.read is None or stored is None or 0 in stored.shape:
+            return None
+        return float(self.read(name).reshape(-1)[0])
+
     def head_size(self) -> int | None:
         """Channels of an attention head."""
         found = self.text.get("head_dim")
@@ -271,6 +279,12 @@ class Subject:
         if found is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
             found = hidden // heads
         return found if isinstance(found, int) else None
+
+
+def targets_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a config group targets, as strings; empty where there is no list."""
+    targets = group.get("targets")
+    return tuple(map(str, targets)) if isinstance(targets, list) else ()
 
 
 def odd_ones(subject: Subject, names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from qconv.engines import common
 from qconv.engines.common import FP8, is_compressed, of_layout
 from qconv.engines.names import is_class
 from qconv.engines.rule import Effect, Engine, Rule
-from qconv.engines.subject import MODELOPT, Deployment, Subject
+from qconv.engines.subject import MODELOPT, Deployment, Subject, targets_of
 
 VERSION = "TensorRT-LLM main of 2026-09"
 _WORDS = "models/quant_config_utils.py"
@@ -75,21 +75,19 @@ def _odd_group(subject: Subject, deployment: Deployment) -> Iterator[str]:
 
 
 def _class_targets(subject: Subject, deployment: Deployment) -> Iterator[str]:
-    groups = (subject.section or {}).get("config_groups")
-    if not is_compressed(subject) or not isinstance(groups, dict) or len(groups) < 2:
+    if not is_compressed(subject) or len(subject.config_groups) < 2:
         return
-    for name, group in groups.items():
-        targets = group.get("targets") if isinstance(group, dict) else None
-        if not targets or any(is_class(str(one)) for one in targets):
-            yield f"config_groups.{name} targets {targets}"
+    for name, group in subject.config_groups.items():
+        targets = targets_of(group)
+        if not targets or any(map(is_class, targets)):
+            yield f"config_groups.{name} targets {group.get('targets')}"
 
 
 def _unmatched_target(subject: Subject, deployment: Deployment) -> Iterator[str]:
-    groups = (subject.section or {}).get("config_groups")
-    if not is_compressed(subject) or not isinstance(groups, dict) or len(groups) < 2:
+    if not is_compressed(subject) or len(subject.config_groups) < 2:
         return
     owned = {id(group) for group in subject.groups.values()}
-    yield from (f"config_groups.{name}" for name, group in groups.items() if id(group) not in owned)
+    yield from (f"config_groups.{name}" for name, group in subject.config_groups.items() if id(group) not in owned)
 
 
 def _unknown_method(subject: Subject, deployment: Deployment) -> Iterator[str]:

@@ -31,8 +31,8 @@ def _raw_zeros(subject: Subject, deployment: Deployment) -> Iterator[str]:
     for module, leaves in subject.quantized.items():
         raw = _RAW_ZEROS.get(subject.bits(module))
         if raw is not None and "qzeros" in leaves:
-            first = int(subject.read(f"{module}.qzeros").reshape(-1)[0]) & 0xFFFFFFFF
-            if first == raw:
+            first = subject.first(f"{module}.qzeros") if leaves["qzeros"].dtype == "I32" else None
+            if first is not None and int(first) & 0xFFFFFFFF == raw:
                 yield f"{module}.qzeros"
             return  # a writer stores all of a build's one way
 
