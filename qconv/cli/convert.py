@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qconv.cli.progress import Reporter
     from qconv.conversion.pipeline import Wanted
 
-_SHARDED = "sharded:"
+_SHARDED, _ROUNDED = "sharded:", ("bf16", "f16")
 
 
 @click.command(short_help="Write a build in another layout, without rounding again.")
@@ -82,7 +82,8 @@ def command(
         print_json(result)
         return
     console, again = stdout(), report["converted"]["rounded_again"]
-    done = "already complete; nothing to do" if outcome.already_complete else "done, every weight the same number"
+    kept = f"every weight rounded once to {layout}" if layout in _ROUNDED else "every weight the same number"
+    done = "already complete; nothing to do" if outcome.already_complete else f"done, {kept}"
     say(console, f"{out}: {f'done, {len(again)} linears rounded again' if again else done}")
     say(console, f"layout       {report['converted']['from']} to {report['format']}")
     say(console, f"size         {size(result['bytes'])}, {report['bits_per_weight']:.2f} bits per weight")
@@ -106,7 +107,7 @@ def _wanted(layout: str) -> Wanted:
     from qconv.conversion.pipeline import Wanted, target_names
 
     if layout.startswith(_SHARDED):
-        return Wanted(None, parse_size(layout.removeprefix(_SHARDED)))
+        return Wanted(None, parse_size(layout.removeprefix(_SHARDED), "--to sharded"))
     if layout not in target_names():
         raise UsageError(f"--to: unknown layout {layout!r}.", hint=f"Known: {', '.join(target_names())}, sharded:SIZE.")
     return Wanted(layout)

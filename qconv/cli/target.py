@@ -131,15 +131,15 @@ class TargetOptions:
         return calibrated(given.gguf() or given.load())
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``240GB``.
+def parse_size(text: str, option: str = "--target-size") -> int:
+    """Bytes of a size such as ``240GB``, which an option gives.
 
     Raises:
         UsageError: it is none.
     """
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kKMGT]?i?B)\s*", text)
     if found is None or found[2] not in _UNITS:
-        raise UsageError(f"--target-size: {text!r} is no size.", hint=f"Write a number and one of {', '.join(_UNITS)}.")
+        raise UsageError(f"{option}: {text!r} is no size.", hint=f"Write a number and one of {', '.join(_UNITS)}.")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,14 @@ from qconv.core.qtensor import Grid, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
+
+_INPUTS = {
+    "none": "inputs that are not rounded",
+    "dynamic": "inputs rounded token by token",
+    "static": "inputs rounded by a stored scale",
+    "local": "inputs rounded in groups",
+}
+"""What engines do with a linear's inputs, by :attr:`Grid.activations`."""
 
 
 def grid_in(target: Format, grid: Grid) -> Grid | str:
@@ -24,7 +33,7 @@ def grid_in(target: Format, grid: Grid) -> Grid | str:
             settings = GridSettings(bits=grid.bits, group_size=grid.group_size, symmetric=symmetric)
             found = target.grid(settings, grid.scale_dtype, grid.number)
         except (RecipeError, ValueError) as error:
-            reason = reason or (error.message if isinstance(error, RecipeError) else str(error))
+            reason = reason or _without_key(error.message if isinstance(error, RecipeError) else str(error))
             continue
         if grid.act_order:
             if not target.act_order:
@@ -37,6 +46,11 @@ def grid_in(target: Format, grid: Grid) -> Grid | str:
     return reason or f"format {target.name} has no such grid"
 
 
+def _without_key(message: str) -> str:
+    """What is wrong with a grid, without the key of a recipe, which there is none of."""
+    return re.sub(r"^grid(\.\w+)?: ", "", message).rstrip(".")
+
+
 def _difference(grid: Grid, found: Grid) -> str | None:
     """In what two grids differ that hold different values, or whose inputs an engine treats differently."""
     said = (
@@ -44,7 +58,7 @@ def _difference(grid: Grid, found: Grid) -> str | None:
         (f"{found.bits} bits", grid.bits, found.bits),
         ("other groups", grid.group_size, found.group_size),
         ("other blocks", grid.block_rows, found.block_rows),
-        (f"{found.activations} activations", grid.activations, found.activations),
+        (_INPUTS[found.activations], grid.activations, found.activations),
     )
     return next((what for what, one, other in said if one != other), None)
 

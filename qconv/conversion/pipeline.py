@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
+from qconv.boundary.content import is_gguf
 from qconv.building.output import Outcome, require_apart
 from qconv.building.run import make_builds
 from qconv.building.target import Log
@@ -20,18 +21,19 @@ from qconv.conversion.target import ConvertedTarget, cache_scales
 from qconv.conversion.weights import BuildWeights, source_of
 from qconv.core.architecture import Linear
 from qconv.core.qtensor import Grid, QTensor
-from qconv.errors import QconvError, RecipeError, UsageError
+from qconv.errors import CheckpointError, QconvError, RecipeError, UsageError
 from qconv.executors import DEFAULT
-from qconv.formats import formats, get_format
+from qconv.formats import detect, formats, get_format
 from qconv.formats.base import Format
+from qconv.formats.compressed_tensors import CompressedTensors
 from qconv.planning.plan import lay_out
 from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, parse_recipe
 from qconv.planning.schemes import LinearScheme
-from qconv.verification.outcome import Progress
+from qconv.verification.outcome import Progress, Verification
+from qconv.verification.structure import check_structure
 
 COMPRESSED, SHARDED = "compressed-tensors", "sharded"
-_OF_LIBRARY = {"int": "w4a16", "e4m3": "fp8_dynamic", "e2m1": "nvfp4"}
-"""Which format has compressed-tensors' layout of codes of each kind."""
+_KINDS = {"int": "integers", "e4m3": "E4M3 floats", "e2m1": "E2M1 floats"}
 _SHOWN = 3
 
 
@@ -83,18 +85,19 @@ def convert(
         VerificationError: what was written has other numbers.
     """
     require_apart(path, out)
+    _require_safetensors(path)
     build = Build.open(path)
-    output_format = _format(build, wanted)
-    plain = DTYPES.get(output_format.name)
+    _require_whole(build)
+    plain = DTYPES.get(wanted.format or "")
     source = source_of(build, plain or torch.float32)
     weights = source.checkpoint
     assert isinstance(weights, BuildWeights)
     progress("reading scales", 0, 1)
-    schemes, again = ({}, {}) if plain is not None else _schemes(weights, output_format)
+    output_format, schemes, again = _layout(weights, wanted)
     if plain is torch.float16:
         _require_range(weights)
     if again and not requantize:
-        raise _cannot(again, output_format)
+        raise _cannot(again, wanted)
     if again:
         log(f"{len(again)} linears are rounded again: {_told(again)}")
     if plain is not None:
@@ -111,15 +114,64 @@ def convert(
     return outcome
 
 
-def _format(build: Build, wanted: Wanted) -> Format:
-    """The format that is asked for."""
-    if wanted.format is None:
-        return build.format
+def _require_safetensors(path: Path) -> None:
+    """Check that a build is no GGUF.
+
+    Raises:
+        UsageError: it is.
+    """
+    if is_gguf(path):
+        raise UsageError(
+            f"{path}: is GGUF, whose blocks no other layout holds.", hint="Quantize the original model with --fmt."
+        )
+
+
+def _require_whole(build: Build) -> None:
+    """Check that every tensor is there once, of its shape.
+
+    Raises:
+        CheckpointError: the first that is not.
+    """
+    found = Verification()
+    check_structure(build, found)
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+        raise CheckpointError(
+            f"{build.path}: {found.problems[0]}{more}.",
+            hint="The build is damaged, or config.json belongs to another one; qconv verify names everything.",
+        )
+
+
+def _layout(weights: BuildWeights, wanted: Wanted) -> tuple[Format, dict[str, LinearScheme], dict[str, str]]:
+    """The format that is asked for, the scheme of each linear in it, and those that must be rounded again, with why.
+
+    Of compressed-tensors' formats it is the build's own, or the first that holds every number, or that of its codes.
+    """
+    own = weights.build.format
+    if wanted.format is None or (wanted.format == COMPRESSED and isinstance(own, CompressedTensors)):
+        return own, *_schemes(weights, own)
     if wanted.format in DTYPES:
-        return DenseFormat(wanted.format)
-    if wanted.format == COMPRESSED:
-        return get_format(_OF_LIBRARY[build.described.grid.number])
-    return get_format(wanted.format.replace("-", "_"))
+        return DenseFormat(wanted.format), {}, {}
+    if wanted.format != COMPRESSED:
+        found = get_format(wanted.format.replace("-", "_"))
+        return found, *_schemes(weights, found)
+    number = weights.build.described.grid.number
+    problem: QconvError | None = None
+    held: list[tuple[Format, dict[str, LinearScheme], dict[str, str]]] = []
+    for one in map(get_format, formats()):
+        if not isinstance(one, CompressedTensors) or one.number != number:
+            continue
+        try:
+            held.append((one, *_schemes(weights, one)))
+        except (RecipeError, UsageError) as error:
+            problem = problem or error
+            continue
+        if not held[-1][2]:
+            return held[-1]
+    if not held:
+        assert problem is not None
+        raise problem
+    return min(held, key=lambda one: len(one[2]))
 
 
 def _schemes(weights: BuildWeights, output_format: Format) -> tuple[dict[str, LinearScheme], dict[str, str]]:
@@ -129,19 +181,25 @@ def _schemes(weights: BuildWeights, output_format: Format) -> tuple[dict[str, Li
         of_grids.setdefault(build.grid_of(linear), []).append(linear)
     own = getattr(output_format, "number", None)
     strange = own is not None and all(grid.number != own for grid in of_grids)
+    kept = output_format.name == build.format.name
     schemes: dict[str, LinearScheme] = {}
     again: dict[str, str] = {}
     for grid, linears in of_grids.items():
-        if output_format.name == build.format.name:
+        if kept:
             found, problems = grid, dict[str, str]()
         elif strange:
-            found, problems = None, dict.fromkeys((one.name for one in linears), f"{output_format.name} holds others")
+            reason = f"format {output_format.name} holds {_KINDS.get(str(own), own)}"
+            found, problems = None, dict.fromkeys((one.name for one in linears), reason)
         else:
             found, problems = _best(weights, output_format, grid, linears)
         again |= problems
         scheme = LinearScheme(_own_grid(output_format) if found is None else found, ("rtn",))
         schemes |= {one.name: scheme for one in linears}
     schemes = {linear.name: schemes[linear.name] for linear in weights.linears.values()}
+    of = None if kept else _other_format(output_format, {scheme.grid for scheme in schemes.values()})
+    if of is not None:
+        scheme = LinearScheme(_own_grid(output_format), ("rtn",))
+        return dict.fromkeys(schemes, scheme), dict.fromkeys(schemes, f"what format {of} holds")
     if len({scheme.grid for scheme in schemes.values()}) > 1 and not output_format.mixes:
         names = {scheme.grid: name for name, scheme in schemes.items()}
         raise RecipeError(
@@ -149,6 +207,15 @@ def _schemes(weights: BuildWeights, output_format: Format) -> tuple[dict[str, Li
             hint=f"Take --to {COMPRESSED}, or a dense layout.",
         )
     return schemes, again
+
+
+def _other_format(output_format: Format, grids: Collection[Grid]) -> str | None:
+    """The format of compressed-tensors that linears are in, by what config.json would say, where it is another one."""
+    if not isinstance(output_format, CompressedTensors):
+        return None
+    found = [detect({"quantization_config": output_format.config({grid: ()}, ())}) for grid in grids]
+    names = [one.name for one in found if one is not None]
+    return None if output_format.name in names or not names else names[0]
 
 
 def _best(
@@ -267,17 +334,26 @@ def _require_range(weights: BuildWeights) -> None:
         )
 
 
-def _cannot(again: Mapping[str, str], output_format: Format) -> QconvError:
+def _cannot(again: Mapping[str, str], wanted: Wanted) -> QconvError:
+    library = "" if wanted.format == COMPRESSED else f", and {COMPRESSED} those of every grid that it has"
     return UsageError(
-        f"--to {output_format.name.replace('_', '-')}: {len(again)} linears would be other numbers there: "
-        f"{_told(again)}. Nothing was written.",
-        hint="--requantize rounds them again, which costs quality; --to compressed-tensors or bf16 keeps them.",
+        f"--to {wanted.format}: {len(again)} linears would be other numbers there: {_told(again)}. "
+        "Nothing was written.",
+        hint=f"--requantize rounds them again, which costs quality; --to bf16 keeps their numbers{library}.",
     )
 
 
 def _told(again: Mapping[str, str]) -> str:
-    shown = [f"{name} ({why})" for name, why in list(again.items())[:_SHOWN]]
-    return "; ".join(shown) + (f"; and {len(again) - _SHOWN} more" if len(again) > _SHOWN else "")
+    """The first linear of each reason, how many more there are, and the reason."""
+    of_reasons: dict[str, list[str]] = {}
+    for name, why in again.items():
+        of_reasons.setdefault(why, []).append(name)
+    shown = [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({why})"
+        for why, names in list(of_reasons.items())[:_SHOWN]
+    ]
+    rest = sum(map(len, list(of_reasons.values())[_SHOWN:]))
+    return "; ".join(shown) + (f"; and {rest} others" if rest else "")
 
 
 __all__ = ["Source", "Wanted", "convert", "target_names"]

@@ -38,13 +38,20 @@ def test_bad_requests(invoke: Invoke, build: Path, tiny: Path, tmp_path: Path) -
     unknown = invoke("convert", build, "--to", "nothing", "-o", tmp_path / "a")
     assert unknown.exit_code == 2
     assert "sharded:SIZE" in unknown.stderr
-    assert invoke("convert", build, "--to", "sharded:x", "-o", tmp_path / "a").exit_code == 2
+    size = invoke("convert", build, "--to", "sharded:x", "-o", tmp_path / "a")
+    assert size.exit_code == 2
+    assert "--to sharded: 'x' is no size" in size.stderr
     assert invoke("convert", build, "--to", "awq", "-o", build / "inside").exit_code == 2
     assert invoke("convert", tmp_path / "none", "--to", "awq", "-o", tmp_path / "a").exit_code == 2
     dense = invoke("convert", tiny, "--to", "awq", "-o", tmp_path / "a")
     assert dense.exit_code != 0
     assert "unquantized" in dense.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_rounding_to_sixteen_bits_is_told(invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    assert "rounded once to bf16" in invoke("convert", build, "--to", "bf16", "-o", tmp_path / "a").stdout
+    assert "every weight the same number" in invoke("convert", build, "--to", "f32", "-o", tmp_path / "b").stdout
 
 
 def test_sizes_of_files(invoke: Invoke, build: Path, tmp_path: Path) -> None:

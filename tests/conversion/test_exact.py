@@ -66,7 +66,8 @@ def test_blocks_of_fp8_are_the_same_under_two_names() -> None:
         (Grid(8, 32, True, F16), "awq", "4 bits"),
         (replace(INT4, act_order=True), "w4a16", "an order of their own"),
         (replace(INT4, act_order=True), "awq", "an order of their own"),
-        (INT4, "fp8", "holds E4M3 floats alone"),
+        (INT4, "fp8", "the fp8 format holds E4M3 floats alone"),
+        (replace(INT4, activations="dynamic"), "w4a16", "format w4a16 has inputs that are not rounded"),
         (Grid(8, CHANNEL, True, BF16, "e4m3", 1, activations="dynamic"), "fp8", "blocks"),
         (Grid(3, 32, True, F16), "w4a16", "4 or 8 bits"),
     ],
@@ -75,6 +76,8 @@ def test_what_has_no_place_is_told(grid: Grid, target: str, why: str) -> None:
     found = grid_in(get_format(target), grid)
     assert isinstance(found, str)
     assert why in found
+    assert not found.startswith("grid.")
+    assert not found.endswith(".")
 
 
 def test_scales_must_be_numbers_of_the_other_dtype() -> None:

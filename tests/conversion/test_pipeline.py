@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
 from qconv.building.output import Outcome
 from qconv.conversion.pipeline import Wanted, convert
-from qconv.errors import RecipeError, StaleJournalError, UsageError
+from qconv.errors import CheckpointError, RecipeError, StaleJournalError, UsageError
 from qconv.verification.build import verify
 from tests.conftest import build, folder_bytes, random_model, save_model, small_recipe
 
@@ -27,6 +28,7 @@ BUILDS = {
     "blocks": ("fp8_dynamic", {"grid": {"bits": 8, "group_size": 128}}),
     "nvfp4": ("nvfp4", {"grid": {"group_size": 16}}),
     "mxfp4": ("mxfp4", {"grid": {"group_size": 32}}),
+    "w8a8": ("w8a8", {"grid": {"bits": 8, "group_size": -1}}),
 }
 PAIRS = [
     ("awq", "w4a16"),
@@ -42,6 +44,8 @@ PAIRS = [
     ("blocks", "fp8"),
     ("awq", "compressed-tensors"),
     ("fp8", "compressed-tensors"),
+    ("w8a8", "compressed-tensors"),
+    ("mxfp4", "compressed-tensors"),
 ]
 
 
@@ -156,6 +160,28 @@ def test_nothing_is_done_where_numbers_would_differ(
     assert not verify(tmp_path / "out", None).problems
 
 
+@pytest.mark.parametrize(("name", "layout"), [("nvfp4", "mxfp4"), ("mxfp4", "nvfp4"), ("fp8", "mxfp8")])
+def test_one_format_of_a_library_is_not_taken_for_another(
+    name: str, layout: str, builds: dict[str, Path], tmp_path: Path
+) -> None:
+    """compressed-tensors holds both, so that the numbers would fit; the build would be what it was, misnamed."""
+    with pytest.raises(UsageError, match="what format"):
+        converted(builds[name], tmp_path / "out", layout)
+    outcome = converted(builds[name], tmp_path / "out", layout, requantize=True)
+    assert Build.open(outcome.out).format.name == outcome.report["format"] == layout
+
+
+def test_compressed_tensors_layout_is_the_one_of_the_grid(builds: dict[str, Path], tmp_path: Path) -> None:
+    for name, wanted in (("w8a8", "w8a8"), ("mxfp4", "mxfp4"), ("fp8", "fp8_dynamic"), ("asym", "w4a16")):
+        assert converted(builds[name], tmp_path / name, "compressed-tensors").report["format"] == wanted
+
+
+def test_gguf_is_told_from_a_damaged_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(UsageError, match="is GGUF"):
+        converted(tmp_path / "model.gguf", tmp_path / "out", "awq")
+
+
 def test_stored_scales_of_inputs_cannot_be_made_up(builds: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="only calibration finds"):
         converted(builds["w4a16"], tmp_path / "out", "fp8-static", requantize=True)
@@ -203,3 +229,16 @@ def test_mixtures_go_where_mixtures_are_held(source: Path, tmp_path: Path) -> No
     converted(tmp_path / "mixed", tmp_path / "again", None, size=2 * 10**6)
     before, after = numbers(tmp_path / "mixed"), numbers(tmp_path / "again")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_build_that_lacks_a_tensor_or_has_another_shape_is_refused_before_anything_is_written(
+    builds: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(builds["gptq"], broken)
+    config = json.loads((broken / "config.json").read_text())
+    for key, change in (("vocab_size", 1), ("num_hidden_layers", 1), ("vocab_size", -1)):
+        (broken / "config.json").write_text(json.dumps(config | {key: config[key] + change}))
+        with pytest.raises(CheckpointError, match=f"{broken}: tensor"):
+            converted(broken, tmp_path / "out", "w4a16")
+        assert not (tmp_path / "out").exists()
