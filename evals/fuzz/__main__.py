@@ -23,10 +23,16 @@ IMPORTED = (
     "qconv.evaluation.history",
     "qconv.building.gguf_pipeline",
     "qconv.building.pipeline",
+    "qconv.conversion.pipeline",
+    "qconv.artifacts.subject",
+    "qconv.planning.engines",
     "qconv.nightly.run",
     "qconv.runtime.loading",
     "qconv.runtime.generation",
-    *(f"qconv.cli.{name}" for name in ("plan", "quantize", "imatrix", "inspect", "verify", "generate", "eval")),
+    *(
+        f"qconv.cli.{name}"
+        for name in ("plan", "quantize", "imatrix", "inspect", "verify", "check", "convert", "generate", "eval")
+    ),
 )
 """By the process that all mutants' are forked from."""
 

@@ -154,6 +154,28 @@ def _make_run(folder: Path) -> None:
     called("eval", "history", folder / "history", "--add", folder / "run")
 
 
+def modelopt(folder: Path) -> None:
+    """An NVFP4 build in ModelOpt's layout, ``modelopt``: it has a file of settings of its own."""
+    shared("modelopt", _made_as("modelopt", "nvfp4-modelopt"), folder)
+
+
+def w8a8(folder: Path) -> None:
+    """A build of int8 weights and inputs in compressed-tensors' layout, ``w8a8``."""
+    shared("w8a8", _made_as("w8a8", "w8a8"), folder)
+
+
+def _made_as(name: str, fmt: str, *more: str) -> Callable[[Path], None]:
+    """Makes a build of the model in a format, and leaves the model out."""
+
+    def make(folder: Path) -> None:
+        model(folder)
+        options = ("--method", "rtn", "--tokens", 512, "--sequence-length", 64, *more)
+        called("quantize", folder / "model", "--fmt", fmt, *options, "-o", folder / name)
+        shutil.rmtree(folder / "model")
+
+    return make
+
+
 def file(name: str, content: str) -> Callable[[Path], None]:
     """A folder with the model and one more file."""
 
@@ -198,6 +220,8 @@ def _suite(folder: Path) -> object:
 
 PLAN = ("plan", "{}/model", "--fmt", "w4a16", "--group-size", "32")
 SAY = ("--max-tokens", "1", "--dtype", "float32")
+RANKS = ("--engine", "vllm", "--tp", "1", "--ep", "2")
+TO = ("-o", "{}/out")
 VERIFY = ("verify", "{}/build")
 AGAINST = (*VERIFY, "--against", "{}/model")
 NIGHT = """
@@ -331,6 +355,56 @@ TARGETS: tuple[Target, ...] = (
         "imatrix.gguf",
         BYTES,
         command("quantize", "{}/model", "--fmt", "gguf:Q4_0", "--imatrix", "{}/imatrix.gguf", "-o", "{}/out"),
+    ),
+    Target("config.json checked", w8a8, "w8a8/config.json", JSON, command("check", "{}/w8a8", *RANKS)),
+    Target(
+        "header checked",
+        w8a8,
+        "w8a8/model-00001-of-00004.safetensors",
+        SAFETENSORS,
+        command("check", "{}/w8a8", *RANKS),
+    ),
+    Target(
+        "hf_quant_config.json checked",
+        modelopt,
+        "modelopt/hf_quant_config.json",
+        JSON,
+        command("check", "{}/modelopt", *RANKS),
+    ),
+    Target(
+        "config.json of ModelOpt checked",
+        modelopt,
+        "modelopt/config.json",
+        JSON,
+        command("check", "{}/modelopt", *RANKS),
+    ),
+    Target(
+        "generation_config.json checked", w8a8, "w8a8/generation_config.json", JSON, command("check", "{}/w8a8", *RANKS)
+    ),
+    Target("gguf checked", gguf, "gguf/model.gguf", BYTES, command("check", "{}/gguf/model.gguf", *RANKS)),
+    Target(
+        "config.json converted", build, "build/config.json", JSON, command("convert", "{}/build", "--to", "gptq", *TO)
+    ),
+    Target(
+        "config.json of ModelOpt converted",
+        modelopt,
+        "modelopt/config.json",
+        JSON,
+        command("convert", "{}/modelopt", "--to", "compressed-tensors", *TO),
+    ),
+    Target(
+        "header converted",
+        modelopt,
+        "modelopt/model-00001-of-00004.safetensors",
+        SAFETENSORS,
+        command("convert", "{}/modelopt", "--to", "nvfp4-w4a4", *TO),
+    ),
+    Target(
+        "report converted",
+        build,
+        "build/qconv-report.json",
+        JSON,
+        command("convert", "{}/build", "--to", "w4a16", *TO),
     ),
     Target("run.json", run, "run/run.json", JSON, command("eval", "report", "{}/run", "-o", "{}/page")),
     Target("history", run, "history/history.sqlite", BYTES, command("eval", "history", "{}/history")),
