@@ -118,8 +118,8 @@ def of_tokens(found: Sequence[Tensor], held_out: Sequence[Tensor]) -> Tensor:
 
 def _reason(said: str) -> str:
     """The last error that a process told of."""
-    told = [line.strip() for line in said.splitlines() if "Error" in line or "not supported" in line]
-    return told[-1][-200:] if told else said.strip()[-200:]
+    told = [line.partition("] ")[2] or line for line in said.splitlines() if "Error: " in line]
+    return told[-1].strip()[:120] if told else said.strip()[-120:]
 
 
 def _print(rows: Sequence[Row], console: Console) -> None:

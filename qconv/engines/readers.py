@@ -19,7 +19,7 @@ READERS: dict[str, dict[str, Known]] = {
     "fp8": {VLLM: "run", TRANSFORMERS: "run", SGLANG: "read"},
     "fp8_dynamic": {VLLM: "run", TRANSFORMERS: "run", SGLANG: "read"},
     "fp8_static": {VLLM: "read", SGLANG: "read"},
-    "w8a8": {VLLM: "read", SGLANG: "read"},
+    "w8a8": {VLLM: "run", SGLANG: "read"},
     "w4a8": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
     "w4afp8": {SGLANG: "read"},
     "nvfp4": {VLLM: "read", SGLANG: "read"},

@@ -237,6 +237,7 @@ BREACHES: tuple[tuple[str, Make, Change, Deployment], ...] = (
         lambda draft: draft.tensors.update({f"{GATE}.weight_extra": Stored("F32", (1,))}),
         ONE,
     ),
+    ("vllm/method", builds.fp8, section(quant_method="w4afp8"), ONE),
     ("vllm/fp8-scale-name", builds.fp8, renamed("weight_scale_inv", "weight_scale"), ONE),
     ("vllm/no-format", builds.w4a16, section(format=None), ONE),
     ("vllm/act-order", builds.gptq, section(desc_act=True), ONE),
