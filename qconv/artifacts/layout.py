@@ -19,10 +19,13 @@ from qconv.checkpoint.fp8 import Fp8Scheme
 from qconv.checkpoint.reader import in_config, read_json
 from qconv.errors import CheckpointError, UnreadLayoutError
 from qconv.formats import Format, detect, formats
+from qconv.formats.base import EXPRESSION
 
 GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
 """Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
 
+MAX_EXPRESSIONS = 1000
+"""Of a config: tools write a handful, and a model of 90,000 linears takes a while with each."""
 _TELLING = ("quant_method", "quant_algo", "format", "packing_format", "version", "load_in_4bit", "load_in_8bit")
 """The keys by which a ``quantization_config`` is called."""
 
@@ -103,7 +106,25 @@ def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
         raise CheckpointError(
             f"{folder / 'config.json'}: quantization_config is no object.", hint="Repair config.json."
         )
+    expressions = _expressions(section)
+    if expressions > MAX_EXPRESSIONS:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config holds {expressions:,} regular expressions; at most "
+            f"{MAX_EXPRESSIONS:,} are read.",
+            hint="Name modules, or several in one expression.",
+        )
     return section
+
+
+def _expressions(section: Mapping[str, Any] | None) -> int:
+    """The regular expressions among exceptions and targets of a section, each of which every module is held against."""
+    groups = (section or {}).get("config_groups")
+    lists = [
+        *((section or {}).get(key) for key in ("ignore", "modules_to_not_convert")),
+        *(one.get("targets") for one in (groups.values() if isinstance(groups, dict) else ()) if isinstance(one, dict)),
+    ]
+    entries = (entry for one in lists if isinstance(one, list) for entry in one)
+    return sum(isinstance(entry, str) and entry.startswith(EXPRESSION) for entry in entries)
 
 
 def strip_quantization(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from qconv.boundary.content import head_of, instead_of_file, is_gguf_file
 from qconv.boundary.printable import printable
 from qconv.errors import CheckpointError, UsageError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"(?![^@]*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?(@[\w./-]+)?", re.ASCII)
+"""What the Hub's own client takes for one: another name raises an error of its own there."""
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "merges.txt", "LICENSE*"]
 
 

@@ -315,7 +315,7 @@ def _recipe(output_format: Format, schemes: Mapping[str, LinearScheme], wanted: 
         values["kv_cache"] = "fp8"
     if wanted.shard_bytes is not None:
         values["output"] = {"max_shard_size": wanted.shard_bytes}
-    return parse_recipe(values, f"--to {output_format.name}")
+    return parse_recipe(values, f"--to {wanted.format or SHARDED}")
 
 
 def _require_range(weights: BuildWeights) -> None:

@@ -176,3 +176,11 @@ def test_targets_say_what_is_quantized(foreign: Callable[..., Path], rtn_build: 
     result = verify(foreign(section))
     assert result.problems == []
     assert not any("skip list" in notice for notice in result.notices)
+
+
+def test_more_regular_expressions_than_any_tool_writes_are_refused(tmp_path: Path) -> None:
+    """Every module is held against each: 100,000 took minutes."""
+    group = {"targets": [f"re:.*{number}$" for number in range(600)]}
+    section = {"quant_method": "compressed-tensors", "config_groups": {"a": group}, "ignore": group["targets"]}
+    with pytest.raises(CheckpointError, match="1,200 regular expressions"):
+        layout_of(tmp_path, {"quantization_config": section})
