@@ -58,6 +58,7 @@ PLANTS = (
 COMMANDS = (
     *(
         "qconv.building.pipeline",
+        "qconv.conversion.pipeline",
         "qconv.building.gguf_pipeline",
         "qconv.building.imatrix_pipeline",
         "qconv.building.several_pipeline",
@@ -168,6 +169,11 @@ def cases(made: Path) -> list[Case]:
     return [
         quantize("awq", "--group-size", "32"),
         quantize("gguf:Q8_0"),
+        Case(
+            "convert",
+            lambda out: ("convert", made / "build", "--to", "bf16", "-o", out),
+            lambda out: ("convert", made / "build", "--to", "awq", "-o", out),
+        ),
         quantize("awq", "--fmt", "gguf:Q8_0", "--group-size", "32", name="two formats"),
         Case(
             "imatrix", lambda out: ("imatrix", model, *good, "-o", out), lambda out: ("imatrix", model, *bad, "-o", out)
