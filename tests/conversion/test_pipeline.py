@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
@@ -242,3 +243,17 @@ def test_a_build_that_lacks_a_tensor_or_has_another_shape_is_refused_before_anyt
         with pytest.raises(CheckpointError, match=f"{broken}: tensor"):
             converted(broken, tmp_path / "out", "w4a16")
         assert not (tmp_path / "out").exists()
+
+
+def test_what_float16_cannot_hold_is_refused_before_anything_is_written(
+    builds: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(builds["w4a16"], tmp_path / "huge")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale"
+    for shard in (tmp_path / "huge").glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            save_file(tensors | {name: torch.full_like(tensors[name], 1e5)}, shard, {"format": "pt"})
+    with pytest.raises(UsageError, match=r"1 weights are beyond float16's 65,504, the first model\.layers\.1"):
+        converted(tmp_path / "huge", tmp_path / "out", "f16")
+    assert not (tmp_path / "out").exists()
