@@ -105,7 +105,7 @@ RULES = (
         "read",
         f"{_LOAD}: takes 4 bits in groups of 32 for compressed-tensors, whatever the config says",
         "expects other shapes of scales",
-        "take int4 in groups of 32, or --fmt mlx",
+        "take int4 in groups of 32; or qconv convert --to bf16, then mlx_lm.convert",
         lambda subject, deployment: _groups(subject, deployment) if is_compressed(subject) else (),
     ),
     Rule(
@@ -114,7 +114,7 @@ RULES = (
         "read",
         f"{_TYPES}: sanitize runs first and stacks plain weights alone",
         "finds experts' codes under names that it does not know",
-        "take --fmt mlx",
+        "qconv convert --to bf16, then mlx_lm.convert",
         _integers_of_experts,
     ),
     Rule(
@@ -123,7 +123,7 @@ RULES = (
         "read",
         "mlx_lm/utils.py: _transform_awq_weights refuses g_idx and unpacks along the output, as AutoAWQ packs",
         "does not read GPTQ's words",
-        "take --fmt awq or mlx",
+        "qconv convert --to bf16, then mlx_lm.convert",
         of_layout("gptq")(_gptq),
     ),
     Rule(
@@ -141,7 +141,7 @@ RULES = (
         "read",
         f"{_LOAD} is strict, and this type's sanitize knows no weight_scale_inv",
         "finds scales that it has no place for",
-        "take --fmt mlx",
+        "qconv convert --to bf16, then mlx_lm.convert",
         of_layout(FP8)(_fp8),
     ),
     Rule(
@@ -177,7 +177,7 @@ RULES = (
         "read",
         f"{_LOAD} has no branch for it",
         "does not know this way of storing",
-        "take --fmt mlx",
+        "qconv convert --to bf16, then mlx_lm.convert",
         lambda subject, _: (
             (f"quant_method is {(subject.section or {}).get('quant_method')}",)
             if subject.layout.startswith(MODELOPT) or subject.layout == "w4afp8"

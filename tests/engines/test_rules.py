@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from qconv.engines.rule import Effect, Verdict, judge
 from qconv.engines.subject import Deployment, Stored, Subject
 from qconv.engines.table import ENGINES
+from qconv.formats import formats
 from tests.engines import builds
 from tests.engines.builds import DOWN, GATE, ROUTER, UP, Change, Draft, K, Q
 
@@ -464,3 +466,11 @@ def test_a_finding_names_the_first_places_and_counts_the_rest() -> None:
     found = next(one for one in judge(ENGINES["vllm"], draft.subject(), ONE).findings if one.rule.key == "vllm/groups")
     assert len(found.where) == 3
     assert found.count == len(builds.SIZES) * builds.LAYERS
+
+
+def test_remedies_name_formats_and_layouts_that_there_are() -> None:
+    known = {name.replace("_", "-") for name in formats()} | {"gguf", "bf16", "compressed-tensors"}
+    for engine in ENGINES.values():
+        for rule in engine.rules:
+            named = re.findall(r"--(?:fmt|to) ([a-z0-9-]+)", rule.remedy)
+            assert set(named) <= known, rule.key
