@@ -23,7 +23,6 @@ from torch import Tensor
 from qconv import __version__
 from qconv.artifacts.gguf_tensors import Importance, importance_of, uniform, weighted_blocks
 from qconv.artifacts.source import Source
-from qconv.artifacts.subject import subject_of
 from qconv.boundary.content import FOLDED_SCALES
 from qconv.building.chosen import Chosen, allocation_values
 from qconv.building.collecting import Collecting, unquantized
@@ -58,8 +57,6 @@ from qconv.core.architecture import Layer
 from qconv.core.qtensor import SquaredError
 from qconv.core.settings import CalibrationSettings, TextSettings
 from qconv.core.workers import Workers
-from qconv.engines.subject import Deployment
-from qconv.engines.table import judgements
 from qconv.errors import VerificationError
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, combined
@@ -67,7 +64,7 @@ from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.gguf.container import FileLayout, GgufWriter
 from qconv.formats.gguf.imatrix import Imatrix, merge
 from qconv.planning.costs import Demand, demand_of_gguf, demand_of_passing
-from qconv.planning.engines import engine_values
+from qconv.planning.engines import engine_values, judged_as_it_is
 from qconv.planning.gguf_plan import GgufPlan
 from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.verification.blocks import floor_db
@@ -396,7 +393,7 @@ class GgufBuilder:
             "imatrix": importance,
             **plan_values(self.plan),
             **left_out_values(source.verbatim),
-            "engines": engine_values(judgements(subject_of(self.out / self.plan.files[0].name), (), Deployment())),
+            "engines": engine_values(judged_as_it_is(self.out / self.plan.files[0].name)),
             "layers": [] if self.staged is None else self.staged.report(),
             "tensors": tensor_values(self.plan, {file.name: units[file.name]["snr_db"] for file in self.plan.files}),
         }

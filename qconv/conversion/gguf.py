@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qconv import __version__
 from qconv.artifacts.reported import has_report, read_report
-from qconv.artifacts.subject import subject_of
 from qconv.building.completion import already_complete
 from qconv.building.gguf_report import model_card
 from qconv.building.output import Outcome, begin, enter, publish, require_apart, require_published
@@ -25,8 +24,6 @@ from qconv.checkpoint.hub import folder_name
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.conversion.target import CONVERTED
 from qconv.core.workers import Workers
-from qconv.engines.subject import Deployment
-from qconv.engines.table import judgements
 from qconv.errors import VerificationError
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, locked
@@ -37,7 +34,7 @@ from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState
 from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
 from qconv.formats.gguf.metadata import Metadata
 from qconv.formats.gguf.reader import GgufModel, set_name
-from qconv.planning.engines import engine_values
+from qconv.planning.engines import engine_values, judged_as_it_is
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Progress
 
@@ -176,7 +173,7 @@ class _Splitting:
             "files": files,
             CONVERTED: {"from": f"{len(model.files)} files", "rounded_again": {}, "method_known": bool(said)},
         }
-        return values | {"engines": engine_values(judgements(subject_of(self.out / files[0]), (), Deployment()))}
+        return values | {"engines": engine_values(judged_as_it_is(self.out / files[0]))}
 
 
 def typed_keys(file: Path) -> Metadata:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.artifacts.source import Source
-from qconv.artifacts.subject import subject_of_folder
+from qconv.artifacts.subject import subject_of, subject_of_folder
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.engines.readers import READERS
 from qconv.engines.rule import Effect, Finding, Judgement, Verdict
@@ -43,6 +43,15 @@ def judged(plan: BuildPlan, source: Source) -> list[Judgement]:
     """
     subject = subject_of_plan(plan, source.checkpoint.config, source.checkpoint.path)
     return judgements(subject, (), Deployment())
+
+
+def judged_as_it_is(path: Path) -> list[Judgement]:
+    """What each engine makes of a build that is there.
+
+    Raises:
+        CheckpointError: a file is damaged or missing.
+    """
+    return judgements(subject_of(path), (), Deployment())
 
 
 def sentences(found: Sequence[Judgement], format: str) -> list[str]:
