@@ -14,7 +14,7 @@ TINY := evals/models/tiny-coder-moe
 KILLS ?= 20
 PYTEST_ARGS ?=
 
-.PHONY: help demo quality test slow lint kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files target-sizes scale compensation-speed several-targets gate-sensitivity families engines sanitize many-threads digests fuzz clean
+.PHONY: help install demo quality test slow lint docs package package-all kernels kernels-nightly gpu-check interop kill-resume kill-sweep foreign-files target-sizes scale compensation-speed several-targets gate-sensitivity families engines sanitize many-threads digests fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+install: $(STAMP)  ## make .venv and install qconv there, with what its evals and tests need
+
 demo: $(STAMP)  ## quantize the bundled model, verify a build, measure five builds against bf16, make the report
 	rm -rf build/demo
 	$(BIN)/qconv quantize $(TINY) --fmt awq -o build/demo/awq
@@ -37,7 +39,7 @@ quality: $(STAMP)  ## KL divergence of every method and format beside rounding o
 	$(BIN)/python evals/quality.py
 
 test: lint  ## lint, then every test that needs nothing but .venv
-	$(BIN)/python -m pytest -n 2 -m 'not interop and not slow and not kernels' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not interop and not slow and not kernels and not package' $(PYTEST_ARGS)
 
 slow: $(STAMP)  ## the tests that take minutes: every build type's logits, streaming's memory, the sensitivity of gates
 	$(BIN)/python -m pytest -n 2 -m 'slow and not interop and not kernels' $(PYTEST_ARGS)
@@ -47,6 +49,16 @@ lint: $(STAMP)  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## build the documentation into build/docs, warnings being errors, and type the tutorial
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --builder html docs build/docs
+	$(BIN)/python -m pytest tests/docs $(PYTEST_ARGS)
+
+package: $(STAMP)  ## build wheel and sdist, install them elsewhere, quantize and measure from outside the checkout
+	$(BIN)/python -m pytest -m package tests/packaging $(PYTEST_ARGS)
+
+package-all: $(STAMP)  ## the same with every Python from 3.11 to 3.13 that this machine has
+	QCONV_PACKAGE_PYTHONS=all $(BIN)/python -m pytest -m package tests/packaging $(PYTEST_ARGS)
 
 kernels: $(STAMP)  ## prove the CUDA kernels on the CPU (needs g++ and nvcc)
 	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow' $(PYTEST_ARGS) tests/kernels tests/gpu

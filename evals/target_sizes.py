@@ -8,7 +8,8 @@ bootstrap intervals.
 
 ``--outliers`` measures a copy of the model whose norms have some channels sixteen times larger. Finished builds and
 what was measured of them are kept in ``--work``; results of several models come together in one file, beside which the
-README's table is written. Exits with 1 if a ratio's interval reaches above its bar or a file is too large.
+table of docs/evidence/sizes.md is written. Exits with 1 if a ratio's interval reaches above its bar or a file is too
+large.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def shortfalls(size: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The README's table: mean KL divergence x 1000, and what of the baselines' the chosen and ready files have."""
+    """The table of docs/evidence/sizes.md: mean KL divergence x 1000, and chosen and ready files' share of others'."""
     head = ("model, size", IMATRIX, MIXTURE, READY, f"of {IMATRIX}", CHOSEN, f"of {MIXTURE}", f"of {IMATRIX}")
     lines = [" | ".join(("", *head, "")).strip(), "| --- " * len(head) + "|"]
     for model, of_model in results.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import print_json, say, size, stdout
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED
 from qconv.cli.options import json_option, out_option
 from qconv.cli.progress import reporting
@@ -19,7 +20,14 @@ def command() -> None:
     """Try scale without the model."""
 
 
-@command.command("slice", short_help="Write a random checkpoint of a published model's shapes.")
+@command.command(
+    "slice",
+    short_help="Write a random checkpoint of a published model's shapes.",
+    epilog=examples(
+        "qconv bench slice --layers 1 --experts 16 -o SLICE",
+        "qconv bench slice --like deepseek-v3 --layers 1 --experts 8 -o SLICE",
+    ),
+)
 @click.option("--layers", type=COUNT, required=True, help="Decoder layers; the 480B has 62.")
 @click.option("--experts", type=COUNT, required=True, help="Experts a layer; the 480B has 160.")
 @out_option("A new or empty folder, or one that the same command began.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.console import print_json, print_table, say, stdout
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT
 from qconv.cli.options import json_option
 from qconv.errors import UsageError
@@ -29,7 +30,13 @@ _STYLES = {
 }
 
 
-@click.command(short_help="Tell which engines load a build, and which get it wrong.")
+@click.command(
+    short_help="Tell which engines load a build, and which get it wrong.",
+    epilog=examples(
+        "qconv check BUILD",
+        "qconv check BUILD --engine vllm --tp 8 --ep 8",
+    ),
+)
 @click.argument("build")
 @click.option(
     "--engine", "engines", type=click.Choice(NAMES), multiple=True, help="Repeatable; all of them by default."

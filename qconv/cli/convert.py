@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.console import costs, print_costs, print_engines, print_json, say, size, stdout
+from qconv.cli.examples import examples
 from qconv.cli.numbers import THREADS
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 _SHARDED, _ROUNDED = "sharded:", ("bf16", "f16")
 
 
-@click.command(short_help="Write a build in another layout, without rounding again.")
+@click.command(
+    short_help="Write a build in another layout, without rounding again.",
+    epilog=examples(
+        "qconv convert BUILD --to compressed-tensors -o OUT",
+        "qconv convert BUILD --to bf16 -o OUT",
+        "qconv convert BUILD --to sharded:5GB -o OUT",
+    ),
+)
 @click.argument("build")
 @click.option("--to", "layout", required=True, metavar="LAYOUT", help="awq, gptq, w4a16, fp8, bf16, sharded:5GB ...")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the new build.")

@@ -9,6 +9,7 @@ import click
 
 from qconv.cli.console import print_json, print_table, say, stdout
 from qconv.cli.eval_options import check_device
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from qconv.evaluation.blame import Blame, Cost
 
 
-@click.command(short_help="Name the layers and experts that cost most.")
+@click.command(
+    short_help="Name the layers and experts that cost most.",
+    epilog=examples(
+        "qconv eval blame RUN",
+        "qconv eval blame RUN --baseline ACCEPTED",
+    ),
+)
 @click.argument("run", type=click.Path(exists=True, path_type=Path), metavar="RUN")
 @click.option("--tokens", type=click.IntRange(64, COUNT.max), default=2048, show_default=True, help="Tokens to score.")
 @click.option("--layers", type=COUNT, default=2, show_default=True, help="Layers to look into.")

@@ -11,11 +11,18 @@ import click
 from qconv.cli.console import print_json, print_table, say, stdout
 from qconv.cli.eval_options import check_device, engine_of, engine_options, located, suite_of, suite_options
 from qconv.cli.eval_run import number
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 
 
-@click.command(short_help="Compare two runs, or two builds, on the same units.")
+@click.command(
+    short_help="Compare two runs, or two builds, on the same units.",
+    epilog=examples(
+        "qconv eval compare RUN OTHER",
+        "qconv eval compare BUILD OTHER --reference MODEL --suite smoke",
+    ),
+)
 @click.argument("first")
 @click.argument("second")
 @click.option("--reference", metavar="MODEL", help="Against which builds are measured; runs bring their own numbers.")

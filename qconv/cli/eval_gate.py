@@ -8,11 +8,18 @@ import click
 
 from qconv.cli.console import print_json, say, stdout
 from qconv.cli.eval_run import print_gates
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option
 from qconv.errors import UsageError
 
 
-@click.command(short_help="Judge a run that was measured before.")
+@click.command(
+    short_help="Judge a run that was measured before.",
+    epilog=examples(
+        "qconv eval gate RUN",
+        "qconv eval gate RUN --baseline ACCEPTED",
+    ),
+)
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--baseline", type=click.Path(exists=True, path_type=Path), metavar="RUN", help="The last accepted build's run."

@@ -7,11 +7,18 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import print_json, print_table, stdout
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, IDENTIFIER
 from qconv.cli.options import json_option
 
 
-@click.command(short_help="List runs, add one, or accept one as the baseline.")
+@click.command(
+    short_help="List runs, add one, or accept one as the baseline.",
+    epilog=examples(
+        "qconv eval history HISTORY",
+        "qconv eval history HISTORY --add RUN",
+    ),
+)
 @click.argument("history", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--add", "added", type=click.Path(exists=True, path_type=Path), metavar="RUN", help="Add a finished run.")
 @click.option("--accept", type=IDENTIFIER, metavar="ID", help="Let this run be the baseline of later ones.")

@@ -9,11 +9,17 @@ import click
 
 from qconv.cli.console import print_json, say, size, stdout
 from qconv.cli.eval_options import check_device, suite_of, suite_options
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option, model_argument
 from qconv.cli.progress import reporting
 
 
-@click.command(short_help="Compute and keep a reference's logits.")
+@click.command(
+    short_help="Compute and keep a reference's logits.",
+    epilog=examples(
+        "qconv eval reference MODEL --suite smoke",
+    ),
+)
 @model_argument
 @suite_options
 @json_option

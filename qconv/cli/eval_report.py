@@ -7,12 +7,18 @@ from pathlib import Path
 import click
 
 from qconv.cli.console import print_json, say, stdout
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option
 
 KINDS = ("html", "markdown", "json", "junit")
 
 
-@click.command(short_help="Make the report of runs.")
+@click.command(
+    short_help="Make the report of runs.",
+    epilog=examples(
+        "qconv eval report RUN OTHER -o REPORT",
+    ),
+)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RUN...")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: the first run's.")
 @click.option("--history", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Show trends from it.")

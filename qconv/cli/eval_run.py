@@ -10,6 +10,7 @@ import click
 
 from qconv.cli.console import duration, print_json, print_table, say, stdout
 from qconv.cli.eval_options import check_device, engine_of, engine_options, located, suite_of, suite_options
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option, out_option
 from qconv.cli.progress import reporting
 
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
     from qconv.evaluation.record import Gate, Metric, Run, Task
 
 
-@click.command(short_help="Measure a build and judge it.")
+@click.command(
+    short_help="Measure a build and judge it.",
+    epilog=examples(
+        "qconv eval run BUILD --reference MODEL --suite smoke -o RUN",
+        "qconv eval run BUILD --reference MODEL --stream --suite release -o RUN",
+        "qconv eval run served-name --engine openai:http://127.0.0.1:8000/v1 --suite smoke -o RUN",
+    ),
+)
 @click.argument("build")
 @click.option("--reference", metavar="MODEL", help="The unquantized model that the build is measured against.")
 @click.option(

@@ -10,13 +10,20 @@ import click
 
 from qconv.boundary.printable import printable
 from qconv.cli.console import ReaderGone, print_json, say, stderr, stdout
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED, Temperature
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
 
-@click.command(short_help="Let a build write text.")
+@click.command(
+    short_help="Let a build write text.",
+    epilog=examples(
+        "qconv generate BUILD --chat 'Sort a list in place.'",
+        "echo 'def add(a, b):' | qconv generate BUILD --max-tokens 40",
+    ),
+)
 @click.argument("build")
 @click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="Text to go on from; repeat it for a batch.")
 @click.option("--chat", "messages", metavar="TEXT", multiple=True, help="A user's message, put in the chat template.")

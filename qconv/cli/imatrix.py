@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
+from qconv.cli.examples import examples
 from qconv.cli.gguf import print_coverage
 from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import executor_option, json_option, model_argument, out_option
@@ -18,7 +19,13 @@ from qconv.core.settings import TextSettings
 from qconv.planning.recipe import parse_as
 
 
-@click.command(short_help="Collect an importance matrix for GGUF.")
+@click.command(
+    short_help="Collect an importance matrix for GGUF.",
+    epilog=examples(
+        "qconv imatrix MODEL --tokens 131072 -o IMATRIX",
+        "qconv quantize MODEL --fmt gguf:IQ3_XXS --imatrix IMATRIX/imatrix.gguf -o OUT",
+    ),
+)
 @model_argument
 @out_option("The folder that gets imatrix.gguf.")
 @click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")

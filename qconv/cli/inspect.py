@@ -11,6 +11,7 @@ import click
 
 from qconv.cli import gguf
 from qconv.cli.console import bits, print_json, print_roles, print_table, say, shape, short_names, size, stdout
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option
 from qconv.errors import UsageError
 
@@ -27,7 +28,13 @@ _TELLING = (
 """Keys of a quantization_config that the summary shows."""
 
 
-@click.command(short_help="Show what a checkpoint or build consists of.")
+@click.command(
+    short_help="Show what a checkpoint or build consists of.",
+    epilog=examples(
+        "qconv inspect BUILD --roles",
+        "qconv inspect model-Q4_K_M.gguf --tensors",
+    ),
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", "view", flag_value="layers", help="A row for each layer.")
 @click.option("--roles", "view", flag_value="roles", help="Bits per weight by layer and role.")

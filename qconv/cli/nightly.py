@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.console import print_json, print_table, say, stdout
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 from qconv.errors import UsageError
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from qconv.nightly.run import BuildNight
 
 
-@click.command(short_help="Make, measure and judge builds, night after night.")
+@click.command(
+    short_help="Make, measure and judge builds, night after night.",
+    epilog=examples(
+        "qconv nightly evals/nightly.yaml",
+    ),
+)
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--date", metavar="YYYY-MM-DD", help="Which night; by default today, UTC. The same one continues.")
 @json_option

@@ -22,6 +22,7 @@ from qconv.cli.console import (
     size,
     stdout,
 )
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT
 from qconv.cli.options import json_option, model_argument, recipe_options
 from qconv.cli.several import Builds, is_several, several, single
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 _TOPOLOGY_FAILS = 1
 
 
-@click.command(short_help="Show what a build will hold and cost, without reading a weight.")
+@click.command(
+    short_help="Show what a build will hold and cost, without reading a weight.",
+    epilog=examples(
+        "qconv plan Qwen/Qwen3-Coder-480B-A35B-Instruct --fmt w4a16 --tp 8",
+        "qconv plan MODEL --fmt gguf --sensitivity S --target-bits 4.5",
+    ),
+)
 @model_argument
 @recipe_options
 @click.option("--tp", type=COUNT, metavar="N", help="Check a tensor-parallel serving topology.")

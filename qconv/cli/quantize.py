@@ -21,6 +21,7 @@ from qconv.cli.console import (
     size,
     stdout,
 )
+from qconv.cli.examples import examples
 from qconv.cli.numbers import THREADS
 from qconv.cli.options import executor_option, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
@@ -34,7 +35,16 @@ if TYPE_CHECKING:
     from qconv.planning.recipe import Recipe
 
 
-@click.command(short_help="Make a quantized build, or continue one.")
+@click.command(
+    short_help="Make a quantized build, or continue one.",
+    epilog=examples(
+        "qconv quantize MODEL --fmt w4a16 -o OUT",
+        "qconv quantize MODEL --fmt fp8 -o OUT",
+        "qconv quantize MODEL --fmt gguf:Q4_K_M --calib python-stdlib -o OUT",
+        "qconv quantize MODEL --fmt gguf --target-size 240GB -o OUT",
+        "qconv quantize MODEL --fmt awq --fmt gguf:Q4_K_M --tokens 32768 -o OUT",
+    ),
+)
 @model_argument
 @out_option("The build's folder.")
 @recipe_options

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
+from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import executor_option, json_option, model_argument, out_option
 from qconv.cli.progress import reporting
@@ -16,7 +17,13 @@ from qconv.core.settings import TextSettings
 from qconv.planning.recipe import parse_as
 
 
-@click.command(short_help="Measure how much the output cares about each linear.")
+@click.command(
+    short_help="Measure how much the output cares about each linear.",
+    epilog=examples(
+        "qconv sensitivity MODEL -o S",
+        "qconv plan MODEL --fmt gguf --sensitivity S --target-bits 4.5",
+    ),
+)
 @model_argument
 @out_option("The folder that gets sensitivity.safetensors.")
 @click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")

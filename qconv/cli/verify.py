@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.console import print_json, print_table, say, short_names, stdout
+from qconv.cli.examples import examples
 from qconv.cli.options import json_option
 from qconv.cli.progress import reporting
 from qconv.errors import UnreadLayoutError, VerificationError
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
     from qconv.verification.outcome import Verification
 
 
-@click.command(short_help="Check a build, alone or against its source.")
+@click.command(
+    short_help="Check a build, alone or against its source.",
+    epilog=examples(
+        "qconv verify BUILD",
+        "qconv verify BUILD --against MODEL",
+    ),
+)
 @click.argument("build")
 @click.option("--against", metavar="MODEL", help="Also compare every weight with this source, a folder or a Hub id.")
 @json_option

@@ -51,8 +51,11 @@ class GridSettings(Section):
     """The quantization grid. ``symmetric: null`` takes the format's own default, ``values: null`` all its values."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Of a code."""
     group_size: int = 128
+    """Weights of a row that share a scale; -1 for the whole row."""
     symmetric: bool | None = None
+    """Without zero points; null: the format's own default."""
     values: str | None = None
     """Those of a module of qconv/grids, by its name: some of the format's, or chosen in a way of its own."""
 
@@ -75,14 +78,18 @@ class ClipSettings(Section):
     """
 
     enabled: bool | None = None
+    """Whether ranges are searched; null: where a method looks at activations."""
     steps: Annotated[int, Field(ge=1, le=100)] = 10
+    """Ratios that are tried."""
     max_shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """What the smallest ratio leaves out, as a share of the range."""
 
 
 class AwqSettings(Section):
     """The search of AWQ's scales (Lin et al. 2023, section 3.2): alpha on ``alpha_points`` points of [0, 1]."""
 
     alpha_points: Annotated[int, Field(ge=20, le=200)] = 20
+    """Exponents that are tried, from 0 (no scales) to 1."""
     search_tokens: Annotated[int, Field(ge=16)] = 128
     """Tokens of one expert (or attention block) on which the loss is measured."""
 
@@ -95,25 +102,33 @@ class GptqSettings(Section):
     """
 
     block_size: Annotated[int, Field(ge=1)] = 128
+    """Columns between updates of the columns after them; it decides speed, and codes only by rounding."""
     damp_percent: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Added to the Hessian's diagonal, as a share (0.01 is one percent) of its mean."""
     ordering: Literal["none", "static", "desc_act"] = "static"
+    """In which order columns are rounded; ``desc_act`` is for the gptq format alone."""
 
 
 class RefineSettings(Section):
     """What follows GPTQ: passes over the codes, each taking the best given all others, and over the scales."""
 
     sweeps: Annotated[int, Field(ge=0, le=20)] = 0
+    """Passes over the codes."""
     refits: Annotated[int, Field(ge=0, le=20)] = 0
+    """Passes that choose scales again, too, by least squares."""
 
 
 class TextSettings(Section):
     """Which calibration text, and how much of it."""
 
     corpus: str = "python-stdlib"
+    """``python-stdlib``, ``text:PATH``, ``jsonl:PATH[:FIELD]`` or ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``."""
     tokens: Annotated[int, Field(ge=1)] = 32768
+    """How many; a multiple of the sequence length."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
+    """Tokens that attend to each other."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the choice of sequences."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Self:
@@ -126,6 +141,7 @@ class CalibrationSettings(TextSettings):
     """The text, and how the experts see it."""
 
     routing: Literal["routed", "all-experts"] = "routed"
+    """Which tokens an expert's statistics come from: those that the router sends it, or all."""
     propagate: bool | Literal["matched"] = True
     """Whether the next layer sees the quantized layer's outputs; ``matched``: it does, and GPTQ aims at the outputs
     that the unquantized model's inputs give."""
@@ -147,4 +163,4 @@ class OutputSettings(Section):
     """The files of the build."""
 
     max_shard_size: Annotated[int, Field(ge=10**6)] = 5 * GIGABYTE
-    """Bytes."""
+    """Of a file of weights, in bytes."""

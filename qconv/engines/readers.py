@@ -1,4 +1,4 @@
-"""Which engines read a format that qconv writes, as the table of README.md says, and how that is known.
+"""Which engines read a format that qconv writes, as the table of docs/concepts/formats.md says, and how that is known.
 
 Every entry says in which version, and how it is known: ``run`` on a build, or ``read`` in the code. What an engine
 refuses of such a build or computes otherwise is a rule of its own module.

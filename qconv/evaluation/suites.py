@@ -199,4 +199,6 @@ def parse_settings(model: type[Model], values: Any, where: str) -> Model:
             for one in error.errors(include_url=False, include_input=False)
         ]
         more = f" and {len(problems) - _PROBLEMS} more" if len(problems) > _PROBLEMS else ""
-        raise UsageError(f"{where}: {'; '.join(problems[:_PROBLEMS])}{more}.", hint="See README.md, Evals.") from error
+        raise UsageError(
+            f"{where}: {'; '.join(problems[:_PROBLEMS])}{more}.", hint="See docs/concepts/gates.md."
+        ) from error

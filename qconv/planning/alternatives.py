@@ -1,7 +1,7 @@
 """What calibrating a build that is not, or not calibrating one that is, would gain and cost, as far as it was measured.
 
-The figures are those of README.md: divergence under Quality (the bundled model, all linears on one grid), time under
-Scale (a layer of Qwen3-Coder-480B's shapes, 16,384 tokens, two cores).
+The figures are those of docs/evidence: divergence of quality.md (the bundled model, all linears on one grid), time of
+scale.md (a layer of Qwen3-Coder-480B's shapes, 16,384 tokens, two cores).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def other_way(recipe: Recipe | GgufRecipe) -> str | None:
     if calibrated:
         return (
             f"--method rtn: {1.0 / left:.1f} times the divergence on the bundled model; about {alone} instead of "
-            f"{_CALIBRATED} or more for a layer of the 480B's shapes on two cores (README: Quality, Scale)"
+            f"{_CALIBRATED} or more for a layer of the 480B's shapes on two cores (docs/evidence: quality, scale)"
         )
     return (
         f"--calib python-stdlib --method gptq: {left:.2f} of the divergence on the bundled model; {_CALIBRATED} or "
-        f"more instead of about {alone} for a layer of the 480B's shapes on two cores (README: Quality, Scale)"
+        f"more instead of about {alone} for a layer of the 480B's shapes on two cores (docs/evidence: quality, scale)"
     )
 
 

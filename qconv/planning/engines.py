@@ -55,7 +55,7 @@ def judged_as_it_is(path: Path) -> list[Judgement]:
 
 
 def sentences(found: Sequence[Judgement], format: str) -> list[str]:
-    """What engines that the README names for a format refuse of a build or compute wrongly."""
+    """What engines that docs/concepts/formats.md names for a format refuse of a build or compute wrongly."""
     readers = READERS.get(format, {})
     return [
         f"{one.engine.version} {finding.rule.what} ({finding.rule.known}; {_places(finding)}): {finding.rule.remedy}"

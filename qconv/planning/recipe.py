@@ -66,7 +66,9 @@ class Recipe(Section):
     """Everything that decides what a build contains, apart from the source weights."""
 
     format: str = "awq"
+    """The layout of the files; ``gguf`` has keys of its own."""
     method: Annotated[tuple[str, ...], BeforeValidator(steps), PlainSerializer(shown_steps)] = ("awq",)
+    """``rtn``, ``awq``, ``gptq``, another rounding by its name, or a list: scales first, then a rounding."""
     grid: GridSettings = GridSettings()
     rules: tuple[Rule, ...] = ()
     """For single linears; the first that fits counts, but ``skip`` before all."""
@@ -239,7 +241,7 @@ def parse_as(kind: type[SectionT], values: Mapping[str, Any], where: str) -> Sec
             f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {_explain(problem['type'], problem['msg'])}"
             for problem in error.errors()
         ]
-        raise RecipeError(f"{where}: {'; '.join(problems)}.", hint="See README.md, Recipes.") from error
+        raise RecipeError(f"{where}: {'; '.join(problems)}.", hint="See docs/reference/recipes.md.") from error
 
 
 def _explain(kind: str, message: str) -> str:

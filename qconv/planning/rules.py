@@ -34,6 +34,7 @@ class RuleGrid(Section):
     number: Number | None = None
     """What codes are: null for what the format holds where no rule says otherwise."""
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Of a code."""
     group_size: int | None = None
     symmetric: bool | None = None
     values: str | None = None

@@ -39,7 +39,7 @@ RESIDUAL = 0.15
 information on the bundled model it is 0.3 for the embedding, and of blocks' shares 0.05 (o) to 0.2 (down)."""
 ROUTING = 0.005
 """What routers add to a divergence, times its root: see :func:`divergence`. The least of what all linears in one type
-showed on the bundled model, 0.005 to 0.011 over eight types (README, Quality)."""
+showed on the bundled model, 0.005 to 0.011 over eight types (docs/evidence/quality.md)."""
 _EXPONENT = 0.5
 """Columns count their inputs' mean square to this power when scales are searched, as in a build."""
 

@@ -41,7 +41,7 @@ COMPENSATED = {
     "Q6_K": 0.39,
     "Q8_0": 0.40,
 }
-"""What calibrated rounding leaves of the divergence (README, Quality)."""
+"""What calibrated rounding leaves of the divergence (docs/evidence/quality.md)."""
 
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

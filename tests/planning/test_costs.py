@@ -70,7 +70,7 @@ def test_what_takes_more_is_modelled_as_more(coder: Architecture) -> None:
     sizes = [demand_of_gguf(coder, one).at(2) for one in (alone, collected, calibrated)]
     assert sizes == sorted(sizes)
     assert demand_of_gguf(coder, collected) == demand_of_passing(coder)
-    # Measured on this machine's two processors: 0.49, 2.8 and 4.7 GiB (README, Scale).
+    # Measured on this machine's two processors: 0.49, 2.8 and 4.7 GiB (docs/evidence/scale.md).
     assert 0.4 * GIB < rounding.at(2) < 1.5 * GIB
     assert 4.0 * GIB < gptq.at(2) < 8.0 * GIB
 

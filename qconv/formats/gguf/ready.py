@@ -40,7 +40,7 @@ LEADS = {
 FIRST_LEAD = 0.75
 """Bits more in the first layer, whose errors all others pass on; none from a quarter of the layers on."""
 DIVERGENCE = {T.Q2_K: 6.6, T.IQ3_S: 1.48, T.IQ4_XS: 0.60, T.Q5_K: 0.23, T.Q6_K: 0.09, T.Q8_0: 0.02}
-"""What is chosen from, with the divergence x 1000 that all linears rounded to it by GPTQ have (README, Quality)."""
+"""What is chosen from, with the divergence x 1000 of all linears rounded to it by GPTQ (docs/evidence/quality.md)."""
 _EXPERTS = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
 
 

@@ -1,0 +1,1 @@
+"""Documentation: commands that it names parse, and those of the tutorial do what stands beside them."""

@@ -1,0 +1,1 @@
+"""Wheel and sdist: built, installed in environments of their own, used from outside the checkout."""
