@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qconv.cli.completion import among, suites
 from qconv.cli.numbers import SEED
 from qconv.errors import UsageError
 
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--suite", default="smoke", show_default=True, help="A packaged suite's name, or a YAML file."),
+    click.option(
+        "--suite",
+        default="smoke",
+        show_default=True,
+        shell_complete=among(suites, or_file=True),
+        help="A packaged suite's name, or a YAML file.",
+    ),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of all arithmetic."),
     click.option("--device", default="cpu", show_default=True, help="A torch device."),
     click.option("--seed", type=SEED, help="Which text and which samples, in place of the suite's."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qconv.cli.completion import among, formats
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
 from qconv.core.settings import GIGABYTE, MATCHED
 from qconv.errors import UsageError
@@ -43,12 +44,17 @@ _RECIPE_OPTIONS = (
         "--fmt",
         metavar="NAME",
         multiple=True,
+        shell_complete=among(formats),
         help=f"A packaged recipe: {', '.join(packaged_recipes())}; or gguf:TYPE for llama.cpp, such as gguf:Q4_K_M, "
         "or gguf:Q4_A of its size, where attention's types are high (Q2_A to Q5_A). "
         "Repeatable, also with --recipe: several builds of one calibration.",
     ),
     click.option(
-        "--recipe", metavar="FILE", multiple=True, help="A recipe: a YAML file or a packaged recipe's name; repeatable."
+        "--recipe",
+        metavar="FILE",
+        multiple=True,
+        shell_complete=among(packaged_recipes, or_file=True),
+        help="A recipe: a YAML file or a packaged recipe's name; repeatable.",
     ),
     click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
     click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."),
