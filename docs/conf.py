@@ -21,6 +21,7 @@ extensions = [
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "_ext"]
+smartquotes = False  # it makes one dash of an option's two
 html_theme = "furo"
 html_title = "qconv"
 html_show_sphinx = False

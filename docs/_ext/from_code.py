@@ -165,7 +165,7 @@ def _shown_commands(command: click.Command, path: str) -> Iterator[str]:
         return
     yield f"## {path}\n"
     yield f"```text\n{path} {' '.join(command.collect_usage_pieces(context))}\n```\n"
-    yield inspect.cleandoc(command.help or "").replace("\b\n", "").replace("--", "\\-\\-") + "\n"
+    yield inspect.cleandoc(command.help or "").replace("\b\n", "") + "\n"
     records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
     yield table(("option", "does"), ((f"`{record[0]}`", record[1]) for record in records if record))
     lines = (command.epilog or "").split("\n")[2:]
