@@ -174,6 +174,11 @@ def cases(made: Path) -> list[Case]:
             lambda out: ("convert", made / "build", "--to", "bf16", "-o", out),
             lambda out: ("convert", made / "build", "--to", "awq", "-o", out),
         ),
+        Case(
+            "convert to GGUF",
+            lambda out: ("convert", made / "build", "--to", "gguf:BF16", "-o", out),
+            lambda out: ("convert", made / "build", "--to", "gguf:Q4_0", "-o", out),
+        ),
         quantize("awq", "--fmt", "gguf:Q8_0", "--group-size", "32", name="two formats"),
         Case(
             "imatrix", lambda out: ("imatrix", model, *good, "-o", out), lambda out: ("imatrix", model, *bad, "-o", out)

@@ -119,10 +119,15 @@ def commands(model: Path, work: Path) -> list[Command]:
     """All of them; what they read besides the model is made in ``work``."""
     suite = work / "suite.yaml"
     suite.write_text(yaml.safe_dump(SUITE))
-    build = work / "measured"
-    made = run_qconv(["quantize", str(model), "--fmt", "fp8", "-o", str(build)], work, work / "log.txt")
-    if made.code:
-        raise click.ClickException(f"quantize exited with {made.code}, see {work / 'log.txt'}")
+    build, whole, blocks = work / "measured", work / "whole", work / "blocks"
+    for folder, given in (
+        (build, ("--fmt", "fp8")),
+        (whole, ("--fmt", "w4a16", "--method", "rtn", "--group-size", "32", "--max-shard-size", "0.001")),
+        (blocks, ("--fmt", "gguf:Q8_0")),
+    ):
+        made = run_qconv(["quantize", str(model), *given, "-o", str(folder)], work, work / "log.txt")
+        if made.code:
+            raise click.ClickException(f"quantize exited with {made.code}, see {work / 'log.txt'}")
 
     def quantize(fmt: str, *more: str) -> Command:
         return Command(fmt, lambda out: ["quantize", str(model), "--fmt", fmt, *more, "-o", str(out)])
@@ -165,6 +170,10 @@ def commands(model: Path, work: Path) -> list[Command]:
         quantize("gguf:Q4_0", *TEXT, "--max-shard-size", "0.001"),
         Command("two formats", two_formats),
         Command("convert", lambda out: ["convert", str(build), "--to", "fp8-dynamic", "-o", str(out)]),
+        Command("convert to GGUF", lambda out: ["convert", str(whole), "--to", "gguf", "-o", str(out)]),
+        Command(
+            "convert from GGUF", lambda out: ["convert", str(blocks), "--to", "compressed-tensors", "-o", str(out)]
+        ),
         Command("imatrix", lambda out: ["imatrix", str(model), *TEXT, "-o", str(out)]),
         Command("chosen types", of_a_size("gguf")),
         Command("chosen grids", of_a_size("w4a16", *groups)),

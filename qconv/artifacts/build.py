@@ -184,14 +184,18 @@ class Build:
         return [VerbatimPart(**{field.name: one[field.name] for field in fields(VerbatimPart)}) for one in said]
 
     def method(self) -> tuple[str, ...] | None:
-        """By which steps the build was made, if a report tells.
+        """By which steps the build was made, if a report tells; of one that was converted, how that before was.
 
         Raises:
             CheckpointError: the report is damaged.
         """
         if not self.is_ours:
             return None
-        steps = read_report(self.path)["recipe"]["method"]
+        report = read_report(self.path)
+        converted = report.get("converted")
+        if isinstance(converted, dict) and not converted.get("method_known", True):
+            return None
+        steps = report["recipe"]["method"]
         return (steps,) if isinstance(steps, str) else tuple(steps)
 
     def compensated(self) -> Callable[[str], bool]:

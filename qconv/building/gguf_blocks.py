@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from gguf import GGMLQuantizationType
@@ -44,11 +44,18 @@ class Block:
     ready: Tensor | None
 
 
+class MadeBlocks(Protocol):
+    """What has a tensor's blocks before the file is written."""
+
+    def blocks(self, tensor: GgufTensor, part: int) -> Tensor:
+        """The blocks of one part of a tensor, uint8 [rows, bytes of a row], in file order."""
+
+
 @dataclass(slots=True)
 class Ready:
-    """A tensor's blocks that calibration has made, handed out in file order."""
+    """A tensor's blocks that are made already, handed out in file order."""
 
-    layers: StagedLayers
+    layers: MadeBlocks
     tensor: GgufTensor
     part: int = -1
     data: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -39,7 +39,7 @@ from qconv.building.gguf_report import (
 )
 from qconv.building.gguf_stages import StagedLayers
 from qconv.building.inputs import fingerprints, lasting
-from qconv.building.output import Outcome, publish, require_published
+from qconv.building.output import Outcome, complete_gguf, require_published
 from qconv.building.target import LayerSink, Means
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.imatrix import (
@@ -60,15 +60,15 @@ from qconv.core.workers import Workers
 from qconv.errors import VerificationError
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, combined
-from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
+from qconv.folders.state import REPORT_NAME
 from qconv.formats.gguf.container import FileLayout, GgufWriter
 from qconv.formats.gguf.imatrix import Imatrix, merge
+from qconv.formats.gguf.names import GgufTensor
 from qconv.planning.costs import Demand, demand_of_gguf, demand_of_passing
 from qconv.planning.engines import engine_values, judged_as_it_is
 from qconv.planning.gguf_plan import GgufPlan
 from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.verification.blocks import floor_db
-from qconv.verification.checksums import render_checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +186,10 @@ class GgufTarget:
         """Go to work."""
         return GgufBuilder(self, part, tokens, belongs, means, show)
 
+    def ready(self, tensor: GgufTensor, staged: StagedLayers | None) -> Ready | None:
+        """A tensor's blocks, where they are made already."""
+        return Ready.of(staged, tensor)
+
     def blocks(self, file: FileLayout, columns: Importance, staged: StagedLayers | None) -> Iterator[Block]:
         """A file's blocks of rows in their order.
 
@@ -198,7 +202,7 @@ class GgufTarget:
         for info in file.tensors:
             tensor, type = self.plan.tensors[info.name], self.plan.types[info.name]
             importance = columns if tensor.quantizable else uniform
-            ready = Ready.of(staged, tensor)
+            ready = self.ready(tensor, staged)
             stored = weighted_blocks(self.source, tensor, importance)
             wanted = stored if staged is None or not self.folds else weighted_blocks(folded, tensor, importance)
             for part, rows, weights in wanted:
@@ -363,18 +367,13 @@ class GgufBuilder:
 
     def finish(self) -> Outcome:
         """Complete the folder."""
-        report, units, files = self._report(), self.part.units, self.target.files()
+        report, files = self._report(), self.target.files()
         small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
-        publish(self.out, self.part, small)
-        names = sorted({*small, *files})
-        sums = dict(zip(names, self.means.workers.map(lambda name: sha256_of(self.out / name), names), strict=True))
-        for name in files:
-            if sums.get(name) != units[name]["sha256"]:
-                raise VerificationError(
-                    f"{self.out / name}: changed since it was committed.", hint="Start over with --restart."
-                )
-        publish(self.out, self.part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        complete_gguf(self.out, self.part, small, files, self._digests)
         return Outcome(self.out, report, already_complete=False)
+
+    def _digests(self, names: list[str]) -> Iterator[str]:
+        return self.means.workers.map(lambda name: sha256_of(self.out / name), names)
 
     def _report(self) -> dict[str, Any]:
         source, recipe, units = self.target.source, self.target.recipe, self.part.units

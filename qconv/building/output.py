@@ -28,7 +28,7 @@ from qconv.folders.part import Part
 from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState, folder_state
 from qconv.formats import known_formats
 from qconv.planning.plan import BuildPlan
-from qconv.verification.checksums import parse_checksums
+from qconv.verification.checksums import parse_checksums, render_checksums
 
 _LONGEST_NAME = 255
 """Bytes; of every common file system on Linux."""
@@ -248,6 +248,35 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
         "README.md": report.model_card().encode(),
         REPORT_NAME: _json(report.values),
     }
+
+
+def complete_gguf(
+    out: Path,
+    part: Part,
+    small: Mapping[str, bytes],
+    files: list[str],
+    digest: Callable[[list[str]], Iterable[str]],
+) -> None:
+    """Write the small files and the checksums of a folder of GGUF files, each still what was committed.
+
+    Args:
+        out: The folder.
+        part: The build's part of the journal, which knows each file's sha256.
+        small: Report and model card.
+        files: The committed files.
+        digest: sha256 of files by their names.
+
+    Raises:
+        VerificationError: a file changed since.
+        OutputError: a file cannot be written.
+    """
+    publish(out, part, small)
+    names = sorted({*small, *files})
+    sums = dict(zip(names, digest(names), strict=True))
+    for name in files:
+        if sums[name] != part.units[name]["sha256"]:
+            raise VerificationError(f"{out / name}: changed since it was committed.", hint="Start over with --restart.")
+    publish(out, part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
 
 
 def remove_vanished(out: Path, part: Part, kept: Collection[str]) -> None:

@@ -16,11 +16,9 @@ from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
-    from qconv.building.output import Outcome
-    from qconv.cli.progress import Reporter
     from qconv.conversion.pipeline import Wanted
 
-_SHARDED, _ROUNDED = "sharded:", ("bf16", "f16")
+_SHARDED, _ROUNDED = "sharded:", ("bf16", "f16", "gguf:BF16", "gguf:F16")
 
 
 @click.command(
@@ -28,20 +26,30 @@ _SHARDED, _ROUNDED = "sharded:", ("bf16", "f16")
     epilog=examples(
         "qconv convert BUILD --to compressed-tensors -o OUT",
         "qconv convert BUILD --to bf16 -o OUT",
+        "qconv convert BUILD --to gguf -o OUT",
+        "qconv convert model-Q8_0.gguf --to compressed-tensors --like MODEL -o OUT",
         "qconv convert BUILD --to sharded:5GB -o OUT",
     ),
 )
 @click.argument("build")
 @click.option("--to", "layout", required=True, metavar="LAYOUT", help="awq, gptq, w4a16, fp8, bf16, sharded:5GB ...")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the new build.")
+@click.option("--like", metavar="MODEL", help="Of GGUF: take config.json, tokenizer and chat template from here.")
 @click.option("--requantize", is_flag=True, help="Round again what the layout cannot hold, instead of doing nothing.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Matrices worked on at once; the bytes do not depend on it.")
 @json_option
 def command(
-    build: str, layout: str, out: Path, requantize: bool, restart: bool, threads: int | None, as_json: bool
+    build: str,
+    layout: str,
+    out: Path,
+    like: str | None,
+    requantize: bool,
+    restart: bool,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
-    """Write BUILD, a folder or a Hub id, in another LAYOUT of the same grid.
+    """Write BUILD, a folder, a GGUF file or a Hub id, in another LAYOUT of the same grid.
 
     Codes and scales are kept: each weight, code times scale in float32, is the same number before and after, which is
     checked, or nothing is written and the linears are named that have no place there. Works file by file; interrupted,
@@ -52,29 +60,29 @@ def command(
       a format of --fmt      awq, gptq, w4a16, fp8, fp8-dynamic, nvfp4, nvfp4-modelopt, mxfp4 ...
       compressed-tensors     that library's layout of the grid that BUILD has
       bf16, f16, f32         plain weights, code times scale, rounded once
+      gguf, gguf:TYPE        GGUF of the types that hold the codes (Q4_0, Q4_1, Q8_0, MXFP4), or F32, F16, BF16
       sharded:SIZE           the same layout in files of at most SIZE; of a GGUF file or set, too
+
+    A GGUF model's config.json and tokenizer are made from its keys, or taken over --like the model that it came from.
     """
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{build}: reading")
-        from qconv.boundary.content import is_gguf
-        from qconv.checkpoint.hub import resolve_build
+        from qconv.checkpoint.hub import resolve_build, resolve_model
         from qconv.conversion.pipeline import convert
 
         wanted, path = _wanted(layout), resolve_build(build)
-        if is_gguf(path):
-            outcome = _split_anew(path, out, layout, wanted, restart, reporter)
-        else:
-            outcome = convert(
-                path,
-                out,
-                wanted,
-                requantize=requantize,
-                restart=restart,
-                threads=threads,
-                progress=reporter.progress,
-                log=reporter.log,
-            )
+        outcome = convert(
+            path,
+            out,
+            wanted,
+            like=None if like is None else resolve_model(like, weights=False),
+            requantize=requantize,
+            restart=restart,
+            threads=threads,
+            progress=reporter.progress,
+            log=reporter.log,
+        )
     report = outcome.report
     result = {
         "path": str(outcome.out),
@@ -97,17 +105,6 @@ def command(
     say(console, f"size         {size(result['bytes'])}, {report['bits_per_weight']:.2f} bits per weight")
     print_engines(result["engines"])
     print_costs(result)
-
-
-def _split_anew(path: Path, out: Path, layout: str, wanted: Wanted, restart: bool, reporter: Reporter) -> Outcome:
-    from qconv.conversion.gguf import split_anew
-
-    if wanted.shard_bytes is None:
-        raise UsageError(
-            f"--to {layout}: of GGUF only the size of files can be changed: sharded:SIZE.",
-            hint="Other layouts come from the original model: qconv quantize MODEL --fmt ...",
-        )
-    return split_anew(path, out, wanted.shard_bytes, restart=restart, progress=reporter.progress, log=reporter.log)
 
 
 def _wanted(layout: str) -> Wanted:

@@ -18,24 +18,22 @@ from qconv import __version__
 from qconv.artifacts.reported import has_report, read_report
 from qconv.building.completion import already_complete
 from qconv.building.gguf_report import model_card
-from qconv.building.output import Outcome, begin, enter, publish, require_apart, require_published
+from qconv.building.output import Outcome, begin, complete_gguf, enter, require_apart, require_published
 from qconv.building.target import Log
 from qconv.checkpoint.hub import folder_name
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.conversion.target import CONVERTED
 from qconv.core.workers import Workers
-from qconv.errors import VerificationError
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, locked
 from qconv.folders.ownership import remove_claimed
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, SourceRecord
-from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME, FolderState
+from qconv.folders.state import REPORT_NAME, FolderState
 from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
 from qconv.formats.gguf.metadata import Metadata
 from qconv.formats.gguf.reader import GgufModel, set_name
 from qconv.planning.engines import engine_values, judged_as_it_is
-from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Progress
 
 _WORKERS = 2
@@ -121,14 +119,7 @@ class _Splitting:
         record.require_unchanged(self.progress)
         report = self._report(belongs, files)
         small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
-        publish(self.out, part, small)
-        sums = {name: sha256_of(self.out / name) for name in sorted({*small, *files})}
-        for name in files:
-            if sums[name] != part.units[name]["sha256"]:
-                raise VerificationError(
-                    f"{self.out / name}: changed since it was committed.", hint="Start over with --restart."
-                )
-        publish(self.out, part, {CHECKSUMS_NAME: render_checksums(sums).encode()})
+        complete_gguf(self.out, part, small, files, lambda names: [sha256_of(self.out / name) for name in names])
         remove_claimed(self.out / WORK_FOLDER)
         return Outcome(self.out, report, already_complete=False)
 
@@ -217,7 +208,8 @@ def _fingerprint(model: GgufModel) -> str:
 def _file_type(model: GgufModel) -> str:
     """What a model's types are called; the most frequent one's name where the file does not say."""
     try:
-        return LlamaFileType(int(model.metadata["general.file_type"])).name.removeprefix("MOSTLY_")  # type: ignore[arg-type]
-    except (KeyError, ValueError, TypeError):
+        said = model.metadata.get("general.file_type")
+        return LlamaFileType(said if isinstance(said, int) else -1).name.removeprefix("MOSTLY_")
+    except ValueError:
         types = [one.type.name for one in model.entries.values()]
         return max(sorted(set(types)), key=types.count)

@@ -6,10 +6,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import Tensor
-
-from qconv.artifacts.build import SCALES_FOLDER, Build
-from qconv.artifacts.reported import has_report, read_report
 from qconv.artifacts.source import Source
 from qconv.building.inputs import fingerprints
 from qconv.building.output import Outcome
@@ -20,7 +16,7 @@ from qconv.calibration.corpus import TokenSet
 from qconv.calibration.layer import Finished
 from qconv.conversion.dense import DTYPES
 from qconv.conversion.exact import in_grid
-from qconv.conversion.weights import BuildWeights
+from qconv.conversion.weights import CodedWeights
 from qconv.core.architecture import CacheScales, Linear
 from qconv.core.qtensor import QTensor
 from qconv.core.settings import CalibrationSettings
@@ -88,7 +84,7 @@ class ConvertedWriter(SafetensorsWriter):
         """A module; the scales of a cache are those of the other build."""
         if not isinstance(item.module, CacheScales):
             return super()._rounded(item)
-        values = cache_scales(_weights(self.source).build, item.module.name)
+        values = _weights(self.source).cache_scales(item.module.name)
         pairs = zip(item.specs, values, strict=True)
         return Finished(
             item.module, None, tuple((spec.name, [one.to(spec.dtype).view(spec.shape)]) for spec, one in pairs)
@@ -117,8 +113,8 @@ class ConvertedWriter(SafetensorsWriter):
     def _report(self, corpus: str | None, units: Mapping[str, Mapping[str, Any]]) -> Report:
         """The report, with what the one before said of how the weights were chosen."""
         report = super()._report(corpus, units)
-        build = _weights(self.source).build
-        said: dict[str, Any] = read_report(build.path) if has_report(build.path) else {}
+        before = _weights(self.source)
+        said = before.report()
         values = dict(report.values)
         for key in _KEPT:
             if key in said:
@@ -127,21 +123,15 @@ class ConvertedWriter(SafetensorsWriter):
             values["recipe"] = {**said["recipe"], "format": values["format"]}
         layers = {one.get("layer"): one for one in said.get("layers", ())}
         for one in values["layers"]:
-            before = layers.get(one["layer"], {})
-            one |= {key: before[key] for key in _OF_LAYERS if key in before}
-            one["snr_db"] = {name: before.get("snr_db", {}).get(name, snr) for name, snr in one["snr_db"].items()}
-        values[CONVERTED] = {
-            "from": build.format.name,
-            "rounded_again": dict(self.again),
-            "method_known": bool(said.get("recipe")),
-        }
+            was = layers.get(one["layer"], {})
+            one |= {key: was[key] for key in _OF_LAYERS if key in was}
+            one["snr_db"] = {name: was.get("snr_db", {}).get(name, snr) for name, snr in one["snr_db"].items()}
+        values[CONVERTED] = converted_from(before, self.again)
         return Report(values)
 
     def _companions(self, report: Report) -> dict[str, bytes]:
         """What lies beside the shards, with the scales that were folded into the weights."""
-        folded = (_weights(self.source).build.path / SCALES_FOLDER).glob("*.safetensors")
-        scales = {f"{SCALES_FOLDER}/{file.name}": file.read_bytes() for file in sorted(folded)}
-        return {**super()._companions(report), **scales}
+        return {**super()._companions(report), **_weights(self.source).folded()}
 
     def _check_whole(self, units: Mapping[str, Mapping[str, Any]], sums: Mapping[str, str]) -> None:
         """As of any build; plain weights are opened as a source is."""
@@ -152,18 +142,16 @@ class ConvertedWriter(SafetensorsWriter):
         Source.open(self.out)
 
 
-def _weights(source: Source) -> BuildWeights:
-    assert isinstance(source.checkpoint, BuildWeights)
-    return source.checkpoint
+def converted_from(before: CodedWeights, again: Mapping[str, str]) -> dict[str, Any]:
+    """What a report says of the conversion.
 
-
-def cache_scales(build: Build, attention: str) -> tuple[Tensor, Tensor]:
-    """The scales of a layer's keys and values that a build stores, each one number.
-
-    Raises:
-        CheckpointError: one is missing.
+    Args:
+        before: What was converted.
+        again: Linears that were rounded again, each with why.
     """
-    naming = build.format.cache
-    assert naming is not None
-    key, value = (build.checkpoint.read(f"{attention}.{leaf}").reshape(1) for leaf in (naming.key, naming.value))
-    return key, value
+    return {"from": before.layout, "rounded_again": dict(again), "method_known": bool(before.report().get("recipe"))}
+
+
+def _weights(source: Source) -> CodedWeights:
+    assert isinstance(source.checkpoint, CodedWeights)
+    return source.checkpoint

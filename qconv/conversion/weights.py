@@ -1,38 +1,110 @@
-"""A build as the dense checkpoint that it stands for, every weight code times scale in float32, cast once."""
+"""Quantized weights as the dense checkpoint that they stand for: code times scale in float32, cast once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qconv.artifacts.build import Build
+from qconv.artifacts.build import SCALES_FOLDER, Build
 from qconv.artifacts.layout import strip_quantization
+from qconv.artifacts.reported import has_report, read_report
 from qconv.artifacts.source import Source, require_tokenizer
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import Checkpoint, row_ranges
 from qconv.conversion.exact import same_numbers
-from qconv.core.architecture import Linear
-from qconv.core.qtensor import QTensor
+from qconv.core.architecture import Architecture, Linear
+from qconv.core.qtensor import Grid, QTensor
+from qconv.errors import CheckpointError
+from qconv.formats import Format
 
 
 @dataclass(frozen=True, slots=True)
-class BuildWeights(Checkpoint):
+class CodedWeights(Checkpoint):
     """The dense view: same names, no scales, no ``quantization_config``.
 
     Attributes:
-        build: The build.
-        linears: Its quantized linears by their weights' names.
+        linears: The quantized linears by their weights' names.
         dtype: What weights are cast to.
+        architecture: The model.
+    """
+
+    linears: Mapping[str, Linear]
+    dtype: torch.dtype
+    architecture: Architecture
+
+    @property
+    def format(self) -> Format | None:
+        """The layout that they are in; None of one that is no layout of safetensors."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> str:
+        """What that is called."""
+        raise NotImplementedError
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales are stored, if they are numbers of it."""
+        raise NotImplementedError
+
+    def grid_of(self, linear: Linear) -> Grid | str:
+        """The grid of a linear's codes, or why there is none."""
+        raise NotImplementedError
+
+    def qtensor(self, name: str) -> QTensor:
+        """A quantized weight by its name, of a linear that has a grid.
+
+        Raises:
+            CheckpointError: a tensor of it is absent or misshapen.
+        """
+        raise NotImplementedError
+
+    def report(self) -> dict[str, Any]:
+        """What is said of how the weights were made; empty where nothing is.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return {}
+
+    def folded(self) -> dict[str, bytes]:
+        """Files of scales that were folded into the weights, by their names in a build."""
+        return {}
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """The scales of a layer's keys and values that are stored, each one number.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
+        raise CheckpointError(f"{attention}: has no scales of a cache.", hint="Quantize with --kv-cache fp8.")
+
+    def is_dequantized(self, name: str) -> bool:
+        """Whether it has codes."""
+        return name in self.linears
+
+    def is_made_of(self, name: str, weight: QTensor) -> bool:
+        """See :class:`qconv.verification.weights.Coded`."""
+        linear = self.linears.get(name)
+        known = linear is not None and isinstance(self.grid_of(linear), Grid)
+        return known and self.dtype is torch.float32 and same_numbers(self.qtensor(name), weight)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildWeights(CodedWeights):
+    """Those of a build.
+
+    Attributes:
+        build: The build.
         parts: The stored tensors that each is made of, by the same names.
     """
 
     build: Build
-    linears: Mapping[str, Linear]
-    dtype: torch.dtype
     parts: Mapping[str, tuple[str, ...]]
 
     @classmethod
@@ -62,16 +134,49 @@ class BuildWeights(Checkpoint):
             some = stored.entry(parts[name][0])
             nbytes = dtype.itemsize * linear.out_features * linear.in_features
             entries[name] = replace(some, name=name, dtype=dtype, shape=shape, nbytes=nbytes)
-        return cls(entries, stored.path, strip_quantization(stored.config), build, linears, dtype, parts)
+        config = strip_quantization(stored.config)
+        return cls(entries, stored.path, config, linears, dtype, build.architecture, build, parts)
+
+    @property
+    def format(self) -> Format:
+        """The build's."""
+        return self.build.format
+
+    @property
+    def layout(self) -> str:
+        """The name of its format."""
+        return self.build.format.name
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """That of the model's other weights."""
+        return self.entry(self.architecture.embedding.weight).dtype
+
+    def grid_of(self, linear: Linear) -> Grid:
+        """As the build has it."""
+        return self.build.grid_of(linear)
+
+    def report(self) -> dict[str, Any]:
+        """The build's own."""
+        return read_report(self.build.path) if has_report(self.build.path) else {}
+
+    def folded(self) -> dict[str, bytes]:
+        """Those of its layers."""
+        files = sorted((self.build.path / SCALES_FOLDER).glob("*.safetensors"))
+        return {f"{SCALES_FOLDER}/{file.name}": file.read_bytes() for file in files}
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """As the build stores them."""
+        naming = self.build.format.cache
+        assert naming is not None
+        stored = self.build.checkpoint
+        key, value = (stored.read(f"{attention}.{leaf}").reshape(1) for leaf in (naming.key, naming.value))
+        return key, value
 
     @property
     def files(self) -> list[Path]:
         """The build's shards."""
         return self.build.checkpoint.files
-
-    def is_dequantized(self, name: str) -> bool:
-        """Whether it has codes."""
-        return name in self.linears
 
     def fingerprint(self) -> str:
         """That of the build, whose samples are of codes and scales alike."""
@@ -84,10 +189,6 @@ class BuildWeights(Checkpoint):
             CheckpointError: a tensor of it is absent or misshapen.
         """
         return self.build.qtensor(self.linears[name])
-
-    def is_made_of(self, name: str, weight: QTensor) -> bool:
-        """See :class:`qconv.verification.weights.Coded`."""
-        return self.dtype is torch.float32 and same_numbers(self.qtensor(name), weight)
 
     def crc32(self, name: str, value: int = 0) -> int:
         """Of the stored tensors that a weight is made of."""

@@ -57,15 +57,20 @@ class GgufFiles:
     changed: dict[str, list[GgufTensor]] = field(repr=False)
 
     @classmethod
-    def open(cls, path: Path, mapped: MapTensor = map_tensor) -> GgufFiles:
+    def open(cls, path: Path, mapped: MapTensor = map_tensor, config: dict[str, Any] | None = None) -> GgufFiles:
         """Open a model.
+
+        Args:
+            path: A GGUF file, any of a set, or a folder that holds one model.
+            mapped: How tensors are mapped.
+            config: The config.json of the model that it was made from; None to make one from the keys.
 
         Raises:
             CheckpointError: damaged, incomplete, of an architecture that qconv does not know, or with a tensor or key
                 that qconv does not compute with.
         """
         model = GgufModel.open(path)
-        config = config_of(model)
+        config = config_of(model) if config is None else config
         resolved = architecture(config)
         tensors = gguf_tensors(resolved, present=model.entries)
         _check_tensors(model, tensors, _left_out(model, resolved))
@@ -110,6 +115,40 @@ class GgufFiles:
         change = self.changed[name][0].change
         assert change is not None
         return change.join(*pieces).reshape(shape).contiguous()
+
+    def coded(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, GGMLQuantizationType] | None:
+        """A matrix as rows of bytes, uint8 [rows, bytes], with their type; None of one that is held otherwise.
+
+        The rows are the checkpoint's, in its order.
+        """
+        return None if name in self.changed else self._rows(name, shape)
+
+    def type_of(self, name: str) -> GGMLQuantizationType:
+        """The type of a tensor of the checkpoint; of one that is held in several, the first one's."""
+        tensor = self.changed[name][0] if name in self.changed else self.places[name][0]
+        return self.model.entry(tensor.name).type
+
+    def is_in_order(self, name: str) -> bool:
+        """Whether the file has a tensor's rows as the checkpoint has them."""
+        return name not in self.changed and not self.places[name][0].heads and self.places[name][0].moved is None
+
+    def values(self, name: str, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+        """Some rows of a matrix that lies in order, float32 unless the file has them in 16 bits."""
+        tensor, part = self.places[name]
+        entry, size = self.model.entry(tensor.name), row_bytes(self.model.entry(tensor.name).type, shape[1])
+        rows = self.mapped(_bytes(entry, part * shape[0] + start, stop - start, size))
+        return rows.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(rows, entry.type)
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> list[TensorEntry]:
+        """The bytes of the file that a tensor of the checkpoint is made of."""
+        if name in self.changed:
+            whole = [self.model.entry(tensor.name) for tensor in self.changed[name]]
+            return [
+                TensorEntry(one.name, torch.uint8, (one.nbytes,), one.file, one.offset, one.nbytes) for one in whole
+            ]
+        tensor, part = self.places[name]
+        rows = shape[0] if len(shape) > 1 else 1
+        return [_bytes(self.model.entry(tensor.name), part * rows, rows, row_bytes(self.type_of(name), shape[-1]))]
 
     def bias(self, linear: Linear) -> Tensor | None:
         """The bias, where the file has one: llama.cpp adds those that there are, of q alone too."""

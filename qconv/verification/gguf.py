@@ -191,4 +191,7 @@ def _counts(error: SquaredError, elements: int) -> bool:
 
 def _may_be_weighted(folder: Path) -> bool:
     """Whether a build's report names an imatrix, or nothing says how it was made."""
-    return not has_report(folder) or read_report(folder).get("imatrix") is not None
+    if not has_report(folder):
+        return True
+    report = read_report(folder)
+    return report.get("imatrix") is not None or "converted" in report

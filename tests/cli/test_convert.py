@@ -66,12 +66,26 @@ def test_sizes_of_files(invoke: Invoke, build: Path, tmp_path: Path) -> None:
 def test_of_gguf_the_size_of_files_can_be_changed(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert invoke("quantize", tiny, "--fmt", "gguf:Q4_0", "-o", whole).exit_code == 0
-    refused = invoke("convert", whole, "--to", "awq", "-o", parts)
+    refused = invoke("convert", whole, "--to", "fp8", "-o", parts)
     assert refused.exit_code == 2
-    assert "sharded:SIZE" in refused.stderr
+    assert "--requantize" in refused.stderr
     assert not parts.exists()
     result = invoke("convert", whole, "--to", "sharded:2MB", "-o", parts)
     assert result.exit_code == 0
     assert len(list(parts.glob("*.gguf"))) > 1
     assert invoke("verify", parts, "--against", tiny).exit_code == 0
     assert invoke("check", parts, "--engine", "llamacpp").exit_code == 0
+
+
+def test_gguf_becomes_a_checkpoint_with_what_it_is_like(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert invoke("quantize", tiny, "--fmt", "gguf:Q8_0", "-o", whole).exit_code == 0
+    result = invoke("convert", whole, "--to", "compressed-tensors", "--like", tiny, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert "every weight the same number" in result.stdout
+    assert (out / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+    assert invoke("verify", out).exit_code == 0
+    back = invoke("convert", out, "--to", "gguf", "-o", tmp_path / "back")
+    assert back.exit_code == 0, back.stderr
+    assert invoke("verify", tmp_path / "back").exit_code == 0
+    assert invoke("convert", whole, "--to", "bf16", "--like", tmp_path, "-o", tmp_path / "no").exit_code == 5

@@ -179,7 +179,7 @@ def test_compressed_tensors_layout_is_the_one_of_the_grid(builds: dict[str, Path
 
 def test_gguf_is_told_from_a_damaged_folder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(UsageError, match="is GGUF"):
+    with pytest.raises(CheckpointError):
         converted(tmp_path / "model.gguf", tmp_path / "out", "awq")
 
 

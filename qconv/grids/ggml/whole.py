@@ -27,40 +27,70 @@ _RANGES = {GgmlType.Q4_0: (-8, 7), GgmlType.Q8_0: (-128, 127)}
 """The whole numbers that a block holds."""
 
 
-def from_blocks(rows: Tensor, type: GgmlType) -> QTensor | str:
-    """The weight that blocks hold, or why it has no grid of codes and scales.
+SIGNED = Grid(4, BLOCK, False, torch.float16)
+"""Of Q4_0 where some scales are negative, which no engine expects: ``(q - 8) d`` is ``(15 - q - 7) |d|``."""
+
+
+def has_negative_scales(rows: Tensor, type: GgmlType) -> bool:
+    """Whether a scale of whole numbers is negative, as ggml's encoder of Q4_0 leaves half of them.
 
     Args:
         rows: uint8 [out_features, bytes of a row].
         type: One of :data:`GRIDS`.
     """
-    grid, (count, _) = GRIDS[type], rows.shape
-    size = type.block_bytes
-    blocks = rows.reshape(count, -1, size)
+    if type is GgmlType.MXFP4:
+        return False
+    scales = _halves(rows.reshape(len(rows), -1, type.block_bytes)[..., :2])
+    return bool((scales < 0).any())
+
+
+def from_blocks(rows: Tensor, type: GgmlType, *, signed: bool = False) -> QTensor | str:
+    """The weight that blocks hold, its scales positive, or why it has no grid of codes and scales.
+
+    Args:
+        rows: uint8 [out_features, bytes of a row].
+        type: One of :data:`GRIDS`.
+        signed: Of Q4_0: on :data:`SIGNED`, which negative scales need.
+    """
+    grid, count = GRIDS[type], len(rows)
+    blocks = rows.reshape(count, -1, type.block_bytes)
     if type is GgmlType.MXFP4:
         return QTensor(grid, _pairs(blocks[..., 1:]), blocks[..., 0].contiguous().view(torch.float8_e8m0fnu), None)
     scales = _halves(blocks[..., :2])
+    if not bool(torch.isfinite(scales).all()):
+        return "a scale of its blocks is not finite"
+    negative, empty = scales < 0, scales == 0
+    positive = torch.where(empty, 1.0, scales.abs())
+    spread = [one.unsqueeze(-1).expand(-1, -1, BLOCK).reshape(count, -1) for one in (negative, empty)]
     if type is GgmlType.Q8_0:
-        codes = blocks[..., 2:].reshape(count, -1)
-        return QTensor(grid, codes ^ 128, scales, None)  # a byte of two's complement, 128 more
+        numbers = blocks[..., 2:].contiguous().view(torch.int8).view(count, -1).short()
+        numbers = torch.where(spread[0], -numbers, numbers).masked_fill_(spread[1], 0)
+        if bool((numbers > 127).any()):
+            return "-128 times a negative scale is no code"
+        return QTensor(grid, (numbers + 128).to(torch.uint8), positive, None)
     if type is GgmlType.Q4_0:
-        return QTensor(grid, _pairs(blocks[..., 2:]), scales, None)
-    bases = _halves(blocks[..., 2:4])
-    zeros = torch.where(scales == 0, 0.0, -bases.double() / scales.double())
-    whole = (zeros == zeros.round()) & (zeros >= 0) & (zeros <= 15) & ((scales != 0) | (bases == 0))
-    if not bool(whole.all()):
+        codes = _pairs(blocks[..., 2:])
+        if not signed:
+            codes = codes.masked_fill_(spread[1], 8)
+            return "some of its scales are negative" if bool(negative.any()) else QTensor(grid, codes, positive, None)
+        codes = torch.where(spread[0], 15 - codes, codes).masked_fill_(spread[1], 8)
+        return QTensor(SIGNED, codes, positive, torch.where(negative, 7, 8).to(torch.uint8))
+    if bool((negative | empty).any()):
+        return "some of its scales are not positive"
+    zeros = -_halves(blocks[..., 2:4]).double() / scales.double()
+    if not bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 15)).all()):
         return "the bases of its blocks are no whole number of steps"
     return QTensor(grid, _pairs(blocks[..., 4:]), scales, zeros.to(torch.uint8))
 
 
-def to_blocks(weight: QTensor, type: GgmlType) -> Tensor | str:
-    """A weight's blocks, uint8 [out_features, bytes of a row], or why the type does not hold its numbers.
+def misfit(weight: QTensor, type: GgmlType) -> str | None:
+    """Why a type does not hold a weight's numbers; None where it does.
 
     Args:
         weight: On any grid.
         type: One of :data:`GRIDS`.
     """
-    grid, (count, columns) = weight.grid, weight.shape
+    grid, columns = weight.grid, weight.shape[1]
     if grid.number != GRIDS[type].number:
         return f"{type.name} holds {'E2M1 floats' if type is GgmlType.MXFP4 else 'whole numbers'}"
     if weight.group_index is not None:
@@ -71,43 +101,78 @@ def to_blocks(weight: QTensor, type: GgmlType) -> Tensor | str:
     if width % BLOCK:
         return f"{type.name} has blocks of {BLOCK}, and groups of {width} share a scale"
     if type is GgmlType.MXFP4:
-        if grid.scale_dtype is not torch.float8_e8m0fnu:
-            return "MXFP4 has powers of two for scales"
-        return torch.cat([weight.scales.view(torch.uint8).unsqueeze(-1), _halved(weight.codes)], -1).view(count, -1)
-    scales = weight.scales.to(torch.float16)
-    if not torch.equal(scales.double(), weight.scales.double()):
+        return None if grid.scale_dtype is torch.float8_e8m0fnu else "MXFP4 has powers of two for scales"
+    if not torch.equal(weight.scales.to(torch.float16).double(), weight.scales.double()):
         return f"{type.name} has scales in float16, of which its own are no numbers"
-    repeats = width // BLOCK
-    d = scales.repeat_interleave(repeats, 1).unsqueeze(-1)
     if type is GgmlType.Q4_1:
-        return _with_bases(weight, d, repeats)
-    zeros: Tensor | int = grid.mid
-    if weight.zero_points is not None:
-        zeros = weight.zero_points.short().repeat_interleave(width, 1)
-    numbers = weight.codes.short() - zeros
+        if grid.bits > 4:
+            return "Q4_1 has 4 bits"
+        bases = _bases(weight)
+        if not torch.equal(bases.to(torch.float16).double(), bases):
+            return "Q4_1 has bases in float16, of which its zero points times scales are no numbers"
+        return None
     lowest, highest = _RANGES[type]
+    if weight.zero_points is None and lowest <= -grid.mid and grid.mid - 1 <= highest:
+        return None
+    numbers = _numbers(weight, type)
     if int(numbers.min()) < lowest or int(numbers.max()) > highest:
         return f"{type.name} holds whole numbers from {lowest} to {highest}, of which its own are some no"
-    if type is GgmlType.Q8_0:
-        data = numbers.to(torch.int8).view(torch.uint8).view(count, -1, BLOCK)
+    return None
+
+
+def to_blocks(weight: QTensor, type: GgmlType) -> Tensor:
+    """A weight's blocks, uint8 [out_features, bytes of a row].
+
+    Args:
+        weight: One that :func:`misfit` has nothing to say of.
+        type: One of :data:`GRIDS`.
+    """
+    count = len(weight.codes)
+    if type is GgmlType.MXFP4:
+        exponents = weight.scales.view(torch.uint8).repeat_interleave(_blocks_a_group(weight), 1)
+        return torch.cat([exponents.unsqueeze(-1), _halved(weight.codes)], -1).view(count, -1)
+    pieces = [_in_blocks(torch.where(_turned(weight, type), -weight.scales, weight.scales), weight)]
+    if type is GgmlType.Q4_1:
+        pieces += [_in_blocks(_bases(weight), weight), _halved(weight.codes)]
+    elif type is GgmlType.Q4_0:
+        pieces.append(_halved((_numbers(weight, type) + 8).to(torch.uint8)))
     else:
-        data = _halved((numbers + 8).to(torch.uint8))
-    return torch.cat([d.view(torch.uint8), data], -1).view(count, -1)
+        pieces.append(_numbers(weight, type).to(torch.int8).view(torch.uint8).view(count, -1, BLOCK))
+    return torch.cat(pieces, -1).view(count, -1)
 
 
-def _with_bases(weight: QTensor, d: Tensor, repeats: int) -> Tensor | str:
-    """Blocks of Q4_1."""
-    if weight.grid.bits > 4:
-        return "Q4_1 has 4 bits"
-    zeros = torch.full_like(weight.scales, weight.grid.mid, dtype=torch.float64)
-    if weight.zero_points is not None:
-        zeros = weight.zero_points.double()
-    bases = -(zeros * weight.scales.double())
-    m = bases.to(torch.float16)
-    if not torch.equal(m.double(), bases):
-        return "Q4_1 has bases in float16, of which its zero points times scales are no numbers"
-    m = m.repeat_interleave(repeats, 1).unsqueeze(-1)
-    return torch.cat([d.view(torch.uint8), m.view(torch.uint8), _halved(weight.codes)], -1).view(len(d), -1)
+def _blocks_a_group(weight: QTensor) -> int:
+    return weight.shape[1] // weight.scales.shape[1] // BLOCK
+
+
+def _in_blocks(values: Tensor, weight: QTensor) -> Tensor:
+    """Numbers of groups as the float16 bytes of their blocks: [rows, groups] -> uint8 [rows, blocks, 2]."""
+    return values.to(torch.float16).repeat_interleave(_blocks_a_group(weight), 1).unsqueeze(-1).view(torch.uint8)
+
+
+def _bases(weight: QTensor) -> Tensor:
+    """What a code of 0 stands for, float64 of the scales' shape."""
+    zeros: Tensor | int = weight.grid.mid if weight.zero_points is None else weight.zero_points.double()
+    return -(zeros * weight.scales.double())
+
+
+def _numbers(weight: QTensor, type: GgmlType) -> Tensor:
+    """Codes less their zero points, int16 [out_features, in_features]; negated where the scale is negative."""
+    zeros: Tensor | int = weight.grid.mid
+    if weight.zero_points is None:
+        return weight.codes.short() - zeros
+    width = weight.shape[1] // weight.scales.shape[1]
+    zeros = weight.zero_points.short().repeat_interleave(width, 1)
+    turned = _turned(weight, type).repeat_interleave(width, 1)
+    numbers = weight.codes.short() - zeros
+    return torch.where(turned, -numbers, numbers)
+
+
+def _turned(weight: QTensor, type: GgmlType) -> Tensor:
+    """Which scales become negative, bool of their shape: of Q4_0 those whose numbers reach from -7 to 8."""
+    if type is not GgmlType.Q4_0 or weight.zero_points is None or weight.grid.bits != 4:
+        return torch.zeros_like(weight.scales, dtype=torch.bool)
+    return weight.zero_points == 7
 
 
 def _halves(pairs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qconv.core.qtensor import Grid, QTensor
 from qconv.grids.ggml.block_types import GgmlType
-from qconv.grids.ggml.whole import GRIDS, from_blocks, to_blocks
+from qconv.grids.ggml.whole import GRIDS, from_blocks, has_negative_scales, misfit, to_blocks
 
 SIZES = [32, 64, 128, -1]
 
@@ -32,7 +32,7 @@ def weight(
     grid = Grid(bits, group_size, symmetric, scale_dtype)
     groups = grid.groups(256)
     codes = torch.randint(0, 1 << bits, (6, 256), generator=made, dtype=torch.uint8)
-    scales = torch.randint(-31, 32, (6, groups), generator=made).float() / 256
+    scales = torch.randint(1, 32, (6, groups), generator=made).float() / 256
     low, high = zeros or (0, (1 << bits) - 1)
     points = None if symmetric else torch.randint(low, high + 1, (6, groups), generator=made, dtype=torch.uint8)
     return QTensor(grid, codes, scales.to(scale_dtype), points)
@@ -46,9 +46,8 @@ def floats(seed: int = 0, exponents: tuple[int, int] = (100, 140)) -> QTensor:
 
 
 def packed(made: QTensor, type: GgmlType) -> Tensor:
-    found = to_blocks(made, type)
-    assert not isinstance(found, str), found
-    return found
+    assert misfit(made, type) is None
+    return to_blocks(made, type)
 
 
 def decoded(rows: Tensor, type: GgmlType) -> Tensor:
@@ -97,11 +96,20 @@ def test_any_blocks_are_codes_and_scales(type: GgmlType, seed: int) -> None:
         rows[..., 0].clamp_(1, 250)
     else:
         rows[..., 1] &= 0b10111111  # neither infinite nor NaN
+        if type is GgmlType.Q8_0:
+            rows[..., 2:].clamp_(0, 127)
     rows = rows.view(3, -1)
-    found = from_blocks(rows, type)
+    found = from_blocks(rows, type, signed=True)
     assert isinstance(found, QTensor)
+    assert bool((found.steps() > 0).all())
     assert torch.equal(found.dequantize(), decoded(rows, type))
-    assert torch.equal(packed(found, type), rows)
+    assert torch.equal(decoded(packed(found, type), type), decoded(rows, type))
+    again = from_blocks(packed(found, type), type, signed=True)
+    assert isinstance(again, QTensor)
+    assert torch.equal(again.codes, found.codes)
+    assert has_negative_scales(rows, type) is (from_blocks(rows, type) == "some of its scales are negative") or (
+        type is not GgmlType.Q4_0
+    )
 
 
 @given(seed=st.integers(0, 2**31), group_size=st.sampled_from(SIZES))
@@ -110,6 +118,20 @@ def test_bases_that_are_whole_steps_come_back(seed: int, group_size: int) -> Non
     found = from_blocks(packed(made, GgmlType.Q4_1), GgmlType.Q4_1)
     assert isinstance(found, QTensor)
     assert torch.equal(found.dequantize(), made.dequantize())
+
+
+def test_blocks_of_zeros_have_a_scale_all_the_same() -> None:
+    for type in (GgmlType.Q4_0, GgmlType.Q8_0):
+        found = from_blocks(torch.zeros(2, 3 * type.block_bytes, dtype=torch.uint8), type)
+        assert isinstance(found, QTensor)
+        assert bool((found.scales > 0).all())
+        assert not bool(found.dequantize().any())
+
+
+def test_scales_that_are_no_numbers_are_told() -> None:
+    rows = packed(weight(4, 32), GgmlType.Q4_0).clone()
+    rows[0, :2] = torch.tensor([float("inf")], dtype=torch.float16).view(torch.uint8)
+    assert from_blocks(rows, GgmlType.Q4_0) == "a scale of its blocks is not finite"
 
 
 def test_bases_that_are_none_are_told() -> None:
@@ -130,8 +152,8 @@ REFUSED: list[tuple[QTensor, GgmlType, str]] = [
 
 @pytest.mark.parametrize(("made", "type", "reason"), REFUSED)
 def test_what_does_not_fit_is_told(made: QTensor, type: GgmlType, reason: str) -> None:
-    found = to_blocks(made, type)
-    assert isinstance(found, str)
+    found = misfit(made, type)
+    assert found is not None
     assert reason in found
 
 
@@ -145,6 +167,6 @@ def test_numbers_beyond_float16_are_told(kind: Kind, type: GgmlType) -> None:
     made.scales[0, 0] = number
     if made.zero_points is not None:
         made.zero_points[0, 0] = 15
-    found = to_blocks(made, type)
-    assert isinstance(found, str)
+    found = misfit(made, type)
+    assert found is not None
     assert kind in found
