@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.fuzz.harness import MEMORY, SECONDS, score
-from evals.fuzz.targets import STORE, TARGETS
+from evals.fuzz.inputs import STORE
+from evals.fuzz.targets import TARGETS
 
 IMPORTED = (
     "transformers.models.qwen3_moe.modeling_qwen3_moe",

@@ -36,6 +36,8 @@ PLAIN = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16}
 """Types without codes."""
 _NAMES = {"Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0", "MXFP4": "MXFP4_MOE"}
 """What files of a type are called."""
+_ROWS = 512
+"""Of a weight, made and compared at a time."""
 _STORED = {torch.float32: T.F32, torch.float16: T.F16, torch.bfloat16: T.BF16}
 
 
@@ -182,12 +184,16 @@ class CodedBlocks:
         """
         name = tensor.sources[part]
         weight = self.weights.qtensor(name)
-        data = to_blocks(weight, self.type)
-        if not torch.equal(dequantized_rows(data, T(self.type.value)), weight.dequantize()):
-            raise VerificationError(
-                f"{name}: dequantizes to other numbers than before.",
-                hint="This is a bug; the build that it was converted from is whole.",
-            )
+        made = []
+        for start in range(0, len(weight.codes), _ROWS):
+            rows = weight.rows(start, min(start + _ROWS, len(weight.codes)))
+            made.append(to_blocks(rows, self.type))
+            if not torch.equal(dequantized_rows(made[-1], T(self.type.value)), rows.dequantize()):
+                raise VerificationError(
+                    f"{name}: dequantizes to other numbers than before.",
+                    hint="This is a bug; the build that it was converted from is whole.",
+                )
+        data = torch.cat(made)
         if tensor.moved is not None and tensor.moved.rows is not None:
             return data[tensor.moved.rows]
         return permute_heads(data, tensor.heads) if tensor.heads else data

@@ -23,6 +23,7 @@ from torch import Tensor
 from qconv.artifacts.source import Source
 from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.building.sized_pipeline import quantize_to_size
+from qconv.conversion.pipeline import Wanted, convert
 from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.formats.gguf.pre_tokenizers import GPT2, PRE_TOKENIZERS
 from qconv.grids.blocks import BlockGrid
@@ -32,7 +33,7 @@ from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.runtime.loading import load
 from qconv.runtime.tokenizer import load_tokenizer
 from qconv.sensitivity.allocating import Request, Target
-from tests.conftest import random_model, save_model
+from tests.conftest import build, random_model, save_model, small_recipe
 from tests.gguf_copies import copied
 from tests.interop.conftest import MODEL, Client
 from tests.interop.environments import CHECKOUT
@@ -210,6 +211,24 @@ def test_a_build_of_a_size_whose_tensors_all_differ_is_computed_alike(llama: Lla
     report = quantize_to_size(MODEL, tmp_path / "out", recipe, Request(Target(bits=4.2)), **quiet).report
     types = {one["type"] for one in report["tensors"].values()} - {"F32"}
     assert len(types) >= 4  # of the eight that there are to choose from
+    assert_computed_alike(tmp_path / "out" / report["files"][0], llama)
+
+
+@pytest.mark.parametrize(
+    ("output_format", "grid", "type"),
+    [
+        ("w4a16", {"group_size": 32}, "Q4_0"),
+        ("w4a16", {"bits": 8, "group_size": 32}, "Q8_0"),
+        ("mxfp4", {"group_size": 32}, "MXFP4"),
+    ],
+)
+def test_builds_that_were_converted_are_computed_alike(
+    output_format: str, grid: dict[str, int], type: str, llama: Llama, tmp_path: Path
+) -> None:
+    build(MODEL, tmp_path / "build", small_recipe("rtn", output_format, grid=grid))
+    quiet: dict[str, Any] = {"progress": lambda *_: None, "log": lambda _: None}
+    report = convert(tmp_path / "build", tmp_path / "out", Wanted("gguf"), **quiet).report
+    assert {one["type"] for name, one in report["tensors"].items() if "exps" in name} == {type}
     assert_computed_alike(tmp_path / "out" / report["files"][0], llama)
 
 
