@@ -39,7 +39,7 @@ from qconv.building.gguf_report import (
 )
 from qconv.building.gguf_stages import StagedLayers
 from qconv.building.inputs import fingerprints, lasting
-from qconv.building.output import Outcome, complete_gguf, require_published
+from qconv.building.output import Outcome, complete_files, require_published
 from qconv.building.target import LayerSink, Means
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.imatrix import (
@@ -369,7 +369,7 @@ class GgufBuilder:
         """Complete the folder."""
         report, files = self._report(), self.target.files()
         small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
-        complete_gguf(self.out, self.part, small, files, self._digests)
+        complete_files(self.out, self.part, small, files, self._digests)
         return Outcome(self.out, report, already_complete=False)
 
     def _digests(self, names: list[str]) -> Iterator[str]:

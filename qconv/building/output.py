@@ -250,14 +250,14 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     }
 
 
-def complete_gguf(
+def complete_files(
     out: Path,
     part: Part,
     small: Mapping[str, bytes],
     files: list[str],
     digest: Callable[[list[str]], Iterable[str]],
 ) -> None:
-    """Write the small files and the checksums of a folder of GGUF files, each still what was committed.
+    """Write the small files and the checksums of a folder whose files, each committed by its name, are still that.
 
     Args:
         out: The folder.

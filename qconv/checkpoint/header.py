@@ -151,9 +151,12 @@ def _back_to_back(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def encode_header(specs: Sequence[TensorSpec]) -> bytes:
-    """Length prefix and JSON for tensors laid out back to back in the order of ``specs``, padded to 8 bytes."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def encode_header(specs: Sequence[TensorSpec], framework: str = "pt") -> bytes:
+    """Length prefix and JSON for tensors laid out back to back in the order of ``specs``, padded to 8 bytes.
+
+    ``framework`` is whose tensors readers take them for.
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": framework}}
     offset = 0
     for spec in specs:
         end = offset + spec.nbytes

@@ -211,7 +211,9 @@ class StagedFile(ABC):
 class ShardWriter(StagedFile):
     """Writes the tensors of ``specs``, in that order, to ``path``."""
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], temporary: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, specs: Sequence[TensorSpec], temporary: Path | None = None, framework: str = "pt"
+    ) -> None:
         """Open the temporary file, as :class:`StagedFile` does, and write the header.
 
         Raises:
@@ -219,7 +221,7 @@ class ShardWriter(StagedFile):
         """
         self._specs = list(specs)
         self._next = 0
-        super().__init__(path, encode_header(self._specs), temporary)
+        super().__init__(path, encode_header(self._specs, framework), temporary)
 
     @property
     def specs(self) -> Sequence[TensorSpec]:

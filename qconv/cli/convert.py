@@ -61,6 +61,7 @@ def command(
       compressed-tensors     that library's layout of the grid that BUILD has
       bf16, f16, f32         plain weights, code times scale, rounded once
       gguf, gguf:TYPE        GGUF of the types that hold the codes (Q4_0, Q4_1, Q8_0, MXFP4), or F32, F16, BF16
+      mlx                    mlx-lm's layout, experts stacked
       sharded:SIZE           the same layout in files of at most SIZE; of a GGUF file or set, too
 
     A GGUF model's config.json and tokenizer are made from its keys, or taken over --like the model that it came from.

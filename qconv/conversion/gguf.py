@@ -18,7 +18,7 @@ from qconv import __version__
 from qconv.artifacts.reported import has_report, read_report
 from qconv.building.completion import already_complete
 from qconv.building.gguf_report import model_card
-from qconv.building.output import Outcome, begin, complete_gguf, enter, require_apart, require_published
+from qconv.building.output import Outcome, begin, complete_files, enter, require_apart, require_published
 from qconv.building.target import Log
 from qconv.checkpoint.hub import folder_name
 from qconv.checkpoint.writer import output_errors, sha256_of
@@ -119,7 +119,7 @@ class _Splitting:
         record.require_unchanged(self.progress)
         report = self._report(belongs, files)
         small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
-        complete_gguf(self.out, part, small, files, lambda names: [sha256_of(self.out / name) for name in names])
+        complete_files(self.out, part, small, files, lambda names: [sha256_of(self.out / name) for name in names])
         remove_claimed(self.out / WORK_FOLDER)
         return Outcome(self.out, report, already_complete=False)
 

@@ -27,7 +27,7 @@ from qconv.planning.schemes import LinearScheme
 
 CONVERTED = "converted"
 """Of a report: what a build was converted from, and which linears were rounded again."""
-_KEPT = ("source", "calibration_corpus", "coverage", "degenerate", "allocation")
+KEPT = ("source", "calibration_corpus", "coverage", "degenerate", "allocation")
 """What a report keeps of the one before."""
 _OF_LAYERS = ("searches", "experts", "compensations")
 
@@ -116,7 +116,7 @@ class ConvertedWriter(SafetensorsWriter):
         before = _weights(self.source)
         said = before.report()
         values = dict(report.values)
-        for key in _KEPT:
+        for key in KEPT:
             if key in said:
                 values[key] = said[key]
         if said.get("recipe"):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
-ENVIRONMENTS = ("autoawq", "compressed-tensors", "gptqmodel", "ggml", "llamacpp", "modelopt")
+ENVIRONMENTS = ("autoawq", "compressed-tensors", "gptqmodel", "ggml", "llamacpp", "modelopt", "mlx")
 
 
 def folder(name: str) -> Path:
