@@ -42,7 +42,8 @@ def command(config: Path, date: str | None, as_json: bool) -> int:
         require_any_run(night)
         with History.open(plan.history) as history:
             views = [view(folder, run, history, one.name) for one in night.builds for folder, run in one.runs.values()]
-        files = write_report(night.folder, views)
+        absent = [(one.name, _why(one)) for one in night.builds if not one.runs]
+        files = write_report(night.folder, views, absent=absent)
     if as_json:
         builds = {one.name: _values(one) for one in night.builds}
         verdict = night.verdict.model_dump(mode="json")

@@ -64,6 +64,19 @@ class LayerBits(_Read):
     roles: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]]
 
 
+class TensorReport(_Read):
+    """A tensor of a GGUF file."""
+
+    type: str | None = None
+    snr_db: float | None = None
+
+
+class Importance(_Read):
+    """The importance matrix of a GGUF build."""
+
+    coverage: JsonValue = None
+
+
 class Choice(_Read):
     """What was predicted of a build whose grids were chosen."""
 
@@ -71,15 +84,17 @@ class Choice(_Read):
 
 
 class BuildReport(_Read):
-    """A build's report; of GGUF it has no layers."""
+    """A build's report: of GGUF its error is told by tensor, of the others by layer and module."""
 
     format: str | None = None
     recipe: dict[str, Any] = {}
     bits_per_weight: float | None = None
     quantized_bits_per_weight: float | None = None
     coverage: JsonValue = None
+    imatrix: Importance = Importance()
     degenerate: tuple[JsonValue, ...] = ()
     layers: tuple[LayerReport, ...] = ()
+    tensors: dict[str, TensorReport] = {}
     bits_by_layer: tuple[LayerBits, ...] = ()
     allocation: Choice = Choice()
 

@@ -3,6 +3,12 @@
 A kind is a module with ``SETTINGS``, the pydantic model of its section in a suite (with ``kind`` and ``name``), and
 ``measure(settings, bench)``, which returns the :class:`~qconv.evaluation.record.Task`. What makes a verdict possible is
 in the task's ``items``: one for each document or problem, paired with another run's by name.
+
+How it shows in reports is in the task, too; nothing there knows kinds. ``files["answers"]`` are answers side by side,
+``files["tokens"]`` divergences a token. Metrics that gates are set on stand for the task, else the first that can be
+better or worse. ``details["words"]`` names metrics for people, ``{metric: {"name", "meaning", "unit"}}``, and
+``details["tables"]`` are tables of its own, ``[{"title", "columns", "rows", "note"}]``
+(:class:`~qconv.evaluation.report.parts.Presented`).
 """
 
 from __future__ import annotations

@@ -205,8 +205,8 @@ def test_every_form_of_the_report_says_so(left_out: Run, write: Write, tmp_path:
     assert suite[-1][0].tag == "skipped"
     whole = view(tmp_path / "other", write("other"))
     head, rows = summary([shown, whole])
-    at = head.index("humaneval: pass@1")
-    assert (rows[0][at], rows[1][at][:6]) == (NOT_MEASURED, "0.6667")
+    at = head.index("humaneval: Solved at the first attempt")
+    assert (rows[0][at], rows[1][at][:6]) == (NOT_MEASURED, "66.7 %")
     assert f"| {NOT_MEASURED} |" in markdown([shown, whole])
 
 

@@ -9,54 +9,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.evaluation.build_report import BuildReport
+from qconv.evaluation.report.shaded import relative_error
 
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})(?:\.|$)")
-_WORST = 10
 _SPARSEST = 1000
 """Cells of a map for each module that is known; a report names almost every expert of almost every layer."""
-_LOUDEST = 300.0
-"""Power of ten of a relative error, short of what a float holds."""
 _MOST = 2**62
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertMaps:
-    """Of every expert, float64 [layers, experts]; NaN where nothing is known.
+    """Of every expert, float64 [layers, experts]; NaN where nothing is known of one.
 
     Attributes:
-        error: Squared error of its weights over their squares, in percent; the worst of its linears.
+        error: Squared error of its weights over their squares, in percent; the worst of its linears. None where a
+            report tells no expert's own, as of GGUF, where a layer's experts are one tensor.
         tokens: Calibration tokens that the router sent it; None where nothing was calibrated.
-        worst: The modules of the largest error: name and percent.
     """
 
-    error: NDArray[np.float64]
+    error: NDArray[np.float64] | None
     tokens: NDArray[np.float64] | None
-    worst: tuple[tuple[str, float], ...]
 
 
 def expert_maps(report: BuildReport) -> ExpertMaps | None:
     """The maps of a build's report; None for one without experts, or that names a few which lie far apart."""
-    layers = report.layers
-    errors = {
-        (row, name): 100.0 * 10.0 ** min(-snr / 10.0, _LOUDEST)
-        for row, layer in enumerate(layers)
+    errors = [
+        (row, int(found[1]), relative_error(snr))
+        for row, layer in enumerate(report.layers)
         for name, snr in layer.snr_db.items()
-        if snr is not None
-    }
-    placed = [(row, int(found[1]), error) for (row, name), error in errors.items() if (found := _EXPERT.search(name))]
-    if not placed:
+        if snr is not None and (found := _EXPERT.search(name))
+    ]
+    tokens = [
+        (row, int(found[1]), float(min(record.tokens, _MOST)))
+        for row, layer in enumerate(report.layers)
+        for record in layer.experts
+        if (found := _EXPERT.search(record.module))
+    ]
+    width = 1 + max((expert for _, expert, _ in (*errors, *tokens)), default=-1)
+    if len(report.layers) * width > _SPARSEST * (len(errors) + len(tokens)):
         return None
-    width = 1 + max(expert for _, expert, _ in placed)
-    if len(layers) * width > _SPARSEST * len(placed):
+    maps = [_map(cells, len(report.layers), width) for cells in (errors, tokens)]
+    return None if maps[0] is None and maps[1] is None else ExpertMaps(*maps)
+
+
+def _map(cells: list[tuple[int, int, float]], layers: int, width: int) -> NDArray[np.float64] | None:
+    """The largest value of each cell; None without any."""
+    if not cells:
         return None
-    error = np.full((len(layers), width), np.nan)
-    for row, expert, one in placed:
-        error[row, expert] = np.fmax(error[row, expert], one)
-    tokens = np.full_like(error, np.nan)
-    for row, layer in enumerate(layers):
-        for record in layer.experts:
-            found = _EXPERT.search(record.module)
-            if found and int(found[1]) < width:
-                tokens[row, int(found[1])] = min(record.tokens, _MOST)
-    worst = sorted(((name, one) for (_, name), one in errors.items()), key=lambda pair: -pair[1])[:_WORST]
-    return ExpertMaps(error, None if np.isnan(tokens).all() else tokens, tuple(worst))
+    made = np.full((layers, width), np.nan)
+    for row, expert, value in cells:
+        made[row, expert] = np.fmax(made[row, expert], value)
+    return made

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,33 +13,72 @@ from markupsafe import Markup
 
 from qconv import __version__
 from qconv.boundary.printable import markdown_block, markdown_text, printable
-from qconv.evaluation.record import Gate
-from qconv.evaluation.report.view import RunView, number, summary
+from qconv.evaluation.report.figures import NOTHING
+from qconv.evaluation.report.gate_rows import GateRow, style_of
+from qconv.evaluation.report.overview import anchor, overview
+from qconv.evaluation.report.view import RunView, summary
+from qconv.evaluation.report.words import sign
 from qconv.folders.ownership import ledger, own_folder, require_free, write_own
 
 NAMES = {"html": "report.html", "markdown": "report.md", "junit": "junit.xml", "json": "report.json"}
 """What is written, by kind."""
 
 
-def write_report(folder: Path, views: Sequence[RunView], kinds: Sequence[str] = tuple(NAMES)) -> list[Path]:
+LEGEND = (
+    "✓ within its limit · ✗ beyond it, and not by chance · ? the data cannot tell · ○ not measured or not judged. "
+    "Ranges are 95 % intervals. Every sign leads to what it says."
+)
+
+
+def write_report(
+    folder: Path,
+    views: Sequence[RunView],
+    kinds: Sequence[str] = tuple(NAMES),
+    absent: Sequence[tuple[str, str]] = (),
+) -> list[Path]:
     """Write the report of one or more runs in every form that is asked for.
+
+    Args:
+        folder: Where the files go.
+        views: The runs.
+        kinds: Keys of :data:`NAMES`.
+        absent: Builds that could not be made or measured, and why; the page and the Markdown name them.
 
     Raises:
         OutputError: the folder cannot be written, or holds a file of that name which qconv did not write.
     """
-    made = {"html": html, "markdown": markdown, "junit": junit, "json": as_json}
+    made = {
+        "html": lambda: html(views, absent),
+        "markdown": lambda: markdown(views, absent),
+        "junit": lambda: junit(views),
+        "json": lambda: as_json(views),
+    }
     own_folder(folder)
     require_free(folder, [NAMES[kind] for kind in kinds], ledger(folder) or {})
     written = []
     for kind in kinds:
         path = folder / NAMES[kind]
-        write_own(path, made[kind](views).encode())
+        write_own(path, made[kind]().encode())
         written.append(path)
     return written
 
 
-def html(views: Sequence[RunView]) -> str:
+def html(views: Sequence[RunView], absent: Sequence[tuple[str, str]] = ()) -> str:
     """One page without any outside reference: style and charts are part of it."""
+    return rendered(
+        "report.html.j2",
+        views=views,
+        first=overview(views, absent),
+        anchor=anchor,
+        style_of=style_of,
+        sign=sign,
+        legend=LEGEND,
+        title=_title(views),
+    )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of a template, everything in it escaped."""
     environment = Environment(
         loader=PackageLoader("qconv.evaluation.report", "templates"),
         autoescape=True,
@@ -47,10 +87,7 @@ def html(views: Sequence[RunView]) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters["number"] = number
-    head, rows = summary(views)
-    template = environment.get_template("report.html.j2")
-    return template.render(views=views, head=head, rows=rows, version=__version__, title=_title(views))
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def _shown(value: object) -> object:
@@ -58,24 +95,28 @@ def _shown(value: object) -> object:
     return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def markdown(views: Sequence[RunView]) -> str:
+def markdown(views: Sequence[RunView], absent: Sequence[tuple[str, str]] = ()) -> str:
     """For a pull request or a chat: verdicts, gates, numbers."""
+    first = overview(views, absent)
     lines = [f"# {markdown_text(_title(views))}", ""]
-    head, rows = summary(views)
+    if len(views) > 1 or absent:
+        lines += [f"**{markdown_text(first.verdict)}**", "", *(f"- {markdown_text(line)}" for line in first.advice), ""]
+    lines += [f"{markdown_text(name)}: {markdown_text(why)}\n" for name, why in absent]
     if len(views) > 1:
-        lines += [*_table(head, rows), ""]
+        lines += [*_table(*summary(views)), ""]
     for one in views:
-        lines += [f"## {markdown_text(one.heading)}", "", f"**{markdown_text(one.run.verdict.sentence)}**", ""]
+        lines += [f"## {markdown_text(one.heading)}", "", f"**{markdown_text(one.verdict)}**", ""]
         if one.gates:
-            columns = ("gate", "status", "value", "limit", "baseline", "noise", "detectable")
-            lines += [*_table(columns, [_gate_row(gate) for gate in one.gates]), ""]
-        if one.bits is not None:
-            cells = [(layer, *("" if cell is None else cell[0] for cell in row)) for layer, row in one.bits.rows]
-            lines += ["Bits per weight:", "", *_table(("layer", *one.bits.roles), cells), ""]
+            lines += [*_table(("gate", "result", "measured", "limit", "what that says"), map(_gate_row, one.gates)), ""]
+        if one.error is not None and one.error.bits is not None:
+            bits = one.error.bits
+            cells = [(layer, *("" if cell is None else cell[0] for cell in row)) for layer, row in bits.rows]
+            lines += ["Bits per weight:", "", *_table(("layer", *bits.roles), cells), ""]
         lines += [f"{name}: {markdown_text(said)}\n" for name, said in one.facts if name == "KL divergence"]
         for task in one.tasks:
             lines += [f"### {markdown_text(task.name)}", "", markdown_text(task.summary), ""]
-            lines += [*_table(("metric", "value", "unit", "over", "note"), task.metrics), ""]
+            rows = [(row.name, row.value, row.between) for row in task.metrics]
+            lines += [*_table(("metric", "value", "95 % interval"), rows), ""]
             if task.flips:
                 lost, gained = (
                     ", ".join(sorted(markdown_text(flip.problem) for flip in task.flips if flip.lost is way)) or "none"
@@ -95,8 +136,8 @@ def junit(views: Sequence[RunView]) -> str:
     """
     root = ElementTree.Element("testsuites")
     for one in views:
-        statuses = [gate.status for gate in one.gates]
-        gated = {gate.task for gate in one.gates}
+        statuses = [row.gate.status for row in one.gates]
+        gated = {row.gate.task for row in one.gates}
         left_out = [task for task in one.run.unmeasured if task.name not in gated]
         suite = ElementTree.SubElement(
             root,
@@ -109,7 +150,7 @@ def junit(views: Sequence[RunView]) -> str:
             timestamp=printable(one.run.started),
             time=f"{one.run.seconds:.3f}",
         )
-        for gate in one.gates:
+        for gate in (row.gate for row in one.gates):
             case = ElementTree.SubElement(
                 suite, "testcase", name=printable(gate.name), classname=f"qconv.{gate.against}"
             )
@@ -130,16 +171,21 @@ def as_json(views: Sequence[RunView]) -> str:
 
 def _title(views: Sequence[RunView]) -> str:
     if len(views) == 1:
-        return f"{views[0].name}: {views[0].run.verdict.outcome}"
-    return f"{len(views)} builds"
+        return views[0].heading
+    references = dict.fromkeys(one.run.reference.name for one in views if one.run.reference is not None)
+    of = f" of {next(iter(references))}" if len(references) == 1 else ""
+    builds = dict.fromkeys(one.name for one in views)
+    what = f"{len(builds)} builds{of}" if len(builds) > 1 else f"{len(views)} runs of {next(iter(builds))}"
+    return f"{what}, {max(one.run.started for one in views)[:10]}"
 
 
-def _gate_row(gate: Gate) -> tuple[str, ...]:
-    figures = (gate.value, gate.limit, gate.baseline, gate.noise, gate.detectable)
-    return gate.name, gate.status, *map(number, figures)
+def _gate_row(row: GateRow) -> tuple[str, ...]:
+    name = f"{row.where}: {row.name}" if row.where else row.name
+    between = "" if row.between == NOTHING else f" ({row.between})"
+    return name, f"{row.sign} {row.word}", f"{row.value}{between}", row.limit, row.said
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(map(markdown_text, cells)) + " |"
 

@@ -1,11 +1,11 @@
-"""What a report takes from a run's files beyond its record, checked: answers, blame, divergence by confidence."""
+"""What a report takes from a run beyond plain numbers, checked: answers, blame, confidence, own tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from qconv.boundary.reading import read_json
 from qconv.errors import ArtifactError
@@ -72,6 +72,37 @@ class _Confidences(_Read):
     rows: tuple[Confidence, ...]
 
 
+class MetricWords(_Read):
+    """What a task calls one of its metrics, for people."""
+
+    name: str
+    meaning: str = ""
+    unit: str = ""
+
+
+class DetailTable(_Read):
+    """A table of a task's own: by position, by kind of token, of every difference."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    """Text, or numbers, as many as there are columns; null is no number."""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"a row of table {self.title!r} has other columns than its head")
+        return self
+
+
+class Presented(_Read):
+    """How a task of any kind presents itself, in its ``details``: names of its metrics, and tables beside them."""
+
+    words: dict[str, MetricWords] = {}
+    tables: tuple[DetailTable, ...] = ()
+
+
 def answers_of(folder: Path, file: FileRef) -> tuple[Answer, ...]:
     """The answers that a run's file holds.
 
@@ -105,3 +136,13 @@ def confidences_of(folder: Path, task: Task) -> tuple[Confidence, ...]:
     rows = task.details.get("by_confidence") or []
     where = f"{folder}: task {task.name}: by_confidence is damaged"
     return parse_as(_Confidences, {"rows": rows}, where, AGAIN).rows
+
+
+def presented(where: str, task: Task) -> Presented:
+    """What a task says of itself for people.
+
+    Raises:
+        ArtifactError: the record holds something else there.
+    """
+    told = {key: task.details[key] for key in ("words", "tables") if task.details.get(key) is not None}
+    return parse_as(Presented, told, f"{where}: task {task.name}: its details are damaged", AGAIN)

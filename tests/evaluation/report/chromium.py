@@ -52,6 +52,8 @@ class Device:
     height: int
     scheme: str
     mobile: bool = False
+    media: str = ""
+    """``print`` for paper."""
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ class Chromium:
             mobile=device.mobile,
         )
         scheme = {"name": "prefers-color-scheme", "value": device.scheme}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        self._call("Emulation.setEmulatedMedia", media=device.media, features=[scheme])
         self._call("Page.navigate", url=page.resolve().as_uri())
         self._until("Page.loadEventFired")
         return self.seen

@@ -70,9 +70,16 @@ def write(tmp_path: Path) -> Write:
             "seconds": 12.0,
             "command": ("qconv", "eval", "run", "a folder", "--suite", "smoke"),
             "build": Artifact(
-                name="tiny-awq", path="/b", kind="build", sha256=SHA, format="awq", method="awq", bits_per_weight=4.16
+                name="tiny-awq",
+                path="/b",
+                kind="build",
+                sha256=SHA,
+                format="awq",
+                method="awq",
+                bits_per_weight=4.16,
+                size=9_425_744,
             ),
-            "reference": Artifact(name="tiny", path="/m", kind="model", sha256="1" * 64),
+            "reference": Artifact(name="tiny", path="/m", kind="model", sha256="1" * 64, size=29_949_264),
             "build_report": store_json(path, report),
             "suite": "smoke",
             "suite_sha256": SHA,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_it_works_on_every_screen(device: Device, browser: Chromium, page: Path,
     assert [one for one in contrasts if one[0] < LEAST_CONTRAST] == []
     assert browser.evaluate(OVERFLOWS) == []
     charts: list[dict[str, Any]] = browser.evaluate(CHARTS)
-    assert len(charts) == 2 * 6, "of each run a histogram, three trends and two maps"
+    assert len(charts) == 1 + 2 * 5, "builds by size, and of each run a histogram, two trends and two maps"
     for chart in charts:
         assert min(chart["width"], chart["height"], chart["shapes"]) > 0, chart
         assert (chart["outside"], chart["overlapping"], chart["hidden"]) == ([], [], 0), chart["title"]
@@ -149,6 +150,101 @@ def test_it_works_on_every_screen(device: Device, browser: Chromium, page: Path,
     assert (seen.requests, seen.complaints) == ([page.as_uri()], []), "nothing is loaded, nothing complains"
     assert browser.evaluate("document.body.innerText.includes('how much more than of before')")
     browser.screenshot(tmp_path / "page.png")  # to be looked at
+
+
+@pytest.fixture
+def many(write: Write, tmp_path: Path) -> Path:
+    """Twelve builds with long names, each with nine gates, some failing, some that cannot tell."""
+    views = []
+    with History.open(tmp_path / "history") as history:
+        for number in range(12):
+            name = f"qwen3-coder-480b-a35b-instruct-w4a16-{'x' * number}"
+            status = ("pass", "fail", "inconclusive")[number % 3]
+            outcome = {"pass": "pass", "fail": "regression", "inconclusive": "inconclusive"}[status]
+            run = write(name, 0.001 * (1.02 if number < 10 else 1.5) ** number)
+            gates = tuple(
+                gate.model_copy(update={"status": status, "task": task, "against": against})
+                for task in ("stdlib", "a-long-name-of-a-task")
+                for against in ("reference", "baseline")
+                for gate in run.gates[:2]
+            )
+            size = 5 * 10**9 + (10**7 if number < 10 else 10**9) * number  # ten that crowd, two far away
+            changes = {
+                "build": run.build.model_copy(update={"name": name, "size": size, "sha256": f"{number:064x}"}),
+                "gates": gates,
+                "verdict": run.verdict.model_copy(update={"outcome": outcome}),
+            }
+            for day in (1, 2, 3):
+                again = run.model_copy(update={**changes, "started": f"2026-01-0{day}T00:00:00+00:00"})
+                history.add(tmp_path / name, again)
+            views.append(view(tmp_path / name, again, history))
+    path = tmp_path / "many.html"
+    path.write_text(html(views))
+    return path
+
+
+SCROLLING = """[...document.querySelectorAll('.scroll, pre')].filter((one) => one.scrollWidth > one.clientWidth + 1)
+  .map((one) => [one.textContent.trim().slice(0, 40), one.scrollWidth, one.clientWidth])"""
+
+
+@pytest.mark.parametrize("width", [1000, 1280])
+def test_nothing_scrolls_sideways(width: int, browser: Chromium, page: Path, many: Path) -> None:
+    for one in (page, many):
+        browser.open(one, Device(width, 900, "light"))
+        browser.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+        assert browser.evaluate(SCROLLING) == []
+        assert browser.evaluate(OVERFLOWS) == []
+
+
+def test_the_first_screen_answers_which_build_to_take(browser: Chromium, page: Path) -> None:
+    browser.open(page, DEVICES[0])
+    bottoms = browser.evaluate(
+        "['.verdict', '.first figure', '.first li', '.matrix'].map((one) =>"
+        " document.querySelector(one).getBoundingClientRect().bottom)"
+    )
+    assert max(bottoms) < DESK[1]
+    assert browser.evaluate("document.querySelectorAll('.first .point').length") == 2
+
+
+def test_many_builds_are_told_apart_without_colour(browser: Chromium, many: Path) -> None:
+    browser.open(many, Device(1000, 900, "light"))
+    cells = browser.evaluate(
+        "[...document.querySelectorAll('.matrix td')].filter((one) => /pass|fail|unsure/.test(one.className))"
+        ".map((one) => [one.className.split(' ')[0], one.innerText[0]])"
+    )
+    signs = {"pass": "✓", "fail": "✗", "unsure": "?"}
+    assert len(cells) == 12 * 9 + 12  # eight gates in two tables, and twice the name
+    assert {style for style, _ in cells} == signs.keys()
+    assert all(signs[style] == sign for style, sign in cells)
+    shapes = browser.evaluate(
+        "[...document.querySelectorAll('.first .point')].map((one) =>"
+        " [one.getAttribute('class'), one.getAttribute('d').replace(/-?[\\d.]+/g, '')])"
+    )
+    assert len(shapes) == 12
+    assert len({shape for _, shape in shapes}) == 3
+    assert len({tuple(one) for one in shapes}) == 3
+    assert browser.evaluate("document.querySelectorAll('.matrix svg.spark').length") == 2 * 12
+    (chart,) = [one for one in browser.evaluate(CHARTS) if "against size" in one["title"]]
+    assert (chart["outside"], chart["overlapping"], chart["hidden"]) == ([], [], 0)
+
+
+def test_every_sign_leads_to_what_it_says(browser: Chromium, many: Path) -> None:
+    browser.open(many, DEVICES[0])
+    targets = browser.evaluate("[...document.querySelectorAll('a')].map((one) => one.getAttribute('href').slice(1))")
+    assert len(set(targets)) == 12 * 9
+    missing = f"{json.dumps(targets)}.filter((one) => document.querySelectorAll('#' + one).length !== 1)"
+    assert browser.evaluate(missing) == []
+    told = browser.evaluate("document.querySelector(document.querySelectorAll('.matrix a')[2].hash).innerText")
+    assert "KL divergence" in told or "Perplexity" in told
+
+
+def test_paper_has_what_a_click_opens(browser: Chromium, page: Path) -> None:
+    shown = "[...document.querySelectorAll('details dl, details .pair')].map((one) => one.checkVisibility())"
+    browser.open(page, DEVICES[0])
+    assert not any(browser.evaluate(shown))
+    browser.open(page, Device(794, 1123, "light", media="print"))
+    assert len(browser.evaluate(shown)) == 2 * 3
+    assert all(browser.evaluate(shown))
 
 
 def test_dark_is_dark_and_light_is_light(browser: Chromium, page: Path) -> None:
@@ -172,7 +268,7 @@ def test_flipped_problems_open_with_a_click_and_show_both_answers(
     device: Device, browser: Chromium, page: Path
 ) -> None:
     browser.open(page, device)
-    first = "document.querySelector('details')"
+    first = "document.querySelector('details:has(.pair)')"
     assert browser.evaluate(f"{first}.open") is False
     assert browser.evaluate(f"{first}.querySelector('.pair').checkVisibility()") is False
     browser.evaluate(f"{first}.querySelector('summary').click()")
@@ -202,15 +298,26 @@ def test_nothing_that_a_model_wrote_is_executed(
     )
     build = run.build.model_copy(update={"name": HOSTILE, "path": HOSTILE})
     gates = (run.gates[0].model_copy(update={"sentence": HOSTILE, "name": HOSTILE}),)
-    hostile = run.model_copy(
-        update={"build": build, "tasks": (run.tasks[0], problems), "gates": gates, "command": (HOSTILE,)}
-    )
+    words: JsonValue = {"kld.mean": {"name": HOSTILE, "meaning": HOSTILE, "unit": HOSTILE}}
+    tables: JsonValue = [{"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "note": HOSTILE}]
+    text = run.tasks[0].model_copy(update={"details": {"words": words, "tables": tables}})
+    snr: JsonValue = {f"model.layers.0.{HOSTILE}": 10.0, f"{HOSTILE}.experts.1.{HOSTILE}": 20.0}
+    report = store_json(tmp_path / "run", {"layers": [{"snr_db": snr}]})
+    changes = {"tasks": (text, problems), "gates": gates, "command": (HOSTILE,), "build_report": report}
+    hostile = run.model_copy(update={"build": build, **changes})
+    other = hostile.model_copy(update={"build": build.model_copy(update={"size": 2 * 10**7})})
     path = tmp_path / "hostile.html"
-    path.write_text(html([view(tmp_path / "run", hostile)]))
+    with History.open(tmp_path / "history") as history:
+        for day in (1, 2):
+            history.add(tmp_path / "run", hostile.model_copy(update={"started": f"2026-01-0{day}"}))
+        views = [view(tmp_path / "run", one, history) for one in (hostile, other)]
+    path.write_text(html(views, absent=[(HOSTILE, HOSTILE)]))
     seen = browser.open(path, DEVICES[2], trusting=trusting)
     browser.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
     assert browser.evaluate("typeof window.owned") == "undefined"
-    assert browser.evaluate("document.querySelectorAll('script, img, iframe, a, link, base, [onload]').length") == 0
+    assert browser.evaluate("document.querySelectorAll('script, img, iframe, link, base, [onload]').length") == 0
+    links = browser.evaluate("[...document.querySelectorAll('a')].map((one) => one.getAttribute('href'))")
+    assert all(re.fullmatch(r"#b\d+(g\d+)?", one) for one in links), links
     assert browser.evaluate(f"document.body.innerText.includes({json.dumps(HOSTILE)})"), "it is shown as text"
     assert browser.evaluate(OVERFLOWS) == []
     assert (seen.requests, seen.complaints) == ([path.as_uri()], [])

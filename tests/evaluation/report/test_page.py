@@ -53,9 +53,12 @@ class Page(HTMLParser):
 def test_the_page_tells_everything(tmp_path: Path, write: Write) -> None:
     page = Page(html([view(tmp_path / "run", write())]))
     for told in (
-        "regression: 1 of 3 gates failed",
-        "stdlib: kld.mean",
-        "0.004 (0.0036 to 0.0044)",
+        "Regression: 1 of 3 gates failed.",
+        "KL divergence",
+        "How far the build's probabilities of the next token are from the reference's",
+        "0.00400 nats a token",
+        "0.00360 to 0.00440",
+        "66.7 %",
         "HumanEval/1 lost: reference pass, build fail, first differing token 1",
         "HumanEval/2 gained",
         "qconv eval run 'a folder' --suite smoke",
@@ -76,7 +79,8 @@ def test_nothing_a_model_wrote_becomes_markup_and_nothing_is_loaded(tmp_path: Pa
     page = Page(made)
     assert "script" not in {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
-        assert not {"src", "href", "onclick", "onload"} & attributes.keys(), tag
+        assert not {"src", "onclick", "onload"} & attributes.keys(), tag
+        assert (attributes.get("href") or "#").startswith("#"), tag
     assert "url(" not in made
     assert "http" not in made.replace("http-equiv", "")
 
@@ -85,11 +89,11 @@ def test_a_report_of_several_runs_compares_them(tmp_path: Path, write: Write) ->
     one, other = write("one", 0.001), write("other", 0.002)
     views = [view(tmp_path / name, run) for name, run in (("one", one), ("other", other))]
     text = markdown(views).replace("\\", "")  # as it is shown
-    assert "| build | bits per weight | stdlib: ppl | stdlib: kld.mean | humaneval: pass@1 | verdict |" in text
-    assert "0.001 (0.0009 to 0.0011)" in text
-    assert "0.002 (0.0018 to 0.0022)" in text
+    assert "| size | bits per weight | stdlib: KL divergence, nats a token | humaneval: Solved at the first" in text
+    assert "0.00100 (0.00090 to 0.00110)" in text
+    assert "0.00200 (0.00180 to 0.00220)" in text
     assert "Lost: HumanEval/1. Gained: HumanEval/2." in text
-    assert "2 builds" in Page(html(views)).text
+    assert "2 runs of tiny-awq, 2026-01-01" in Page(html(views)).text
 
 
 def test_names_are_no_markup_in_markdown_and_xml(tmp_path: Path, write: Write) -> None:
@@ -127,7 +131,8 @@ def test_trends_and_changes_come_from_the_history(tmp_path: Path, write: Write) 
             history.add(tmp_path / str(day), run)
         page = Page(html([view(tmp_path / "3", run, history)]))
     told = re.sub(r"\s+", " ", page.text)
-    assert "stdlib: kld.mean, the last 3 runs" in told
+    assert "stdlib: KL divergence, the last 3 runs" in told
+    assert "0.00300 nats a token, 0.002 before." in told
     assert "Since the run of 2026-01-02T00:00:00+00:00: versions: torch 2 -> 3." in told
 
 
@@ -147,13 +152,18 @@ def test_maps_hold_the_worst_linear_of_each_expert() -> None:
     snr = {"a.experts.0.gate_proj": 10.0, "a.experts.0.down_proj": 20.0, "a.experts.2.up_proj": None, "q": 3.0}
     maps = maps_of([{"snr_db": snr | {"a.experts.2.down_proj": 30.0}}])
     assert maps is not None
+    assert maps.error is not None
     assert maps.error[0, 0] == pytest.approx(10.0)  # 10 dB: a tenth
     assert np.isnan(maps.error[0, 1])
     assert maps.error[0, 2] == pytest.approx(0.1)
     assert maps.tokens is None
-    assert maps.worst[0][0] == "q"
     assert maps_of([]) is None
     assert maps_of([{"snr_db": {"q": 3.0}}]) is None
+    seen = maps_of([{"experts": [{"module": "blk.0.experts.1", "tokens": 7}]}])  # of GGUF
+    assert seen is not None
+    assert seen.error is None
+    assert seen.tokens is not None
+    assert seen.tokens[0, 1] == 7.0
 
 
 @pytest.mark.parametrize("log", [False, True])

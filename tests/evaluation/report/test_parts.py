@@ -110,6 +110,7 @@ def test_a_module_of_rubbish_has_a_place_on_the_map() -> None:
     layer = {"snr_db": {"a.experts.0.up_proj": -1e9}, "experts": [{"module": "a.experts.0", "tokens": 10**30}]}
     maps = expert_maps(parse_report({"layers": [layer]}, "report"))
     assert maps is not None
+    assert maps.error is not None
     assert np.isfinite(maps.error).all()
     assert maps.tokens is not None
 

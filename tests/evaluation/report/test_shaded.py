@@ -1,4 +1,4 @@
-"""A mixture's bits on the page and in Markdown, and what was predicted beside what is measured."""
+"""Bits and errors by layer and role, on the page and in Markdown; what was predicted beside what is measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import JsonValue
 from qconv.errors import ArtifactError
 from qconv.evaluation.build_report import parse_report
 from qconv.evaluation.kept_files import store_json
-from qconv.evaluation.report.bits import bits_table
 from qconv.evaluation.report.charts import SHADES
 from qconv.evaluation.report.page import html, markdown
+from qconv.evaluation.report.shaded import bits_table, error_table
 from qconv.evaluation.report.view import view
 from tests.evaluation.report.conftest import HOSTILE, Write
 
@@ -54,7 +54,7 @@ def test_the_page_has_bits_and_both_divergences(tmp_path: Path, write: Write) ->
     assert f'<td class="shade{SHADES - 1}">8.50</td>' in page
     assert HOSTILE not in page
     for told in (page, text):
-        assert "0.002 nats were predicted; stdlib measured 0.004, 2 times as much" in told
+        assert "0.00200 nats a token were predicted; stdlib measured 0.00400, 2.00 times as much" in told
     assert "| 0 | 8.50 |" in text
 
 
@@ -62,3 +62,34 @@ def test_a_build_without_a_choice_shows_none(tmp_path: Path, write: Write) -> No
     page = html([view(tmp_path / "run", write())])
     assert "Bits per weight, by layer" not in page
     assert "were predicted" not in page
+
+
+def test_errors_are_the_mean_over_experts_by_layer_and_role() -> None:
+    snr = {
+        "model.layers.1.mlp.experts.0.down_proj": 10.0,  # 10 dB: a tenth, 10 %
+        "model.layers.1.mlp.experts.1.down_proj": 20.0,  # 1 %
+        "model.layers.1.self_attn.q_proj": 30.0,
+        "model.layers.1.self_attn.k_proj": None,
+        "lm_head": 20.0,
+    }
+    found = error_table(parse_report({"layers": [{"snr_db": snr}]}, "report"))
+    assert found is not None
+    assert found.roles == ("experts.down_proj", "q_proj", "lm_head")
+    assert [(layer, *(cell and cell[0] for cell in cells)) for layer, cells in found.rows] == [
+        ("1", "5.50", "0.100", None),
+        ("outside the layers", None, None, "1.00"),
+    ]
+
+
+def test_errors_of_a_gguf_file_are_told_by_tensor() -> None:
+    tensors = {
+        "token_embd.weight": {"type": "Q4_K", "snr_db": 20.0},
+        "blk.0.attn_norm.weight": {"type": "F32", "snr_db": None},
+        "blk.0.ffn_down_exps.weight": {"type": "Q6_K", "snr_db": 30.0},
+    }
+    found = error_table(parse_report({"tensors": tensors}, "report"))
+    assert found is not None
+    assert found.roles == ("ffn_down_exps", "token_embd")
+    assert error_table(parse_report({}, "report")) is None
+    with pytest.raises(ArtifactError, match="tensors"):
+        parse_report({"tensors": {"a": {"snr_db": "loud"}}}, "report")
