@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qconv.cli.build_page import error_values, print_error, write_page
 from qconv.cli.console import (
     bits,
     costs,
@@ -26,6 +27,7 @@ from qconv.cli.console import (
     stdout,
 )
 from qconv.cli.progress import reporting
+from qconv.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,6 +95,7 @@ def build_values(outcome: Outcome) -> dict[str, Any]:
         "left_out": report.get("left_out", []),
         "engines": report.get("engines", []),
         "least_snr": None if worst is None else {"tensor": worst, "snr_db": figures[worst]},
+        **error_values(report),
     }
 
 
@@ -112,6 +115,7 @@ def print_build(result: Mapping[str, Any]) -> None:
         _print_imatrix(result["imatrix"])
     if result["least_snr"] is not None:
         say(console, f"least SNR    {result['least_snr']['snr_db']:.1f} dB, {result['least_snr']['tensor']}")
+    print_error(result)
     print_engines(result["engines"])
 
 
@@ -177,17 +181,22 @@ def print_plan(planned: Outline, recipe: GgufRecipe) -> None:
         say(console, f"notice       {notice}")
 
 
-def inspect(path: Path, view: str | None, as_json: bool) -> None:
+def inspect(path: Path, view: str | None, as_json: bool, page: Path | None = None) -> None:
     """``qconv inspect`` of a GGUF file or set; ``view`` is ``tensors``, ``roles``, or None for types."""
     from qconv.artifacts.bits import gguf_bits
     from qconv.formats.gguf.reader import IMATRIX_TYPE, GgufModel
 
     made = GgufModel.open(path)
     if made.metadata.get("general.type") == IMATRIX_TYPE:
+        if page is not None:
+            raise UsageError(f"--html: {path} is an importance matrix, no build.", hint="Give the build's folder.")
         _inspect_imatrix(path, as_json)
         return
     numel = sum(entry.numel for entry in made.entries.values())
     nbytes = sum(entry.nbytes for entry in made.entries.values())
+    if page is not None:
+        write_page(page, path, nbytes, numel, gguf_bits(_matrices(made)))
+        return
     if as_json:
         print_json(_values(made, numel, nbytes, view))
         return

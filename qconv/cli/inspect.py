@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli import gguf
+from qconv.cli.build_page import require_writable, write_page
 from qconv.cli.console import bits, print_json, print_roles, print_table, say, shape, short_names, size, stdout
 from qconv.cli.examples import examples
 from qconv.cli.options import json_option
@@ -32,6 +33,7 @@ _TELLING = (
     short_help="Show what a checkpoint or build consists of.",
     epilog=examples(
         "qconv inspect BUILD --roles",
+        "qconv inspect BUILD --html build.html",
         "qconv inspect model-Q4_K_M.gguf --tensors",
     ),
 )
@@ -39,11 +41,19 @@ _TELLING = (
 @click.option("--layers", "view", flag_value="layers", help="A row for each layer.")
 @click.option("--roles", "view", flag_value="roles", help="Bits per weight by layer and role.")
 @click.option("--tensors", "view", flag_value="tensors", help="A row for each tensor.")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="PAGE",
+    help="Write one offline page instead: error by layer and role, coverage of every expert, bits by role.",
+)
 @json_option
-def command(path: Path, view: str | None, as_json: bool) -> None:
+def command(path: Path, view: str | None, page: Path | None, as_json: bool) -> None:
     """Show what PATH consists of: format, layers, types, shapes, sizes, bits per weight.
 
-    PATH is the folder of any checkpoint or build in safetensors or GGUF, or one such file. Only headers are read.
+    PATH is the folder of any checkpoint or build in safetensors or GGUF, or one such file. Only headers are read, and
+    for a page the build's own report.
     """
     from qconv.artifacts.inspection import inspect
     from qconv.boundary.content import is_gguf
@@ -51,12 +61,19 @@ def command(path: Path, view: str | None, as_json: bool) -> None:
 
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder.", hint="inspect reads what is on this machine.")
+    if page is not None:
+        if view is not None or as_json:
+            raise UsageError("--html writes a page of its own, with all views.", hint="Leave the other options out.")
+        require_writable(page, path)
     if is_gguf(path):
         require_finished(path if path.is_dir() else path.parent)
-        gguf.inspect(path, view, as_json)
+        gguf.inspect(path, view, as_json, page)
         return
 
     inspection = inspect(path)
+    if page is not None:
+        write_page(page, path, inspection.nbytes, inspection.weights, inspection.bits_by_layer)
+        return
     if as_json:
         print_json(_values(inspection, view))
         return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli import gguf
+from qconv.cli.build_page import error_values, print_error
 from qconv.cli.console import (
     costs,
     print_costs,
@@ -208,6 +209,7 @@ def _values(outcome: Outcome) -> dict[str, Any]:
         "renewed": outcome.renewed,
         "bytes": sum(file.stat().st_size for file in outcome.out.rglob("*") if file.is_file()),
         **results(outcome.report),
+        **error_values(outcome.report),
     }
 
 
@@ -274,4 +276,5 @@ def _print(result: dict[str, Any]) -> None:
         say(console, f"searches     {result['searches_kept_rtn']} of {result['searches']} kept plain rounding")
     if result["degenerate"]:
         say(console, f"degenerate   {result['degenerate']} modules with little to go by; qconv-report.json names them")
+    print_error(result)
     print_engines(result["engines"])

@@ -75,6 +75,23 @@ class Importance(_Read):
     """The importance matrix of a GGUF build."""
 
     coverage: JsonValue = None
+    datasets: tuple[str, ...] = ()
+
+
+class Finding(_Read):
+    """Something that a rule has to say of an engine."""
+
+    what: str
+    remedy: str = ""
+
+
+class EngineReport(_Read):
+    """What an engine will make of the build, by rules."""
+
+    engine: str
+    version: str
+    verdict: str
+    findings: tuple[Finding, ...] = ()
 
 
 class Choice(_Read):
@@ -86,7 +103,16 @@ class Choice(_Read):
 class BuildReport(_Read):
     """A build's report: of GGUF its error is told by tensor, of the others by layer and module."""
 
+    qconv: str | None = None
+    source: str | None = None
     format: str | None = None
+    scheme: str | None = None
+    files: tuple[str, ...] = ()
+    calibration_corpus: str | None = None
+    parameters: Count | None = None
+    engines: tuple[EngineReport, ...] = ()
+    rounded_by: str | None = Field(default=None, alias="method")
+    """Of GGUF, where a recipe may leave it open."""
     recipe: dict[str, Any] = {}
     bits_per_weight: float | None = None
     quantized_bits_per_weight: float | None = None

@@ -187,6 +187,13 @@ def test_a_calibrated_build_says_so(invoke: Invoke, tiny: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.stderr
     assert "imatrix      28 of 28 weights in layers, kept as imatrix.gguf" in result.stdout
     assert "coverage     tokens per expert: least " in result.stdout
+    assert "error        squared, in percent: " in result.stdout
+    page = tmp_path / "page.html"
+    for path in (tmp_path / "out", next((tmp_path / "out").glob("*Q4_0.gguf"))):
+        assert invoke("inspect", path, "--html", page).exit_code == 0
+        for told in ("Calibration tokens of every expert", "ffn_down_exps", "gguf:Q4_0", "gptq"):
+            assert told in page.read_text()
+    assert invoke("inspect", tmp_path / "out" / "imatrix.gguf", "--html", page).exit_code == 2
 
 
 def test_an_imatrix_alone_is_collected_once(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:

@@ -51,6 +51,46 @@ def test_json_of_the_source_and_of_the_build_count_the_same_weights(invoke: Invo
     assert packed["quantization"]["quant_method"] == "compressed-tensors"
 
 
+def test_a_page_shows_error_coverage_and_bits(invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = invoke("inspect", build, "--html", page)
+    assert (result.exit_code, result.stdout.strip()) == (0, str(page))
+    text = page.read_text()
+    for told in ("Where the error sits", "Error of every expert", "Bits per weight of the files", "experts.down_proj"):
+        assert told in text
+    before = page.read_bytes()
+    assert invoke("inspect", build, "--html", page).exit_code == 0, "a page of ours is replaced"
+    assert page.read_bytes() == before
+    assert invoke("verify", build).exit_code == 0, "the build is as it was"
+
+
+def test_a_page_of_a_model_says_that_it_has_no_report(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert invoke("inspect", tiny, "--html", page).exit_code == 0
+    assert "of error and calibration nothing is known" in page.read_text()
+
+
+@pytest.mark.parametrize("place", ["inside", "foreign", "folder", "nowhere"])
+def test_a_page_goes_nowhere_where_it_harms(place: str, invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    foreign, folder = tmp_path / "foreign.html", tmp_path / "folder"
+    foreign.write_text("<p>mine</p>")
+    folder.mkdir()
+    nowhere = tmp_path / "absent" / "page.html"
+    page = {"inside": build / "page.html", "foreign": foreign, "folder": folder, "nowhere": nowhere}[place]
+    result = invoke("inspect", build, "--html", page)
+    assert result.exit_code == 2
+    assert "--html" in result.stderr
+    assert foreign.read_text() == "<p>mine</p>"
+    assert not (build / "page.html").exists()
+
+
+def test_a_page_has_all_views(invoke: Invoke, build: Path, tmp_path: Path) -> None:
+    for option in ("--roles", "--json"):
+        result = invoke("inspect", build, "--html", tmp_path / "page.html", option)
+        assert result.exit_code == 2
+        assert not (tmp_path / "page.html").exists()
+
+
 def test_a_damaged_shard_exits_with_5(invoke: Invoke, build: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(build, bad)

@@ -11,7 +11,14 @@ from qconv.evaluation.build_report import BuildReport
 from qconv.evaluation.report.charts import heat_map
 from qconv.evaluation.report.experts import expert_maps
 from qconv.evaluation.report.figures import number
-from qconv.evaluation.report.shaded import ShadedTable, bits_table, error_table, noise_of, relative_error
+from qconv.evaluation.report.shaded import (
+    ShadedTable,
+    bits_table,
+    error_table,
+    errors_of,
+    noise_of,
+    relative_error,
+)
 from qconv.evaluation.report.task_view import Chart
 
 _WORST = 10
@@ -53,6 +60,32 @@ def error_view(report: BuildReport) -> ErrorView:
         bits=bits_table(report),
         coverage=coverage_lines(report),
     )
+
+
+def mean_errors(report: BuildReport) -> tuple[dict[str, float], dict[int, float]]:
+    """Squared error over squared weights in percent, by role, the largest first, and by layer.
+
+    Of a role it is the mean over layers, of a layer the mean over roles; what lies outside of layers is left out.
+    """
+    errors = {layer: roles for layer, roles in errors_of(report).items() if layer >= 0}
+    roles: dict[str, list[float]] = {}
+    for each in errors.values():
+        for role, error in each.items():
+            roles.setdefault(role, []).append(error)
+    by_role = {role: sum(one) / len(one) for role, one in roles.items()}
+    by_layer = {layer: sum(one.values()) / len(one) for layer, one in errors.items()}
+    return dict(sorted(by_role.items(), key=lambda pair: (-pair[1], pair[0]))), by_layer
+
+
+def error_lines(by_role: Mapping[str, float], by_layer: Mapping[int, float]) -> tuple[str, ...]:
+    """What :func:`mean_errors` found, in two lines at most."""
+    if not by_role:
+        return ()
+    lines = ["squared, in percent: " + ", ".join(f"{role} {number(error)}" for role, error in by_role.items())]
+    if len(by_layer) > 1:
+        best, worst = min(by_layer, key=lambda one: by_layer[one]), max(by_layer, key=lambda one: by_layer[one])
+        lines.append(f"from {number(by_layer[best])} in layer {best} to {number(by_layer[worst])} in layer {worst}")
+    return tuple(lines)
 
 
 def coverage_lines(report: BuildReport) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 NOTHING = "-"
@@ -57,6 +58,11 @@ def nbytes(count: float) -> str:
         if count >= size:
             return f"{number(count / size)} {unit}"
     return f"{count:,.0f} bytes"
+
+
+def plain_list(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def power(exponent: int) -> str:

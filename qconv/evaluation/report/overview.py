@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qconv.evaluation.record import Run
 from qconv.evaluation.report.charts import sparkline
-from qconv.evaluation.report.figures import NOTHING, interval, nbytes, number
+from qconv.evaluation.report.figures import NOTHING, interval, nbytes, number, plain_list
 from qconv.evaluation.report.gate_rows import GateRow, style_of
 from qconv.evaluation.report.sizes import Build, kld_by_size
 from qconv.evaluation.report.task_view import Chart
@@ -108,23 +108,19 @@ def anchor(build: int, gate: int | None = None) -> str:
 
 
 def _verdict(views: Sequence[RunView], worst: str, absent: Sequence[tuple[str, str]]) -> str:
-    left = f" {_listed([name for name, _ in absent])} could not be measured." if absent else ""
+    left = f" {plain_list([name for name, _ in absent])} could not be measured." if absent else ""
     if len(views) == 1:
         return views[0].verdict + left
     of_worst = list(dict.fromkeys(one.name for one in views if one.run.verdict.outcome == worst))
     builds = len(dict.fromkeys(one.name for one in views))
     told = {
         "pass": f"No regression: all {builds} builds passed every gate.",
-        "not gated": f"Measured, not judged by gates: {_listed(of_worst)}.",
-        "inconclusive": f"Cannot tell for {_listed(of_worst)} ({len(of_worst)} of {builds} builds); no other is worse.",
-        "regression": f"Regression: {_listed(of_worst)} ({len(of_worst)} of {builds} builds).",
-        "corrupt": f"Corrupt: {_listed(of_worst)} ({len(of_worst)} of {builds} builds).",
+        "not gated": f"Measured, not judged by gates: {plain_list(of_worst)}.",
+        "inconclusive": f"Cannot tell for {plain_list(of_worst)} ({len(of_worst)} of {builds} builds); none is worse.",
+        "regression": f"Regression: {plain_list(of_worst)} ({len(of_worst)} of {builds} builds).",
+        "corrupt": f"Corrupt: {plain_list(of_worst)} ({len(of_worst)} of {builds} builds).",
     }
     return told[worst] + left
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _unquantized(run: Run) -> bool:

@@ -53,21 +53,31 @@ def bits_table(report: BuildReport) -> ShadedTable | None:
 
 
 def error_table(report: BuildReport) -> ShadedTable | None:
+    """Errors by layer and role, in percent; None for a report that tells none."""
+    rows = [(_OUTSIDE if layer < 0 else str(layer), roles) for layer, roles in errors_of(report).items()]
+    return shaded(rows, number)
+
+
+def errors_of(report: BuildReport) -> dict[int, dict[str, float]]:
     """Squared error over squared weights in percent, the mean over the modules of a layer that have one role.
 
-    None for a report that tells none. Modules that are exact count as 0.
+    By layer and role, what lies outside of layers last, as layer -1. Modules that are exact are not told of.
     """
     found: dict[int, dict[str, list[float]]] = {}
     for name, snr in noise_of(report).items():
         placed = _PLACED.search(name)
         layer, within = (int(placed[1]), placed[2]) if placed else (-1, name)
-        role = role_of(within.removesuffix(".weight")).removeprefix("self_attn.").removeprefix("mlp.")
+        role = short_role(role_of(within.removesuffix(".weight")))
         found.setdefault(layer, {}).setdefault(role, []).append(relative_error(snr))
-    rows = [
-        (_OUTSIDE if layer < 0 else str(layer), {role: sum(each) / len(each) for role, each in roles.items()})
-        for layer, roles in sorted(found.items(), key=lambda pair: (pair[0] < 0, pair[0]))
-    ]
-    return shaded(rows, number)
+    return {
+        layer: {role: sum(each) / len(each) for role, each in found[layer].items()}
+        for layer in sorted(found, key=lambda layer: (layer < 0, layer))
+    }
+
+
+def short_role(role: str) -> str:
+    """A role without the block that it cannot be mistaken for another's."""
+    return role.removeprefix("self_attn.").removeprefix("mlp.")
 
 
 def noise_of(report: BuildReport) -> dict[str, float]:

@@ -12,8 +12,10 @@ import pytest
 from pydantic import JsonValue
 
 from qconv.evaluation.blaming import BLAME_NAME
+from qconv.evaluation.build_report import parse_report
 from qconv.evaluation.history import History
 from qconv.evaluation.kept_files import store_json
+from qconv.evaluation.report.build_page import build_page
 from qconv.evaluation.report.page import html
 from qconv.evaluation.report.view import view
 from tests.evaluation.report.chromium import Chromium, Device, find_chromium
@@ -181,6 +183,44 @@ def many(write: Write, tmp_path: Path) -> Path:
     path = tmp_path / "many.html"
     path.write_text(html(views))
     return path
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    """The page of a build with everything on it, of a model as deep and wide as people have."""
+    bits = {layer: {f"self_attn.{name}_proj": 4.125 for name in "qkvo"} for layer in range(62)}
+    layers = [
+        {
+            "snr_db": {
+                f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj": 15.0 + expert % 7
+                for expert in range(160)
+                for name in ("gate", "up", "down")
+            },
+            "experts": [
+                {"module": f"model.layers.{layer}.mlp.experts.{expert}", "tokens": 10 * expert} for expert in range(160)
+            ],
+        }
+        for layer in range(62)
+    ]
+    report = {"source": HOSTILE, "scheme": HOSTILE, "layers": layers, "recipe": {"method": "gptq"}}
+    path = tmp_path / "build.html"
+    path.write_text(build_page("build", 10**9, 4.1, bits, parse_report(report, "report")))
+    return path
+
+
+@pytest.mark.parametrize("device", [*DEVICES, Device(1000, 900, "light")], ids=lambda one: f"{one.width}-{one.scheme}")
+def test_a_build_has_a_page_on_every_screen(device: Device, browser: Chromium, build: Path) -> None:
+    seen = browser.open(build, device)
+    browser.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+    assert [one for one in browser.evaluate(CONTRASTS) if one[0] < LEAST_CONTRAST] == []
+    assert browser.evaluate(OVERFLOWS) == []
+    assert browser.evaluate("document.querySelectorAll('script, img, iframe, a, link, base, [onload]').length") == 0
+    charts = browser.evaluate(CHARTS)
+    assert [chart["cells"] for chart in charts] == [62 * 160] * 2
+    assert all((chart["outside"], chart["overlapping"], chart["hidden"]) == ([], [], 0) for chart in charts)
+    assert (seen.requests, seen.complaints) == ([build.as_uri()], [])
+    if not device.mobile:
+        assert browser.evaluate(SCROLLING) == []
 
 
 SCROLLING = """[...document.querySelectorAll('.scroll, pre')].filter((one) => one.scrollWidth > one.clientWidth + 1)

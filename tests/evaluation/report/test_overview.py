@@ -17,7 +17,7 @@ SENTENCES: dict[str, str] = {
     "pass": "No regression: all 2 builds passed every gate.",
     "regression": "Regression: b (1 of 2 builds).",
     "corrupt": "Corrupt: b (1 of 2 builds).",
-    "inconclusive": "Cannot tell for b (1 of 2 builds); no other is worse.",
+    "inconclusive": "Cannot tell for b (1 of 2 builds); none is worse.",
     "not gated": "Measured, not judged by gates: b.",
 }
 
