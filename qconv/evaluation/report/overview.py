@@ -151,13 +151,13 @@ def _build(one: RunView, name: str) -> Build | None:
 
 def _key(shown: Sequence[Build], builds: Sequence[tuple[RunView, Build]]) -> str:
     """What the marks mean, as far as there are such."""
-    styles = {"other" if one.other else style_of(one.outcome) for one in shown}
+    styles = {style_of(one.outcome) for one in shown} | {"other" for one in shown if one.other}
     named = [
         ("pass", "disc: passes"),
         ("fail", "triangle: fails"),
         ("unsure", "diamond: cannot tell"),
         ("open", "square: no gate"),
-        ("other", "grey square: made by another tool"),
+        ("other", "grey: made by another tool"),
     ]
     told = [said for style, said in named if style in styles]
     if any(one.low is not None for one in shown):

@@ -1,7 +1,7 @@
 """The chart that says which build to take: KL divergence against size, one mark a build, with intervals.
 
-A mark's shape says the verdict, its colour says it again. Divergence is told by its logarithm where it spans more than
-one power of ten; what is exactly 0 then lies on the lower edge.
+A mark's shape says the verdict, its colour says it again; what another tool made is grey. Divergence is told by its
+logarithm where it spans more than one power of ten; what is exactly 0 then lies on the lower edge.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ def _mark(build: Build, x: float, y: float, up: Scale) -> str:
         parts.append(stroke("whisker", x, up(build.low), x, up(build.high)))
     if build.limit is not None and up.low <= build.limit <= up.high:
         parts.append(stroke("limit", x - 12, up(build.limit), x + 12, up(build.limit)))
-    style = "other" if build.other else _STYLES.get(build.outcome, "open")
-    parts.append(f'<path class="point {style}" d="{_shape(style, x, y)}"/>')
+    style = _STYLES.get(build.outcome, "open")
+    colour = "other" if build.other else style
+    parts.append(f'<path class="point {colour}" d="{_shape(style, x, y)}"/>')
     told = escape(f"{build.name}: {number(build.kld)} nats a token, {nbytes(build.size)}, {build.outcome}")
     return f"<g><title>{told}</title>{''.join(parts)}</g>"
 

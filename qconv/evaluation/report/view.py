@@ -163,7 +163,7 @@ def size_of(build: Artifact) -> str:
 def described(run: Run) -> str:
     """How a build was made, and what it is compared with."""
     made = run.build.format or {"model": "not quantized", "endpoint": "served"}.get(run.build.kind, run.build.kind)
-    by = f" by {run.build.method}" if run.build.method else ""
+    by = f" layout, rounded by {run.build.method}" if run.build.method else ""
     against = "" if run.reference is None else f", against {run.reference.name}"
     return f"{made}{by}{against}"
 

@@ -43,7 +43,10 @@ def test_nothing_and_limits_have_their_places() -> None:
 def test_outcomes_have_shapes_of_their_own_and_other_tools_a_grey() -> None:
     styles = [style for style, *_ in marks(kld_by_size([build(outcome=outcome) for outcome in OUTCOMES]))]
     assert styles == ["pass", "fail", "unsure", "fail", "open"]
-    assert [style for style, *_ in marks(kld_by_size([build(other=True), build()]))] == ["other", "pass"]
+    others = kld_by_size([build(other=True), build(other=True, outcome="regression"), build(outcome="regression")])
+    assert [style for style, *_ in marks(others)] == ["other", "other", "fail"]
+    shapes = [re.sub(r"-?[\d.]+", "", shape) for shape in re.findall(r'class="point \w+" d="([^"]+)"', others)]
+    assert shapes[0] != shapes[1] == shapes[2]
 
 
 @given(
