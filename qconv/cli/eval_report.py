@@ -39,13 +39,13 @@ def command(
     from qconv.evaluation.history import History
     from qconv.evaluation.record import folder_of, read_run
     from qconv.evaluation.report.page import write_report
-    from qconv.evaluation.report.view import view
+    from qconv.evaluation.report.view import told_apart, view
 
     folders = [folder_of(path) for path in runs]
     with ExitStack() as stack:
         opened = None if history is None else stack.enter_context(History.open(history, create=False))
         views = [view(folder, read_run(folder), opened, name) for folder in folders]
-    written = write_report(out or folders[0], views, kinds)
+    written = write_report(out or folders[0], told_apart(views), kinds)
     if as_json:
         print_json({"files": [str(path) for path in written], "verdicts": [one.run.verdict.outcome for one in views]})
         return

@@ -110,6 +110,19 @@ def view(folder: Path, run: Run, history: History | None = None, name: str | Non
     )
 
 
+def told_apart(views: Sequence[RunView]) -> list[RunView]:
+    """The same runs; builds of one name that are not the same build are named with the folder that they lie in."""
+    builds: dict[str, set[str]] = {}
+    for one in views:
+        builds.setdefault(one.name, set()).add(one.run.build.sha256)
+    return [one if len(builds[one.name]) == 1 else _renamed(one) for one in views]
+
+
+def _renamed(one: RunView) -> RunView:
+    name = f"{Path(one.run.build.path).parent.name}/{one.name}"
+    return replace(one, name=name, heading=f"{name}: {described(one.run)}")
+
+
 def summary(views: Sequence[RunView]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """One row for each run: head and rows of the table over several runs, in text."""
     columns = value_columns(views)

@@ -10,7 +10,7 @@ from qconv.evaluation.history import History
 from qconv.evaluation.record import Outcome, Run, Unmeasured, Verdict
 from qconv.evaluation.report.overview import overview
 from qconv.evaluation.report.page import html, markdown
-from qconv.evaluation.report.view import RunView, view
+from qconv.evaluation.report.view import RunView, told_apart, view
 from tests.evaluation.report.conftest import Write
 
 SENTENCES: dict[str, str] = {
@@ -103,6 +103,18 @@ def test_cells_have_signs_values_and_trends(tmp_path: Path, write: Write) -> Non
     assert row[2].notes == ("0.00200",)
     assert "the last 2 runs" in row[2].spark
     assert row[2].target == "b1g1"
+
+
+def test_builds_of_one_name_are_told_apart(tmp_path: Path, write: Write) -> None:
+    runs: list[Run] = []
+    for digit, name in (("2", "awq"), ("3", "fp8"), ("3", "fp8")):
+        run = write(f"{name}{len(runs)}")
+        changes = {"name": "build", "path": f"/night/{name}/build", "sha256": digit * 64}
+        runs.append(run.model_copy(update={"build": run.build.model_copy(update=changes)}))
+    views = [view(tmp_path / name, run) for name, run in zip(("awq0", "fp81", "fp82"), runs, strict=True)]
+    assert [one.name for one in told_apart(views)] == ["awq/build", "fp8/build", "fp8/build"]
+    assert told_apart(views)[0].heading.startswith("awq/build: awq layout")
+    assert [one.name for one in told_apart(views[1:])] == ["build", "build"], "one build, measured twice"
 
 
 def test_what_was_not_measured_is_neither_passed_nor_empty(tmp_path: Path, write: Write) -> None:
