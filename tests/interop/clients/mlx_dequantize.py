@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 def main(build: str, request: str, answer: str) -> None:
     model, _ = load_model(Path(build))  # strict: every tensor has a place, and every place its tensor
+    model.set_dtype(mx.float32)
     section = json.loads((Path(build) / "config.json").read_text())["quantization"]
     stored: dict[str, Any] = {}
     for shard in sorted(Path(build).glob("model*.safetensors")):
