@@ -68,13 +68,23 @@ class ChatTemplates:
             return tuple(sorted(self._template))
         return ("default",) if self._template else ()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = False, name: str | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        answer: bool = False,
+        name: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """A chat as text.
 
         Args:
             messages: Its turns.
             answer: Whether the text ends where the model's answer begins.
             name: Of several templates which; by default ``default``.
+            tools: What the model may call, in OpenAI's form.
+            variables: Further variables of the template, such as ``enable_thinking``.
 
         Raises:
             UsageError: the model has no chat template.
@@ -86,7 +96,9 @@ class ChatTemplates:
             raise UsageError(f"{self._where}: the model has no chat template.", hint="Give plain text.")
         try:
             named = name if isinstance(self._template, Mapping) else None
-            request = json.dumps({"messages": list(messages), "answer": answer, "name": named}).encode()
+            said = {"messages": list(messages), "answer": answer, "name": named}
+            said |= {"tools": None if tools is None else list(tools), "variables": dict(variables or {})}
+            request = json.dumps(said).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise RefusedChatError(f"{self._where}: the chat holds what JSON cannot say: {error}.") from error
         found = self._ask(request)

@@ -85,9 +85,11 @@ def _rendered(tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         text = tokenizer.apply_chat_template(
             request["messages"],
+            tools=request["tools"],
             chat_template=request["name"],
             tokenize=False,
             add_generation_prompt=request["answer"],
+            **request["variables"],
         )
         if len(text) > LARGEST_TEXT:
             return {"problem": "size"}

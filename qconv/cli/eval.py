@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-COMMANDS = ("reference", "run", "compare", "gate", "report", "history", "blame")
+COMMANDS = ("reference", "templates", "run", "compare", "gate", "report", "history", "blame")
 """In the order of use."""
 
 

@@ -140,3 +140,10 @@ def test_no_template_and_what_json_cannot_say_are_told(make: Make) -> None:
 def test_half_a_surrogate_pair_is_replaced(make: Make) -> None:
     rendered = make("{{ messages[0].content }}").render([{"role": "user", "content": "a\ud800b🙂"}])
     assert rendered == "a\ufffdb🙂"
+
+
+def test_tools_and_variables_reach_the_template(make: Make) -> None:
+    chats = make("{{ tools[0].function.name if tools }}|{{ enable_thinking }}")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert chats.render(CHAT, tools=tools, variables={"enable_thinking": False}) == "f|False"
+    assert chats.render(CHAT) == "|"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,18 @@ def test_wrong_requests_are_explained(
 def test_a_run_that_is_none_is_an_artifact_error(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     assert invoke("eval", "gate", tmp_path).exit_code == 5
+
+
+def test_templates_names_what_differs_and_exits_with_5(invoke: Invoke, build: Path, tiny: Path, tmp_path: Path) -> None:
+    good = invoke("eval", "templates", build, "--reference", tiny)
+    assert good.exit_code == 0
+    assert good.stdout.splitlines()[-1] == f"{build}: good"
+    bad = tmp_path / "bad"
+    shutil.copytree(build, bad)
+    (bad / "generation_config.json").unlink()
+    told = invoke("eval", "templates", bad, "--reference", tiny)
+    assert told.exit_code == 5
+    assert "BAD  generation_config.json is missing" in told.stdout
+    result = invoke("eval", "templates", bad, "--reference", tiny, "--json")
+    assert result.exit_code == 5
+    assert json.loads(result.stdout)["good"] is False
