@@ -185,12 +185,12 @@ def render_chat(chats: ChatTemplates, document: Document) -> str:
     assert isinstance(document.content, list)
     try:
         try:
-            return chats.render(document.content)
+            return chats.render(document.content, tools=document.tools)
         except RefusedChatError:
             plain = in_plain_form(document.content)
             if plain == document.content:
                 raise
-            return chats.render(plain)
+            return chats.render(plain, tools=document.tools)
     except (RefusedChatError, UsageError) as error:
         raise UsageError(
             f"document {document.name}: the tokenizer cannot render this chat: {error.message}",

@@ -2,6 +2,7 @@
 
 =============================================  ====================================================================
 ``python-stdlib``                              the running interpreter's own standard library; offline
+``agent``                                      by turns one of its files, and a conversation with tools about one
 ``text:PATH``                                  a text file, or every text file of a folder
 ``jsonl:PATH[:FIELD]``                         one document a line: the string or chat in FIELD (default ``text``)
 ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``        streamed from the Hub (``pip install qconv[hf]``); parts may be empty,
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from qconv.boundary.reading import parse_json
+from qconv.calibration.agent_corpus import TOOLS, conversation
 from qconv.errors import QconvError, UsageError
 
 STDLIB = "python-stdlib"
+AGENT = "agent"
 DEFAULT_FIELD = "text"
 DEFAULT_SPLIT = "train"
 
@@ -66,6 +69,8 @@ class Document:
 
     name: str
     content: Path | str | list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...] | None = None
+    """What a chat may call, in OpenAI's form."""
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces of about PIECE_SIZE that end with a line, read as they are asked for.
@@ -90,6 +95,8 @@ def documents(corpus: str, seed: int) -> Iterator[Document]:
     kind, colon, rest = corpus.partition(":")
     if corpus == STDLIB:
         return _stdlib(seed)
+    if corpus == AGENT:
+        return _agent(seed)
     if colon and rest:
         if kind == "text":
             return _text(Path(rest), seed)
@@ -99,7 +106,7 @@ def documents(corpus: str, seed: int) -> Iterator[Document]:
             return _hub(rest)
     raise UsageError(
         f"unknown calibration corpus {corpus!r}.",
-        hint=f"Choose {STDLIB}, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET[:CONFIG][:SPLIT][:FIELD].",
+        hint=f"Choose {STDLIB}, {AGENT}, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET[:CONFIG][:SPLIT][:FIELD].",
     )
 
 
@@ -111,6 +118,16 @@ def _stdlib(seed: int) -> Iterator[Document]:
         except UnicodeDecodeError:
             continue
         yield Document(path.relative_to(root).as_posix(), text)
+
+
+def _agent(seed: int) -> Iterator[Document]:
+    """Files of the standard library: every other one that a conversation can be about gives one instead."""
+    talks = False
+    for document in _stdlib(seed):
+        assert isinstance(document.content, str)
+        chat = conversation(document.name, document.content, seed) if talks else None
+        yield document if chat is None else Document(f"conversation about {document.name}", chat, TOOLS)
+        talks = chat is None
 
 
 def _text(path: Path, seed: int) -> Iterator[Document]:

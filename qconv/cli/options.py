@@ -57,7 +57,9 @@ _RECIPE_OPTIONS = (
         help="A recipe: a YAML file or a packaged recipe's name; repeatable.",
     ),
     click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
-    click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."),
+    click.option(
+        "--calib", metavar="CORPUS", help="python-stdlib, agent, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."
+    ),
     click.option("--tokens", type=COUNT, help="Calibration tokens."),
     click.option("--sequence-length", type=COUNT, help="Tokens of one calibration sequence."),
     click.option("--seed", type=SEED, help="Seed of the calibration's samples."),

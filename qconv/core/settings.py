@@ -122,7 +122,7 @@ class TextSettings(Section):
     """Which calibration text, and how much of it."""
 
     corpus: str = "python-stdlib"
-    """``python-stdlib``, ``text:PATH``, ``jsonl:PATH[:FIELD]`` or ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``."""
+    """``python-stdlib``, ``agent``, ``text:PATH``, ``jsonl:PATH[:FIELD]``, ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``."""
     tokens: Annotated[int, Field(ge=1)] = 32768
     """How many; a multiple of the sequence length."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
