@@ -51,6 +51,7 @@ SPARSE = (
     "exaone_moe",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm_moe_dsa",
     "gpt_oss",
     "hunyuan_v1_moe",
     "hy_v3",
@@ -67,10 +68,14 @@ SPARSE = (
     "solar_open",
 )
 DENSE = (
+    "cwm",
     "ernie4_5",
     "helium",
     "hunyuan_v1_dense",
+    "internlm3",
+    "iquestcoder",
     "llama",
+    "ministral3",
     "mistral",
     "qwen2",
     "qwen3",

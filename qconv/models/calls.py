@@ -101,15 +101,23 @@ class Calls:
         """What the model calls its layers with beside their input."""
         key = hidden.shape[1], hidden.dtype, hidden.device
         if key not in self._known:
-            seen: list[tuple[Any, ...]] = []
-            layers = nn.ModuleList([_noting(layer, seen) for layer in self.model.layers])
-            inner = with_children(self.model, {"layers": layers, "norm": _Same()})
-            inner(inputs_embeds=hidden.zero_(), use_cache=False)
-            self._known[key] = seen
+            hidden.zero_()
+            try:
+                self._known[key] = self._noted(hidden, ())
+            except ValueError:
+                # Some models take two things from a layer: GLM-5 hands on which keys were chosen.
+                self._known[key] = self._noted(hidden, (_HandedOn(),))
             while len(self._known) > _LENGTHS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+    def _noted(self, hidden: Tensor, beside: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """What layers are called with that give ``hidden`` and what is ``beside`` it."""
+        seen: list[tuple[Any, ...]] = []
+        layers = nn.ModuleList([_noting(layer, seen, beside) for layer in self.model.layers])
+        with_children(self.model, {"layers": layers, "norm": _Same()})(inputs_embeds=hidden, use_cache=False)
+        return seen
 
 
 def with_children(module: Any, children: Mapping[str, nn.Module]) -> Any:
@@ -124,6 +132,13 @@ class _Same(nn.Module):
 
     def forward(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
         return inputs
+
+
+class _HandedOn:
+    """What a layer gives the next one beside its output; none of the layers that are run one by one may look at it."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("a layer uses more of the layer before it than its output")
 
 
 class _Seen(Exception):
@@ -141,12 +156,12 @@ class _Raising(nn.Module):
         raise _Seen(positional, named)
 
 
-def _noting(layer: nn.Module, seen: list[tuple[Any, ...]]) -> nn.Module:
-    """A layer that gives back its input, and notes what else it was called with."""
+def _noting(layer: nn.Module, seen: list[tuple[Any, ...]], beside: tuple[Any, ...]) -> nn.Module:
+    """A layer that gives back its input, and ``beside`` it what there is, and notes what else it was called with."""
 
-    def forward(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+    def forward(hidden: Tensor, *positional: Any, **named: Any) -> Any:
         seen.append((positional, named))
-        return hidden
+        return (hidden, *beside) if beside else hidden
 
     noting: nn.Module = with_children(layer, {})
     noting.__dict__["forward"] = forward

@@ -186,7 +186,7 @@ class Proofs:
 
         # Some parts give something beside their output.
         none = torch.zeros(0)
-        given = itertools.product(((attended, none), (attended,)), ((fed,), (fed, none)))
+        given = itertools.product(((attended, none), (attended,), (attended, none, none)), ((fed,), (fed, none)))
         module, output = first_that_runs(partial(run, *one) for one in given)
         with running(layer.name):
             middle = hidden + attended

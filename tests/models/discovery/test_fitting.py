@@ -54,6 +54,11 @@ FITTING = [
     "deepseek_v2",
     "deepseek_v32",
     "glm4_moe_lite",
+    "glm_moe_dsa",
+    "internlm3",
+    "iquestcoder",
+    "ministral3",
+    "cwm",
     "hunyuan_v1_moe",
     "gpt_oss",
     "laguna",
@@ -101,6 +106,13 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_not_taken_for_the_route
     assert moe.router.name == "model.layers.0.mlp.gate"
     assert moe.shared_expert is not None
     assert moe.shared_expert.gate.out_features == len(moe.experts) == 40
+
+
+def test_a_layer_that_takes_the_choice_of_the_one_before_it_is_refused() -> None:
+    values = config_of("glm_moe_dsa").to_dict()
+    assert len(fitted(values | {"indexer_types": ["full"] * 3}).layers) == 3
+    with pytest.raises(CheckpointError, match=r"self_attn does not run by itself"):
+        fitted(values | {"indexer_types": ["full", "shared", "full"]})
 
 
 @pytest.mark.parametrize("limit", [0.8, 8.0])
