@@ -1,4 +1,4 @@
-"""The script of files of a size: ratios and their intervals, bars, and the README's table."""
+"""The script of files of a size: ratios and their intervals, bars, and the table of the documentation."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_every_class_has_its_ready_mixture() -> None:
     assert {ready.READY[name] for name in READY_OF.values()} == set(READY_OF)
 
 
-def test_the_readme_has_the_table_of_the_results() -> None:
+def test_the_documentation_has_the_table_of_the_results() -> None:
     results = json.loads(RESULTS.read_text())
     assert table(results) == RESULTS.with_suffix(".md").read_text()
-    assert table(results) in (REPOSITORY / "README.md").read_text()
+    assert table(results) in (REPOSITORY / "docs" / "evidence" / "sizes.md").read_text()
     assert not [
         problem for one in results.values() for size in one["sizes"] for problem in shortfalls(size, one["sizes"][size])
     ]
