@@ -24,6 +24,8 @@ from qconv.formats.base import EXPRESSION
 GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
 """Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
 
+MLX = "mlx"
+"""What is called the method of a config.json that tells of quantization in MLX's words, which name none."""
 MAX_EXPRESSIONS = 1000
 """Of a config: tools write a handful, and a model of 90,000 linears takes a while with each."""
 _TELLING = ("quant_method", "quant_algo", "format", "packing_format", "version", "load_in_4bit", "load_in_8bit")
@@ -84,7 +86,7 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout:
         return Layout(section, None, scheme)
     if problem is not None:
         raise UnreadLayoutError(problem.message, hint=problem.hint) from problem
-    raise _unread(folder, f"quantization_config is of a kind that qconv does not run: {_described(section)}")
+    raise _unread(folder, f"quantization_config is of a kind that qconv does not run: {_described(section)}", section)
 
 
 def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -96,7 +98,7 @@ def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
     section = quantization_of(config)
     mlx = config.get("quantization")  # MLX may repeat it as quantization_config, where it names no method
     if isinstance(mlx, dict) and (section is None or section == mlx):
-        return {"quant_method": "mlx"} | mlx
+        return {"quant_method": MLX} | mlx
     if section is None:
         section = config.get("compression_config")
     for method, name in (("gptq", GPTQ_CONFIG), ("awq", AWQ_CONFIG)):
@@ -143,5 +145,8 @@ def _described(section: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {name_of(repr(value), 60)}" for key, value in told.items()) or "it does not say which"
 
 
-def _unread(folder: Path, what: str) -> UnreadLayoutError:
-    return UnreadLayoutError(f"{folder / 'config.json'}: {what}.", hint=f"It reads {', '.join(formats())} and GGUF.")
+def _unread(folder: Path, what: str, section: Mapping[str, Any]) -> UnreadLayoutError:
+    hint = f"It reads {', '.join(formats())} and GGUF."
+    if section.get("quant_method") == MLX:
+        hint = "Convert it first: qconv convert --to compressed-tensors, or --to bf16."
+    return UnreadLayoutError(f"{folder / 'config.json'}: {what}.", hint=hint)

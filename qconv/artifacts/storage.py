@@ -152,7 +152,8 @@ def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:
             return StoredIntegers(described)
     raise CheckpointError(
         f"{path}: already quantized (quant_method {method!r}).",
-        hint="Give the unquantized checkpoint, or one in FP8, MXFP4 or packed integers of compressed-tensors.",
+        hint="Give the unquantized checkpoint, or one in FP8, MXFP4 or packed integers of compressed-tensors; "
+        "qconv convert --to bf16 makes one of any build that it reads.",
     )
 
 

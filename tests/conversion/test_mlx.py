@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qconv.artifacts.build import Build
+from qconv.artifacts.source import Source
 from qconv.building.output import Outcome
 from qconv.checkpoint.reader import Checkpoint
 from qconv.conversion import mlx
@@ -20,6 +21,7 @@ from qconv.conversion.mlx_weights import MlxWeights
 from qconv.conversion.pipeline import Wanted, convert
 from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError, UsageError
+from qconv.runtime.loading import load
 from qconv.verification.build import verify
 from tests.conftest import build, folder_bytes, random_model, random_qtensor, save_model, small_recipe
 
@@ -199,3 +201,13 @@ def test_damage_is_met(damage: str, builds: dict[str, Path], tmp_path: Path) -> 
     with pytest.raises(CheckpointError):
         converted(tmp_path / "there", tmp_path / "out", "bf16")
     assert not (tmp_path / "out").exists()
+
+
+def test_who_does_not_read_it_says_what_does(builds: dict[str, Path], tmp_path: Path) -> None:
+    converted(builds["int4-g64"], tmp_path / "there", "mlx")
+    with pytest.raises(CheckpointError, match="kind that qconv does not run") as refused:
+        load(tmp_path / "there")
+    assert "qconv convert" in str(refused.value.hint)
+    with pytest.raises(CheckpointError, match="already quantized") as unread:
+        Source.open(tmp_path / "there")
+    assert "qconv convert" in str(unread.value.hint)
