@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qconv.core.devices import CPU
 from qconv.core.qtensor import Grid
 from qconv.core.settings import ClipSettings
 from qconv.executors.threads import single_threaded_operations
@@ -32,12 +33,15 @@ _GROUP = 32
 _SEED = 20
 
 
-def digest() -> str:
-    """What the processor's arithmetic comes to, 16 hexadecimal digits; the same for any number of threads."""
+def digest(device: torch.device = CPU) -> str:
+    """What a device's arithmetic comes to, 16 hexadecimal digits; of the processor the same for any number of threads.
+
+    The same numbers go through the same operations everywhere.
+    """
     found = hashlib.sha256()
     with torch.no_grad(), single_threaded_operations():
-        for result in _results():
-            found.update(result.contiguous().view(-1).view(torch.uint8).numpy().data)
+        for result in _results(device):
+            found.update(result.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 
@@ -56,13 +60,13 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _results() -> Iterator[Tensor]:
+def _results(device: torch.device) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(_SEED)
 
     def numbers(*shape: int) -> Tensor:
         # Integers are drawn alike everywhere, and fill a float32's 24 bits: no product of two of them is exact.
-        drawn = torch.randint(-(2**24) + 1, 2**24, shape, generator=generator)
-        return drawn.float() * 2.0**-23
+        drawn = torch.randint(-(2**24) + 1, 2**24, shape, generator=generator, device=CPU)
+        return (drawn.float() * 2.0**-23).to(device)
 
     for tokens, inputs, outputs in SHAPES:
         yield from _layer(numbers(tokens, inputs), numbers(outputs, inputs))
@@ -77,13 +81,15 @@ def _layer(x: Tensor, weight: Tensor) -> Iterator[Tensor]:
     yield functional.linear(x, weight)
     yield x[:1] @ weight.t()
     # Second moments and their factor, as of GPTQ and of AWQ's groups.
-    moments = torch.zeros(outputs, outputs).addmm_(weight, weight.t(), alpha=1.0 / inputs)
+    moments = torch.zeros(outputs, outputs, device=x.device).addmm_(weight, weight.t(), alpha=1.0 / inputs)
     moments.diagonal().add_(0.1)
     lower = torch.linalg.cholesky_ex(moments)[0]
     yield lower
     yield torch.linalg.solve_triangular(lower, weight, upper=False)
     groups = x.view(len(x), -1, _GROUP).transpose(0, 1)
-    yield torch.zeros(len(groups), _GROUP, _GROUP).baddbmm_(groups.transpose(1, 2), groups, alpha=1.0 / len(x))
+    yield torch.zeros(len(groups), _GROUP, _GROUP, device=x.device).baddbmm_(
+        groups.transpose(1, 2), groups, alpha=1.0 / len(x)
+    )
     # Norms, router, activation, rotary embedding.
     yield x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     yield x.softmax(-1)

@@ -31,6 +31,7 @@ def quantize_gguf(
     restart: bool = False,
     threads: int | None = None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -43,6 +44,7 @@ def quantize_gguf(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts, and blocks of rows, worked on at once; the bytes do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
+        devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         progress: Told what is at work, the weights done and the weights in all, of layers looked at and of encoding.
         log: Told about decisions, one sentence each.
 
@@ -56,7 +58,15 @@ def quantize_gguf(
     source = open_source(model, out, log)
     target = gguf_target(source, recipe, out, "", log)
     return make_builds(
-        source, [target], out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+        source,
+        [target],
+        out,
+        restart=restart,
+        threads=threads,
+        executor=executor,
+        devices=devices,
+        progress=progress,
+        log=log,
     )[0]
 
 

@@ -44,6 +44,7 @@ def write_model_imatrix(
     restart: bool = False,
     threads: int | None = None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -56,6 +57,7 @@ def write_model_imatrix(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts worked on at once; the bytes do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
+        devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         progress: Told the layer at work, the weights passed and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -73,7 +75,15 @@ def write_model_imatrix(
     require_expressible(source.checkpoint.config, source.architecture)
     target = ImatrixTarget(source, text, out)
     return make_builds(
-        source, [target], out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+        source,
+        [target],
+        out,
+        restart=restart,
+        threads=threads,
+        executor=executor,
+        devices=devices,
+        progress=progress,
+        log=log,
     )[0]
 
 

@@ -18,6 +18,8 @@ from qconv import __version__
 from qconv.artifacts.source import Source
 from qconv.building import arithmetic
 from qconv.calibration.corpus import TokenSet
+from qconv.core.devices import name_of
+from qconv.errors import ResourceError, UsageError
 from qconv.folders.journal import COMPANIONS, PROCESSOR
 
 ARITHMETIC = "arithmetic"
@@ -64,6 +66,36 @@ def fingerprints(
         kept = {name: digest for name, digest in digests.items() if not name.startswith("LICENSE")}
         found["embedded files"] = _pairs({"name": source.name} | kept)
     return found
+
+
+def on_devices(found: Mapping[str, str], devices: Sequence[torch.device]) -> dict[str, str]:
+    """The fingerprints of a run of which devices compute what is added up; the processor does the rest.
+
+    Devices whose arithmetic is the processor's count for nothing: either may go on with what the other began.
+
+    Raises:
+        ResourceError: a device's memory is used up.
+        UsageError: the devices' arithmetic differs, so that the bytes would depend on who did what.
+    """
+    if ARITHMETIC not in found or devices[0].type == "cpu":
+        return dict(found)
+    first, digests = devices[0], {}
+    for device in devices:
+        try:
+            digest = digests[device] = arithmetic.digest(device)
+        except torch.OutOfMemoryError as error:
+            hint = "Does another process use it? Choose another device, or --devices cpu."
+            raise ResourceError(f"--devices: {device} has no memory left.", hint=hint) from error
+        if digest != digests[first]:
+            raise UsageError(
+                f"--devices: {first} ({name_of(first)}) and {device} ({name_of(device)}) compute other last bits.",
+                hint="Choose devices of one model.",
+            )
+    own = f"cpu={digests[first]}"
+    if found[ARITHMETIC] == own:
+        return dict(found)
+    said = f"{found[ARITHMETIC]} {first.type}={digests[first]}"
+    return {**found, ARITHMETIC: said, PROCESSOR: f"{found[PROCESSOR]}; {name_of(first)}"}
 
 
 def merged(belongs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -24,6 +24,7 @@ def quantize(
     restart: bool = False,
     threads: int | None = None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -36,6 +37,7 @@ def quantize(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes of the build do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
+        devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         progress: Told the unit at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -49,7 +51,15 @@ def quantize(
     source = open_source(model, out, log)
     target = safetensors_target(source, recipe, out, "", log)
     return make_builds(
-        source, [target], out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+        source,
+        [target],
+        out,
+        restart=restart,
+        threads=threads,
+        executor=executor,
+        devices=devices,
+        progress=progress,
+        log=log,
     )[0]
 
 

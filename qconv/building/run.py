@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from qconv.artifacts.source import Source
-from qconv.building.inputs import merged
+from qconv.building.inputs import merged, on_devices
 from qconv.building.output import Outcome, begin
 from qconv.building.several import enter_all
 from qconv.building.target import LayerSink, Log, Means, PackedModule, Target, Writer
@@ -24,6 +24,7 @@ from qconv.calibration.run import Calibration
 from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.writer import output_errors
 from qconv.core.architecture import Layer
+from qconv.core.devices import AT_ONCE, devices_of, make_deterministic
 from qconv.core.settings import CalibrationSettings
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, Journal, locked
@@ -44,6 +45,7 @@ def make_builds(
     restart: bool,
     threads: int | None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> list[Outcome]:
@@ -56,6 +58,7 @@ def make_builds(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes of the builds do not depend on it.
         executor: Where the work runs: the name of a module of :mod:`qconv.executors`.
+        devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         progress: Told what is at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -68,9 +71,12 @@ def make_builds(
     """
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    demands = [target.demand for target in targets]
-    count = functools.reduce(Demand.beside, demands).workers() if threads is None else threads
-    workers = get_executor(executor)(count, max(target.allowance(count) for target in targets))
+    demand = functools.reduce(Demand.beside, [target.demand for target in targets])
+    count = demand.workers() if threads is None else threads
+    places = devices_of(devices)
+    make_deterministic(places)
+    allowance = max(target.allowance(count) for target in targets)
+    workers = get_executor(executor)(count, allowance, places, demand.on_device(AT_ONCE))
     committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
     with locked(out), workers, committer:
         return _Run(source, targets, out, Means(workers, committer, progress, log)).run(restart)
@@ -91,7 +97,8 @@ class _Run:
         means, log = self.means, self.means.log
         state = enter_all(self.out, [target.name for target in self.targets], restart=restart)
         tokens = None if self.settings is None else self._tokens(self.settings)
-        belongs = [target.fingerprints(self._own(target, tokens)) for target in self.targets]
+        places = means.workers.lending.devices
+        belongs = [on_devices(target.fingerprints(self._own(target, tokens)), places) for target in self.targets]
         if state is FolderState.COMPLETE and not restart:
             return self._already_complete(belongs)
         if restart or state is not FolderState.UNFINISHED:

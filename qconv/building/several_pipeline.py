@@ -25,6 +25,7 @@ def quantize_several(
     restart: bool = False,
     threads: int | None = None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> dict[str, Outcome]:
@@ -40,6 +41,7 @@ def quantize_several(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
+        devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         progress: Told what is at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -60,6 +62,14 @@ def quantize_several(
     if any(target.calibrates for target in targets):
         log("several builds: each layer sees the outputs of unquantized ones (propagate: false)")
     outcomes = make_builds(
-        source, targets, out, restart=restart, threads=threads, executor=executor, progress=progress, log=log
+        source,
+        targets,
+        out,
+        restart=restart,
+        threads=threads,
+        executor=executor,
+        devices=devices,
+        progress=progress,
+        log=log,
     )
     return {target.name: outcome for target, outcome in zip(targets, outcomes, strict=True)}

@@ -18,7 +18,7 @@ from qconv.artifacts.source import Source
 from qconv.building.chosen import ALLOCATION, Chosen, predicted_words
 from qconv.building.gguf_pipeline import gguf_target
 from qconv.building.gguf_target import GgufTarget
-from qconv.building.inputs import ARITHMETIC
+from qconv.building.inputs import ARITHMETIC, on_devices
 from qconv.building.output import Outcome, begin, enter
 from qconv.building.pipeline import open_source, safetensors_target
 from qconv.building.run import make_builds
@@ -27,6 +27,7 @@ from qconv.building.sensitivity_pipeline import sweep, sweep_fingerprints
 from qconv.building.target import Log
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, sha256_of
+from qconv.core.devices import devices_of
 from qconv.core.workers import Workers
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import JOURNAL_NAME, WORK_FOLDER, Journal, locked, require_same
@@ -54,6 +55,7 @@ def quantize_to_size(
     restart: bool = False,
     threads: int | None = None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -68,6 +70,7 @@ def quantize_to_size(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts and matrices worked on at once; the bytes do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
+        devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         progress: Told what is at work, how much of it is done and how much there is.
         log: Told about decisions, one sentence each.
 
@@ -92,6 +95,7 @@ def quantize_to_size(
         # Whatever is chosen: the recipe's own grid may not fit the model, the smallest ones do.
         any_choice = dataclasses.replace(_target(source, smallest, out, lambda _: None), chosen=chosen)
         belongs = any_choice.fingerprints(None if any_choice.calibration is None else tokens)
+        belongs = on_devices(belongs, devices_of(devices))
         if state is FolderState.COMPLETE and not restart:
             made: Mapping[str, Any] = read_report(out)
             require_same(out, made["fingerprints"], belongs, ignored=[ARITHMETIC])
@@ -103,7 +107,15 @@ def quantize_to_size(
     parse = parse_gguf_recipe if isinstance(recipe, GgufRecipe) else parse_recipe
     target = dataclasses.replace(_target(source, parse(made["recipe"]), out, log), chosen=chosen)
     return make_builds(
-        source, [target], out, restart=False, threads=threads, executor=executor, progress=progress, log=log
+        source,
+        [target],
+        out,
+        restart=False,
+        threads=threads,
+        executor=executor,
+        devices=devices,
+        progress=progress,
+        log=log,
     )[0]
 
 

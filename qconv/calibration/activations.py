@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint.writer import output_errors, sha256_of
+from qconv.core.devices import CPU
 from qconv.folders.ownership import claim
 
 WINDOW_TOKENS = 4096
@@ -73,17 +74,19 @@ class ActivationFile:
             file.truncate(self.nbytes)
         return self
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` in the dtype of computation, [stop - start, width], a copy."""
-        return self._window(start, stop).to(self.computed, copy=True)
+    def read(self, start: int, stop: int, device: torch.device = CPU) -> Tensor:
+        """Rows ``start:stop`` in the dtype of computation, [stop - start, width], a copy on a device."""
+        rows = self._window(start, stop)
+        # They cross the bus in the file's dtype.
+        return rows.to(self.computed, copy=True) if device == CPU else rows.to(device).to(self.computed)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Store rows from ``start`` on, rounded to the file's dtype."""
-        self._window(start, start + len(rows)).copy_(rows)
+        """Store rows of any device from ``start`` on, rounded to the file's dtype."""
+        self._window(start, start + len(rows)).copy_(rows if rows.device == CPU else rows.to(self.dtype))
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Chosen rows in the dtype of computation, [len(index), width]; ``index`` is int64."""
-        return self._window(0, self.tokens).index_select(0, index).to(self.computed)
+    def gather(self, index: Tensor, device: torch.device = CPU) -> Tensor:
+        """Chosen rows in the dtype of computation, [len(index), width], on a device; ``index`` is int64, the host's."""
+        return self._window(0, self.tokens).index_select(0, index).to(device).to(self.computed)
 
     def add(self, index: Tensor, rows: Tensor) -> None:
         """Add ``rows`` to chosen rows, each at most once."""
@@ -124,7 +127,7 @@ class SetAside:
     def __init__(
         self, folder: Path, width: int, windows: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32
     ) -> None:
-        """Write windows of tokens, int64 [n], and their rows, [n, width] of a dtype.
+        """Write windows of tokens, int64 [n], and their rows, [n, width] of a dtype, on any device.
 
         Raises:
             OutputError: the disk is full or the folder cannot be written.
@@ -138,7 +141,7 @@ class SetAside:
         weakref.finalize(self, self._file.close)
         with output_errors(folder):
             for tokens, rows in windows:
-                self._file.write(rows.contiguous().numpy().data)
+                self._file.write(rows.contiguous().cpu().numpy().data)
                 self._tokens.append(tokens)
             self._file.flush()
 
@@ -146,7 +149,7 @@ class SetAside:
         """The windows as they came."""
         self._file.seek(0)
         for tokens in self._tokens:
-            rows = torch.empty(len(tokens), self._width, dtype=self._dtype)
+            rows = torch.empty(len(tokens), self._width, dtype=self._dtype, device=CPU)
             with output_errors(self._folder):
                 self._file.readinto(rows.numpy().data)
             yield tokens, rows

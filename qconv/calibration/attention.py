@@ -11,6 +11,7 @@ from torch import Tensor
 from qconv.calibration.attention_build import AttentionBuild, Probe
 from qconv.calibration.forward import MixerBlock
 from qconv.calibration.layer import Finished, LayerBuild, LayerContext, Workspace
+from qconv.calibration.placement import at_home
 from qconv.calibration.rounding import Factors, compensate, empty_statistics
 from qconv.calibration.schemes import Compensated
 from qconv.calibration.statistics import InputSquares, InputStatistics
@@ -57,10 +58,11 @@ class _AttentionHalf:
         self.reference = context.work.reference
         layer, source = context.layer, context.source
         modules = (*layer.attention.modules(), layer.input_norm)
-        tensors = {name: source.read(name).float() for module in modules for name, _ in module.tensors()}
+        names = [name for module in modules for name, _ in module.tensors()]
+        tensors = {name: source.read(name).to(context.home).float() for name in names}
         self.tensors = tensors
         self.norm_weight = source.read(layer.input_norm.weight)
-        self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight)
+        self.norm = context.decoder.norm(layer, layer.input_norm, self.norm_weight.to(context.home))
         self.block: MixerBlock = context.decoder.attention(layer, tensors)
         self.parts = [AttentionBuild(context, build, tensors) for build in context.builds]
         self.groups = layer.groups()
@@ -71,7 +73,7 @@ class _AttentionHalf:
 
     def _statistics(self, group: InputGroup, widths: Iterable[int]) -> dict[int, InputStatistics]:
         """Of an input, by width."""
-        return empty_statistics(group.in_features, widths, drift=self.reference is not None)
+        return empty_statistics(group.in_features, widths, self.context.home, drift=self.reference is not None)
 
     def _first_width(self, part: AttentionBuild, number: int) -> int:
         """Before anything is quantized: squares alone, where moments are those of what quantized linears pass on."""
@@ -82,7 +84,7 @@ class _AttentionHalf:
 
     def _normed(self, start: int, stop: int, work: Workspace | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream [tokens, hidden] and its norm [sequences, length, hidden]; of the quantized model."""
-        hidden = (work or self.context.work).inputs.read(start, stop)
+        hidden = (work or self.context.work).inputs.read(start, stop, self.context.home)
         normed: Tensor = self.norm(hidden)
         return hidden, normed.view(-1, self.context.work.sequence_length, hidden.shape[-1])
 
@@ -133,7 +135,8 @@ class _AttentionHalf:
 
     def _windows(self, work: Callable[[tuple[int, int]], Made]) -> Iterator[Made]:
         """What comes of each window of whole sequences, in their order."""
-        return self.context.workers.map(work, self.context.work.sequence_windows(window_tokens(self.context.layer)))
+        windows = self.context.work.sequence_windows(window_tokens(self.context.layer))
+        return self.context.workers.map(at_home(self.context, work), windows)
 
     def _probe(self, search_tokens: int) -> Probe:
         """The first positions of a few sequences spread over the corpus; causal attention makes a prefix exact."""
@@ -142,7 +145,8 @@ class _AttentionHalf:
         count = min(PROBE_SEQUENCES, sequences)
         length = min(work.sequence_length, -(-wanted // count))
         picks = [sequences * index // count for index in range(count)]
-        rows = [work.inputs.read(pick * work.sequence_length, pick * work.sequence_length + length) for pick in picks]
+        starts = [pick * work.sequence_length for pick in picks]
+        rows = [work.inputs.read(start, start + length, self.context.home) for start in starts]
         normed: Tensor = self.norm(torch.stack(rows))
         return Probe(normed, *self.block.with_inputs(normed))
 
@@ -162,14 +166,14 @@ class _AttentionHalf:
             found = []
             for part in parts:
                 weights = part.folded(group.linears)
-                scale = part.build.folds.input_scale(group.linears[0])
+                scale = part.input_scale(group.linears[0])
                 found.append(compensate(part.build, statistics[part.width(group.linears)], weights, scale, factors))
             return found
 
         subjects = list(zip(self.groups, self.inputs, strict=True))
         if self.reference is None:
             # The last first: it is the largest, so that it need not be waited for.
-            solved = list(self.context.workers.map(solve, subjects[::-1]))[::-1]
+            solved = list(self.context.workers.map(at_home(self.context, solve), subjects[::-1]))[::-1]
             for number, part in enumerate(parts):
                 for results in solved:
                     part.keep(results[number])
@@ -193,7 +197,7 @@ class _AttentionHalf:
 
         keys, values = (torch.stack(found).amax(0) for found in zip(*self._windows(largest), strict=True))
         # Values are cached with what is folded into them, which a block of effective weights takes out again.
-        folded = part.build.folds.output_scale(self.context.layer.heads.v)
+        folded = part.output_scale(self.context.layer.heads.v)
         return float(keys.max()), float((values if folded is None else values / folded).max())
 
     def pass_on(self) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qconv.calibration.forward import MixerBlock
 from qconv.calibration.layer import LayerBuild, LayerContext
+from qconv.calibration.placement import at_home
 from qconv.calibration.rounding import statistics_width
-from qconv.calibration.schemes import Compensated
+from qconv.calibration.schemes import Compensated, dense, placed
 from qconv.calibration.statistics import InputStatistics
 from qconv.core.architecture import InputGroup, Linear, Norm
 from qconv.core.grid import Packed
@@ -91,9 +92,12 @@ class AttentionBuild:
         if group.unquantized:
             # What stays in 16 bits takes powers of two without a rounding.
             candidates = [awq.nearest_power_of_two(scale) for scale in candidates]
-        scales = [norm_scale(weight, scale, norm.offset) for scale in candidates]
-        losses = context.workers.map(lambda scale: self._group_loss(block, group, scale), scales)
-        choice = awq.choose(list(losses))
+        scales = [norm_scale(weight, scale.cpu(), norm.offset) for scale in candidates]
+
+        def loss(scale: Tensor) -> float:
+            return self._group_loss(block, group, scale.to(context.home))
+
+        choice = awq.choose(list(context.workers.map(at_home(context, loss), scales)))
         build.report.search(norm.name, choice)
         if choice.index:
             build.scales[norm.name] = scales[choice.index]
@@ -119,18 +123,25 @@ class AttentionBuild:
             spread = spread_heads(scale, repeats, head_dim)
             return _squared_distance(build.schemes[linear.name].linear(inputs / spread, weight, spread), target)
 
-        choice = awq.choose(list(self.context.workers.map(loss, scales)))
+        choice = awq.choose(list(self.context.workers.map(at_home(self.context, loss), scales)))
         build.report.search(producer.name, choice)
         if choice.index:
-            build.scales[producer.name] = scales[choice.index]
+            build.scales[producer.name] = scales[choice.index].cpu()
 
     def folded(self, linears: Sequence[Linear]) -> dict[str, Tensor]:
         """The folded weights of those whose codes second moments decide about, by name."""
         return {linear.name: self._folded(linear) for linear in linears if self.build.rounding(linear) is not None}
 
     def _folded(self, linear: Linear) -> Tensor:
-        folds = self.build.folds
-        return folded_weight(self.source_weights[linear.name], folds.input_scale(linear), folds.output_scale(linear))
+        return folded_weight(self.source_weights[linear.name], self.input_scale(linear), self.output_scale(linear))
+
+    def input_scale(self, linear: Linear) -> Tensor | None:
+        """What is folded into a linear's columns, where attention is; see :class:`Folds`."""
+        return placed(self.build.folds.input_scale(linear), self.context.home)
+
+    def output_scale(self, linear: Linear) -> Tensor | None:
+        """The same of its rows."""
+        return placed(self.build.folds.output_scale(linear), self.context.home)
 
     def keep(self, results: Mapping[str, Compensated]) -> None:
         """Take projections that second moments have decided about."""
@@ -161,7 +172,7 @@ class AttentionBuild:
         context, attention = self.context, self.context.layer.attention
         quantized = [linear for linear in attention.linears() if linear.name in self.build.quantized]
         linears = [linear for linear in quantized if self.build.rounding(linear) is None]
-        rounded = list(context.workers.map(self._round, linears))
+        rounded = list(context.workers.map(at_home(context, self._round), linears))
         plain = {linear.name: pair[0] for linear, pair in zip(linears, rounded, strict=True)}
         clipped = {linear.name: pair[1] for linear, pair in zip(linears, rounded, strict=True) if pair[1] is not None}
         if not clipped:
@@ -176,7 +187,7 @@ class AttentionBuild:
 
     def _round(self, linear: Linear) -> tuple[Packed, Packed | None]:
         """A projection quantized without clipping, and with it where clipping is searched."""
-        in_scale = self.build.folds.input_scale(linear)
+        in_scale = self.input_scale(linear)
         weight = self._folded(linear)
         scheme = self.build.schemes[linear.name]
         plain = scheme.round(weight)
@@ -194,16 +205,16 @@ class AttentionBuild:
         return self._effective(self.weights)
 
     def _effective(self, weights: Mapping[str, Packed]) -> dict[str, Tensor]:
-        folds, effective = self.build.folds, {}
+        effective = {}
         for linear in self.context.layer.attention.linears():
             if linear.name in weights:
-                dense = weights[linear.name].dequantize()
-                in_scale, out_scale = folds.input_scale(linear), folds.output_scale(linear)
+                weight = dense(weights[linear.name], self.context.home)
+                in_scale, out_scale = self.input_scale(linear), self.output_scale(linear)
                 if in_scale is not None:
-                    dense.div_(in_scale)
+                    weight.div_(in_scale)
                 if out_scale is not None:
-                    dense.mul_(out_scale.unsqueeze(-1))
-                effective[linear.name] = dense
+                    weight.mul_(out_scale.unsqueeze(-1))
+                effective[linear.name] = weight
         return effective
 
 

@@ -18,10 +18,13 @@ from qconv.calibration.layer import Finished, LayerBuild, LayerContext, Workspac
 from qconv.calibration.mlp import GatedWeights
 from qconv.calibration.mlp_build import MlpBuild, Subject, search_shared_scale
 from qconv.calibration.mlp_inputs import WINDOW_TOKENS, MlpInputs
+from qconv.calibration.placement import staged_weights
 from qconv.calibration.rounding import Factors
 from qconv.calibration.routing import Assignment
+from qconv.calibration.schemes import placed
 from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Mlp
+from qconv.core.devices import CPU
 from qconv.core.grid import Packed
 
 
@@ -46,7 +49,7 @@ class _Result:
 
     Attributes:
         weights: Its quantized weights by module name.
-        inner_scale: What was folded into up.
+        inner_scale: What was folded into up, on the host.
         record: For the report.
         compensations: The same by linear, where GPTQ rounded it.
     """
@@ -58,7 +61,7 @@ class _Result:
 
     @classmethod
     def of(cls, made: MlpBuild) -> _Result:
-        return cls(made.weights, made.scales.inner, made.record, made.compensations)
+        return cls(made.weights, placed(made.scales.inner, CPU), made.record, made.compensations)
 
 
 @dataclass(slots=True)
@@ -104,8 +107,12 @@ class _MlpHalf:
 
         The outputs are computed when all that quantizing needed is released, so that both peak alike.
         """
-        context, mlp = self.context, self.context.layer.mlps()[index]
-        source = GatedWeights.read(context.source, mlp, context.decoder.gating(context.layer, mlp))
+        mlp = self.context.layer.mlps()[index]
+        staged = staged_weights(self.context, mlp)
+        return self.context.workers.lending.call(lambda device: self._made(index, staged.on(device)), mlp.gate.name)
+
+    def _made(self, index: int, source: GatedWeights) -> tuple[list[_Result], _Passed]:
+        context = self.context
         made = self._quantized(index, source)
         passing = made[0].passing() if context.calibration.propagate and not context.is_last else source
         results = [_Result.of(one) for one in made]
@@ -128,7 +135,7 @@ class _MlpHalf:
         }
         subjects = {}
         for size in {build.recipe.awq.search_tokens for build in context.builds}:
-            sample = inputs.sample(index, assignment, size)
+            sample = inputs.sample(index, assignment, size, weights.device)
             subjects[size] = Subject(mlp, weights, assignment, sample, weights(sample.inputs))
         parts = [MlpBuild(inputs, one, subjects[one.recipe.awq.search_tokens], record) for one in context.builds]
         asked = [(part.build, part.inner_width) for part in parts if part.inner_width is not None]
@@ -143,7 +150,7 @@ class _MlpHalf:
         self, mlp: Mlp, assignment: Assignment, parts: Sequence[MlpBuild], inner: Mapping[int, InputStatistics]
     ) -> None:
         asked = [(part.build, part.input_width) for part in parts if part.input_width is not None]
-        statistics = self.inputs.statistics(mlp, assignment, asked)
+        statistics = self.inputs.statistics(mlp, assignment, asked, parts[0].subject.weights.device)
         factors: Factors = {}
         for part in parts:
             seen = None if part.input_width is None else statistics[part.input_width]
@@ -166,7 +173,7 @@ class _MlpHalf:
         def windows() -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, len(routed.tokens), WINDOW_TOKENS):
                 part = routed[start : start + WINDOW_TOKENS]
-                normed = part.read(self.inputs.normed(part.tokens, work))
+                normed = part.read(self.inputs.normed(part.tokens, weights.device, work))
                 inner = weights.inner(normed)
                 if seen:
                     passed.squares.append((InputSquares.of(normed), InputSquares.of(inner)))

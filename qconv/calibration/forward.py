@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qconv.checkpoint.reader import in_config, read_json
 from qconv.core.architecture import Architecture, Layer, Mlp, Moe, Norm
+from qconv.core.devices import CPU
 from qconv.errors import RecipeError
 from qconv.models.calls import Call, Calls
 from qconv.models.gating import Gating, Plain, gating_of
@@ -100,9 +101,19 @@ class Decoder:
     def _loaded(self, empty: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         module = copy.deepcopy(empty)
         module.load_state_dict({key: tensor.to(self.dtype) for key, tensor in state.items()}, assign=True)
+        _follow(module, state)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return module
+
+
+def _follow(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Bring a module's buffers that no checkpoint holds to where its tensors are."""
+    device = next((tensor.device for tensor in state.values()), CPU)
+    for child in module.modules() if device != CPU else ():
+        for name, buffer in child.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,7 @@ class RouterBlock:
         if scorer is not None:
             module.get_submodule(scorer).register_forward_hook(_keeping_scores(kept, top_k))
         module.load_state_dict(state, assign=True)
+        _follow(module, state)
         return cls(module.requires_grad_(False), kept, top_k)
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from qconv.calibration.corpus import TokenSet
 from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.writer import is_same
 from qconv.core.architecture import Architecture, Layer
+from qconv.core.devices import CPU
 from qconv.core.workers import Workers
 from qconv.errors import VerificationError
 from qconv.folders.ownership import claim
@@ -113,7 +114,8 @@ def layer_entries(tensors: Iterable[GgufTensor], seen: Mapping[str, InputSquares
         if parts:
             sums = torch.stack([part.sums for part in parts]).float()
             sums = sums if columns is None else sums[:, columns]
-            entries[tensor.name] = Entry(sums, torch.tensor([part.tokens for part in parts], dtype=torch.float64))
+            tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64, device=CPU)
+            entries[tensor.name] = Entry(sums, tokens)
     return entries
 
 

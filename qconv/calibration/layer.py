@@ -16,6 +16,7 @@ from qconv.calibration.forward import Decoder
 from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Architecture, CacheScales, Layer, Linear, Module
+from qconv.core.devices import CPU
 from qconv.core.grid import Packed
 from qconv.core.qtensor import QTensor
 from qconv.core.settings import CalibrationSettings
@@ -192,7 +193,7 @@ class LayerBuild:
         if isinstance(weight, QTensor) and weight.grid.activations == "local":
             weight = replace(weight, input_scale=local_scale(self.peaks[linear.name]))
         elif isinstance(weight, QTensor) and weight.grid.stores_inputs and not weight.grid.is_float:
-            weight = replace(weight, input_scale=activation_scale(torch.tensor(self.peaks[linear.name])))
+            weight = replace(weight, input_scale=activation_scale(torch.tensor(self.peaks[linear.name], device=CPU)))
         names = [name for name, _ in linear.tensors() if name != linear.weight]
         biases = tuple((name, [self.folds.expected(linear, name, self.source.read(name))]) for name in names)
         return Finished(linear, weight, biases)
@@ -227,6 +228,11 @@ class LayerContext:
     is_last: bool
     builds: tuple[LayerBuild, ...]
     seen: dict[str, InputSquares] | None
+
+    @property
+    def home(self) -> torch.device:
+        """Where attention, routing and the statistics of the layer are."""
+        return self.workers.home
 
     @property
     def model(self) -> Architecture:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.source import Source
-from qconv.calibration.schemes import Scheme
-from qconv.core.architecture import Linear, Mlp
+from qconv.calibration.schemes import Scheme, dense
+from qconv.core.architecture import Mlp
 from qconv.core.grid import Packed
 from qconv.models.gating import Gating
 
@@ -27,19 +27,10 @@ class GatedWeights:
     down_bias: Tensor | None
     gating: Gating
 
-    @classmethod
-    def read(cls, source: Source, mlp: Mlp, gating: Gating) -> GatedWeights:
-        """One MLP's weights from the source, in float32.
-
-        Raises:
-            CheckpointError: not readable, or values that are not finite.
-        """
-
-        def bias(linear: Linear) -> Tensor | None:
-            return source.read(f"{linear.name}.bias").float() if linear.bias else None
-
-        gate, up, down = (source.read(linear.weight).float() for linear in mlp.linears())
-        return cls(gate, up, down, bias(mlp.gate), bias(mlp.up), bias(mlp.down), gating)
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.gate.device
 
     def replaced(
         self,
@@ -95,6 +86,47 @@ class GatedWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class StagedWeights:
+    """An MLP's weights on the host in their stored dtype, read before a device is borrowed for them.
+
+    Attributes:
+        weights: Of gate, up and down, on their way to a device in pinned memory, so that nothing waits for the bus.
+        biases: The same; None for a linear that has none.
+        gating: What is made of the outputs of gate and up.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    gating: Gating
+
+    @classmethod
+    def read(cls, source: Source, mlp: Mlp, gating: Gating, *, pin: bool) -> StagedWeights:
+        """One MLP's weights from the source; ``pin`` where they go to a device.
+
+        Raises:
+            CheckpointError: not readable, or values that are not finite.
+        """
+
+        def read(name: str) -> Tensor:
+            tensor = source.read(name)
+            return tensor.pin_memory() if pin else tensor
+
+        linears = mlp.linears()
+        biases = tuple(read(f"{linear.name}.bias") if linear.bias else None for linear in linears)
+        return cls(tuple(read(linear.weight) for linear in linears), biases, gating)
+
+    def on(self, device: torch.device) -> GatedWeights:
+        """In float32 on a device."""
+
+        def brought(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True).float()
+
+        gate, up, down = (weight.to(device, non_blocking=True).float() for weight in self.weights)
+        gate_bias, up_bias, down_bias = map(brought, self.biases)
+        return GatedWeights(gate, up, down, gate_bias, up_bias, down_bias, self.gating)
+
+
+@dataclass(frozen=True, slots=True)
 class FoldedScales:
     """What one MLP's inputs and its down's inputs are divided by; None for nothing."""
 
@@ -121,7 +153,7 @@ class FoldedScales:
 def dequantized(mlp: Mlp, folded: GatedWeights, quantized: Mapping[str, Packed]) -> GatedWeights:
     """The MLP as the build computes it, in the folded coordinates; linears by module name, absent ones as they are."""
     gate, up, down = (
-        quantized[linear.name].dequantize() if linear.name in quantized else weight
+        dense(quantized[linear.name], weight.device) if linear.name in quantized else weight
         for linear, weight in zip(mlp.linears(), (folded.gate, folded.up, folded.down), strict=True)
     )
     return folded.replaced(gate=gate, up=up, down=down)

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qconv.calibration.layer import LayerBuild
-from qconv.calibration.mlp import FoldedScales, GatedWeights, dequantized
+from qconv.calibration.mlp import FoldedScales, GatedWeights, StagedWeights, dequantized
 from qconv.calibration.mlp_inputs import MlpInputs, Sample
+from qconv.calibration.placement import staged_weights
 from qconv.calibration.rounding import Factors, compensate, statistics_width
 from qconv.calibration.routing import Assignment
-from qconv.calibration.schemes import Compensated
+from qconv.calibration.schemes import Compensated, placed
 from qconv.calibration.statistics import InputStatistics
 from qconv.core.architecture import Linear, Mlp
 from qconv.core.grid import Packed
@@ -36,18 +38,21 @@ def search_shared_scale(inputs: MlpInputs, build: LayerBuild) -> None:
         # The router stays in 16 bits; powers of two fold into it without a rounding that would shift the routing.
         candidates = [awq.nearest_power_of_two(scale) for scale in candidates]
     offset = context.layer.post_attention_norm.offset
-    scales = [norm_scale(inputs.norm_weight, scale, offset) for scale in candidates]
+    scales = [norm_scale(inputs.norm_weight, scale.cpu(), offset) for scale in candidates]
     size = min(build.recipe.awq.search_tokens, max(16, SHARED_SEARCH_TOKENS // len(mlps)))
 
     def losses(index: int) -> list[float]:
-        gating = context.decoder.gating(context.layer, mlps[index])
-        weights = GatedWeights.read(context.source, mlps[index], gating)
-        sample = inputs.sample(index, inputs.assignment(index), size)
+        staged = staged_weights(context, mlps[index])
+        return context.workers.lending.call(lambda device: on(device, index, staged), mlps[index].gate.name)
+
+    def on(device: torch.device, index: int, staged: StagedWeights) -> list[float]:
+        weights = staged.on(device)
+        sample = inputs.sample(index, inputs.assignment(index), size, device)
         target = weights(sample.inputs)
         schemes = build.schemes[mlps[index].gate.name], build.schemes[mlps[index].up.name]
         found = []
         for scale in scales:
-            inner = weights.rounded_inner(sample.inputs, schemes, scale)
+            inner = weights.rounded_inner(sample.inputs, schemes, scale.to(device))
             found.append(sample.loss(weights.project(inner), target))
         return found
 
@@ -85,7 +90,7 @@ class MlpBuild:
         self.build = build
         self.subject = subject
         self.record = dict(record)
-        self.scales = FoldedScales(build.folds.input_scale(subject.mlp.up), None)
+        self.scales = FoldedScales(placed(build.folds.input_scale(subject.mlp.up), subject.weights.device), None)
         self.folded = self.scales.fold(subject.weights)
         build.share({subject.mlp.gate.name: self.folded.gate, subject.mlp.up.name: self.folded.up})
         self.weights: dict[str, Packed] = {}

@@ -14,6 +14,8 @@ from qconv.calibration.rounding import empty_statistics, statistics_width
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputSquares, InputStatistics
 from qconv.core.architecture import Linear, Mlp, Moe
+from qconv.core.devices import CPU
+from qconv.core.once import MadeOnce
 
 WINDOW_TOKENS = 2048
 POOL_TOKENS = 256
@@ -46,7 +48,9 @@ class MlpInputs:
         self.context = context
         norm = context.layer.post_attention_norm
         self.norm_weight = context.source.read(norm.weight)
-        self._norm = context.decoder.norm(context.layer, norm, self.norm_weight)
+        # What experts read wherever they are.
+        self._norm = MadeOnce(lambda device: context.decoder.norm(context.layer, norm, self.norm_weight.to(device)))
+        self._layer_on = MadeOnce(lambda width, device: self.layer[width].to(device))
         self.routing = self._routed(context.work)
         self.reference = context.work.reference
         self.reference_routing: Routing | None = None
@@ -58,17 +62,20 @@ class MlpInputs:
             build.keep_squares(self.layer[self.width(build)], context.layer.routers())
             build.keep_peak(self.layer[self.width(build)].peak, self._readers())
         count = min(POOL_TOKENS, context.work.tokens)
-        picks = torch.randperm(context.work.tokens, generator=context.generator(0))[:count].sort().values
-        self.pool = self.normed(picks)
+        shuffled = torch.randperm(context.work.tokens, generator=context.generator(0), device=CPU)
+        picks = shuffled[:count].sort().values
+        self.pool = self.normed(picks, context.home)
 
     def _routed(self, work: Workspace) -> Routing:
-        return Routing(self.context.source, self.context.decoder, self.context.layer, work, self._norm)
+        context = self.context
+        norm = self._norm(context.home)
+        return Routing(context.source, context.decoder, context.layer, work, norm, context.home)
 
     def _layer_inputs(self) -> dict[int, InputStatistics]:
         context = self.context
-        found = empty_statistics(context.model.hidden_size, map(self.width, context.builds))
+        found = empty_statistics(context.model.hidden_size, map(self.width, context.builds), context.home)
         for start, stop in context.work.middle.windows(WINDOW_TOKENS):
-            normed = self._norm(context.work.middle.read(start, stop))
+            normed = self._norm(context.home)(context.work.middle.read(start, stop, context.home))
             for statistics in found.values():
                 statistics.update(normed)
             if context.seen is not None:
@@ -83,9 +90,9 @@ class MlpInputs:
         """The width of the second moments that a build asks for of the inputs of gate and up."""
         return statistics_width(build, self._readers())
 
-    def normed(self, tokens: Tensor, work: Workspace | None = None) -> Tensor:
-        """The MLPs' inputs for chosen tokens, float32 [n, hidden]; in the quantized model."""
-        normed: Tensor = self._norm((work or self.context.work).middle.gather(tokens))
+    def normed(self, tokens: Tensor, device: torch.device, work: Workspace | None = None) -> Tensor:
+        """The MLPs' inputs for chosen tokens, float32 [n, hidden], on a device; in the quantized model."""
+        normed: Tensor = self._norm(device)((work or self.context.work).middle.gather(tokens, device))
         return normed
 
     def assignment(self, index: int) -> Assignment:
@@ -94,9 +101,9 @@ class MlpInputs:
         if self.context.calibration.routing == "routed":
             return routed
         tokens = self.context.work.tokens
-        weights = torch.full((tokens,), self._mean_weight(routed))
+        weights = torch.full((tokens,), self._mean_weight(routed), device=CPU)
         weights[routed.tokens] = routed.weights
-        return Assignment(torch.arange(tokens), weights, routed.on_inputs)
+        return Assignment(torch.arange(tokens, device=CPU), weights, routed.on_inputs)
 
     def _mean_weight(self, assignment: Assignment) -> float:
         """The usual factor on an expert's output, for tokens that were not routed to it."""
@@ -105,8 +112,8 @@ class MlpInputs:
         mlp = self.context.layer.mlp
         return 1.0 / mlp.top_k if isinstance(mlp, Moe) else 1.0
 
-    def sample(self, index: int, assignment: Assignment, size: int) -> Sample:
-        """About ``size`` tokens of an MLP, mixed with the layer's pool in the proportion of the shrinkage.
+    def sample(self, index: int, assignment: Assignment, size: int, device: torch.device) -> Sample:
+        """About ``size`` tokens of an MLP on a device, mixed with the layer's pool in the proportion of the shrinkage.
 
         Each token stands for its share of the population: n own tokens and k of the layer's.
         """
@@ -114,27 +121,31 @@ class MlpInputs:
         shared = 0 if own + k == 0 else min(len(self.pool), round(size * k / (own + k)))
         if own == 0:
             shared = max(shared, min(size, len(self.pool)))
-        picks = torch.randperm(own, generator=self.context.generator(1 + index))[: size - shared].sort().values
+        shuffled = torch.randperm(own, generator=self.context.generator(1 + index), device=CPU)
+        picks = shuffled[: size - shared].sort().values
         chosen = assignment[picks]
-        inputs = torch.cat([chosen.read(self.normed(chosen.tokens)), self._pool(assignment)[:shared]])
+        inputs = torch.cat([chosen.read(self.normed(chosen.tokens, device)), self._pool(assignment, device)[:shared]])
         own_weights = chosen.factors.square() * (own / max(len(picks), 1))
         mean = 1.0 if assignment.on_inputs else self._mean_weight(assignment)
         shared_weight = mean**2 * (max(k, 1.0) / max(shared, 1))
-        return Sample(inputs, torch.cat([own_weights, torch.full((shared,), shared_weight)]))
+        weights = torch.cat([own_weights, torch.full((shared,), shared_weight, device=CPU)])
+        return Sample(inputs, weights.to(device))
 
-    def _pool(self, assignment: Assignment) -> Tensor:
-        """The layer's pool, as an MLP would read it."""
-        return self.pool * self._mean_weight(assignment) if assignment.on_inputs else self.pool
+    def _pool(self, assignment: Assignment, device: torch.device) -> Tensor:
+        """The layer's pool, as an MLP would read it, on a device."""
+        pool = self.pool.to(device)
+        return pool * self._mean_weight(assignment) if assignment.on_inputs else pool
 
-    def _shared_statistics(self, width: int, assignment: Assignment) -> InputStatistics:
-        """Those of the layer, as an MLP would read them."""
-        layer = self.layer[width]
+    def _shared_statistics(self, width: int, assignment: Assignment, device: torch.device) -> InputStatistics:
+        """Those of the layer, as an MLP would read them, on a device."""
+        layer = self._layer_on(width, device)
         if not assignment.on_inputs:
             return layer
-        return layer.rescaled(torch.full((self.context.model.hidden_size,), 1.0 / self._mean_weight(assignment)))
+        hidden, factor = self.context.model.hidden_size, 1.0 / self._mean_weight(assignment)
+        return layer.rescaled(torch.full((hidden,), factor, device=device))
 
     def statistics(
-        self, mlp: Mlp, assignment: Assignment, asked: Sequence[tuple[LayerBuild, int]]
+        self, mlp: Mlp, assignment: Assignment, asked: Sequence[tuple[LayerBuild, int]], device: torch.device
     ) -> dict[int, InputStatistics]:
         """Statistics of gate's and up's input, shrunk toward the layer's, by width.
 
@@ -142,18 +153,19 @@ class MlpInputs:
             mlp: Whose.
             assignment: On which tokens.
             asked: Builds, and the width of the second moments that each asks for.
+            device: Where they are made.
         """
         if not asked:
             return {}
         hidden, widths = self.context.model.hidden_size, [width for _, width in asked]
-        found = empty_statistics(hidden, widths, drift=self.reference is not None)
-        for normed, counts, unquantized in self.windows(assignment):
+        found = empty_statistics(hidden, widths, device, drift=self.reference is not None)
+        for normed, counts, unquantized in self.windows(assignment, device):
             for statistics in found.values():
                 statistics.update(normed, counts, unquantized)
         for build, width in asked:
             build.keep_squares(found[width], (mlp.gate, mlp.up))
         return {
-            width: found.pop(width).shrunk(self._shared_statistics(width, assignment), float(self.shrinkage))
+            width: found.pop(width).shrunk(self._shared_statistics(width, assignment, device), float(self.shrinkage))
             for width in [*found]
         }
 
@@ -175,14 +187,15 @@ class MlpInputs:
         if not asked:
             return {}
         source, passing = weights
+        device = source.device
         in_features, widths = mlp.down.in_features, [width for _, width in asked]
-        found = empty_statistics(in_features, widths, drift=self.reference is not None)
-        for normed, counts, unquantized in self.windows(assignment):
+        found = empty_statistics(in_features, widths, device, drift=self.reference is not None)
+        for normed, counts, unquantized in self.windows(assignment, device):
             reference = None if unquantized is None else source.inner(unquantized)
             inner = passing.inner(normed)
             for statistics in found.values():
                 statistics.update(inner, counts, reference)
-        pooled, inner = empty_statistics(in_features, widths), passing.inner(self._pool(assignment))
+        pooled, inner = empty_statistics(in_features, widths, device), passing.inner(self._pool(assignment, device))
         for statistics in pooled.values():
             statistics.update(inner)
         for build, width in asked:
@@ -190,17 +203,25 @@ class MlpInputs:
             build.keep_peak(max(found[width].peak, pooled[width].peak), (mlp.down,))
         return {width: found.pop(width).shrunk(pooled.pop(width), float(self.shrinkage)) for width in [*found]}
 
-    def windows(self, assignment: Assignment) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    def windows(
+        self, assignment: Assignment, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
         """An MLP's inputs, float32 [n, hidden], what each token counts, float32 [n] or None for 1, and the unquantized
-        model's inputs, where they are compared.
+        model's inputs, where they are compared; all on a device.
         """
         counts: Tensor | None = None
         weighted = self.context.calibration.token_weights == "router" and not assignment.on_inputs
         if weighted and len(assignment.weights):
             squares = assignment.weights.square()
-            counts = squares / squares.mean()
+            counts = (squares / squares.mean()).to(device)
         for start in range(0, len(assignment.tokens), WINDOW_TOKENS):
             stop = start + WINDOW_TOKENS
             part = assignment[start:stop]
-            unquantized = None if self.reference is None else part.read(self.normed(part.tokens, self.reference))
-            yield part.read(self.normed(part.tokens)), None if counts is None else counts[start:stop], unquantized
+            unquantized = None
+            if self.reference is not None:
+                unquantized = part.read(self.normed(part.tokens, device, self.reference))
+            yield (
+                part.read(self.normed(part.tokens, device)),
+                None if counts is None else counts[start:stop],
+                unquantized,
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from qconv.calibration.layer import LayerBuild
@@ -32,9 +33,12 @@ def statistics_width(build: LayerBuild, linears: Sequence[Linear]) -> int:
     return in_features if any(width and widest % width for width in widths) else widest
 
 
-def empty_statistics(in_features: int, widths: Iterable[int], *, drift: bool = False) -> dict[int, InputStatistics]:
+def empty_statistics(
+    in_features: int, widths: Iterable[int], device: torch.device, *, drift: bool = False
+) -> dict[int, InputStatistics]:
     """Statistics of one input in every width that builds ask for, by width; drift goes with second moments."""
-    return {width: InputStatistics.empty(in_features, width, drift=drift and bool(width)) for width in {*widths}}
+    empty = InputStatistics.empty
+    return {width: empty(in_features, width, drift=drift and bool(width), device=device) for width in {*widths}}
 
 
 def compensate(

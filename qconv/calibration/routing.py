@@ -11,11 +11,12 @@ from qconv.artifacts.source import Source
 from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Workspace
 from qconv.core.architecture import Layer, Moe
+from qconv.core.devices import CPU
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Tokens of one MLP: int64 [n], ascending, and the factor on its output for each: float32 [n].
+    """Tokens of one MLP: int64 [n], ascending, and the factor on its output for each: float32 [n], both on the host.
 
     ``on_inputs`` says that the factor is on its input.
     """
@@ -30,11 +31,11 @@ class Assignment:
 
     def read(self, normed: Tensor) -> Tensor:
         """What the MLP reads for its tokens' normed activations, [n, hidden]."""
-        return normed * self.weights.unsqueeze(-1) if self.on_inputs else normed
+        return normed * self.weights.to(normed.device).unsqueeze(-1) if self.on_inputs else normed
 
     def counted(self, output: Tensor) -> Tensor:
         """What it adds to what runs through the layers, [n, hidden], in the place of its output."""
-        return output if self.on_inputs else output.mul_(self.weights.unsqueeze(-1))
+        return output if self.on_inputs else output.mul_(self.weights.to(output.device).unsqueeze(-1))
 
     @property
     def factors(self) -> Tensor:
@@ -45,8 +46,13 @@ class Assignment:
 class Routing:
     """The router's decisions for all calibration tokens."""
 
-    def __init__(self, source: Source, decoder: Decoder, layer: Layer, work: Workspace, norm: nn.Module) -> None:
-        """Run the router (and the shared expert's gate) over the layer's middle activations, normalized by ``norm``."""
+    def __init__(
+        self, source: Source, decoder: Decoder, layer: Layer, work: Workspace, norm: nn.Module, device: torch.device
+    ) -> None:
+        """Run the router (and the shared expert's gate) over the layer's middle activations, normalized by ``norm``.
+
+        What it decides is on the host, whatever the device; ``norm`` is on that.
+        """
         self._tokens = work.tokens
         self._experts = 0
         self._on_inputs = isinstance(layer.mlp, Moe) and layer.mlp.scales_inputs
@@ -55,17 +61,17 @@ class Routing:
         if not isinstance(mlp, Moe):
             return
         self._experts = len(mlp.experts)
-        router = decoder.router(layer, mlp, source.read)
+        router = decoder.router(layer, mlp, lambda name: source.read(name).to(device))
         gate = mlp.shared_expert_gate
-        gate_weight = None if gate is None else source.read(gate.weight).float()
+        gate_weight = None if gate is None else source.read(gate.weight).to(device).float()
         chosen, factors, shared = [], [], []
         for start, stop in work.middle.windows():
-            normed: Tensor = norm(work.middle.read(start, stop))
+            normed: Tensor = norm(work.middle.read(start, stop, device))
             scores, indices = router(normed)
-            chosen.append(indices.to(torch.int32))
-            factors.append(scores.float())
+            chosen.append(indices.to(torch.int32).cpu())
+            factors.append(scores.float().cpu())
             if gate_weight is not None:
-                shared.append(torch.sigmoid(normed @ gate_weight.t()).squeeze(-1))
+                shared.append(torch.sigmoid(normed @ gate_weight.t()).squeeze(-1).cpu())
         if shared:
             self._shared = torch.cat(shared)
         experts = torch.cat(chosen)
@@ -79,8 +85,8 @@ class Routing:
     def assignment(self, index: int) -> Assignment:
         """The tokens of the layer's MLP ``index``: an expert, or the shared expert after them, or the dense MLP."""
         if index >= self._experts:
-            weights = torch.ones(self._tokens) if self._shared is None else self._shared
-            return Assignment(torch.arange(self._tokens), weights)
+            weights = torch.ones(self._tokens, device=CPU) if self._shared is None else self._shared
+            return Assignment(torch.arange(self._tokens, device=CPU), weights)
         end = int(self._ends[index])
         pairs = self._order[end - int(self.counts[index]) : end]
         return Assignment(pairs // self.top_k, self._factors[pairs], self._on_inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,8 +91,9 @@ class Calibration:
         Raises:
             CheckpointError: a weight is not finite.
             OutputError: the disk is full.
+            ResourceError: a device's memory does not suffice.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._fitting(context.layer):
             yield from calibrate_attention(context)
             yield from calibrate_mlps(context)
 
@@ -103,9 +105,18 @@ class Calibration:
             OutputError: the disk is full.
         """
         layer_pass = LayerPass(self._source, self._decoder, context.layer, context.work, self._workers, context.is_last)
-        for linear, squares in collect_squares(layer_pass):
-            context.see((linear,), squares)
-            yield linear
+        with self._fitting(context.layer):
+            for linear, squares in collect_squares(layer_pass):
+                context.see((linear,), squares)
+                yield linear
+
+    @contextlib.contextmanager
+    def _fitting(self, layer: Layer) -> Iterator[None]:
+        """Within the context, too small a memory of the first device is told as what it is."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise self._workers.lending.out_of_memory(layer.name) from error
 
     def advance(self, context: LayerContext) -> None:
         """Make the layer's output the next layer's input, on disk and in the journal.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qconv.calibration.statistics import block_width
+from qconv.core.devices import CPU
 from qconv.core.grid import FittedGrid, Packed
 from qconv.core.hessian import Factor
-from qconv.core.qtensor import Grid
+from qconv.core.qtensor import Grid, QTensor
 from qconv.core.rounding import fake_quantize, round_to_nearest, rounded_linear
 from qconv.core.settings import MOST_MOVED, ClipSettings
 from qconv.grids import e4m3, integers
@@ -36,8 +37,20 @@ class Compensated:
     record: dict[str, Any]
 
 
+def dense(weight: Packed, device: torch.device) -> Tensor:
+    """What a weight stands for, float32 [out_features, in_features], on a device, where codes are brought to."""
+    if isinstance(weight, QTensor):
+        return weight.to(device).dequantize()
+    return weight.dequantize().to(device)
+
+
+def placed(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """The same on a device, if there is one."""
+    return None if tensor is None else tensor.to(device)
+
+
 class Scheme(Protocol):
-    """How one linear is rounded."""
+    """How one linear is rounded. Weights and what goes with them may lie on any device; packed ones are the host's."""
 
     @property
     def method(self) -> tuple[str, ...]:
@@ -171,14 +184,14 @@ class IntegerScheme:
 
     def round(self, weight: Tensor) -> Packed:
         """See :class:`Scheme`. A linear whose method is rounding has its clipping ranges searched here, if at all."""
-        return integers.quantize(weight, self.grid, self._clip if self.method == ("rtn",) else None)
+        return integers.quantize(weight, self.grid, self._clip if self.method == ("rtn",) else None).to(CPU)
 
     def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
         """See :class:`Scheme`."""
         if not self.gram_width(weight.shape[1]):
             return None
         ratios = awq.output_clip_ratios(weight, self.grid, gram, self.recipe.clip)
-        return round_to_nearest(weight, self.grid, ratios)
+        return round_to_nearest(weight, self.grid, ratios).to(CPU)
 
     def gram_width(self, in_features: int) -> int:
         """See :class:`Scheme`."""
@@ -191,7 +204,7 @@ class IntegerScheme:
         if self.rounding != GPTQ:
             return _on_fixed_scales(weight, IntegerGrid(self.grid, self._clip), moments)
         found = gptq.quantize(weight, self.grid, moments.hessian, self.recipe.gptq, self._clip, moments.factor)
-        quantized, error, refine = found.qtensor, found.error, self.recipe.refine
+        quantized, error, refine = found.qtensor.to(CPU), found.error, self.recipe.refine
         if refine.sweeps or refine.refits:
             quantized, error = moments.problem.refined(weight, IntegerGrid(self.grid), quantized)
         record = {"error": error, "rtn_error": found.rtn_error}
@@ -211,7 +224,7 @@ class FittedScheme:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """See :class:`Scheme`."""
-        return self.round(weight).dequantize()
+        return dense(self.round(weight), weight.device)
 
     def linear(self, inputs: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         """See :class:`Scheme`."""
@@ -219,7 +232,7 @@ class FittedScheme:
 
     def round(self, weight: Tensor) -> Packed:
         """See :class:`Scheme`."""
-        rounded: Packed = self.grid.encode(weight)
+        rounded: Packed = self.grid.encode(weight.cpu())
         return rounded
 
     def clipped(self, weight: Tensor, gram: Tensor) -> Packed | None:
@@ -227,7 +240,7 @@ class FittedScheme:
         squares = gram.diagonal(dim1=1, dim2=2).flatten()
         if self.method == ("rtn",) or not bool((squares > 0.0).any()):
             return None
-        found: Packed = self.grid.encode(weight, squares.pow(SCALE_EXPONENT))
+        found: Packed = self.grid.encode(weight.cpu(), squares.pow(SCALE_EXPONENT).cpu())
         return found
 
     def gram_width(self, in_features: int) -> int:
@@ -263,8 +276,8 @@ class StaticScheme:
         if not weights:
             return {}
         clip = self.recipe.clip if self.recipe.clips(("rtn",)) else None
-        scale = e4m3.activation_scale(torch.tensor(peak))
-        fused = e4m3.quantize(torch.cat(list(weights.values())), self.grid, clip, scale)
+        scale = e4m3.activation_scale(torch.tensor(peak, device=CPU))
+        fused = e4m3.quantize(torch.cat([weight.cpu() for weight in weights.values()]), self.grid, clip, scale)
         found, start = {}, 0
         for name, weight in weights.items():
             found[name] = fused.rows(start, start + len(weight))

@@ -17,9 +17,11 @@ from qconv.calibration.forward import Decoder
 from qconv.calibration.layer import Workspace
 from qconv.calibration.mlp import GatedWeights
 from qconv.calibration.mlp_inputs import WINDOW_TOKENS
+from qconv.calibration.placement import at_home, staged_weights
 from qconv.calibration.routing import Assignment, Routing
 from qconv.calibration.statistics import InputSquares
-from qconv.core.architecture import Layer, Linear, Mlp
+from qconv.core.architecture import Layer, Linear
+from qconv.core.once import MadeOnce
 from qconv.core.workers import Workers
 
 WHOLE_TOKENS = 8192
@@ -36,6 +38,11 @@ class LayerPass:
     work: Workspace
     workers: Workers
     is_last: bool
+
+    @property
+    def home(self) -> torch.device:
+        """Where attention and routing are."""
+        return self.workers.home
 
 
 def collect_squares(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
@@ -56,13 +63,14 @@ def _attention(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
     source, decoder, layer, work = layer_pass.source, layer_pass.decoder, layer_pass.layer, layer_pass.work
     attention = layer.attention
     names = [name for module in attention.modules() for name, _ in module.tensors()]
-    block = decoder.attention(layer, {name: source.read(name) for name in names})
-    norm = decoder.norm(layer, layer.input_norm, source.read(layer.input_norm.weight))
+    home = layer_pass.home
+    block = decoder.attention(layer, {name: source.read(name).to(home) for name in names})
+    norm = decoder.norm(layer, layer.input_norm, source.read(layer.input_norm.weight).to(home))
 
     groups = layer.groups()
 
     def attend(window: tuple[int, int]) -> list[InputSquares]:
-        hidden = work.inputs.read(*window)
+        hidden = work.inputs.read(*window, home)
         normed: Tensor = norm(hidden)
         output, read = block.with_inputs(normed.view(-1, work.sequence_length, normed.shape[-1]))
         hidden.add_(output.view_as(hidden))
@@ -71,7 +79,7 @@ def _attention(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
         return [InputSquares.of(one.flatten(0, 1)) for one in read]
 
     seen = [InputSquares.empty(group.in_features) for group in groups]
-    for part in layer_pass.workers.map(attend, work.sequence_windows(WINDOW_TOKENS)):
+    for part in layer_pass.workers.map(at_home(layer_pass, attend), work.sequence_windows(WINDOW_TOKENS)):
         seen = [before + one for before, one in zip(seen, part, strict=True)]
     for group, squares in zip(groups, seen, strict=True):
         for linear in group.linears:
@@ -80,12 +88,13 @@ def _attention(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
 
 def _mlps(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
     source, decoder, layer, work = layer_pass.source, layer_pass.decoder, layer_pass.layer, layer_pass.work
-    norm = decoder.norm(layer, layer.post_attention_norm, source.read(layer.post_attention_norm.weight))
-    routing = Routing(source, decoder, layer, work, norm)
+    home, norm_weight = layer_pass.home, source.read(layer.post_attention_norm.weight)
+    norms = MadeOnce(lambda device: decoder.norm(layer, layer.post_attention_norm, norm_weight.to(device)))
+    routing = Routing(source, decoder, layer, work, norms(home), home)
     if layer.routers():
         seen = InputSquares.empty(layer.post_attention_norm.size)
         for start, stop in work.middle.windows(WINDOW_TOKENS):
-            seen += InputSquares.of(norm(work.middle.read(start, stop)))
+            seen += InputSquares.of(norms(home)(work.middle.read(start, stop, home)))
         for router in layer.routers():
             yield router, seen
     mlps = layer.mlps()
@@ -96,11 +105,17 @@ def _mlps(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:
             return None
         if not len(assignment.tokens):
             return []
-        worker = _MlpPass.of(layer_pass, mlps[index], norm)
-        return [worker(window) for window in _windows(assignment)]
+        staged = staged_weights(layer_pass, mlps[index])
+
+        def passed(device: torch.device) -> list[_Part]:
+            worker = _MlpPass(layer_pass, staged.on(device), norms(device))
+            return [worker(window) for window in _windows(assignment)]
+
+        return layer_pass.workers.lending.call(passed, mlps[index].gate.name)
 
     def by_window(index: int) -> Iterator[_Part]:
-        return layer_pass.workers.map(_MlpPass.of(layer_pass, mlps[index], norm), _windows(routing.assignment(index)))
+        worker = _MlpPass(layer_pass, staged_weights(layer_pass, mlps[index]).on(home), norms(home))
+        return layer_pass.workers.map(at_home(layer_pass, worker), _windows(routing.assignment(index)))
 
     for index, found in enumerate(layer_pass.workers.map(whole, range(len(mlps)))):
         mlp = mlps[index]
@@ -133,17 +148,12 @@ class _MlpPass:
     weights: GatedWeights
     norm: nn.Module
 
-    @classmethod
-    def of(cls, layer_pass: LayerPass, mlp: Mlp, norm: nn.Module) -> _MlpPass:
-        gating = layer_pass.decoder.gating(layer_pass.layer, mlp)
-        return cls(layer_pass, GatedWeights.read(layer_pass.source, mlp, gating), norm)
-
     def __call__(self, window: Assignment) -> _Part:
-        normed: Tensor = window.read(self.norm(self.layer_pass.work.middle.gather(window.tokens)))
+        normed: Tensor = window.read(self.norm(self.layer_pass.work.middle.gather(window.tokens, self.weights.device)))
         inner = self.weights.inner(normed)
         output = None
         if not self.layer_pass.is_last:
-            output = window.counted(self.weights.project(inner))
+            output = window.counted(self.weights.project(inner)).cpu()
         return _Part(window.tokens, InputSquares.of(normed), InputSquares.of(inner), output)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qconv.core.devices import CPU
+
 MAX_BLOCK = 512
 """Widest block kept for clipping; a per-channel grid's rows are cut into blocks of at most this many inputs."""
 _PANEL = 1024
@@ -26,7 +28,7 @@ class InputSquares:
     """What was seen of a linear's inputs.
 
     Attributes:
-        sums: float64 [in_features], sums of x^2 over the tokens.
+        sums: float64 [in_features] on the host, sums of x^2 over the tokens.
         tokens: How many tokens.
     """
 
@@ -36,15 +38,15 @@ class InputSquares:
     @classmethod
     def of(cls, inputs: Tensor) -> InputSquares:
         """Of some tokens' inputs, float32 [tokens, in_features]."""
-        sums = torch.zeros(inputs.shape[-1], dtype=torch.float64)
+        sums = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
         for start in range(0, len(inputs), _ROWS):
             sums += inputs[start : start + _ROWS].double().square_().sum(dim=0)
-        return cls(sums, len(inputs))
+        return cls(sums.cpu(), len(inputs))
 
     @classmethod
     def empty(cls, in_features: int) -> InputSquares:
         """Of no tokens."""
-        return cls(torch.zeros(in_features, dtype=torch.float64), 0)
+        return cls(torch.zeros(in_features, dtype=torch.float64, device=CPU), 0)
 
     def __add__(self, other: InputSquares) -> InputSquares:
         return InputSquares(self.sums + other.sums, self.tokens + other.tokens)
@@ -77,11 +79,19 @@ class InputStatistics:
     drift: Tensor | None = None
 
     @classmethod
-    def empty(cls, in_features: int, width: int, *, drift: bool = False) -> InputStatistics:
+    def empty(cls, in_features: int, width: int, *, drift: bool = False, device: torch.device = CPU) -> InputStatistics:
         """No tokens yet, for blocks of ``width`` inputs; without second moments if that is 0."""
         blocks = in_features // width if width else 0
-        drifted = torch.zeros(in_features, in_features) if drift else None
-        return cls(0.0, torch.zeros(blocks, width, width), torch.zeros(in_features), drift=drifted)
+        drifted = torch.zeros(in_features, in_features, device=device) if drift else None
+        gram = torch.zeros(blocks, width, width, device=device)
+        return cls(0.0, gram, torch.zeros(in_features, device=device), drift=drifted)
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on a device; itself where it is there already."""
+        if self.gram.device == device:
+            return self
+        drift = None if self.drift is None else self.drift.to(device)
+        return InputStatistics(self.tokens, self.gram.to(device), self.magnitude.to(device), self.peak, drift)
 
     @property
     def hessian(self) -> Tensor:
@@ -100,7 +110,7 @@ class InputStatistics:
     def squares(self) -> InputSquares:
         """The sums of squares that an importance matrix holds; there must be second moments."""
         sums = self.gram.diagonal(dim1=1, dim2=2).flatten().double() * self.tokens
-        return InputSquares(sums, round(self.tokens))
+        return InputSquares(sums.cpu(), round(self.tokens))
 
     def update(self, inputs: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Add tokens.
@@ -169,7 +179,7 @@ class InputStatistics:
 
     def without_moments(self) -> InputStatistics:
         """The same without second moments and drift."""
-        return InputStatistics(self.tokens, torch.zeros(0, 0, 0), self.magnitude, self.peak)
+        return InputStatistics(self.tokens, self.gram.new_zeros(0, 0, 0), self.magnitude, self.peak)
 
     def rescaled(self, scale: Tensor) -> InputStatistics:
         """Statistics of ``x / scale``, scale float32 [in_features]; their peak is not known."""

@@ -76,10 +76,10 @@ def factorize(hessian: Tensor, settings: GptqSettings, together: int = 1) -> Fac
     if not mean > torch.finfo(torch.float32).tiny:
         mean = 1.0
     if settings.ordering == "none":
-        order = torch.arange(len(hessian))
+        order = torch.arange(len(hessian), device=hessian.device)
     else:
         runs = torch.argsort(diagonal.view(-1, together).sum(1), descending=True, stable=True)
-        order = (runs.unsqueeze(1) * together + torch.arange(together)).flatten()
+        order = (runs.unsqueeze(1) * together + torch.arange(together, device=hessian.device)).flatten()
     # torch gives H = L L^T with L lower; with rows and columns reversed, L turned around is upper.
     last_first = order.flip(0)
     # Rows are picked, never columns, which is several times slower; symmetry lets the transpose stand between.
@@ -111,7 +111,7 @@ def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
 
     H is symmetric, so products with the blocks above its diagonal count twice and those below are spared.
     """
-    errors = torch.zeros(len(delta), dtype=torch.float64)
+    errors = torch.zeros(len(delta), dtype=torch.float64, device=delta.device)
     for start in range(0, delta.shape[1], _PANEL):
         stop = start + _PANEL
         panel = delta[:, start:stop]

@@ -1,6 +1,7 @@
 """Rounding to integer grids in C++ (``kernels/cpu/rounding.cpp``): the numbers of the torch operations, sooner.
 
-Every function gives None, or False, where no C++ is there for its arguments; then torch has the same work to do.
+Every function gives None, or False, where no C++ is there for its arguments, such as a device's tensors; then torch has
+the same work to do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def extremes(block: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
         block: [rows, columns], any float dtype, finite.
         groups: Of a row.
     """
-    library = native.load(LIBRARY)
+    library = _library(block)
     if library is None or block.dtype not in native.DTYPES:
         return None
     block = block.contiguous()
@@ -51,7 +52,7 @@ def encode(block: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid
         zero_points: uint8 [rows, groups], or None on a symmetric grid.
         grid: The grid.
     """
-    library = native.load(LIBRARY)
+    library = _library(block)
     if library is None or block.dtype not in native.DTYPES:
         return None
     block, parameters = block.contiguous(), _parameters(scales, zero_points)
@@ -77,7 +78,7 @@ def round_(block: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid
         zero_points: uint8 [rows, groups], or None on a symmetric grid.
         grid: The grid.
     """
-    library = native.load(LIBRARY)
+    library = _library(block)
     if library is None:
         return False
     parameters = _parameters(scales, zero_points)
@@ -98,7 +99,7 @@ def squared_error(
         in_scale: Factors on the source's columns, float32 [in_features], or None.
         out_scale: Divisors of its rows, float32 [out_features], or None.
     """
-    library = native.load(LIBRARY)
+    library = _library(source)
     supported = source.dtype in native.DTYPES and not weight.grid.is_float and weight.group_index is None
     if library is None or not supported:
         return None
@@ -116,6 +117,11 @@ def squared_error(
         sums.data_ptr(),
     )
     return SquaredError(*sums.tolist())
+
+
+def _library(block: Tensor) -> ctypes.CDLL | None:
+    """What rounds a tensor whose address is one of this process."""
+    return native.load(LIBRARY) if block.device.type == "cpu" else None
 
 
 def _parameters(scales: Tensor, zero_points: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -173,6 +173,20 @@ class QTensor:
         grouped.mul_(self.scales.float().unsqueeze(-1))
         return grouped.view(rows, columns).to(dtype)
 
+    def to(self, device: torch.device) -> QTensor:
+        """The same weight with its tensors on a device; itself where they are there already."""
+        if self.codes.device == device:
+            return self
+        tensors = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "zero_points": self.zero_points,
+            "group_index": self.group_index,
+            "input_scale": self.input_scale,
+        }
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        return QTensor(self.grid, global_scale=self.global_scale, **moved)  # type: ignore[arg-type]
+
     def steps(self) -> Tensor:
         """What codes are multiplied by, float32 of the scales' shape."""
         if not self.grid.has_global_scale:

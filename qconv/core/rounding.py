@@ -102,7 +102,7 @@ def _group_ranges(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def _extremes(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The smallest and the largest weight of each group, float32 [rows, groups]."""
-    low, high = torch.empty(len(weight), groups), torch.empty(len(weight), groups)
+    low, high = (torch.empty(len(weight), groups, device=weight.device) for _ in range(2))
     for start, stop in row_blocks(*weight.shape):
         block = weight[start:stop].float().view(stop - start, groups, -1)
         torch.amin(block, -1, out=low[start:stop])
@@ -176,7 +176,8 @@ def round_to_nearest(weight: Tensor, grid: Grid, ratios: Tensor | None = None) -
 
 def _encode(weight: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid) -> Tensor:
     """Codes, uint8 of the weight's shape."""
-    codes = torch.empty(*scales.shape, weight.shape[1] // scales.shape[1], dtype=torch.uint8)
+    shape = (*scales.shape, weight.shape[1] // scales.shape[1])
+    codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
     for start, stop in row_blocks(*weight.shape):
         block = weight[start:stop].to(torch.float32, copy=True).view_as(codes[start:stop])
         zeros = None if zero_points is None else zero_points[start:stop]
@@ -195,7 +196,7 @@ def round_in_place(block: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> Te
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """The weight after rounding to the grid and back, float32 [out_features, in_features]; codes are not kept."""
-    out = torch.empty(weight.shape)
+    out = torch.empty(weight.shape, device=weight.device)
     for start, stop in row_blocks(*weight.shape):
         round_in_place(out[start:stop].copy_(weight[start:stop]), grid)
     return out

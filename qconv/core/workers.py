@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from qconv.core.devices import Lending
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,6 +20,13 @@ class Workers(Protocol):
 
     count: int
     """How many items are worked on at once."""
+
+    lending: Lending
+    """The devices that operations on tensors run on."""
+
+    @property
+    def home(self) -> torch.device:
+        """Where is what is not spread over devices."""
 
     def __enter__(self) -> Self: ...
 

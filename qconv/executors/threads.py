@@ -12,13 +12,14 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
 
+from qconv.core.devices import AT_ONCE, CPU, Lending
 from qconv.core.machine import available_memory, processors
 
 Item = TypeVar("Item")
@@ -83,17 +84,33 @@ class Threads:
     Use as a context manager.
     """
 
-    def __init__(self, count: int | None = None, allowance: float = math.inf) -> None:
-        """Start with ``count`` threads, by default :func:`default_workers`.
+    def __init__(
+        self,
+        count: int | None = None,
+        allowance: float = math.inf,
+        devices: Sequence[torch.device] = (CPU,),
+        modelled: int | None = None,
+    ) -> None:
+        """Start with ``count`` threads, by default :func:`default_workers`, and enough to keep devices at work.
 
         Args:
             count: Number of threads.
             allowance: The most that all maps together have in flight, in the unit of their items' sizes.
+            devices: Where operations on tensors run that threads borrow a device for.
+            modelled: See :class:`qconv.core.devices.Lending`.
         """
         self.count = default_workers() if count is None else count
+        self.lending = Lending(devices, modelled)
+        if self.home != CPU:
+            self.count = max(self.count, AT_ONCE * len(devices))
         self._allowance = Allowance(allowance)
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="qconv")
         self._stack = contextlib.ExitStack()
+
+    @property
+    def home(self) -> torch.device:
+        """The first device."""
+        return self.lending.devices[0]
 
     def __enter__(self) -> Self:
         self._stack.enter_context(single_threaded_operations())

@@ -40,8 +40,8 @@ def mse_ratios(block: Tensor, grid: Grid, clip: ClipSettings) -> Tensor:
     """
     rows, columns = block.shape
     source = block.float().view(rows, grid.groups(columns), -1)
-    best = torch.ones(source.shape[:2])
-    least = torch.full(source.shape[:2], torch.inf)
+    best = torch.ones(source.shape[:2], device=block.device)
+    least = torch.full(source.shape[:2], torch.inf, device=block.device)
     low, span = group_range(source, grid)
     for ratio in clip_ratios(clip):
         scales, zero_points = range_parameters(low * ratio, span * ratio, grid)

@@ -93,14 +93,14 @@ def output_clip_ratios(weight: Tensor, grid: Grid, gram: Tensor, clip: ClipSetti
     rows, columns = weight.shape
     groups = grid.groups(columns)
     blocks, width, _ = gram.shape
-    best = torch.ones(rows, groups)
+    best = torch.ones(rows, groups, device=weight.device)
     for start, stop in row_blocks(rows, columns):
         # Blocks first: the products with their Gram matrices are one batch without a transposition for each ratio.
         by_block = weight[start:stop].view(stop - start, blocks, width).transpose(0, 1).contiguous()
         source = by_block.view(groups, blocks // groups, stop - start, width)
         low, span = (part.unsqueeze(1) for part in group_range(source, grid, (1, 3)))
-        least = torch.full((groups, stop - start), torch.inf)
-        chosen = torch.ones(groups, stop - start)
+        least = torch.full((groups, stop - start), torch.inf, device=weight.device)
+        chosen = torch.ones(groups, stop - start, device=weight.device)
         for ratio in clip_ratios(clip):
             scales, zero_points = range_parameters(low * ratio, span * ratio, grid)
             error = decode_(encode_(source.clone(), scales, zero_points, grid), scales, zero_points, grid).sub_(source)

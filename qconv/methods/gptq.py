@@ -156,17 +156,18 @@ class _Rounding:
 
     def __init__(self, weight: Tensor, grid: Grid, factor: Factor, clip: ClipSettings | None) -> None:
         self.grid, self.factor, self.clip = grid, factor, clip
-        self.members = torch.arange(len(factor.order)) if grid.act_order else factor.order
+        device = weight.device
+        self.members = torch.arange(len(factor.order), device=device) if grid.act_order else factor.order
         self.columns, self.rows = weight.shape[1], weight.shape[0]
         self.width = grid.width(self.columns)
         groups = grid.groups(self.columns)
         # A transposed copy first: picking rows of a transposed view is four times slower.
         self.original = weight.t().contiguous().index_select(0, factor.order)
         self.target = self.original.clone()
-        self.scales = torch.empty(groups, self.rows, dtype=grid.scale_dtype)
-        self.zero_points = None if grid.symmetric else torch.empty(groups, self.rows, dtype=torch.uint8)
-        self.steps = torch.empty(groups, self.rows)
-        self.zeros = torch.full((groups, self.rows), float(grid.mid))
+        self.scales = torch.empty(groups, self.rows, dtype=grid.scale_dtype, device=device)
+        self.zero_points = None if grid.symmetric else torch.empty(groups, self.rows, dtype=torch.uint8, device=device)
+        self.steps = torch.empty(groups, self.rows, device=device)
+        self.zeros = torch.full((groups, self.rows), float(grid.mid), device=device)
 
     def run(self, settings: GptqSettings) -> QTensor:
         """Round every column."""
@@ -176,7 +177,7 @@ class _Rounding:
             for group, columns in enumerate(inverse.view(-1, self.width)):
                 self._fix_scales(group, columns, self.original.index_select(0, columns))
         for start, stop in self._blocks(settings.block_size, fixed):
-            delta = torch.empty(stop - start, self.rows)
+            delta = torch.empty(stop - start, self.rows, device=self.target.device)
             # Columns that share scales taken from the compensated weights are compensated together.
             step = stop - start if fixed else min(self.width, stop - start)
             for first in range(start, stop, step):
@@ -184,7 +185,7 @@ class _Rounding:
                 if first > start:
                     self._compensate(start, first, last, delta[: first - start])
                 if not fixed and first % self.width == 0:
-                    columns = torch.arange(first, first + self.width)
+                    columns = torch.arange(first, first + self.width, device=self.target.device)
                     self._fix_scales(first // self.width, columns, self._expected(first, first + self.width))
                 self._round_columns(first, last, delta[first - start : last - start])
             self._compensate(start, stop, self.columns, delta)
@@ -263,7 +264,7 @@ def _cheapest_ratios(members: Tensor, grid: Grid, costs: Tensor, clip: ClipSetti
     Returns:
         float32 [rows, 1].
     """
-    best = torch.ones(len(members), 1)
+    best = torch.ones(len(members), 1, device=members.device)
     least = torch.full_like(best, torch.inf)
     members = members.unsqueeze(1)
     low, span = group_range(members, grid)

@@ -62,6 +62,10 @@ class Demand:
             return most
         return max(1, min(most, (available - self.base - self.shared) // self.each))
 
+    def on_device(self, at_once: int) -> int:
+        """Bytes of a device where so many experts are worked on at once; the interpreter stays outside."""
+        return max(self.alone, self.shared + at_once * self.each)
+
     def beside(self, other: Demand) -> Demand:
         """Of two builds of one run: layers are held once, what is made of them for each."""
         return Demand(

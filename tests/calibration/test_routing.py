@@ -52,7 +52,8 @@ def routing_of(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Rout
                 pass
             layer, decoder = context.layer, context.decoder
             norm = layer.post_attention_norm
-            return Routing(source, decoder, layer, context.work, decoder.norm(layer, norm, source.read(norm.weight)))
+            module = decoder.norm(layer, norm, source.read(norm.weight))
+            return Routing(source, decoder, layer, context.work, module, context.home)
 
 
 def transformers_mlp_input(model: Path) -> Tensor:

@@ -59,7 +59,8 @@ def _together(run: Run, width: int) -> Run:
     """
     groups = len(run.columns) // width
     upper = torch.stack([run.shares[at : at + width, at : at + width] for at in range(0, len(run.columns), width)])
-    inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(width), upper=True, unitriangular=True)
+    unit = torch.eye(width, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True, unitriangular=True)
     taken = (run.targets - run.original).view(groups, width, -1)
     targets = torch.bmm(inverse.transpose(1, 2), taken).view_as(run.targets).add_(run.original)
     shares = torch.einsum("igw,gwv->igv", run.shares.reshape(-1, groups, width), inverse).reshape(run.shares.shape)

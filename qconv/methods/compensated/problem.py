@@ -16,6 +16,7 @@ from qconv.core.method import Rounding
 from qconv.core.settings import GptqSettings, RefineSettings
 from qconv.errors import QconvError
 from qconv.methods.compensated.columns import by_gptq
+from qconv.methods.compensated.host import OnHost
 from qconv.methods.compensated.refinement import refine_
 
 SCALE_EXPONENT = 0.5
@@ -45,6 +46,9 @@ class Rounded(Generic[PackedT]):
 @dataclass(frozen=True, slots=True)
 class Problem:
     """The second moments of an input that several linears share, and their factors, made when first needed.
+
+    Products and factors are computed where the second moments and the weights are, on any device; packed weights, and
+    whoever rounds to their scales, are on the host.
 
     Attributes:
         hessian: float32 [in_features, in_features], the mean over tokens of ``x x^T``; not changed.
@@ -78,8 +82,8 @@ class Problem:
             UsageError: the grid does not fit the weight.
         """
         _require_finite(weight)
-        own = self._rows(weight, grid.encode(weight, self._importance()))
-        fit = grid.fit(weight, own.weight)
+        own = self._rows(weight, grid.encode(weight.cpu(), self._importance()))
+        fit = OnHost(grid.fit(weight.cpu(), own.weight))
         factor = self.factor(fit.width)
         # In a list, so that what they were made with is gone before their errors are looked at.
         candidates = list(self._candidates(weight, fit, factor))
@@ -103,8 +107,8 @@ class Problem:
             QconvError: the weight or the second moments are not finite, or those not positive semidefinite.
         """
         _require_finite(weight)
-        before, fit, factor = self._rows(weight, found), grid.fit(weight, found), self.factor(1)
-        values = found.dequantize().t().contiguous()
+        before, fit, factor = self._rows(weight, found), OnHost(grid.fit(weight.cpu(), found)), self.factor(1)
+        values = found.dequantize().to(weight.device).t().contiguous()
         columns = weight.t().contiguous()
         refine_(columns, values, fit, self.hessian, factor.damp_percent, self.refine.sweeps, self.refine.refits)
         del columns
@@ -121,11 +125,12 @@ class Problem:
             yield fit.pack(values)
 
     def _rows(self, weight: Tensor, rounded: PackedT) -> _Rows[PackedT]:
-        return _Rows(rounded, row_errors(rounded.dequantize().sub_(weight), self.hessian))
+        delta = rounded.dequantize().to(weight.device).sub_(weight)
+        return _Rows(rounded, row_errors(delta, self.hessian))
 
     def _importance(self) -> Tensor | None:
         squares = self.hessian.diagonal()
-        return squares.pow(SCALE_EXPONENT) if bool((squares > 0.0).any()) else None
+        return squares.pow(SCALE_EXPONENT).cpu() if bool((squares > 0.0).any()) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,7 @@ class _Rows(Generic[PackedT]):
 
     def _with(self, chosen: Tensor, other: _Rows[PackedT]) -> _Rows[PackedT]:
         errors = torch.where(chosen, other.errors, self.errors)
-        return _Rows(self.weight.with_rows(chosen, other.weight), errors)
+        return _Rows(self.weight.with_rows(chosen.cpu(), other.weight), errors)
 
 
 def _require_finite(weight: Tensor) -> None:

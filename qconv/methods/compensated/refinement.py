@@ -45,13 +45,16 @@ def refine_(
             own = (hessian[first:stop, first:stop] / mean).contiguous()
             own.diagonal().add_(damp_percent)
             gradient = (hessian[first:stop] @ error).div_(mean).add_(error[first:stop], alpha=damp_percent)
-            around = Surroundings(first, own, values[first:stop], gradient)
+            # Grids round on the host.
+            around = Surroundings(first, own.cpu(), values[first:stop].cpu(), gradient.cpu())
             _sweep(fit, around)
             if sweep < refits:
                 for span in range(first, stop, fit.span):
                     fit.refit_(span, around)
                 _sweep(fit, around)
-            torch.sub(weight[first:stop], around.values, out=error[first:stop])
+            if values.device.type != "cpu":
+                values[first:stop] = around.values
+            torch.sub(weight[first:stop], values[first:stop], out=error[first:stop])
 
 
 def _sweep(fit: Fit[Any], around: Surroundings) -> None:

@@ -1,0 +1,216 @@
+"""Builds calibrated on devices: on one and on two the bytes of the CPU's, wherever a run is stopped and goes on."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qconv.building import arithmetic
+from qconv.building.gguf_pipeline import quantize_gguf
+from qconv.building.imatrix_pipeline import write_model_imatrix
+from qconv.building.pipeline import quantize
+from qconv.building.several_pipeline import quantize_several
+from qconv.calibration import squares
+from qconv.core.devices import CPU
+from qconv.core.settings import TextSettings
+from qconv.errors import ResourceError, StaleJournalError, UsageError
+from qconv.folders.state import REPORT_NAME
+from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
+from qconv.planning.recipe import Recipe
+from tests import accelerator
+from tests.conftest import folder_bytes, random_model, save_model, small_recipe
+
+TEXT = {"tokens": 128, "sequence_length": 32, "shrinkage_tokens": 16}
+REFINED = {"refine": {"sweeps": 1, "refits": 1}}
+RECIPES: dict[str, Recipe | GgufRecipe] = {
+    "awq": small_recipe("awq", "awq"),
+    "gptq": small_recipe("gptq", "gptq"),
+    "gptq-refined-matched": small_recipe("gptq", "gptq", calibration={"propagate": "matched"}, **REFINED),
+    "gptq-desc-act": small_recipe("gptq", "gptq", gptq={"ordering": "desc_act"}),
+    "awq+gptq": small_recipe("awq+gptq", "w4a16"),
+    "nvfp4-gptq": small_recipe("gptq", "nvfp4", grid={"bits": 4, "group_size": 16}),
+    "fp8-static": small_recipe("rtn", "fp8_static", grid={"bits": 8, "group_size": -1}),
+    "gguf-gptq": parse_gguf_recipe({"type": "Q4_0", "calibration": TEXT, **REFINED}),
+    "gguf-imatrix": parse_gguf_recipe({"type": "IQ4_NL", "method": "rtn", "calibration": TEXT}),
+    "all-experts": small_recipe("gptq", "gptq", calibration={"routing": "all-experts", "token_weights": "router"}),
+}
+DEVICES = ("emu:0", "emu:0,1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> None:
+    accelerator.load()
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse model whose routing llama.cpp can express."""
+    return save_model(random_model("qwen3_moe", norm_topk_prob=True), tmp_path_factory.mktemp("sparse") / "model")
+
+
+def make(model: Path, out: Path, recipe: Recipe | GgufRecipe, **options: Any) -> dict[str, bytes]:
+    """Every file of a build."""
+    given: Mapping[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None, **options}
+    if isinstance(recipe, GgufRecipe):
+        return folder_bytes(quantize_gguf(model, out, recipe, **given).out)
+    return folder_bytes(quantize(model, out, recipe, **given).out)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """Gives the processor's build of a recipe by name."""
+    made: dict[str, dict[str, bytes]] = {}
+
+    def of(name: str) -> dict[str, bytes]:
+        if name not in made:
+            made[name] = make(sparse, tmp_path_factory.mktemp(name) / "out", RECIPES[name])
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_build_has_the_cpu_s_bytes(
+    name: str, devices: str, sparse: Path, on_cpu: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    before = [accelerator.counters(index) for index in range(2)]
+    assert make(sparse, tmp_path / "out", RECIPES[name], devices=devices) == on_cpu(name)
+    used = [(accelerator.counters(index) - before[index]).launches for index in range(2)]
+    assert used[0] > 300
+    assert (used[1] > 300) == (devices == "emu:0,1")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_make_no_difference(
+    threads: int, sparse: Path, on_cpu: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    made = make(sparse, tmp_path / "out", RECIPES["awq+gptq"], devices="emu:0,1", threads=threads)
+    assert made == on_cpu("awq+gptq")
+
+
+def test_several_builds_of_one_calibration(sparse: Path, tmp_path: Path) -> None:
+    recipes = {name: RECIPES[name] for name in ("awq", "gguf-gptq", "gguf-imatrix", "gptq")}
+    given: Mapping[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None}
+    quantize_several(sparse, tmp_path / "cpu", recipes, **given)
+    quantize_several(sparse, tmp_path / "emu", recipes, devices="emu:0,1", **given)
+    assert folder_bytes(tmp_path / "emu") == folder_bytes(tmp_path / "cpu")
+
+
+def test_an_importance_matrix_has_the_cpu_s_bytes(sparse: Path, tmp_path: Path) -> None:
+    text = TextSettings(tokens=128, sequence_length=32)
+    given: Mapping[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None}
+    for devices in ("cpu", *DEVICES):
+        write_model_imatrix(sparse, tmp_path / devices, text, devices=devices, **given)
+    assert folder_bytes(tmp_path / "emu:0") == folder_bytes(tmp_path / "emu:0,1") == folder_bytes(tmp_path / "cpu")
+
+
+def test_an_expert_with_many_tokens_is_passed_in_windows(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(squares, "WHOLE_TOKENS", 16)
+    monkeypatch.setattr(squares, "WINDOW_TOKENS", 32)
+    text = TextSettings(tokens=128, sequence_length=32)
+    given: Mapping[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None}
+    for devices in ("cpu", "emu:0,1"):
+        write_model_imatrix(sparse, tmp_path / devices, text, devices=devices, **given)
+    assert folder_bytes(tmp_path / "emu:0,1") == folder_bytes(tmp_path / "cpu")
+
+
+class Stop(Exception):
+    """The plug is pulled."""
+
+
+def stopping(after: int) -> Callable[..., None]:
+    """Pulls it when it was told of progress so often."""
+    told = iter(range(after))
+
+    def progress(*_: object) -> None:
+        if next(told, None) is None:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("name", ["awq+gptq", "gguf-gptq"])
+def test_a_run_moves_between_devices_of_the_same_arithmetic(
+    name: str, sparse: Path, on_cpu: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    stops = 0
+    for devices in ("emu:0,1", "cpu", "emu:1"):
+        try:
+            make(sparse, tmp_path / "out", RECIPES[name], devices=devices, progress=stopping(28))
+        except Stop:
+            stops += 1
+    assert stops == 3
+    assert make(sparse, tmp_path / "out", RECIPES[name], devices="emu:0") == on_cpu(name)
+
+
+def nudged(monkeypatch: pytest.MonkeyPatch, *devices: str) -> None:
+    """Have devices compute something else."""
+    real = arithmetic.digest
+    others = {torch.device(name) for name in devices}
+
+    def digest(device: torch.device = CPU) -> str:
+        return "0123456789abcdef" if device in others else real(device)
+
+    monkeypatch.setattr(arithmetic, "digest", digest)
+
+
+def test_another_arithmetic_is_refused_by_name_or_begun_anew(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = RECIPES["gptq"], tmp_path / "out"
+    with pytest.raises(Stop):
+        make(sparse, out, recipe, progress=stopping(20))
+    nudged(monkeypatch, "emu:0")
+    with pytest.raises(StaleJournalError, match=r"arithmetic.*emu:0") as refused:
+        make(sparse, out, recipe, devices="emu:0")
+    assert "--restart" in str(refused.value)
+    report = json.loads(make(sparse, out, recipe, devices="emu:0", restart=True)[REPORT_NAME])
+    assert report["fingerprints"]["arithmetic"].endswith(" emu=0123456789abcdef")
+
+
+def test_devices_of_unlike_arithmetic_are_refused(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nudged(monkeypatch, "emu:1")
+    with pytest.raises(UsageError, match=r"emu:0 .*and emu:1 .*other last bits"):
+        make(sparse, tmp_path / "out", RECIPES["gptq"], devices="emu:0,1")
+
+
+def test_a_device_s_memory_is_given_back(sparse: Path, tmp_path: Path) -> None:
+    gc.collect()
+    before = torch.accelerator.memory_allocated(0)
+    make(sparse, tmp_path / "out", RECIPES["gptq"], devices="emu:0")
+    gc.collect()
+    assert torch.accelerator.memory_allocated(0) == before
+
+
+def test_a_device_without_memory_is_told(sparse: Path, tmp_path: Path) -> None:
+    full = accelerator.capped(1, torch.accelerator.memory_allocated(1) + 2**16)
+    with full, pytest.raises(ResourceError, match="emu:1 has no memory left"):
+        make(sparse, tmp_path / "out", RECIPES["gptq"], devices="emu:1")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7])
+def test_too_small_a_memory_is_told_with_what_plan_models(
+    share: float, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In attention and where there is room for that alone; nothing is lost: the processor goes on."""
+    recipe, digest = RECIPES["gptq"], arithmetic.digest()
+    monkeypatch.setattr(arithmetic, "digest", lambda *_: digest)  # which takes more than so small a model
+    accelerator.reset_peak(0)
+    expected = make(sparse, tmp_path / "whole", recipe, devices="emu:0", threads=1)
+    peak = accelerator.peak(0)
+    capped = accelerator.capped(0, int(share * peak))
+    with capped, pytest.raises(ResourceError, match="does not fit into the memory of emu:0") as told:
+        make(sparse, tmp_path / "out", recipe, devices="emu:0", threads=1)
+    assert "plan models" in str(told.value)
+    assert make(sparse, tmp_path / "out", recipe) == expected
