@@ -24,8 +24,9 @@ from qconv.calibration.run import Calibration
 from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.writer import output_errors
 from qconv.core.architecture import Layer
-from qconv.core.devices import AT_ONCE, devices_of, make_deterministic
+from qconv.core.devices import devices_of, make_deterministic
 from qconv.core.settings import CalibrationSettings
+from qconv.core.workers import AT_ONCE
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, Journal, locked
 from qconv.folders.ownership import remove_claimed
@@ -69,11 +70,11 @@ def make_builds(
         OutputError: ``out`` is foreign, in use, or cannot be written.
         VerificationError: what was written does not stand for the source.
     """
+    places = devices_of(devices)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     demand = functools.reduce(Demand.beside, [target.demand for target in targets])
     count = demand.workers() if threads is None else threads
-    places = devices_of(devices)
     make_deterministic(places)
     allowance = max(target.allowance(count) for target in targets)
     workers = get_executor(executor)(count, allowance, places, demand.on_device(AT_ONCE))

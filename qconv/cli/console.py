@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qconv.boundary.printable import printable
+from qconv.core.workers import AT_ONCE
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
@@ -186,18 +187,34 @@ def plan_costs_values(costs: Costs) -> dict[str, int]:
     return {
         "modelled_peak_memory_bytes": costs.memory,
         "modelled_workers": costs.workers,
+        "modelled_device_bytes": costs.device,
         "modelled_scratch_bytes": costs.scratch,
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
 
-def print_plan_costs(costs: Costs) -> None:
-    """Print what a run is going to take."""
+def print_plan_costs(costs: Costs, devices: str | None = None) -> None:
+    """Print what a run is going to take; of devices too where some are asked for."""
     console = stdout()
     at_once = f"{costs.workers} at once" if costs.workers > 1 else "one at a time"
     say(console, f"peak memory  {size(costs.memory)} (modelled, {at_once})")
+    if devices is not None:
+        say(console, f"device       {_of_devices(costs.device, devices)}")
     say(console, f"scratch disk {size(costs.scratch)} (modelled), besides the output")
     say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
+
+
+def _of_devices(needed: int, asked: str) -> str:
+    """What a run takes of each device's memory, and whether those that are here have it."""
+    if not needed:
+        return "none: what is not calibrated is rounded on the processor"
+    from qconv.core.devices import CPU, devices_of, free_memory
+
+    said = f"{size(needed)} of each device's memory (modelled, {AT_ONCE} experts at once)"
+    found = [one for one in devices_of(asked) if one != CPU]
+    totals = {str(one): free_memory(one)[1] for one in found}
+    small = [f"{name} has {size(total)}" for name, total in totals.items() if total < needed]
+    return said if not small else f"{said}: {', '.join(small)}"
 
 
 def print_other_way(recipe: Recipe | GgufRecipe) -> None:

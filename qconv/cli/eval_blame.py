@@ -11,7 +11,7 @@ from qconv.cli.console import print_json, print_table, say, stdout
 from qconv.cli.eval_options import check_device
 from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT
-from qconv.cli.options import json_option
+from qconv.cli.options import json_option, one_device_option
 from qconv.cli.progress import reporting
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     metavar="RUN",
     help="Tell how much more each part costs than in the build of this run.",
 )
-@click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@one_device_option("cpu", "Where to compute: cpu, cuda, cuda:1 or auto.")
 @json_option
 def command(run: Path, tokens: int, layers: int, baseline: Path | None, device: str, as_json: bool) -> None:
     """Put single parts of the build of a finished RUN into its reference and measure what each one costs.

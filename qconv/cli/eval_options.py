@@ -10,6 +10,7 @@ import click
 
 from qconv.cli.completion import among, suites
 from qconv.cli.numbers import SEED
+from qconv.cli.options import one_device_option
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _OPTIONS = (
         help="A packaged suite's name, or a YAML file.",
     ),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of all arithmetic."),
-    click.option("--device", default="cpu", show_default=True, help="A torch device."),
+    one_device_option("cpu", "Where to compute: cpu, cuda, cuda:1 or auto."),
     click.option("--seed", type=SEED, help="Which text and which samples, in place of the suite's."),
     click.option(
         "--cache",
@@ -107,4 +108,4 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: {reason}.", hint="Choose cpu, or a GPU that is there.") from error
+        raise UsageError(f"--devices {device}: {reason}.", hint="Choose cpu, or a GPU that is there.") from error

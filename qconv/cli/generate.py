@@ -12,7 +12,7 @@ from qconv.boundary.printable import printable
 from qconv.cli.console import ReaderGone, print_json, say, stderr, stdout
 from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED, Temperature
-from qconv.cli.options import json_option
+from qconv.cli.options import json_option, one_device_option
 from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
@@ -31,7 +31,7 @@ from qconv.errors import UsageError
 @click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the samples.")
 @click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda or reference.")
-@click.option("--device", help="Where to compute; by default a GPU where there is one.")
+@one_device_option(None, "Where to compute: cpu, cuda, cuda:1 or auto; by default a GPU where there is one.")
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the model's.")
 @json_option
 def command(

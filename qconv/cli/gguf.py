@@ -48,6 +48,7 @@ def quantize(
     restart: bool,
     threads: int | None,
     executor: str,
+    devices: str,
     as_json: bool,
 ) -> None:
     """``qconv quantize`` of a GGUF recipe."""
@@ -64,6 +65,7 @@ def quantize(
             restart=restart,
             threads=threads,
             executor=executor,
+            devices=devices,
             progress=reporter.progress,
             log=reporter.log,
         )
@@ -136,7 +138,7 @@ def print_coverage(coverage: Mapping[str, Any]) -> None:
         )
 
 
-def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
+def plan(model: str, recipe: GgufRecipe, as_json: bool, devices: str | None = None) -> None:
     """``qconv plan`` of a GGUF recipe: sizes by type, from config.json and the tokenizer alone."""
     from qconv.checkpoint.hub import resolve_model
     from qconv.planning.gguf_outline import outline
@@ -146,7 +148,7 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool) -> None:
         print_json(plan_values(planned) | plan_costs_values(planned.costs))
     else:
         print_plan(planned, recipe)
-        print_plan_costs(planned.costs)
+        print_plan_costs(planned.costs, devices)
         print_other_way(recipe)
 
 

@@ -13,7 +13,7 @@ from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.examples import examples
 from qconv.cli.gguf import print_coverage
 from qconv.cli.numbers import COUNT, SEED, THREADS
-from qconv.cli.options import executor_option, json_option, model_argument, out_option
+from qconv.cli.options import devices_option, executor_option, json_option, model_argument, out_option
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
 from qconv.planning.recipe import parse_as
@@ -35,6 +35,7 @@ from qconv.planning.recipe import parse_as
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
 @executor_option
+@devices_option
 @json_option
 def command(
     model: str,
@@ -46,6 +47,7 @@ def command(
     restart: bool,
     threads: int | None,
     executor: str,
+    devices: str,
     as_json: bool,
 ) -> None:
     """Collect the importance matrix of MODEL, a folder or a Hub id, in llama.cpp's GGUF form.
@@ -68,6 +70,7 @@ def command(
             restart=restart,
             threads=threads,
             executor=executor,
+            devices=devices,
             progress=reporter.progress,
             log=reporter.log,
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from qconv.cli.completion import among, formats
+from qconv.cli.console import say, stderr
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
 from qconv.core.settings import GIGABYTE, MATCHED
 from qconv.errors import UsageError
@@ -38,6 +40,50 @@ executor_option = click.option(
     show_default=True,
     help="Where the work runs; the bytes do not depend on it.",
 )
+
+devices_option = click.option(
+    "--devices",
+    default="cpu",
+    show_default=True,
+    metavar="WHERE",
+    help="What calibration computes on: cpu, cuda (every GPU), cuda:0,1 or auto.",
+)
+
+
+def one_device_option(default: str | None, help: str) -> Callable[[Function], Function]:
+    """``--devices`` for what computes on one, and its former name, which says so."""
+
+    def decorate(function: Function) -> Function:
+        @click.option(
+            "--devices", "device", default=default, show_default=default is not None, metavar="WHERE", help=help
+        )
+        @click.option("--device", "former", hidden=True)
+        @functools.wraps(function)
+        def called(*given: Any, device: str | None, former: str | None, **named: Any) -> Any:
+            if former is not None:
+                say(stderr(), "--device is --devices now; the old name goes on working.", style="dim")
+                device = former
+            return function(*given, device=None if device is None else _one_device(device), **named)
+
+        return cast(Function, called)
+
+    return decorate
+
+
+def _one_device(asked: str) -> str:
+    """Its name as torch has it.
+
+    Raises:
+        UsageError: several are named.
+    """
+    if "," in asked:
+        raise UsageError(f"--devices {asked}: one device computes here.", hint="Name one.")
+    if asked != "auto":
+        return asked
+    from qconv.core.devices import devices_of
+
+    return str(devices_of(asked)[0])
+
 
 _RECIPE_OPTIONS = (
     click.option(

@@ -50,12 +50,14 @@ _TOPOLOGY_FAILS = 1
     "--ep", type=COUNT, default=1, metavar="N", help="Experts spread over N ranks, for what engines make of it."
 )
 @target_options
+@click.option("--devices", metavar="WHERE", help="Show what a calibration takes of each device's memory.")
 @click.option("--units", is_flag=True, help="A row for each unit of work: embeddings, each layer, head.")
 @json_option
 def command(
     model: str,
     tp: int | None,
     ep: int,
+    devices: str | None,
     units: bool,
     as_json: bool,
     fmt: Sequence[str],
@@ -79,13 +81,13 @@ def command(
         plan_target(model, target.recipe(fmt, recipe, options), target, as_json)
         return 0
     if is_several(fmt, recipe):
-        return _plan_several(model, several(fmt, recipe, options), tp, ep, units, as_json)
+        return _plan_several(model, several(fmt, recipe, options), tp, ep, devices, units, as_json)
     given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
         if tp is not None:
             raise UsageError("--tp: has no meaning for GGUF.")
-        gguf.plan(model, gguf_recipe, as_json)
+        gguf.plan(model, gguf_recipe, as_json, devices)
         return 0
     loaded = given.load()
     from qconv.checkpoint.hub import resolve_model
@@ -97,14 +99,16 @@ def command(
         print_json({**_values(result, units), **topology})
     else:
         _print(result, units)
-        print_plan_costs(result.costs)
+        print_plan_costs(result.costs, devices)
         print_other_way(loaded)
         _print_topology(topology)
         print_engines(topology["engines"])
     return _TOPOLOGY_FAILS if topology["topology_problems"] else 0
 
 
-def _plan_several(model: str, builds: Builds, tp: int | None, ep: int, units: bool, as_json: bool) -> int:
+def _plan_several(
+    model: str, builds: Builds, tp: int | None, ep: int, devices: str | None, units: bool, as_json: bool
+) -> int:
     from qconv.checkpoint.hub import resolve_model
     from qconv.planning.gguf_outline import outline
     from qconv.planning.several import estimates
@@ -135,7 +139,7 @@ def _plan_several(model: str, builds: Builds, tp: int | None, ep: int, units: bo
             gguf.print_plan(outlines[name], one)
         say(console, "")
     say(console, f"all together {size(total)} in {len(builds)} folders")
-    print_plan_costs(costs)
+    print_plan_costs(costs, devices)
     return _TOPOLOGY_FAILS if fails else 0
 
 

@@ -24,7 +24,7 @@ from qconv.cli.console import (
 )
 from qconv.cli.examples import examples
 from qconv.cli.numbers import THREADS
-from qconv.cli.options import executor_option, json_option, model_argument, out_option, recipe_options
+from qconv.cli.options import devices_option, executor_option, json_option, model_argument, out_option, recipe_options
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
 from qconv.cli.target import TargetOptions, print_choice, require_savable, save_recipe, target_options
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
 @executor_option
+@devices_option
 @json_option
 def command(
     model: str,
@@ -64,6 +65,7 @@ def command(
     restart: bool,
     threads: int | None,
     executor: str,
+    devices: str,
     as_json: bool,
     fmt: Sequence[str],
     recipe: Sequence[str],
@@ -80,17 +82,36 @@ def command(
     if target is not None:
         wanted = target.recipe(fmt, recipe, options)
         _quantize_to_size(
-            model, out, wanted, target, restart=restart, threads=threads, executor=executor, as_json=as_json
+            model,
+            out,
+            wanted,
+            target,
+            restart=restart,
+            threads=threads,
+            executor=executor,
+            devices=devices,
+            as_json=as_json,
         )
         return
     if is_several(fmt, recipe):
         builds = several(fmt, recipe, options)
-        _quantize_several(model, out, builds, restart=restart, threads=threads, executor=executor, as_json=as_json)
+        _quantize_several(
+            model, out, builds, restart=restart, threads=threads, executor=executor, devices=devices, as_json=as_json
+        )
         return
     given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
-        gguf.quantize(model, out, gguf_recipe, restart=restart, threads=threads, executor=executor, as_json=as_json)
+        gguf.quantize(
+            model,
+            out,
+            gguf_recipe,
+            restart=restart,
+            threads=threads,
+            executor=executor,
+            devices=devices,
+            as_json=as_json,
+        )
         return
     loaded = given.load()
     start = time.monotonic()
@@ -111,6 +132,7 @@ def command(
             restart=restart,
             threads=threads,
             executor=executor,
+            devices=devices,
             progress=reporter.progress,
             log=reporter.log,
         )
@@ -132,6 +154,7 @@ def _quantize_to_size(
     restart: bool,
     threads: int | None,
     executor: str,
+    devices: str,
     as_json: bool,
 ) -> None:
     start = time.monotonic()
@@ -152,6 +175,7 @@ def _quantize_to_size(
             restart=restart,
             threads=threads,
             executor=executor,
+            devices=devices,
             progress=reporter.progress,
             log=reporter.log,
         )
@@ -169,7 +193,15 @@ def _quantize_to_size(
 
 
 def _quantize_several(
-    model: str, out: Path, builds: Builds, *, restart: bool, threads: int | None, executor: str, as_json: bool
+    model: str,
+    out: Path,
+    builds: Builds,
+    *,
+    restart: bool,
+    threads: int | None,
+    executor: str,
+    devices: str,
+    as_json: bool,
 ) -> None:
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
@@ -184,6 +216,7 @@ def _quantize_several(
             restart=restart,
             threads=threads,
             executor=executor,
+            devices=devices,
             progress=reporter.progress,
             log=reporter.log,
         )

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from qconv.core.workers import AT_ONCE
 from qconv.errors import ResourceError, UsageError
 
 Result = TypeVar("Result")
 
 CPU = torch.device("cpu")
-AT_ONCE = 2
-"""Threads that a device serves at once: one computes while the other brings its weights."""
 _DETERMINISTIC_BLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 """Without it cuBLAS may add up in another order from call to call
 (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""

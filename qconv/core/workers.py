@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from qconv.core.devices import Lending
 
+AT_ONCE = 2
+"""Threads that a device serves at once: one computes while the other brings its weights."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -19,8 +19,9 @@ from typing import Self, TypeVar
 
 import torch
 
-from qconv.core.devices import AT_ONCE, CPU, Lending
+from qconv.core.devices import CPU, Lending
 from qconv.core.machine import available_memory, processors
+from qconv.core.workers import AT_ONCE
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qconv.core.architecture import Architecture
 from qconv.core.machine import available_memory, processors
 from qconv.core.settings import MATCHED
+from qconv.core.workers import AT_ONCE
 from qconv.planning.gguf_recipe import GgufRecipe
 from qconv.planning.plan import ACTIVATION_BYTES, BuildPlan
 from qconv.planning.recipe import Recipe
@@ -78,17 +79,22 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Modelled costs of a run, in bytes, and the workers that they are of."""
+    """Modelled costs of a run, in bytes, and the workers that they are of.
+
+    ``device`` is what it takes of each device's memory where it computes on some; 0 where it would not use them.
+    """
 
     memory: int
     scratch: int
     workers: int = 1
+    device: int = 0
 
     @classmethod
     def of(cls, demand: Demand, scratch: int) -> Costs:
         """With as many workers as this machine would take."""
         workers = demand.workers()
-        return cls(demand.at(workers), scratch, workers)
+        device = demand.on_device(AT_ONCE) if demand.base == _CALIBRATING else 0
+        return cls(demand.at(workers), scratch, workers, device)
 
 
 def demand_of(plan: BuildPlan) -> Demand:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconv.core.devices import AT_ONCE, CPU, Lending, devices_of
+from qconv.core.devices import CPU, Lending, devices_of
+from qconv.core.workers import AT_ONCE
 from qconv.errors import ResourceError, UsageError
 from tests import accelerator
 from tests.conftest import REPOSITORY
