@@ -24,7 +24,7 @@ from qconv.calibration.run import Calibration
 from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.writer import output_errors
 from qconv.core.architecture import Layer
-from qconv.core.devices import devices_of, make_deterministic
+from qconv.core.devices import Lending, devices_of, make_deterministic
 from qconv.core.settings import CalibrationSettings
 from qconv.core.workers import AT_ONCE
 from qconv.executors import DEFAULT, get_executor
@@ -77,7 +77,7 @@ def make_builds(
     count = demand.workers() if threads is None else threads
     make_deterministic(places)
     allowance = max(target.allowance(count) for target in targets)
-    workers = get_executor(executor)(count, allowance, places, demand.on_device(AT_ONCE))
+    workers = get_executor(executor)(count, allowance, Lending(places, demand.on_device(AT_ONCE)))
     committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
     with locked(out), workers, committer:
         return _Run(source, targets, out, Means(workers, committer, progress, log)).run(restart)

@@ -20,6 +20,7 @@ from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import layer_readings
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, output_errors, sha256_of
+from qconv.core.devices import Lending
 from qconv.core.settings import TextSettings
 from qconv.core.workers import Workers
 from qconv.executors import DEFAULT, get_executor
@@ -72,7 +73,7 @@ def measure_sensitivity(
         log(f"source: {notice}")
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out), get_executor(executor)(threads, math.inf) as workers:
+    with locked(out), get_executor(executor)(threads, math.inf, Lending()) as workers:
         state = enter(out)
         tokens = build_tokens(text, source.checkpoint.path)
         log(f"sensitivity: {tokens.ids.numel():,} tokens of {tokens.source}")

@@ -27,7 +27,7 @@ from qconv.building.sensitivity_pipeline import sweep, sweep_fingerprints
 from qconv.building.target import Log
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, output_errors, sha256_of
-from qconv.core.devices import devices_of
+from qconv.core.devices import Lending, devices_of
 from qconv.core.workers import Workers
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import JOURNAL_NAME, WORK_FOLDER, Journal, locked, require_same
@@ -87,7 +87,7 @@ def quantize_to_size(
     file = None if sensitivity is None else sensitivity_file(sensitivity)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out), get_executor(executor)(threads, math.inf) as workers:
+    with locked(out), get_executor(executor)(threads, math.inf, Lending()) as workers:
         state = enter(out)
         tokens = build_tokens(text_of(recipe), source.checkpoint.path)
         by = tokens.digest if file is None else sha256_of(file)

@@ -89,8 +89,8 @@ class ActivationFile:
         return self._window(0, self.tokens).index_select(0, index).to(device).to(self.computed)
 
     def add(self, index: Tensor, rows: Tensor) -> None:
-        """Add ``rows`` to chosen rows, each at most once."""
-        self._window(0, self.tokens).index_add_(0, index, rows.to(self.dtype))
+        """Add ``rows`` of any device to chosen rows, each at most once."""
+        self._window(0, self.tokens).index_add_(0, index, rows.cpu().to(self.dtype))
 
     def windows(self, rows: int = WINDOW_TOKENS) -> Iterator[tuple[int, int]]:
         """Consecutive ranges of rows."""
@@ -115,6 +115,56 @@ class ActivationFile:
             view = mmap.mmap(file.fileno(), end - page, offset=page)
         flat = torch.frombuffer(view, dtype=self.dtype, count=(stop - start) * self.width, offset=begin - page)
         return flat.view(stop - start, self.width)
+
+
+class ResidentActivations(ActivationFile):
+    """Such a matrix in a device's memory: what is made within a layer, and made again after a crash.
+
+    Rows for other devices cross the bus between them.
+    """
+
+    def __init__(
+        self,
+        file: ActivationFile,
+        device: torch.device,
+        data: Tensor | None = None,
+    ) -> None:
+        """Take the place of a file that need not exist; its rows hold nothing yet.
+
+        Args:
+            file: Whose place.
+            device: Where.
+            data: The rows, where they are part of others.
+        """
+        super().__init__(file.path, file.tokens, file.width, file.dtype, computed=file.computed)
+        self._device = device
+        shape = (file.tokens, file.width)
+        self._data = torch.empty(shape, dtype=file.dtype, device=device) if data is None else data
+
+    def part(self, first: int, tokens: int) -> ActivationFile:
+        """So many of its rows, from ``first`` on."""
+        part = ActivationFile(self.path, tokens, self.width, self.dtype, computed=self.computed)
+        return ResidentActivations(part, self._device, self._data[first : first + tokens])
+
+    def create(self) -> ActivationFile:
+        """Nothing: the memory is there."""
+        return self
+
+    def read(self, start: int, stop: int, device: torch.device = CPU) -> Tensor:
+        """See :meth:`ActivationFile.read`."""
+        return self._data[start:stop].to(device, copy=True).to(self.computed)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """See :meth:`ActivationFile.write`."""
+        self._data[start : start + len(rows)].copy_(rows)
+
+    def gather(self, index: Tensor, device: torch.device = CPU) -> Tensor:
+        """See :meth:`ActivationFile.gather`."""
+        return self._data.index_select(0, index.to(self._device)).to(device).to(self.computed)
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        """See :meth:`ActivationFile.add`."""
+        self._data.index_add_(0, index.to(self._device), rows.to(self._device).to(self.dtype))
 
 
 class SetAside:

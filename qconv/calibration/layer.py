@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.source import Source
-from qconv.calibration.activations import ActivationFile
+from qconv.calibration.activations import ActivationFile, ResidentActivations
 from qconv.calibration.forward import Decoder
 from qconv.calibration.schemes import Scheme, StaticScheme
 from qconv.calibration.statistics import InputSquares, InputStatistics
@@ -79,6 +79,16 @@ class Workspace:
             ActivationFile(folder / "total.bin", tokens, hidden, torch.float32),
             sequence_length,
         )
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the middle and the running output take."""
+        return self.middle.nbytes + self.total.nbytes
+
+    def resident(self, device: torch.device) -> Workspace:
+        """The same with those two in a device's memory."""
+        middle, total = (ResidentActivations(file, device) for file in (self.middle, self.total))
+        return replace(self, middle=middle, total=total)
 
     def with_reference(self) -> Workspace:
         """Of files whose second half is the unquantized model's: the first, and the second as its reference."""
@@ -232,7 +242,7 @@ class LayerContext:
     @property
     def home(self) -> torch.device:
         """Where attention, routing and the statistics of the layer are."""
-        return self.workers.home
+        return self.workers.lending.home
 
     @property
     def model(self) -> Architecture:

@@ -52,4 +52,4 @@ def staged_weights(passing: Passing, mlp: Mlp) -> StagedWeights:
         CheckpointError: not readable, or values that are not finite.
     """
     gating = passing.decoder.gating(passing.layer, mlp)
-    return StagedWeights.read(passing.source, mlp, gating, pin=passing.workers.home != CPU)
+    return StagedWeights.read(passing.source, mlp, gating, pin=passing.workers.lending.home != CPU)

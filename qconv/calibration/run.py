@@ -49,7 +49,7 @@ class Calibration:
         self._decoder = Decoder(source.checkpoint.path, source.architecture)
         with torch.no_grad():
             matched = settings.propagate == MATCHED
-            self._stream = LayerStream(source, tokens.ids, work, journal, reference=matched)
+            self._stream = LayerStream(source, tokens.ids, work, journal, lending=workers.lending, reference=matched)
 
     @property
     def next_layer(self) -> int:

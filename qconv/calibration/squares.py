@@ -42,7 +42,7 @@ class LayerPass:
     @property
     def home(self) -> torch.device:
         """Where attention and routing are."""
-        return self.workers.home
+        return self.workers.lending.home
 
 
 def collect_squares(layer_pass: LayerPass) -> Iterator[tuple[Linear, InputSquares]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from qconv.artifacts.source import Source
 from qconv.calibration.activations import ActivationFile
 from qconv.calibration.layer import Workspace, inputs_file
 from qconv.checkpoint.writer import is_same
+from qconv.core.devices import Lending
 from qconv.folders.journal import Journal
 
 
@@ -21,7 +23,16 @@ class LayerStream:
     may be computed once more after a crash, to the same bits.
     """
 
-    def __init__(self, source: Source, ids: Tensor, work: Path, journal: Journal, *, reference: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        ids: Tensor,
+        work: Path,
+        journal: Journal,
+        *,
+        lending: Lending | None = None,
+        reference: bool = False,
+    ) -> None:
         """Find the activations to go on from, or make those of layer 0 from the embeddings.
 
         Args:
@@ -29,6 +40,7 @@ class LayerStream:
             ids: int32 [sequences, sequence_length].
             work: The folder of the activations.
             journal: Says which of them are complete.
+            lending: The devices: what a layer makes stays on the first one where its memory has room; None for files.
             reference: Whether the unquantized model's activations go along.
 
         Raises:
@@ -37,9 +49,11 @@ class LayerStream:
         """
         self._source = source
         self._ids = torch.cat([ids, ids]) if reference else ids
+        self._resident: Workspace | None = None
         self._reference = reference
         self._work = work
         self._journal = journal
+        self._resident = None if lending is None else self._settled(lending)
         self.next_layer = self._find_or_start()
 
     def is_last(self, index: int) -> bool:
@@ -53,14 +67,22 @@ class LayerStream:
             OutputError: the disk is full.
         """
         work = self._whole(index)
-        for scratch in (work.middle, work.total):
+        for scratch in () if self._resident is not None else (work.middle, work.total):
             if not scratch.path.exists() or scratch.path.stat().st_size != scratch.nbytes:
                 scratch.create()
         return work.with_reference() if self._reference else work
 
     def _whole(self, index: int) -> Workspace:
         tokens, length = self._ids.numel(), self._ids.shape[1]
-        return Workspace.at(self._work, index, tokens, length, self._source.architecture.hidden_size)
+        work = Workspace.at(self._work, index, tokens, length, self._source.architecture.hidden_size)
+        if self._resident is not None:
+            work = replace(work, middle=self._resident.middle, total=self._resident.total)
+        return work
+
+    def _settled(self, lending: Lending) -> Workspace | None:
+        """The memory of all layers' middle and running output on the first device; None where it has no room."""
+        work = self._whole(0)
+        return work.resident(lending.devices[0]) if lending.has_room(work.scratch_bytes) else None
 
     def advance(self, index: int) -> None:
         """Make the layer's running output the next layer's input, on disk and in the journal.

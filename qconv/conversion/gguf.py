@@ -23,6 +23,7 @@ from qconv.building.target import Log
 from qconv.checkpoint.hub import folder_name
 from qconv.checkpoint.writer import output_errors, sha256_of
 from qconv.conversion.target import CONVERTED
+from qconv.core.devices import Lending
 from qconv.core.workers import Workers
 from qconv.executors import DEFAULT, get_executor
 from qconv.folders.journal import WORK_FOLDER, locked
@@ -74,7 +75,7 @@ def split_anew(
     log(f"{len(model.files)} files of {model.files[0].name} become {len(layouts)}")
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    workers = get_executor(DEFAULT)(_WORKERS, math.inf)
+    workers = get_executor(DEFAULT)(_WORKERS, math.inf, Lending())
     with locked(out), workers:
         return _Splitting(model, folder, out, layouts, workers, progress).run(split_bytes, restart=restart)
 

@@ -105,10 +105,11 @@ class Lending:
     """Devices that threads borrow, each for so many at a time.
 
     Attributes:
-        devices: What there is; the first is home to all that is not spread.
+        devices: What there is.
+        home: The first: where is what is not spread over all.
     """
 
-    def __init__(self, devices: Sequence[torch.device], modelled: int | None = None) -> None:
+    def __init__(self, devices: Sequence[torch.device] = (CPU,), modelled: int | None = None) -> None:
         """Of devices.
 
         Args:
@@ -116,6 +117,7 @@ class Lending:
             modelled: Bytes that the work is modelled to take of a device, for the message when it does not fit.
         """
         self.devices = tuple(devices)
+        self.home = self.devices[0]
         self._modelled = modelled
         self._free = dict.fromkeys(self.devices, AT_ONCE)
         self._wanted = dict.fromkeys(self.devices, 0)
@@ -135,7 +137,7 @@ class Lending:
         """
         if self.devices == (CPU,):
             return function(CPU)
-        device = self._take(self.devices[:1] if home else self.devices)
+        device = self._take((self.home,) if home else self.devices)
         try:
             return function(device)
         except torch.OutOfMemoryError:
@@ -159,9 +161,16 @@ class Lending:
         finally:
             self._give(device, AT_ONCE)
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the first device's memory holds so much besides what the work is modelled to take of it."""
+        if self.home == CPU:
+            return False
+        free, _ = free_memory(self.home)
+        return nbytes <= free - (free // 2 if self._modelled is None else self._modelled)
+
     def out_of_memory(self, what: str, device: torch.device | None = None) -> ResourceError:
         """What is said when a device's memory, by default the first one's, does not suffice."""
-        device = self.devices[0] if device is None else device
+        device = self.home if device is None else device
         _, total = free_memory(device)
         said = f"{what} does not fit into the memory of {device}: {_mib(total)} in all."
         if self._modelled is None:

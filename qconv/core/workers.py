@@ -7,8 +7,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
-    import torch
-
     from qconv.core.devices import Lending
 
 AT_ONCE = 2
@@ -24,11 +22,7 @@ class Workers(Protocol):
     """How many items are worked on at once."""
 
     lending: Lending
-    """The devices that operations on tensors run on."""
-
-    @property
-    def home(self) -> torch.device:
-        """Where is what is not spread over devices."""
+    """The devices that calibration computes on, which work borrows; given to the executor, which need only keep it."""
 
     def __enter__(self) -> Self: ...
 

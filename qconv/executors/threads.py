@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
@@ -89,29 +89,22 @@ class Threads:
         self,
         count: int | None = None,
         allowance: float = math.inf,
-        devices: Sequence[torch.device] = (CPU,),
-        modelled: int | None = None,
+        lending: Lending | None = None,
     ) -> None:
         """Start with ``count`` threads, by default :func:`default_workers`, and enough to keep devices at work.
 
         Args:
             count: Number of threads.
             allowance: The most that all maps together have in flight, in the unit of their items' sizes.
-            devices: Where operations on tensors run that threads borrow a device for.
-            modelled: See :class:`qconv.core.devices.Lending`.
+            lending: The devices that calibration computes on; by default the processor.
         """
         self.count = default_workers() if count is None else count
-        self.lending = Lending(devices, modelled)
-        if self.home != CPU:
-            self.count = max(self.count, AT_ONCE * len(devices))
+        self.lending = Lending() if lending is None else lending
+        if self.lending.home != CPU:
+            self.count = max(self.count, AT_ONCE * len(self.lending.devices))
         self._allowance = Allowance(allowance)
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="qconv")
         self._stack = contextlib.ExitStack()
-
-    @property
-    def home(self) -> torch.device:
-        """The first device."""
-        return self.lending.devices[0]
 
     def __enter__(self) -> Self:
         self._stack.enter_context(single_threaded_operations())

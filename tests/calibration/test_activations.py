@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.calibration.activations import ActivationFile, SetAside
+from qconv.calibration.activations import ActivationFile, ResidentActivations, SetAside
 from qconv.errors import OutputError
+from tests import accelerator
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -107,3 +108,36 @@ def test_rows_set_aside_come_back_in_their_windows_and_leave_no_file(tmp_path: P
 def test_setting_aside_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="gone"):
         SetAside(tmp_path / "gone", 4, [(torch.arange(1), torch.zeros(1, 4))])
+
+
+@given(
+    tokens=st.integers(2, 40),
+    dtype=st.sampled_from(DTYPES),
+    halves=st.booleans(),
+    here=st.sampled_from(["cpu", "emu:0", "emu:1"]),
+)
+def test_a_device_s_memory_does_what_a_file_does(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, dtype: torch.dtype, halves: bool, here: str
+) -> None:
+    accelerator.load()
+    generator, device = torch.Generator().manual_seed(tokens), torch.device(here)
+    path = tmp_path_factory.mktemp("activations") / "a.bin"
+    file = ActivationFile(path, tokens, 5, dtype).create()
+    resident: ActivationFile = ResidentActivations(ActivationFile(path, tokens, 5, dtype), torch.device("emu:0"))
+    assert bool(resident.read(0, tokens).isnan().all()), "nothing is there yet"
+    rows = torch.randn(tokens, 5, generator=generator)
+    index = torch.randperm(tokens, generator=generator)[: tokens // 2].sort().values
+    found = []
+    for one in (file, resident):
+        one.create().write(0, rows.to(device))
+        whole, one = one, one.part(tokens // 2, tokens - tokens // 2) if halves else one
+        picked = index[index < one.tokens]
+        one.add(picked, rows[: len(picked)].to(device))
+        read = [one.read(1, one.tokens, device), one.gather(picked, device), whole.read(0, tokens, device)]
+        assert all(tensor.device == device and tensor.dtype == torch.float32 for tensor in read)
+        kept = [tensor.clone() for tensor in read]
+        for tensor in read:
+            tensor.zero_()  # copies
+        found.append([tensor.cpu() for tensor in (*kept, whole.read(0, tokens))])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)

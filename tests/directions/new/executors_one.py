@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from qconv.core.devices import Lending
 from qconv.executors.threads import single_threaded_operations
 
 
 class One:
     """See :class:`qconv.core.workers.Workers`."""
 
-    def __init__(self, count: int | None, allowance: float) -> None:
+    def __init__(self, count: int | None, allowance: float, lending: Lending) -> None:
         self.count = 1
+        self.lending = lending
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> One:
