@@ -14,13 +14,13 @@ from torch import Tensor
 from qconv import __version__
 from qconv.artifacts.source import Source
 from qconv.building.completion import already_complete
-from qconv.building.inputs import fingerprints, lasting
+from qconv.building.inputs import fingerprints, lasting, on_devices
 from qconv.building.output import Outcome, begin, enter, publish, require_apart
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.imatrix import layer_readings
 from qconv.checkpoint.header import TensorSpec
 from qconv.checkpoint.writer import ShardWriter, output_errors, sha256_of
-from qconv.core.devices import Lending
+from qconv.core.devices import Lending, devices_of, make_deterministic
 from qconv.core.settings import TextSettings
 from qconv.core.workers import Workers
 from qconv.executors import DEFAULT, get_executor
@@ -44,6 +44,7 @@ def measure_sensitivity(
     restart: bool = False,
     threads: int | None = None,
     executor: str = DEFAULT,
+    devices: str = "cpu",
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -57,6 +58,7 @@ def measure_sensitivity(
         restart: Discard what ``out`` holds, if qconv made all of it.
         threads: Experts worked on at once; the bytes do not depend on it.
         executor: Where the work runs: the name of a module of :mod:`qconv.executors`.
+        devices: On what layers are computed; see :func:`qconv.core.devices.devices_of`.
         progress: Told the step at work, the layers done and twice the layers in all.
         log: Told about decisions, one sentence each.
 
@@ -71,13 +73,15 @@ def measure_sensitivity(
     source = Source.open(model)
     for notice in source.notices():
         log(f"source: {notice}")
+    places = devices_of(devices)
+    make_deterministic(places)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out), get_executor(executor)(threads, math.inf, Lending()) as workers:
+    with locked(out), get_executor(executor)(threads, math.inf, Lending(places)) as workers:
         state = enter(out)
         tokens = build_tokens(text, source.checkpoint.path)
         log(f"sensitivity: {tokens.ids.numel():,} tokens of {tokens.source}")
-        belongs = sweep_fingerprints(source, text, tokens, gradients)
+        belongs = on_devices(sweep_fingerprints(source, text, tokens, gradients), places)
         if state is FolderState.COMPLETE and not restart:
             return already_complete(out, belongs, [SENSITIVITY_NAME], workers, progress)
         work = out / WORK_FOLDER

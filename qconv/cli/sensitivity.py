@@ -11,7 +11,7 @@ import click
 from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED, THREADS
-from qconv.cli.options import executor_option, json_option, model_argument, out_option
+from qconv.cli.options import devices_option, executor_option, json_option, model_argument, out_option
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
 from qconv.planning.recipe import parse_as
@@ -34,6 +34,7 @@ from qconv.planning.recipe import parse_as
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
 @executor_option
+@devices_option
 @json_option
 def command(
     model: str,
@@ -46,6 +47,7 @@ def command(
     restart: bool,
     threads: int | None,
     executor: str,
+    devices: str,
     as_json: bool,
 ) -> None:
     """Measure, for every linear of MODEL, a folder or a Hub id, the squared gradients of its outputs.
@@ -71,6 +73,7 @@ def command(
             restart=restart,
             threads=threads,
             executor=executor,
+            devices=devices,
             progress=reporter.progress,
             log=reporter.log,
         )

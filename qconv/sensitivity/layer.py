@@ -19,7 +19,10 @@ from torch.nn import functional
 from qconv.artifacts.source import Source
 from qconv.calibration.activations import SetAside
 from qconv.calibration.forward import Decoder, RouterBlock
+from qconv.calibration.placement import at_home
 from qconv.core.architecture import Layer, Linear, Mlp, Moe
+from qconv.core.devices import CPU
+from qconv.core.once import MadeOnce
 from qconv.core.workers import Workers
 from qconv.sensitivity.files import LayerFiles
 
@@ -31,7 +34,7 @@ class OutputSquares:
     """Squared gradients with regard to a linear's outputs.
 
     Attributes:
-        sums: Over the tokens that it saw, float64 [out_features].
+        sums: Over the tokens that it saw, float64 [out_features] on the host.
         tokens: How many.
     """
 
@@ -41,7 +44,7 @@ class OutputSquares:
     @classmethod
     def of(cls, gradient: Tensor, limit: float) -> OutputSquares:
         """Of a gradient, [tokens, out_features], :func:`limited`."""
-        return cls(limited(gradient, limit).square().sum(0, dtype=torch.float64), len(gradient))
+        return cls(limited(gradient, limit).square().sum(0, dtype=torch.float64).cpu(), len(gradient))
 
     def __add__(self, other: OutputSquares) -> OutputSquares:
         return OutputSquares(self.sums + other.sums, self.tokens + other.tokens)
@@ -78,7 +81,7 @@ class LayerBackward:
         decoder: transformers' modules of it, in the dtype in which is computed.
         layer: The layer.
         files: Its inputs, and the gradient with regard to its outputs, which becomes that of its inputs.
-        workers: Threads; each holds one expert.
+        workers: Threads; each holds one expert, on the device that it borrows.
         limit: See :func:`limited`; infinite for the exact gradient.
     """
 
@@ -102,9 +105,19 @@ class LayerBackward:
             seen = _Mlps(self).backward()
             return seen | attention.backward()
 
+    @property
+    def home(self) -> torch.device:
+        """Where attention and routing are."""
+        return self.workers.lending.home
+
     def read(self, name: str) -> Tensor:
-        """A tensor in the dtype in which is computed."""
-        return self.source.read(name).to(self.decoder.dtype)
+        """A tensor in the dtype in which is computed, where attention is."""
+        return self.source.read(name).to(self.home).to(self.decoder.dtype)
+
+    def staged(self, name: str) -> Tensor:
+        """A tensor on the host, ready for its way to a device."""
+        tensor = self.source.read(name)
+        return tensor if self.home == CPU else tensor.pin_memory()
 
 
 class _Attention:
@@ -112,9 +125,9 @@ class _Attention:
         layer, attention = work.layer, work.layer.attention
         self.work, self.files = work, work.files
         names = [name for module in attention.modules() for name, _ in module.tensors()]
-        tensors = {name: work.source.read(name) for name in names}
+        tensors = {name: work.source.read(name).to(work.home) for name in names}
         self.block = work.decoder.attention(layer, tensors)
-        self.norm = work.decoder.norm(layer, layer.input_norm, work.source.read(layer.input_norm.weight))
+        self.norm = work.decoder.norm(layer, layer.input_norm, work.source.read(layer.input_norm.weight).to(work.home))
         self.kept = threading.local()
         *self.inner, self.last = attention.linears()
         for linear in self.inner:
@@ -131,11 +144,11 @@ class _Attention:
         """Write the middle of the layer."""
 
         def attend(window: tuple[int, int]) -> None:
-            hidden = self.files.inputs.read(*window)
+            hidden = self.files.inputs.read(*window, self.work.home)
             hidden.add_(self._attended(hidden).view_as(hidden))
             self.files.middle.write(window[0], hidden)
 
-        for _ in self.work.workers.map(attend, self.files.sequence_windows(WINDOW_TOKENS)):
+        for _ in self.work.workers.map(at_home(self.work, attend), self.files.sequence_windows(WINDOW_TOKENS)):
             pass
 
     def _attended(self, hidden: Tensor) -> Tensor:
@@ -147,9 +160,9 @@ class _Attention:
         inner = [linear.name for linear in self.inner]
 
         def pull(window: tuple[int, int]) -> Seen:
-            above = self.files.gradient.read(*window)
+            above = self.files.gradient.read(*window, self.work.home)
             with torch.enable_grad():
-                leaf = self.files.inputs.read(*window).requires_grad_(True)
+                leaf = self.files.inputs.read(*window, self.work.home).requires_grad_(True)
                 output = self._attended(leaf)
             outputs = [self.kept.__dict__.pop(name) for name in inner]
             *slopes, below = torch.autograd.grad(output, (*outputs, leaf), above.view_as(output))
@@ -159,7 +172,7 @@ class _Attention:
             return found | {self.last.name: OutputSquares.of(above, limit)}
 
         seen: Seen = {}
-        for part in self.work.workers.map(pull, self.files.sequence_windows(WINDOW_TOKENS)):
+        for part in self.work.workers.map(at_home(self.work, pull), self.files.sequence_windows(WINDOW_TOKENS)):
             _add(seen, part)
         return seen
 
@@ -169,7 +182,7 @@ class _Tokens:
     """What an MLP sees.
 
     Attributes:
-        tokens: int64 [n], ascending.
+        tokens: int64 [n], ascending, as all of it on the host.
         factors: On its output for each, [n]; None for 1.
         pairs: Where its factors stand among those of all tokens and choices, int64 [n]; None for the shared expert's.
     """
@@ -199,7 +212,8 @@ class _Mlps:
     def __init__(self, work: LayerBackward) -> None:
         self.work, self.files, layer = work, work.files, work.layer
         norm = layer.post_attention_norm
-        self.norm = work.decoder.norm(layer, norm, work.source.read(norm.weight))
+        weight = work.source.read(norm.weight)
+        self.norm = MadeOnce(lambda device: work.decoder.norm(layer, norm, weight.to(device)))
         self.moe = layer.mlp if isinstance(layer.mlp, Moe) else None
         self.scales_inputs = self.moe is not None and self.moe.scales_inputs
         self.router: RouterBlock | None = None
@@ -207,7 +221,7 @@ class _Mlps:
         self.shared_slopes: Tensor | None = None
         self.shared_gate: Tensor | None = None
         if self.moe is not None:
-            self.router = work.decoder.router(layer, self.moe, work.source.read)
+            self.router = work.decoder.router(layer, self.moe, lambda name: work.source.read(name).to(work.home))
             gate = self.moe.shared_expert_gate
             self.shared_gate = None if gate is None else work.read(gate.weight)
             self._route(self.router)
@@ -217,10 +231,10 @@ class _Mlps:
         for start, stop in self.files.middle.windows(WINDOW_TOKENS):
             normed = self._normed(start, stop)
             scores, indices = router(normed)
-            chosen.append(indices)
-            factors.append(scores.to(normed.dtype))
+            chosen.append(indices.cpu())
+            factors.append(scores.to(normed.dtype).cpu())
             if self.shared_gate is not None:
-                shared.append(torch.sigmoid(normed @ self.shared_gate.t()).squeeze(-1))
+                shared.append(torch.sigmoid(normed @ self.shared_gate.t()).squeeze(-1).cpu())
         experts = torch.cat(chosen)
         self.choices = experts.shape[1]
         self.factors = torch.cat(factors).flatten()
@@ -235,20 +249,20 @@ class _Mlps:
         self.counts = counts
 
     def _normed(self, start: int, stop: int) -> Tensor:
-        normed: Tensor = self.norm(self.files.middle.read(start, stop))
+        normed: Tensor = self.norm(self.work.home)(self.files.middle.read(start, stop, self.work.home))
         return normed
 
     def _tokens(self, index: int) -> _Tokens:
         """Of the layer's MLP of that number: experts, the shared one after them, or the dense one."""
         if self.moe is None or index >= len(self.moe.experts):
-            return _Tokens(torch.arange(self.files.tokens), self.shared_factors, None)
+            return _Tokens(torch.arange(self.files.tokens, device=CPU), self.shared_factors, None)
         end = int(self.ends[index])
         pairs = self.order[end - int(self.counts[index]) : end]
         return _Tokens(pairs // self.choices, self.factors[pairs], pairs)
 
     def backward(self) -> Seen:
         """From the gradient of the layer's outputs to that of its middle."""
-        files, mlps = self.files, self.work.layer.mlps()
+        files, mlps, home = self.files, self.work.layer.mlps(), self.work.home
         files.normed.create()
         seen: Seen = {}
         for pulled in self.work.workers.map(
@@ -261,11 +275,11 @@ class _Mlps:
                 self._keep_slopes(part, slopes)
             seen |= pulled.seen
         for start, stop in files.middle.windows(WINDOW_TOKENS):
-            above = files.gradient.read(start, stop)
+            above = files.gradient.read(start, stop, home)
             with torch.enable_grad():
-                leaf = files.middle.read(start, stop).requires_grad_(True)
-                normed: Tensor = self.norm(leaf)
-            slope = files.normed.read(start, stop).add_(self._through_routers(normed.detach(), start, stop))
+                leaf = files.middle.read(start, stop, home).requires_grad_(True)
+                normed: Tensor = self.norm(home)(leaf)
+            slope = files.normed.read(start, stop, home).add_(self._through_routers(normed.detach(), start, stop))
             (below,) = torch.autograd.grad(normed, leaf, slope)
             files.gradient.write(start, limited(below.add_(above), self.work.limit))
         return seen
@@ -283,33 +297,44 @@ class _Mlps:
         with torch.enable_grad():
             leaf = normed.requires_grad_(True)
             scores, _ = self.router(leaf)
-            slopes = self.factor_slopes.view(-1, self.choices)[start:stop]
+            slopes = self.factor_slopes.view(-1, self.choices)[start:stop].to(leaf.device)
             total = (scores.to(slopes.dtype) * slopes).sum()
             if self.shared_gate is not None and self.shared_slopes is not None:
                 factors = torch.sigmoid(leaf @ self.shared_gate.t()).squeeze(-1)
-                total = total + (factors * self.shared_slopes[start:stop]).sum()
+                total = total + (factors * self.shared_slopes[start:stop].to(leaf.device)).sum()
         (found,) = torch.autograd.grad(total, leaf)
         return found
 
     def _pull(self, mlp: Mlp, tokens: _Tokens) -> _Pulled:
+        staged = {name: self.work.staged(name) for linear in mlp.linears() for name, _ in linear.tensors()}
+
+        def pull(device: torch.device) -> _Pulled:
+            dtype = self.work.decoder.dtype
+            weights = {name: tensor.to(device, non_blocking=True).to(dtype) for name, tensor in staged.items()}
+            return self._pull_on(device, mlp, tokens, weights)
+
+        return self.work.workers.lending.call(pull, mlp.gate.name)
+
+    def _pull_on(self, device: torch.device, mlp: Mlp, tokens: _Tokens, weights: Mapping[str, Tensor]) -> _Pulled:
         seen: Seen = {linear.name: _none(linear) for linear in mlp.linears()}
         factors: list[tuple[_Tokens, Tensor]] = []
-        weights = {name: self.work.read(name) for linear in mlp.linears() for name, _ in linear.tensors()}
 
         def windows() -> Iterator[tuple[Tensor, Tensor]]:
             for part in tokens.windows():
-                inputs, slopes, found = self._pull_window(mlp, weights, part)
+                inputs, slopes, found = self._pull_window(device, mlp, weights, part)
                 _add(seen, found)
                 if part.factors is not None:
-                    factors.append((part, slopes))
+                    factors.append((part, slopes.cpu()))
                 yield part.tokens, inputs
 
         aside = SetAside(self.files.normed.path.parent, self.files.normed.width, windows(), self.work.decoder.dtype)
         return _Pulled(aside, tuple(factors), seen)
 
-    def _pull_window(self, mlp: Mlp, weights: Mapping[str, Tensor], part: _Tokens) -> tuple[Tensor, Tensor, Seen]:
-        above = self.files.gradient.gather(part.tokens)
-        normed: Tensor = self.norm(self.files.middle.gather(part.tokens))
+    def _pull_window(
+        self, device: torch.device, mlp: Mlp, weights: Mapping[str, Tensor], part: _Tokens
+    ) -> tuple[Tensor, Tensor, Seen]:
+        above = self.files.gradient.gather(part.tokens, device)
+        normed: Tensor = self.norm(device)(self.files.middle.gather(part.tokens, device))
 
         def linear(which: Linear, inputs: Tensor) -> Tensor:
             return functional.linear(inputs, weights[which.weight], weights.get(f"{which.name}.bias"))
@@ -317,7 +342,9 @@ class _Mlps:
         on_inputs = part.factors is not None and part.pairs is not None and self.scales_inputs
         with torch.enable_grad():
             leaf = normed.requires_grad_(True)
-            factors = None if part.factors is None else part.factors.detach().requires_grad_(on_inputs)
+            factors = None
+            if part.factors is not None:
+                factors = part.factors.to(device).detach().requires_grad_(on_inputs)
             read = leaf * factors.unsqueeze(-1) if on_inputs and factors is not None else leaf
             gate, up = linear(mlp.gate, read), linear(mlp.up, read)
             output = linear(mlp.down, self.work.decoder.gating(self.work.layer, mlp)(gate, up))
@@ -334,7 +361,7 @@ class _Mlps:
 
 
 def _none(linear: Linear) -> OutputSquares:
-    return OutputSquares(torch.zeros(linear.out_features, dtype=torch.float64), 0)
+    return OutputSquares(torch.zeros(linear.out_features, dtype=torch.float64, device=CPU), 0)
 
 
 def _add(seen: Seen, part: Seen) -> None:

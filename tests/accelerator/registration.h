@@ -119,5 +119,6 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_.source_Storage", accelerator::set_whole);
   library.impl("set_.source_Tensor", accelerator::set_tensor);
   // Made of other operations, which are other ones for a device that torch does not know.
-  library.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&accelerator::fallback>());
+  for (const char* name : {"scaled_dot_product_attention", "convolution", "_convolution"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&accelerator::fallback>());
 }

@@ -15,6 +15,7 @@ from qconv.building import arithmetic
 from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.building.imatrix_pipeline import write_model_imatrix
 from qconv.building.pipeline import quantize
+from qconv.building.sensitivity_pipeline import measure_sensitivity
 from qconv.building.several_pipeline import quantize_several
 from qconv.calibration import squares
 from qconv.core.devices import CPU, Lending
@@ -26,6 +27,7 @@ from qconv.planning.gguf_recipe import GgufRecipe, parse_gguf_recipe
 from qconv.planning.recipe import Recipe
 from tests import accelerator
 from tests.conftest import folder_bytes, random_model, save_model, small_recipe
+from tests.gguf_families import MODELS
 
 TEXT = {"tokens": 128, "sequence_length": 32, "shrinkage_tokens": 16}
 REFINED = {"refine": {"sweeps": 1, "refits": 1}}
@@ -53,6 +55,13 @@ def device() -> None:
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse model whose routing llama.cpp can express."""
     return save_model(random_model("qwen3_moe", norm_topk_prob=True), tmp_path_factory.mktemp("sparse") / "model")
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with attention of single operations, which the pretended device can take gradients back through."""
+    model = random_model("gpt_oss", num_local_experts=6, num_experts_per_tok=2)
+    return save_model(model, tmp_path_factory.mktemp("eager") / "model")
 
 
 def make(model: Path, out: Path, recipe: Recipe | GgufRecipe, **options: Any) -> dict[str, bytes]:
@@ -86,6 +95,15 @@ def test_a_build_has_the_cpu_s_bytes(
     used = [(accelerator.counters(index) - before[index]).launches for index in range(2)]
     assert used[0] > 300
     assert (used[1] > 300) == (devices == "emu:0,1")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "gpt_oss", "llama4_text", "glm4_moe"])
+def test_other_attention_shared_experts_and_routers(name: str, tmp_path: Path) -> None:
+    """Latent and linear attention, sinks and biases, factors on inputs, experts that all tokens see."""
+    kind, changes = MODELS[name]
+    model = save_model(random_model(kind, **changes), tmp_path / "model")
+    recipe = small_recipe("gptq", "w4a16")
+    assert make(model, tmp_path / "emu", recipe, devices="emu:0,1") == make(model, tmp_path / "cpu", recipe)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -163,6 +181,17 @@ def test_an_importance_matrix_has_the_cpu_s_bytes(sparse: Path, tmp_path: Path) 
     for devices in ("cpu", *DEVICES):
         write_model_imatrix(sparse, tmp_path / devices, text, devices=devices, **given)
     assert folder_bytes(tmp_path / "emu:0") == folder_bytes(tmp_path / "emu:0,1") == folder_bytes(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_sensitivity_has_the_cpu_s_bytes(gradients: bool, eager: Path, tmp_path: Path) -> None:
+    text = TextSettings(tokens=128, sequence_length=32)
+    given: Mapping[str, Any] = {"threads": 2, "progress": lambda *_: None, "log": lambda _: None}
+    before = accelerator.counters(1).launches
+    for devices in ("cpu", *DEVICES):
+        measure_sensitivity(eager, tmp_path / devices, text, devices=devices, gradients=gradients, **given)
+    assert folder_bytes(tmp_path / "emu:0") == folder_bytes(tmp_path / "emu:0,1") == folder_bytes(tmp_path / "cpu")
+    assert accelerator.counters(1).launches > before + 100
 
 
 def test_an_expert_with_many_tokens_is_passed_in_windows(
@@ -260,10 +289,12 @@ def test_too_small_a_memory_is_told_with_what_plan_models(
     """In attention and where there is room for that alone; nothing is lost: the processor goes on."""
     recipe, digest = RECIPES["gptq"], arithmetic.digest()
     monkeypatch.setattr(arithmetic, "digest", lambda *_: digest)  # which takes more than so small a model
+    gc.collect()
     accelerator.reset_peak(0)
     expected = make(sparse, tmp_path / "whole", recipe, devices="emu:0", threads=1)
-    peak = accelerator.peak(0)
-    capped = accelerator.capped(0, int(share * peak))
+    gc.collect()
+    left = torch.accelerator.memory_allocated(0)
+    capped = accelerator.capped(0, left + int(share * (accelerator.peak(0) - left)))
     with capped, pytest.raises(ResourceError, match="does not fit into the memory of emu:0") as told:
         make(sparse, tmp_path / "out", recipe, devices="emu:0", threads=1)
     assert "plan models" in str(told.value)

@@ -167,8 +167,9 @@ def test_other_errors_are_raised_as_they_are_and_the_device_serves_on() -> None:
 FACTORIES = {"empty", "zeros", "ones", "full", "arange", "tensor", "rand", "randn", "randint", "randperm", "eye"}
 FACTORIES |= {"linspace", "logspace", "scalar_tensor", "as_tensor"}
 ON_DEVICES = (
-    *("qconv/calibration", "qconv/methods", "qconv/grids/integers.py", "qconv/core/hessian.py"),
-    *("qconv/core/rounding.py", "qconv/core/qtensor.py", "qconv/core/grid.py", "qconv/building/arithmetic.py"),
+    *("qconv/calibration", "qconv/methods", "qconv/sensitivity/layer.py", "qconv/grids/integers.py"),
+    *(f"qconv/core/{name}.py" for name in ("hessian", "rounding", "qtensor", "grid")),
+    "qconv/building/arithmetic.py",
 )
 
 
