@@ -133,7 +133,11 @@ def test_a_device_s_memory_does_what_a_file_does(
         whole, one = one, one.part(tokens // 2, tokens - tokens // 2) if halves else one
         picked = index[index < one.tokens]
         one.add(picked, rows[: len(picked)].to(device))
-        read = [one.read(one.tokens // 2, one.tokens, device), one.gather(picked, device), whole.read(0, tokens, device)]
+        read = [
+            one.read(one.tokens // 2, one.tokens, device),
+            one.gather(picked, device),
+            whole.read(0, tokens, device),
+        ]
         assert all(tensor.device == device and tensor.dtype == torch.float32 for tensor in read)
         kept = [tensor.clone() for tensor in read]
         for tensor in read:
