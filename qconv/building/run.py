@@ -22,6 +22,7 @@ from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerBuild, LayerContext
 from qconv.calibration.run import Calibration
 from qconv.calibration.statistics import InputSquares
+from qconv.checkpoint.window import HubFolder
 from qconv.checkpoint.writer import output_errors
 from qconv.core.architecture import Layer
 from qconv.core.devices import Lending, devices_of, make_deterministic
@@ -102,7 +103,9 @@ class _Run:
         belongs = [on_devices(target.fingerprints(self._own(target, tokens)), places) for target in self.targets]
         if state is FolderState.COMPLETE and not restart:
             return self._already_complete(belongs)
-        if restart or state is not FolderState.UNFINISHED:
+        if isinstance(self.source.checkpoint.path, HubFolder):
+            log("scales that the format cannot hold are found when their layer is committed: weights come once")
+        elif restart or state is not FolderState.UNFINISHED:
             # Now, and not when a layer's calibration is done; an unfinished run has done it.
             for target in self.targets:
                 target.check(means)

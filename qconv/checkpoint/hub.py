@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qconv.boundary.content import head_of, instead_of_file, is_gguf_file
@@ -117,6 +119,44 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
             f"{model}: no such folder here, and the download from the Hub failed: {error}.",
             hint="Check the spelling, the network and HF_TOKEN; a partial download is continued.",
         ) from error
+
+
+@contextlib.contextmanager
+def model_folder(model: str, disk_budget: int | None, log: Callable[[str], None]) -> Iterator[Path]:
+    """The folder of a model whose weights are read, for as long as the body runs.
+
+    Of a Hub id the shards come and go on a bounded disk if ``disk_budget`` says so, or if those that are not
+    downloaded yet have no room here; else all are downloaded.
+
+    Args:
+        model: A folder or a Hub id.
+        disk_budget: Bytes that shards may take.
+        log: Told what comes and goes.
+
+    Raises:
+        UsageError: neither a folder nor a Hub id; a folder with a budget; too small a budget.
+        CheckpointError: the Hub does not give it.
+        OutputError: the disk is full.
+    """
+    remote = not os.path.exists(model) and is_hub_id(model)
+    if not remote:
+        if disk_budget is not None:
+            raise UsageError(
+                f"{model}: --disk-budget is for a model that comes from the Hub.",
+                hint="Leave it out, or give a Hub id.",
+            )
+        yield resolve_model(model)
+        return
+    from qconv.checkpoint.hub_folder import default_root, hub_folder, roomy_budget
+    from qconv.checkpoint.repository import Repository
+
+    repository = Repository.open(model)
+    budget = roomy_budget(repository) if disk_budget is None else disk_budget
+    if budget is None:
+        yield resolve_model(model)
+        return
+    with hub_folder(repository, budget, default_root(), _SMALL_FILES, log) as folder:
+        yield folder
 
 
 def headers_of(model: str) -> dict[str, tuple[str, tuple[int, ...]]]:

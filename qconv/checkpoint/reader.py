@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from qconv.boundary import reading
 from qconv.boundary.content import gguf_files
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header
+from qconv.checkpoint.samples import SAMPLE_BYTES, sampled_offsets
+from qconv.checkpoint.window import HubFolder, Shard
 from qconv.errors import CheckpointError, UsageError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,8 +34,6 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """What files of pickled tensors are called."""
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not name it yet
-_SAMPLES_PER_SHARD = 64
-_SAMPLE_BYTES = 4096
 
 
 BLOCK_BYTES = 16 * 2**20
@@ -135,7 +135,7 @@ class Checkpoint(Tensors):
             CheckpointError: a file missing, truncated or malformed, a tensor missing from its shard or there twice.
         """
         config = read_json(path / "config.json")
-        return cls(_entries(path), path, config)
+        return cls(path.entries if isinstance(path, HubFolder) else _entries(path), path, config)
 
     @property
     def files(self) -> list[Path]:
@@ -159,12 +159,11 @@ class Checkpoint(Tensors):
             start = min(entry.offset for entry in entries)
             size = max(entry.offset + entry.span for entry in entries)
             digest.update(f"{path.name} {size}\n".encode())
-            stride = max((size - start) // _SAMPLES_PER_SHARD, _SAMPLE_BYTES)
-            with path.open("rb") as file:
+            with (path.samples if isinstance(path, Shard) else path).open("rb") as file:
                 digest.update(file.read(start))
-                for offset in range(start, size, stride):
+                for offset in sampled_offsets(start, size):
                     file.seek(offset)
-                    digest.update(file.read(_SAMPLE_BYTES))
+                    digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()
 
 
@@ -311,7 +310,7 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
             f"{' ...' if len(missing) > 5 else ''}.",
             hint="Finish the download.",
         )
-    return _entries_of(path, weight_map, sorted(shards))
+    return indexed_entries(path, weight_map)
 
 
 def read_weight_map(path: Path) -> dict[str, str] | None:
@@ -366,10 +365,14 @@ def _no_weights(path: Path) -> CheckpointError:
     return CheckpointError(f"{found}.", hint="qconv reads safetensors checkpoints: finish the download.")
 
 
-def _entries_of(path: Path, weight_map: Mapping[str, str], shards: Sequence[str]) -> dict[str, TensorEntry]:
-    """Every tensor of the shards, each where the index says."""
+def indexed_entries(path: Path, weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """Every tensor of the shards in a folder, each where the index says.
+
+    Raises:
+        CheckpointError: a shard cannot be read, or it and the index do not agree.
+    """
     entries: dict[str, TensorEntry] = {}
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         for name, entry in read_header(path / shard).items():
             if name in entries:
                 raise CheckpointError(

@@ -47,6 +47,7 @@ def quantize(
     *,
     restart: bool,
     threads: int | None,
+    disk_budget: int | None,
     executor: str,
     devices: str,
     as_json: bool,
@@ -56,19 +57,20 @@ def quantize(
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
         from qconv.building.gguf_pipeline import quantize_gguf
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import model_folder
 
-        outcome = quantize_gguf(
-            resolve_model(model),
-            out,
-            recipe,
-            restart=restart,
-            threads=threads,
-            executor=executor,
-            devices=devices,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        with model_folder(model, disk_budget, reporter.log) as folder:
+            outcome = quantize_gguf(
+                folder,
+                out,
+                recipe,
+                restart=restart,
+                threads=threads,
+                executor=executor,
+                devices=devices,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     result = build_values(outcome) | costs(start)
     if as_json:
         print_json(result)

@@ -13,7 +13,14 @@ from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.examples import examples
 from qconv.cli.gguf import print_coverage
 from qconv.cli.numbers import COUNT, SEED, THREADS
-from qconv.cli.options import devices_option, executor_option, json_option, model_argument, out_option
+from qconv.cli.options import (
+    devices_option,
+    disk_budget_option,
+    executor_option,
+    json_option,
+    model_argument,
+    out_option,
+)
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
 from qconv.planning.recipe import parse_as
@@ -34,6 +41,7 @@ from qconv.planning.recipe import parse_as
 @click.option("--seed", type=SEED, help="Seed of the calibration's samples.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
+@disk_budget_option
 @executor_option
 @devices_option
 @json_option
@@ -46,6 +54,7 @@ def command(
     seed: int | None,
     restart: bool,
     threads: int | None,
+    disk_budget: int | None,
     executor: str,
     devices: str,
     as_json: bool,
@@ -61,19 +70,20 @@ def command(
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
         from qconv.building.imatrix_pipeline import write_model_imatrix
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import model_folder
 
-        outcome = write_model_imatrix(
-            resolve_model(model),
-            out,
-            text,
-            restart=restart,
-            threads=threads,
-            executor=executor,
-            devices=devices,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        with model_folder(model, disk_budget, reporter.log) as folder:
+            outcome = write_model_imatrix(
+                folder,
+                out,
+                text,
+                restart=restart,
+                threads=threads,
+                executor=executor,
+                devices=devices,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     path = out / "imatrix.gguf"
     result = {
         "path": str(path),

@@ -33,6 +33,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 model_argument = click.argument("model")
+
+
+def _disk_budget(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    from qconv.cli.target import parse_size
+
+    return None if value is None else parse_size(value, "--disk-budget")
+
+
+disk_budget_option = click.option(
+    "--disk-budget",
+    metavar="SIZE",
+    callback=_disk_budget,
+    help="Of a Hub id: let shards come and go in so much disk, 40GB ...; by itself where they do not fit.",
+)
 executor_option = click.option(
     "--executor",
     type=click.Choice(executors()),

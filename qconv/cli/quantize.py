@@ -24,7 +24,15 @@ from qconv.cli.console import (
 )
 from qconv.cli.examples import examples
 from qconv.cli.numbers import THREADS
-from qconv.cli.options import devices_option, executor_option, json_option, model_argument, out_option, recipe_options
+from qconv.cli.options import (
+    devices_option,
+    disk_budget_option,
+    executor_option,
+    json_option,
+    model_argument,
+    out_option,
+    recipe_options,
+)
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
 from qconv.cli.target import TargetOptions, print_choice, require_savable, save_recipe, target_options
@@ -56,6 +64,7 @@ if TYPE_CHECKING:
     type=THREADS,
     help="Experts and matrices worked on at once; the bytes do not depend on it.",
 )
+@disk_budget_option
 @executor_option
 @devices_option
 @json_option
@@ -64,6 +73,7 @@ def command(
     out: Path,
     restart: bool,
     threads: int | None,
+    disk_budget: int | None,
     executor: str,
     devices: str,
     as_json: bool,
@@ -88,6 +98,7 @@ def command(
             target,
             restart=restart,
             threads=threads,
+            disk_budget=disk_budget,
             executor=executor,
             devices=devices,
             as_json=as_json,
@@ -96,7 +107,15 @@ def command(
     if is_several(fmt, recipe):
         builds = several(fmt, recipe, options)
         _quantize_several(
-            model, out, builds, restart=restart, threads=threads, executor=executor, devices=devices, as_json=as_json
+            model,
+            out,
+            builds,
+            restart=restart,
+            threads=threads,
+            disk_budget=disk_budget,
+            executor=executor,
+            devices=devices,
+            as_json=as_json,
         )
         return
     given = single(fmt, recipe, options)
@@ -108,6 +127,7 @@ def command(
             gguf_recipe,
             restart=restart,
             threads=threads,
+            disk_budget=disk_budget,
             executor=executor,
             devices=devices,
             as_json=as_json,
@@ -119,23 +139,23 @@ def command(
         reporter.log(f"{model}: reading")
         from qconv.artifacts.source import Source
         from qconv.building.pipeline import quantize
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import model_folder
         from qconv.planning.plan import plan_of
 
-        folder = resolve_model(model)
-        plan = plan_of(Source.open(folder), loaded)
-        reporter.log(f"plan: {plan_summary(plan)}")
-        outcome = quantize(
-            folder,
-            out,
-            loaded,
-            restart=restart,
-            threads=threads,
-            executor=executor,
-            devices=devices,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        with model_folder(model, disk_budget, reporter.log) as folder:
+            plan = plan_of(Source.open(folder), loaded)
+            reporter.log(f"plan: {plan_summary(plan)}")
+            outcome = quantize(
+                folder,
+                out,
+                loaded,
+                restart=restart,
+                threads=threads,
+                executor=executor,
+                devices=devices,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     result = _values(outcome) | costs(start)
     if as_json:
         print_json(result)
@@ -153,6 +173,7 @@ def _quantize_to_size(
     *,
     restart: bool,
     threads: int | None,
+    disk_budget: int | None,
     executor: str,
     devices: str,
     as_json: bool,
@@ -161,24 +182,24 @@ def _quantize_to_size(
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
         from qconv.building.sized_pipeline import quantize_to_size
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import model_folder
 
-        folder = resolve_model(model)
-        if target.save is not None:
-            require_savable(target.save, folder, out)
-        outcome = quantize_to_size(
-            folder,
-            out,
-            recipe,
-            target.request(),
-            sensitivity=target.sensitivity,
-            restart=restart,
-            threads=threads,
-            executor=executor,
-            devices=devices,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        with model_folder(model, disk_budget, reporter.log) as folder:
+            if target.save is not None:
+                require_savable(target.save, folder, out)
+            outcome = quantize_to_size(
+                folder,
+                out,
+                recipe,
+                target.request(),
+                sensitivity=target.sensitivity,
+                restart=restart,
+                threads=threads,
+                executor=executor,
+                devices=devices,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     if target.save is not None:
         save_recipe(target.save, outcome.report["recipe"], outcome.report["allocation"])
     is_gguf = str(outcome.report["format"]).startswith("gguf:")
@@ -199,6 +220,7 @@ def _quantize_several(
     *,
     restart: bool,
     threads: int | None,
+    disk_budget: int | None,
     executor: str,
     devices: str,
     as_json: bool,
@@ -207,19 +229,20 @@ def _quantize_several(
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
         from qconv.building.several_pipeline import quantize_several
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import model_folder
 
-        outcomes = quantize_several(
-            resolve_model(model),
-            out,
-            builds,
-            restart=restart,
-            threads=threads,
-            executor=executor,
-            devices=devices,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        with model_folder(model, disk_budget, reporter.log) as folder:
+            outcomes = quantize_several(
+                folder,
+                out,
+                builds,
+                restart=restart,
+                threads=threads,
+                executor=executor,
+                devices=devices,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     made = {
         name: gguf.build_values(outcome) if str(outcome.report["format"]).startswith("gguf:") else _values(outcome)
         for name, outcome in outcomes.items()

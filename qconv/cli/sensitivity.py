@@ -11,7 +11,14 @@ import click
 from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED, THREADS
-from qconv.cli.options import devices_option, executor_option, json_option, model_argument, out_option
+from qconv.cli.options import (
+    devices_option,
+    disk_budget_option,
+    executor_option,
+    json_option,
+    model_argument,
+    out_option,
+)
 from qconv.cli.progress import reporting
 from qconv.core.settings import TextSettings
 from qconv.planning.recipe import parse_as
@@ -33,6 +40,7 @@ from qconv.planning.recipe import parse_as
 @click.option("--no-gradients", is_flag=True, help="One pass forward, no way back: what linears' inputs are like.")
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
 @click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
+@disk_budget_option
 @executor_option
 @devices_option
 @json_option
@@ -46,6 +54,7 @@ def command(
     no_gradients: bool,
     restart: bool,
     threads: int | None,
+    disk_budget: int | None,
     executor: str,
     devices: str,
     as_json: bool,
@@ -62,21 +71,22 @@ def command(
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
         reporter.log(f"{model}: reading")
         from qconv.building.sensitivity_pipeline import measure_sensitivity
-        from qconv.checkpoint.hub import resolve_model
+        from qconv.checkpoint.hub import model_folder
         from qconv.sensitivity.allocating import SENSITIVITY_NAME
 
-        outcome = measure_sensitivity(
-            resolve_model(model),
-            out,
-            text,
-            gradients=not no_gradients,
-            restart=restart,
-            threads=threads,
-            executor=executor,
-            devices=devices,
-            progress=reporter.progress,
-            log=reporter.log,
-        )
+        with model_folder(model, disk_budget, reporter.log) as folder:
+            outcome = measure_sensitivity(
+                folder,
+                out,
+                text,
+                gradients=not no_gradients,
+                restart=restart,
+                threads=threads,
+                executor=executor,
+                devices=devices,
+                progress=reporter.progress,
+                log=reporter.log,
+            )
     path = out / SENSITIVITY_NAME
     result: dict[str, Any] = {
         "path": str(path),

@@ -12,7 +12,7 @@ import click
 
 from qconv.cli.console import print_json, print_table, say, short_names, stdout
 from qconv.cli.examples import examples
-from qconv.cli.options import json_option
+from qconv.cli.options import disk_budget_option, json_option
 from qconv.cli.progress import reporting
 from qconv.errors import UnreadLayoutError, VerificationError
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 )
 @click.argument("build")
 @click.option("--against", metavar="MODEL", help="Also compare every weight with this source, a folder or a Hub id.")
+@disk_budget_option
 @json_option
-def command(build: str, against: str | None, as_json: bool) -> int:
+def command(build: str, against: str | None, disk_budget: int | None, as_json: bool) -> int:
     """Check BUILD: checksums, tensors, skip list, scales; with --against also its distance from the source.
 
     BUILD is a folder, a Hub id, or a GGUF file.
@@ -39,16 +40,19 @@ def command(build: str, against: str | None, as_json: bool) -> int:
     """
     with reporting(quiet=as_json) as reporter:
         from qconv.boundary.content import is_gguf
-        from qconv.checkpoint.hub import resolve_build, resolve_model
+        from qconv.checkpoint.hub import model_folder, resolve_build
         from qconv.folders.state import require_finished
         from qconv.verification.build import verify
         from qconv.verification.gguf import verify_gguf
 
         path = resolve_build(build)
         require_finished(path if path.is_dir() else path.parent)
-        source = None if against is None else resolve_model(against)
         check = verify_gguf if is_gguf(path) else verify
-        result = check(path, source, reporter.progress)
+        if against is None:
+            result = check(path, None, reporter.progress)
+        else:
+            with model_folder(against, disk_budget, reporter.log) as source:
+                result = check(path, source, reporter.progress)
     kinds = by_kind(result.snr_db)
     if as_json:
         print_json(
