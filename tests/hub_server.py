@@ -89,6 +89,15 @@ def _described(file: Path) -> dict[str, Any]:
     return found
 
 
+def _listed(described: dict[str, Any]) -> dict[str, Any]:
+    """A file as the listing of a tree has it."""
+    found = {"type": "file", "path": described["rfilename"], "size": described["size"], "oid": described["blobId"]}
+    if "lfs" in described:
+        lfs = dict(described["lfs"])
+        found["lfs"] = {"oid": lfs.pop("sha256"), **lfs}
+    return found
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: HubServer
@@ -105,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 class _Hub(_Handler):
@@ -114,12 +124,19 @@ class _Hub(_Handler):
         if path in (f"/api/models/{state.repository}", f"/api/models/{state.repository}/revision/main"):
             values = {"id": state.repository, "sha": COMMIT, "siblings": list(state.sums.values()), "tags": []}
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(values).encode())
+        if path == f"/api/models/{state.repository}/tree/{COMMIT}":
+            listed = [_listed(one) for one in state.sums.values()]
+            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
         name = path.removeprefix(f"/{state.repository}/resolve/{COMMIT}/")
         if name not in state.sums:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         if state.fails("refuse", name):
             return self.answer(503, {})
-        return self.answer(302, {"Location": f"{state.storage}/{name}?X-Signature=signed"})
+        known = {"X-Repo-Commit": COMMIT, "ETag": f'"{state.sums[name]["blobId"]}"'}
+        known |= {"X-Linked-Size": str(state.sums[name]["size"]), "X-Linked-ETag": known["ETag"]}
+        return self.answer(302, {"Location": f"{state.storage}/{name}?X-Signature=signed", **known})
+
+    do_HEAD = do_GET
 
 
 class _Storage(_Handler):

@@ -159,6 +159,21 @@ def model_folder(model: str, disk_budget: int | None, log: Callable[[str], None]
         yield folder
 
 
+def least_disk_budget(model: str) -> int | None:
+    """The least ``--disk-budget`` of a Hub id, in bytes; None for a folder, and where the Hub does not answer."""
+    if os.path.exists(model) or not is_hub_id(model):
+        return None
+    from qconv.checkpoint.hub_folder import budget_needed
+    from qconv.checkpoint.reader import read_weight_map
+    from qconv.checkpoint.repository import Repository
+
+    try:
+        repository = Repository.open(model)
+    except CheckpointError:  # its small files may be here all the same
+        return None
+    return budget_needed(repository, read_weight_map(resolve_model(model, weights=False)) or {})
+
+
 def headers_of(model: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every tensor of a repository on the Hub, from the heads of its files alone.
 

@@ -54,7 +54,8 @@ def steps_of(weight_map: Mapping[str, str]) -> list[list[str]]:
 
 
 def budget_needed(repository: Repository, weight_map: Mapping[str, str]) -> int:
-    """The least ``--disk-budget`` of a model: bytes of shards that are needed at once."""
+    """The least ``--disk-budget``: bytes of shards that are needed at once; of the one file where there is no index."""
+    weight_map = weight_map or {"": SINGLE_NAME}
     sizes = {shard: repository.files[shard].size for shard in set(weight_map.values()) if shard in repository.files}
     steps = [[shard for shard in step if shard in sizes] for step in steps_of(weight_map)]
     return least_budget(sizes, steps)

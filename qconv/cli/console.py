@@ -182,25 +182,32 @@ def print_costs(values: Mapping[str, Any]) -> None:
     say(stdout(), f"time         {duration(values['seconds'])}")
 
 
-def plan_costs_values(costs: Costs) -> dict[str, int]:
+def plan_costs_values(costs: Costs, model: str) -> dict[str, int | None]:
     """What a run is going to take, as JSON has it."""
+    from qconv.checkpoint.hub import least_disk_budget
+
     return {
         "modelled_peak_memory_bytes": costs.memory,
         "modelled_workers": costs.workers,
         "modelled_device_bytes": costs.device,
         "modelled_scratch_bytes": costs.scratch,
+        "least_disk_budget_bytes": least_disk_budget(model),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
 
-def print_plan_costs(costs: Costs, devices: str | None = None) -> None:
+def print_plan_costs(costs: Costs, model: str, devices: str | None = None) -> None:
     """Print what a run is going to take; of devices too where some are asked for."""
-    console = stdout()
+    from qconv.checkpoint.hub import least_disk_budget
+
+    console, least = stdout(), least_disk_budget(model)
     at_once = f"{costs.workers} at once" if costs.workers > 1 else "one at a time"
     say(console, f"peak memory  {size(costs.memory)} (modelled, {at_once})")
     if devices is not None:
         say(console, f"device       {_of_devices(costs.device, devices)}")
     say(console, f"scratch disk {size(costs.scratch)} (modelled), besides the output")
+    if least is not None:
+        say(console, f"disk budget  at least {-(-least // 10**6):,}MB, or room for the whole source")
     say(console, f"free disk    {size(shutil.disk_usage(Path.cwd()).free)} in the current folder")
 
 

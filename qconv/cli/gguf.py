@@ -147,10 +147,10 @@ def plan(model: str, recipe: GgufRecipe, as_json: bool, devices: str | None = No
 
     planned = outline(resolve_model(model, weights=False), recipe)
     if as_json:
-        print_json(plan_values(planned) | plan_costs_values(planned.costs))
+        print_json(plan_values(planned) | plan_costs_values(planned.costs, model))
     else:
         print_plan(planned, recipe)
-        print_plan_costs(planned.costs, devices)
+        print_plan_costs(planned.costs, model, devices)
         print_other_way(recipe)
 
 

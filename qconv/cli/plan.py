@@ -96,10 +96,10 @@ def command(
     result = estimate(resolve_model(model, weights=False), loaded)
     topology = {**_topology(result, tp), **_engines(result, tp, ep)}
     if as_json:
-        print_json({**_values(result, units), **topology})
+        print_json({**_values(result, units, model), **topology})
     else:
         _print(result, units)
-        print_plan_costs(result.costs, devices)
+        print_plan_costs(result.costs, model, devices)
         print_other_way(loaded)
         _print_topology(topology)
         print_engines(topology["engines"])
@@ -121,12 +121,12 @@ def _plan_several(
     shown: dict[str, dict[str, Any]] = {
         name: gguf.plan_values(outlines[name])
         if name in outlines
-        else {**_values(planned[name], units), **topologies[name]}
+        else {**_values(planned[name], units, model), **topologies[name]}
         for name in builds
     }
     total = sum(one["output_bytes"] for one in shown.values())
     if as_json:
-        print_json({"builds": shown, "output_bytes": total, **plan_costs_values(costs)})
+        print_json({"builds": shown, "output_bytes": total, **plan_costs_values(costs, model)})
         return _TOPOLOGY_FAILS if fails else 0
     console = stdout()
     for name, one in builds.items():
@@ -139,7 +139,7 @@ def _plan_several(
             gguf.print_plan(outlines[name], one)
         say(console, "")
     say(console, f"all together {size(total)} in {len(builds)} folders")
-    print_plan_costs(costs, devices)
+    print_plan_costs(costs, model, devices)
     return _TOPOLOGY_FAILS if fails else 0
 
 
@@ -161,7 +161,7 @@ def _engines(result: Estimate, tp: int | None, ep: int) -> dict[str, Any]:
     return {"engines": engine_values(judgements(result.subject, (), Deployment(tp or 1, ep)))}
 
 
-def _values(result: Estimate, units: bool) -> dict[str, Any]:
+def _values(result: Estimate, units: bool, model: str) -> dict[str, Any]:
     values = {
         "path": str(result.path),
         "architecture": result.plan.architecture.family,
@@ -173,7 +173,7 @@ def _values(result: Estimate, units: bool) -> dict[str, Any]:
         "output_bytes": result.output_bytes,
         "shards": result.shards,
         "bits_per_weight": result.bits_per_weight,
-        **plan_costs_values(result.costs),
+        **plan_costs_values(result.costs, model),
         "classes": [
             {
                 "name": row.name,

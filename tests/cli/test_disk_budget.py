@@ -158,6 +158,10 @@ def test_too_small_a_budget_is_refused_with_what_is_needed(machine: Machine, hub
     assert "Allow at least 21MB" in machine.said
     assert not machine.held()
     assert not (tmp_path / "out").exists()
+    for fmt in ("w4a16", "gguf:Q8_0"):
+        machine.run("plan", MODEL, "--fmt", fmt)
+        assert "disk budget  at least 21MB" in machine.said
+    assert not machine.held()
     machine.run("quantize", MODEL, "-o", tmp_path / "out", *RTN, "--disk-budget", "21MB")
 
 
