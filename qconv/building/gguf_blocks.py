@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qconv.artifacts.gguf_tensors import encoder
 from qconv.core.qtensor import SquaredError
+from qconv.errors import VerificationError
 from qconv.formats.gguf.names import GgufTensor
 from qconv.grids.ggml import encode
 from qconv.verification.blocks import decoded
@@ -98,3 +99,16 @@ def block_checksum(block: Block) -> int:
     """CRC-32 of the rows as they are stored."""
     rows = block.stored.contiguous().view(-1).view(torch.uint8)
     return zlib.crc32(rows.numpy().data) if rows.numel() else 0
+
+
+def require_standing(what: str, snr_db: float, floor_db: float) -> None:
+    """Check that encoded weights stand for the source.
+
+    Raises:
+        VerificationError: their signal to noise, in decibels, is below what their type reaches.
+    """
+    if not snr_db >= floor_db:
+        raise VerificationError(
+            f"{what} does not stand for the source: signal to noise {snr_db:.1f} dB, below {floor_db:.1f}.",
+            hint="Nothing of this file was kept. If memory is sound, this is a bug.",
+        )

@@ -9,6 +9,7 @@ from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import not_taken, parts_of
 from qconv.building.gguf_report import needing_importance, require_compensated, require_coverage
 from qconv.building.gguf_target import GgufTarget
+from qconv.building.joining import shared
 from qconv.building.output import Outcome
 from qconv.building.pipeline import open_source
 from qconv.building.run import make_builds
@@ -32,6 +33,7 @@ def quantize_gguf(
     threads: int | None = None,
     executor: str = DEFAULT,
     devices: str = "cpu",
+    part: tuple[int, int] | None = None,
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -45,6 +47,8 @@ def quantize_gguf(
         threads: Experts, and blocks of rows, worked on at once; the bytes do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
+        part: Number and count of the share that is made, in a folder beside ``out``, of a build without calibration;
+            :func:`qconv.building.joining.collect` makes a build of all shares.
         progress: Told what is at work, the weights done and the weights in all, of layers looked at and of encoding.
         log: Told about decisions, one sentence each.
 
@@ -57,6 +61,9 @@ def quantize_gguf(
     """
     source = open_source(model, out, log)
     target = gguf_target(source, recipe, out, "", log)
+    if part is not None:
+        target = shared(target, recipe, part)
+        out = target.folder
     return make_builds(
         source,
         [target],

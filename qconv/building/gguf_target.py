@@ -27,7 +27,7 @@ from qconv.boundary.content import FOLDED_SCALES
 from qconv.building.chosen import Chosen, allocation_values
 from qconv.building.collecting import Collecting, unquantized
 from qconv.building.completion import already_complete
-from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, encoded_block
+from qconv.building.gguf_blocks import Block, Encoded, Ready, block_checksum, encoded_block, require_standing
 from qconv.building.gguf_report import (
     Coverage,
     importance_values,
@@ -40,6 +40,7 @@ from qconv.building.gguf_report import (
 from qconv.building.gguf_stages import StagedLayers
 from qconv.building.inputs import fingerprints, lasting
 from qconv.building.output import Outcome, complete_files, require_published
+from qconv.building.share import Share
 from qconv.building.target import LayerSink, Means
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.imatrix import (
@@ -57,7 +58,6 @@ from qconv.core.architecture import Layer
 from qconv.core.qtensor import SquaredError
 from qconv.core.settings import CalibrationSettings, TextSettings
 from qconv.core.workers import Workers
-from qconv.errors import VerificationError
 from qconv.folders.part import Part
 from qconv.folders.readings import READ, combined
 from qconv.folders.state import REPORT_NAME
@@ -79,6 +79,7 @@ class GgufTarget:
         text: What layers are looked at on, if they are.
         given: Importance matrices that exist already.
         chosen: How the recipe's types were chosen, if they were.
+        share: The files that are made, if those are not all.
     """
 
     source: Source
@@ -89,12 +90,19 @@ class GgufTarget:
     folder: Path
     name: str = ""
     chosen: Chosen | None = None
+    share: Share | None = None
+
+    @property
+    def made(self) -> list[FileLayout]:
+        """The files of the model that are made."""
+        return [file for file in self.plan.files if self.share is None or file.name in self.share.keys]
 
     @property
     def weights(self) -> int:
-        """The weights of all tensors, and those of the layers that are looked at before."""
+        """The weights of all tensors of its files, and those of the layers that are looked at before."""
         layers = () if self.text is None else self.source.architecture.layers
-        return sum(tensor.numel for tensor in self.plan.tensors.values()) + sum(map(layer_weights, layers))
+        tensors = (self.plan.tensors[info.name] for file in self.made for info in file.tensors)
+        return sum(tensor.numel for tensor in tensors) + sum(map(layer_weights, layers))
 
     @property
     def calibrates(self) -> bool:
@@ -127,11 +135,11 @@ class GgufTarget:
     def files(self) -> list[str]:
         """The importance matrix and the folded scales, if there are any, and the files of the model."""
         beside = [name for name, made in ((IMATRIX_NAME, self.text is not None), (FOLDED_SCALES, self.folds)) if made]
-        return [*beside, *(file.name for file in self.plan.files)]
+        return [*beside, *(file.name for file in self.made)]
 
     def names(self) -> list[str]:
         """Every file that gets a name."""
-        return [*self.files(), REPORT_NAME, "README.md"]
+        return [*self.files(), *((REPORT_NAME, "README.md") if self.share is None else ())]
 
     def fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
         """What the build belongs to."""
@@ -145,7 +153,7 @@ class GgufTarget:
 
     def needed(self, committed: Collection[str], work: Path) -> int:
         """Bytes of the files that are not committed, and of what is seen of the layers."""
-        needed = sum(file.size for file in self.plan.files if file.name not in committed)
+        needed = sum(file.size for file in self.made if file.name not in committed)
         if self.looks_again(committed):
             present = sum(file.stat().st_size for file in work.glob(f"{self.name}*.gguf"))
             needed += max(0, sums_bytes(self.source.architecture) - present)
@@ -168,8 +176,8 @@ class GgufTarget:
 
     def standing(self, committed: Collection[str]) -> str:
         """How many files are committed."""
-        there = sum(file.name in committed for file in self.plan.files)
-        return f"{there} of {len(self.plan.files)} files are committed"
+        there = sum(file.name in committed for file in self.made)
+        return f"{there} of {len(self.made)} files are committed"
 
     def complete(self, belongs: Mapping[str, str], means: Means) -> Outcome:
         """The finished build."""
@@ -234,7 +242,7 @@ class GgufBuilder:
         self.columns: Importance = uniform
         self.written = 0
         """Weights of the files that are behind."""
-        self.left = list(self.plan.files)
+        self.left = target.made
         self.sums: LayerSums | None = None
         self.staged: StagedLayers | None = None
         self.collecting: Collecting | None = None
@@ -347,13 +355,7 @@ class GgufBuilder:
             writer.write_blocks(name, self._counted(group, errors, checksums))
             snr = sum(errors, SquaredError()).snr_db
             weighted, matched = self.importance is not None or self.staged is not None, self.target.recipe.is_matched
-            floor = floor_db(self.plan.types[name], weighted, matched)
-            if not snr >= floor:
-                raise VerificationError(
-                    f"{file.name}: {name} does not stand for the source: signal to noise {snr:.1f} dB, below "
-                    f"{floor:.1f}.",
-                    hint="Nothing of this file was kept. If memory is sound, this is a bug.",
-                )
+            require_standing(f"{file.name}: {name}", snr, floor_db(self.plan.types[name], weighted, matched))
             snr_db[name] = round(snr, 3) if math.isfinite(snr) else None
         return snr_db, combined((str(number), one) for number, one in enumerate(checksums))
 
@@ -367,13 +369,13 @@ class GgufBuilder:
 
     def finish(self) -> Outcome:
         """Complete the folder."""
+        if self.target.share is not None:
+            return Outcome(self.out, {}, already_complete=False, share=self.target.share)
         report, files = self._report(), self.target.files()
         small = {REPORT_NAME: (json.dumps(report, indent=2) + "\n").encode(), "README.md": model_card(report).encode()}
-        complete_files(self.out, self.part, small, files, self._digests)
+        digest = partial(self.means.workers.map, lambda name: sha256_of(self.out / name))
+        complete_files(self.out, self.part, small, files, digest)
         return Outcome(self.out, report, already_complete=False)
-
-    def _digests(self, names: list[str]) -> Iterator[str]:
-        return self.means.workers.map(lambda name: sha256_of(self.out / name), names)
 
     def _report(self) -> dict[str, Any]:
         source, recipe, units = self.target.source, self.target.recipe, self.part.units

@@ -95,6 +95,7 @@ class ImatrixTarget:
     text: TextSettings
     folder: Path
     name: str = ""
+    share: None = None
 
     @property
     def weights(self) -> int:

@@ -18,6 +18,7 @@ from qconv.artifacts.source import COMPANION_PATTERNS, Source, is_companion
 from qconv.boundary.content import FOLDED_SCALES
 from qconv.boundary.printable import name_of
 from qconv.building.report import Report
+from qconv.building.share import Share
 from qconv.chat.files import ADDITIONAL_FOLDER
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, write_atomically
@@ -46,12 +47,14 @@ class Outcome:
         report: Its report's values.
         already_complete: Whether there was no weight left to make.
         renewed: Files of a complete build that were copied again from its source, or removed with it.
+        share: What was made, if that is not all of the build; its report is empty then.
     """
 
     out: Path
     report: dict[str, Any]
     already_complete: bool
     renewed: tuple[str, ...] = ()
+    share: Share | None = None
 
 
 def enter(out: Path) -> FolderState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qconv.artifacts.source import Source
+from qconv.building.joining import shared
 from qconv.building.output import Outcome, require_apart
 from qconv.building.run import make_builds
 from qconv.building.safetensors_target import SafetensorsTarget
@@ -25,6 +26,7 @@ def quantize(
     threads: int | None = None,
     executor: str = DEFAULT,
     devices: str = "cpu",
+    part: tuple[int, int] | None = None,
     progress: Progress,
     log: Log,
 ) -> Outcome:
@@ -38,6 +40,8 @@ def quantize(
         threads: Experts and matrices worked on at once; the bytes of the build do not depend on it.
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
+        part: Number and count of the share that is made, in a folder beside ``out``, of a build without calibration;
+            :func:`qconv.building.joining.collect` makes a build of all shares.
         progress: Told the unit at work, the weights done and the weights in all.
         log: Told about decisions, one sentence each.
 
@@ -50,6 +54,9 @@ def quantize(
     """
     source = open_source(model, out, log)
     target = safetensors_target(source, recipe, out, "", log)
+    if part is not None:
+        target = shared(target, recipe, part)
+        out = target.folder
     return make_builds(
         source,
         [target],

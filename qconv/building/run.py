@@ -17,6 +17,7 @@ from qconv.artifacts.source import Source
 from qconv.building.inputs import merged, on_devices
 from qconv.building.output import Outcome, begin
 from qconv.building.several import enter_all
+from qconv.building.share import named_share
 from qconv.building.target import LayerSink, Log, Means, PackedModule, Target, Writer
 from qconv.calibration.corpus import TokenSet, build_tokens
 from qconv.calibration.layer import Finished, LayerBuild, LayerContext
@@ -100,7 +101,10 @@ class _Run:
         state = enter_all(self.out, [target.name for target in self.targets], restart=restart)
         tokens = None if self.settings is None else self._tokens(self.settings)
         places = means.workers.lending.devices
-        belongs = [on_devices(target.fingerprints(self._own(target, tokens)), places) for target in self.targets]
+        belongs = [
+            on_devices(target.fingerprints(self._own(target, tokens)), places) | named_share(target.share)
+            for target in self.targets
+        ]
         if state is FolderState.COMPLETE and not restart:
             return self._already_complete(belongs)
         if isinstance(self.source.checkpoint.path, HubFolder):
@@ -116,6 +120,9 @@ class _Run:
         journal, resumed = begin(self.out, belong, names, needed, restart=restart, builds=builds)
         if resumed:
             log(f"resuming: {'; '.join(self._standing(target, journal) for target in self.targets)}")
+        for target in self.targets:
+            if target.share is not None:
+                target.share.record(self.work)
         record = SourceRecord(self.source.checkpoint, journal, self._readings())
         record.require_unchanged(means.progress)
         with contextlib.ExitStack() as stack:
@@ -130,7 +137,8 @@ class _Run:
             _Work(self, meter, tokens, journal).run()
             record.require_unchanged(means.progress)
             outcomes = [writer.finish() for writer in meter.writers]
-        remove_claimed(self.work)
+        if all(outcome.share is None for outcome in outcomes):
+            remove_claimed(self.work)
         return outcomes
 
     def _tokens(self, settings: CalibrationSettings) -> TokenSet:

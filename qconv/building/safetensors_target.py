@@ -30,6 +30,7 @@ from qconv.building.output import (
 )
 from qconv.building.report import Report
 from qconv.building.scale_range import check_scales
+from qconv.building.share import Share
 from qconv.building.target import Means, PackedModule
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.layer import Finished, LayerBuild, LayerReport
@@ -58,18 +59,29 @@ from qconv.verification.structure import check_structure
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SafetensorsTarget:
-    """See :class:`qconv.building.target.Target`; ``chosen`` says how the recipe's grids were chosen, if they were."""
+    """See :class:`qconv.building.target.Target`.
+
+    Attributes:
+        chosen: How the recipe's grids were chosen, if they were.
+        share: The units that are made, if that is not all.
+    """
 
     source: Source
     plan: BuildPlan
     folder: Path
     name: str = ""
     chosen: Chosen | None = None
+    share: Share | None = None
+
+    @property
+    def units(self) -> list[Unit]:
+        """Those that are made."""
+        return [unit for unit in self.plan.units if self.share is None or unit.key in self.share.keys]
 
     @property
     def weights(self) -> int:
-        """The number of parameters of the source."""
-        return self.plan.weights
+        """The number of parameters that they hold."""
+        return sum(unit.weights for unit in self.units)
 
     @property
     def calibration(self) -> CalibrationSettings | None:
@@ -92,6 +104,8 @@ class SafetensorsTarget:
 
     def names(self) -> list[str]:
         """Every file that gets a name."""
+        if self.share is not None:
+            return [shard for unit in self.units for shard, _ in unit.shards]
         return [*planned_files(self.plan), *companion_names(self.source, self.plan)]
 
     def fingerprints(self, tokens: TokenSet | None) -> dict[str, str]:
@@ -109,7 +123,7 @@ class SafetensorsTarget:
 
     def needed(self, committed: Collection[str], work: Path) -> int:
         """Bytes of the units that are not committed."""
-        return sum(unit.nbytes for unit in self.plan.units if unit.key not in committed)
+        return sum(unit.nbytes for unit in self.units if unit.key not in committed)
 
     def looks_again(self, committed: Collection[str]) -> bool:
         """Whether there are such units, and activations are looked at."""
@@ -126,7 +140,7 @@ class SafetensorsTarget:
 
     def standing(self, committed: Collection[str]) -> str:
         """How many units are committed."""
-        return f"{len(committed)} of {len(self.plan.units)} units are committed"
+        return f"{len(committed)} of {len(self.units)} units are committed"
 
     def complete(self, belongs: Mapping[str, str], means: Means) -> Outcome:
         """The finished build, with the companions that the source has now."""
@@ -168,6 +182,8 @@ class SafetensorsWriter:
     ) -> None:
         """See :meth:`qconv.building.target.Target.begin`."""
         self.source, self.plan, self.out, self.chosen = target.source, target.plan, target.folder, target.chosen
+        self.share = target.share
+        self.made = target.units
         self.part = part
         self.tokens = tokens
         self.belongs = belongs
@@ -218,7 +234,9 @@ class SafetensorsWriter:
                 self._write(unit)
 
     def _write(self, unit: Unit) -> None:
-        behind = sum(one.weights for one in self.plan.units[: self.plan.units.index(unit)])
+        if unit not in self.made:
+            return
+        behind = sum(one.weights for one in self.made[: self.made.index(unit)])
         committed = self.part.units.get(unit.key)
         if committed is not None:
             for file in committed["files"]:
@@ -271,6 +289,8 @@ class SafetensorsWriter:
 
     def finish(self) -> Outcome:
         """Complete the folder."""
+        if self.share is not None:
+            return Outcome(self.out, {}, already_complete=False, share=self.share)
         corpus, units = None if self.tokens is None else self.tokens.source, self.part.units
         report = self._report(corpus, units)
         small = self._companions(report)

@@ -16,6 +16,7 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from qconv.building.output import Outcome
+from qconv.building.share import Share
 from qconv.calibration.corpus import TokenSet
 from qconv.calibration.layer import Finished, LayerBuild
 from qconv.calibration.statistics import InputSquares
@@ -136,6 +137,7 @@ class Target(Protocol):
         weights: How many it works through, for progress.
         calibration: How it wants layers looked at; None if it does not look at them.
         calibrates: Whether layers are rounded by what is seen, not just looked at.
+        share: The units that are made, if those are not all.
     """
 
     @property
@@ -152,6 +154,9 @@ class Target(Protocol):
 
     @property
     def calibrates(self) -> bool: ...
+
+    @property
+    def share(self) -> Share | None: ...
 
     @property
     def demand(self) -> Demand:

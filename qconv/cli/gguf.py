@@ -26,6 +26,7 @@ from qconv.cli.console import (
     size,
     stdout,
 )
+from qconv.cli.parts import print_share
 from qconv.cli.progress import reporting
 from qconv.errors import UsageError
 
@@ -46,6 +47,7 @@ def quantize(
     recipe: GgufRecipe,
     *,
     restart: bool,
+    part: tuple[int, int] | None,
     threads: int | None,
     disk_budget: int | None,
     executor: str,
@@ -65,12 +67,16 @@ def quantize(
                 out,
                 recipe,
                 restart=restart,
+                part=part,
                 threads=threads,
                 executor=executor,
                 devices=devices,
                 progress=reporter.progress,
                 log=reporter.log,
             )
+    if outcome.share is not None:
+        print_share(outcome.share, outcome.out, out, start, as_json)
+        return
     result = build_values(outcome) | costs(start)
     if as_json:
         print_json(result)

@@ -23,7 +23,7 @@ from qconv.errors import OutputError, QconvError, ResourceError, UsageError
 from qconv.heap import settle_allocation
 
 COMMANDS = (
-    *("plan", "quantize", "imatrix", "sensitivity", "inspect", "verify", "convert", "check"),
+    *("plan", "quantize", "collect", "imatrix", "sensitivity", "inspect", "verify", "convert", "check"),
     *("generate", "eval", "nightly", "bench"),
 )
 """In the order of use. A command is the attribute ``command`` of the module of its name in qconv.cli."""

@@ -33,9 +33,11 @@ from qconv.cli.options import (
     out_option,
     recipe_options,
 )
+from qconv.cli.parts import part_option, print_share
 from qconv.cli.progress import reporting
 from qconv.cli.several import Builds, is_several, several, single
 from qconv.cli.target import TargetOptions, print_choice, require_savable, save_recipe, target_options
+from qconv.errors import UsageError
 
 if TYPE_CHECKING:
     from qconv.building.output import Outcome
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         "qconv quantize MODEL --fmt gguf:Q4_K_M --calib python-stdlib -o OUT",
         "qconv quantize MODEL --fmt gguf --target-size 240GB -o OUT",
         "qconv quantize MODEL --fmt awq --fmt gguf:Q4_K_M --tokens 32768 -o OUT",
+        "qconv quantize MODEL --fmt fp8 --part 3/16 -o OUT",
     ),
 )
 @model_argument
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
 @recipe_options
 @target_options
 @click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
+@part_option
 @click.option(
     "--threads",
     type=THREADS,
@@ -72,6 +76,7 @@ def command(
     model: str,
     out: Path,
     restart: bool,
+    part: tuple[int, int] | None,
     threads: int | None,
     disk_budget: int | None,
     executor: str,
@@ -86,9 +91,12 @@ def command(
     Works layer by layer. Interrupted or killed at any moment, the same command continues and ends with the same bytes.
     With several --fmt or --recipe each build gets a folder in OUT, and all come from one calibration, whose layers see
     the outputs of unquantized ones. With --target-size or --target-bits the types of the best build of that size are
-    chosen first, by what the model's output cares about (--sensitivity, or measured here), for GGUF and w4a16.
+    chosen first, by what the model's output cares about (--sensitivity, or measured here), for GGUF and w4a16. With
+    --part a machine makes its share of a build that needs no calibration; qconv collect makes the build of all.
     """
     target = TargetOptions.taken(options)
+    if part is not None and (target is not None or is_several(fmt, recipe)):
+        raise UsageError("--part: makes a share of one build, whose types are chosen.", hint="Choose them with --save.")
     if target is not None:
         wanted = target.recipe(fmt, recipe, options)
         _quantize_to_size(
@@ -126,6 +134,7 @@ def command(
             out,
             gguf_recipe,
             restart=restart,
+            part=part,
             threads=threads,
             disk_budget=disk_budget,
             executor=executor,
@@ -150,17 +159,21 @@ def command(
                 out,
                 loaded,
                 restart=restart,
+                part=part,
                 threads=threads,
                 executor=executor,
                 devices=devices,
                 progress=reporter.progress,
                 log=reporter.log,
             )
-    result = _values(outcome) | costs(start)
+    if outcome.share is not None:
+        print_share(outcome.share, outcome.out, out, start, as_json)
+        return
+    result = build_values(outcome) | costs(start)
     if as_json:
         print_json(result)
     else:
-        _print(result)
+        print_build(result)
         print_costs(result)
         print_other_way(loaded)
 
@@ -203,12 +216,12 @@ def _quantize_to_size(
     if target.save is not None:
         save_recipe(target.save, outcome.report["recipe"], outcome.report["allocation"])
     is_gguf = str(outcome.report["format"]).startswith("gguf:")
-    made = gguf.build_values(outcome) if is_gguf else _values(outcome)
+    made = gguf.build_values(outcome) if is_gguf else build_values(outcome)
     result = made | {"allocation": outcome.report["allocation"]} | costs(start)
     if as_json:
         print_json(result)
         return
-    (gguf.print_build if is_gguf else _print)(result)
+    (gguf.print_build if is_gguf else print_build)(result)
     print_choice(outcome.report)
     print_costs(result)
 
@@ -244,7 +257,7 @@ def _quantize_several(
                 log=reporter.log,
             )
     made = {
-        name: gguf.build_values(outcome) if str(outcome.report["format"]).startswith("gguf:") else _values(outcome)
+        name: (gguf.build_values if str(outcome.report["format"]).startswith("gguf:") else build_values)(outcome)
         for name, outcome in outcomes.items()
     }
     result: dict[str, Any] = {"path": str(out), "builds": made, **costs(start)}
@@ -252,12 +265,12 @@ def _quantize_several(
         print_json(result)
         return
     for values in made.values():
-        (_print if "quantized_bits_per_weight" in values else gguf.print_build)(values)
+        (print_build if "quantized_bits_per_weight" in values else gguf.print_build)(values)
         say(stdout(), "")
     print_costs(result)
 
 
-def _values(outcome: Outcome) -> dict[str, Any]:
+def build_values(outcome: Outcome) -> dict[str, Any]:
     """What a finished run says of its build."""
     return {
         "path": str(outcome.out),
@@ -303,7 +316,7 @@ def results(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def print_build(result: dict[str, Any]) -> None:
     console = stdout()
     if result["renewed"]:
         say(console, f"{result['path']}: already complete; made again: {', '.join(result['renewed'])}")

@@ -180,6 +180,7 @@ class MlxTarget:
     folder: Path
     shards: tuple[Shard, ...]
     name: str = ""
+    share: None = None
 
     @property
     def weights(self) -> int:

@@ -33,6 +33,7 @@ class Listing:
         self.weights = len(source.architecture.layers)
         self.calibration = None
         self.calibrates = False
+        self.share = None
         self.demand = Demand(0)
         self.told: list[str] = []
 
