@@ -4,7 +4,8 @@ For each type a small random model is made of transformers' own config class and
 quantized by rounding, by GPTQ and by AWQ in groups of 32; each build is verified against its source, and its logits,
 from the loaded and from the streamed build, are compared with those of transformers on the dequantized weights, in
 float32: the largest difference, relative to the largest logit. "Folding" is the same for random scales folded wherever
-they may be, with nothing rounded. Prints a Markdown table. Exits with 1 if a difference is above the bound, a build
+they may be, with nothing rounded. "Faults" is how many were planted, one after the other, and found
+(:mod:`evals.planted_faults`). Prints a Markdown table. Exits with 1 if a difference is above the bound, a build
 does not verify, or a type that is listed does not work.
 """
 
@@ -28,6 +29,7 @@ from transformers.utils import logging
 import qconv
 from evals.model_types import save_random
 from evals.options import TINY
+from evals.planted_faults import Missed, planted
 from qconv.artifacts.folded import FoldedSource
 from qconv.artifacts.separation import dense_tensors
 from qconv.artifacts.source import Source
@@ -99,15 +101,17 @@ class Row:
     mixers: str
     mlps: str
     found: dict[str, float | str]
+    faults: int | str
 
     @property
     def is_good(self) -> bool:
         """Whether everything worked, within the bound."""
-        return all(isinstance(one, float) and one <= BOUND for one in self.found.values())
+        good = all(isinstance(one, float) and one <= BOUND for one in self.found.values())
+        return good and isinstance(self.faults, int)
 
     def __str__(self) -> str:
         cells = [one if isinstance(one, str) else f"{one:.1e}" for one in self.found.values()]
-        return f"| `{self.model_type}` | {self.mixers} | {self.mlps} | {' | '.join(cells)} |"
+        return f"| `{self.model_type}` | {self.mixers} | {self.mlps} | {' | '.join(cells)} | {self.faults} |"
 
 
 def logits_of(folder: Path) -> Tensor:
@@ -211,7 +215,11 @@ def measured(model_type: str, work: Path) -> Row:
             found[column] = folded(exact, work / column) if column == "folding" else built(model, work / column, column)
         except (QconvError, ValueError) as error:
             found[column] = f"no: {error}"
-    return Row(model_type, ", ".join(named), " and ".join(mlps), found)
+    try:
+        faults: int | str = planted(model, work / "faults")
+    except (QconvError, Missed) as error:
+        faults = f"no: {error}"
+    return Row(model_type, ", ".join(named), " and ".join(mlps), found, faults)
 
 
 def rows(types: tuple[str, ...]) -> Iterator[Row]:
@@ -226,8 +234,8 @@ def rows(types: tuple[str, ...]) -> Iterator[Row]:
 def main(types: tuple[str, ...]) -> None:
     """Measure TYPES, by default all that are listed."""
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers does not type it
-    print(f"| Type | Mixers | Layers | {' | '.join(METHODS)} | folding |")
-    print(f"|---|---|---|{'---|' * (len(METHODS) + 1)}")
+    print(f"| Type | Mixers | Layers | {' | '.join(METHODS)} | folding | faults |")
+    print(f"|---|---|---|{'---|' * (len(METHODS) + 2)}")
     good = True
     for row in rows(types or (*SPARSE, *DENSE)):
         print(row, flush=True)
