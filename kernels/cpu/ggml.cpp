@@ -5,6 +5,7 @@
 #include "ggml/input.h"
 #include "ggml/searched.h"
 #include "ggml/signed.h"
+#include "ggml/ternary.h"
 
 namespace qconv {
 namespace {
@@ -90,6 +91,8 @@ EXPORTED float qconv_encode_directly(int32_t type, const void* weights, int32_t 
     case 7: return encode_directly<Q5_1Block>(matrix, limit, out);
     case 8: return encode_directly<Q8_0Block>(matrix, limit, out);
     case 30: return encode_numbers<BF16>(matrix, limit, out);
+    case 34: return encode_directly<TQ1_0Block>(matrix, limit, out);
+    case 35: return encode_directly<TQ2_0Block>(matrix, limit, out);
     case 39: return encode_directly<Mxfp4Block>(matrix, limit, out);
     default: return -1.0f;
   }
@@ -120,6 +123,8 @@ EXPORTED float qconv_encode_by_search(int32_t type, const void* weights, int32_t
     case 21: return encode_searched<IQ3_S>(matrix, importance, from, limit, out);
     case 22: return encode_searched<IQ2_S>(matrix, importance, from, limit, out);
     case 23: return encode_searched<IQ4_XS>(matrix, importance, from, limit, out);
+    case 34: return encode_searched<TQ1_0>(matrix, importance, from, limit, out);
+    case 35: return encode_searched<TQ2_0>(matrix, importance, from, limit, out);
     default: return -1.0f;
   }
 }

@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from qconv.verification.floors import matched_floor_db, snr_floor_db
+from qconv.verification.rows import USUAL, Least
 
 _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 """Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""
@@ -30,6 +31,12 @@ is small beside its neighbours gets an error of its own size."""
 _WEIGHTED_LATTICE_FLOOR = -1.0
 """With importance, trained weights lose up to four dB. But a few outliers can hold most of the signal, and if they
 matter to no output they may become the lowest level, even with the wrong sign. A wrong tensor has -3 dB."""
+
+_TERNARY_FLOORS = (0.0, -2.0)
+"""Of TQ1_0 and TQ2_0, without and with importance or compensation. Rounding to 0 or one magnitude moves no weight
+by more than itself, and the largest of each block hardly; compensation may go further, as with few bits of any grid."""
+
+_TERNARY = (GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0)
 
 T = GGMLQuantizationType
 HALVES: dict[T, tuple[int, ...]] = {
@@ -58,8 +65,18 @@ def floor_db(type: GGMLQuantizationType, weighted: bool, matched: bool = False) 
         return _WEIGHTED_MXFP4_FLOOR if weighted and type.name == "MXFP4" else _FLOAT_FLOORS[type.name]
     if type.name in _LATTICE_FLOORS:
         return _WEIGHTED_LATTICE_FLOOR if weighted else _LATTICE_FLOORS[type.name]
+    if type in _TERNARY:
+        return _TERNARY_FLOORS[weighted]
     bits = int(next(character for character in type.name if character.isdigit()))
     return snr_floor_db(bits, compensated=weighted)
+
+
+def least_of_rows(type: GGMLQuantizationType) -> Least:
+    """What a sound row of a type has at least.
+
+    By formula nine weights of ten become zeros in TQ1_0 and TQ2_0, if they are not ternary already.
+    """
+    return Least(cosine=0.2, size=0.0) if type in _TERNARY else USUAL
 
 
 def decoded(data: Tensor, type: GGMLQuantizationType) -> Tensor:

@@ -20,7 +20,7 @@ from qconv.formats.gguf.metadata import FOLDED
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors
 from qconv.formats.gguf.reader import GgufModel, model_files, split_paths
 from qconv.formats.gguf.rope import rope_of
-from qconv.verification.blocks import finite_blocks, floor_db, is_known
+from qconv.verification.blocks import finite_blocks, floor_db, is_known, least_of_rows
 from qconv.verification.checksums import check_sums, check_sums_of
 from qconv.verification.keys import check_keys
 from qconv.verification.outcome import Progress, Verification
@@ -162,7 +162,7 @@ def _compare(made: GgufModel, source: Weights, tensor: GgufTensor, floor: float)
     """A tensor's signal to noise ratio, and what is wrong with it: as a whole, with an expert, with rows."""
     ours, total, problems = RowReader(made.dequantized(tensor.name)), SquaredError(), []
     for number, part in enumerate(parts(source, tensor)):
-        error, found = SquaredError(), WrongRows()
+        error, found = SquaredError(), WrongRows(least_of_rows(made.entries[tensor.name].type))
         for block in part:
             wanted, start = block.reshape(-1, tensor.columns).float().contiguous(), 0
             for got in ours.take(len(wanted)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,36 @@ def test_lattices_have_a_floor_between_a_wrong_tensor_and_the_worst_sound_weight
     for name, weight in kinds.items():
         approximation = decoded(encode(weight, GgmlType[type], importance), GgmlType[type].value)
         assert SquaredError.between_(weight, approximation).snr_db > floor, name
+
+
+@pytest.mark.parametrize("type", ["TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ternary_types_have_a_floor_below_the_worst_sound_weights(type: str, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(8, 1024, generator=generator)
+    importance = torch.exp(2.0 * torch.randn(1024, generator=generator)) if weighted else None
+    floor = floor_db(GgmlType[type].value, weighted)
+    assert floor > -3.0  # a wrong tensor
+    for weight in (normal, normal / torch.randn(8, 1024, generator=generator), normal.abs()):
+        approximation = decoded(encode(weight, GgmlType[type], importance), GgmlType[type].value)
+        assert SquaredError.between_(weight, approximation).snr_db > floor
+
+
+@pytest.mark.parametrize("file_type", ["TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("ternary", [False, True])
+def test_ternary_files_are_verified_and_exact_of_a_ternary_model(file_type: str, ternary: bool, tmp_path: Path) -> None:
+    shapes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 1}
+    random = random_model("qwen3_moe", norm_topk_prob=True, **shapes)
+    if ternary:
+        for name, weight in random.named_parameters():
+            if "experts" in name:
+                weight.data = torch.sign(weight.data) * (weight.data.abs() > weight.data.abs().mean()) * 0.03125
+    model = save_model(random, tmp_path / "model")
+    convert(model, tmp_path / "out", file_type)
+    verified = verify_gguf(tmp_path / "out", model)
+    assert verified.problems == []
+    found = [verified.snr_db[f"blk.0.ffn_{role}_exps.weight"] for role in ("gate", "up", "down")]
+    assert min(found) == math.inf if ternary else 0.0 < min(found) < 5.0
 
 
 @pytest.mark.parametrize("file_type", ["IQ3_M", "IQ2_XXS"])

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qconv.grids.ggml import GgmlType, encode
-from qconv.verification.blocks import decoded
+from qconv.verification.blocks import decoded, least_of_rows
 from qconv.verification.rows import LEAST_RATIO, RowReader, WrongRows, wrong_rows
 
 ROWS, COLUMNS = 48, 256
@@ -43,6 +43,23 @@ def test_no_sound_row_is_called_wrong(name: str, kind: str) -> None:
     values = weights(kind)
     importance = torch.ones(COLUMNS) if name == "IQ2_XXS" else None
     assert not bool(wrong_rows(values, rounded(values, name, importance)).any())
+
+
+@pytest.mark.parametrize("kind", ["normal", "cauchy", "sparse", "tiny rows", "one sign"])
+def test_sound_rows_of_zeros_and_one_magnitude_are_not_called_wrong(kind: str) -> None:
+    """By formula nine weights of ten become zeros; an unrelated row is still found, and with importance any other."""
+    values, type = weights(kind), GGMLQuantizationType.TQ2_0
+    made = rounded(values, "TQ2_0")
+    assert not bool(wrong_rows(values, made, least_of_rows(type)).any())
+    assert kind != "normal" or bool(wrong_rows(values, made).any()), "else it needs no limit of its own"
+    importance = torch.ones(COLUMNS)
+    importance[0] = 1.01
+    searched = rounded(values, "TQ2_0", importance)
+    assert not bool(wrong_rows(values, searched, least_of_rows(type)).any())
+    if kind == "normal":
+        made[7], searched[7] = made[20].clone(), searched[20].clone()
+        assert torch.nonzero(wrong_rows(values, made, least_of_rows(type))).flatten().tolist() == [7]
+        assert torch.nonzero(wrong_rows(values, searched, least_of_rows(type))).flatten().tolist() == [7]
 
 
 def test_what_an_importance_gives_up_is_not_called_wrong() -> None:

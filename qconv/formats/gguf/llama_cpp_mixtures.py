@@ -195,6 +195,8 @@ MIXTURES: dict[str, Mixture] = {
     "IQ2_XS": _two_bits(T.IQ2_XS, T.Q2_K, None, T.Q2_K),
     "IQ2_S": _two_bits(T.IQ2_XS, T.IQ3_S, T.IQ3_S, T.IQ3_S),
     "IQ2_M": _two_bits(T.IQ2_S, T.IQ3_S, T.IQ3_S, T.IQ3_S),
+    "TQ1_0": Mixture(T.TQ1_0, embedding=T.Q4_K),
+    "TQ2_0": Mixture(T.TQ2_0, embedding=T.Q4_K),
     "MXFP4_MOE": Mixture(T.Q8_0, output=T.Q8_0),
 }
 """llama.cpp's file types by name. MXFP4_MOE's experts are MXFP4, which no role tells from a dense layer."""

@@ -59,6 +59,8 @@ _SMALLER_BLOCKS = {
     T.IQ3_XXS: T.IQ4_NL,
     T.IQ3_S: T.IQ4_NL,
     T.IQ4_XS: T.IQ4_NL,
+    T.TQ1_0: T.Q4_0,
+    T.TQ2_0: T.Q4_0,
     T.Q2_K: T.Q4_0,
     T.Q3_K: T.Q4_0,
     T.Q4_K: T.Q5_0,

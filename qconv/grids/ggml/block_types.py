@@ -28,6 +28,8 @@ class GgmlType(Enum):
     IQ3_XXS = GGMLQuantizationType.IQ3_XXS
     IQ3_S = GGMLQuantizationType.IQ3_S
     MXFP4 = GGMLQuantizationType.MXFP4
+    TQ1_0 = GGMLQuantizationType.TQ1_0
+    TQ2_0 = GGMLQuantizationType.TQ2_0
     Q2_K = GGMLQuantizationType.Q2_K
     Q3_K = GGMLQuantizationType.Q3_K
     Q4_K = GGMLQuantizationType.Q4_K
@@ -79,6 +81,8 @@ _SMALLER_BLOCKS = {
     GgmlType.IQ3_XXS: GgmlType.IQ4_NL,
     GgmlType.IQ3_S: GgmlType.IQ4_NL,
     GgmlType.IQ4_XS: GgmlType.IQ4_NL,
+    GgmlType.TQ1_0: GgmlType.Q4_0,
+    GgmlType.TQ2_0: GgmlType.Q4_0,
     GgmlType.Q2_K: GgmlType.Q4_0,
     GgmlType.Q3_K: GgmlType.Q4_0,
     GgmlType.Q4_K: GgmlType.Q5_0,

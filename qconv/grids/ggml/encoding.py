@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconv.errors import UsageError
-from qconv.grids.ggml import compiled, direct
+from qconv.grids.ggml import compiled, direct, ternary
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.numeric import HALF_MAX
 from qconv.grids.ggml.packing import by_element
@@ -40,6 +40,8 @@ _DIRECT: dict[GgmlType, Callable[[Tensor], Tensor]] = {
     GgmlType.Q5_0: direct.q5_0,
     GgmlType.Q5_1: direct.q5_1,
     GgmlType.MXFP4: direct.mxfp4,
+    GgmlType.TQ1_0: ternary.tq1_0,
+    GgmlType.TQ2_0: ternary.tq2_0,
 }
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _WITHOUT_HALVES = (GgmlType.F32, GgmlType.BF16, GgmlType.MXFP4)
@@ -48,9 +50,9 @@ _WITHOUT_HALVES = (GgmlType.F32, GgmlType.BF16, GgmlType.MXFP4)
 def encode(weight: Tensor, type: GgmlType, importance: Tensor | None = None) -> Tensor:
     """Encode a weight as rows of ggml blocks.
 
-    F32, F16, BF16, Q8_0 and MXFP4, and Q4_0, Q4_1, Q5_0 and Q5_1 without importance, follow ggml's formulas to the
-    byte. All else searches for the least ``sum importance * (weight - decoded)^2``, importance being 1 where none is
-    given. It has no effect on the types that search nothing.
+    F32, F16, BF16, Q8_0 and MXFP4, and without importance Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0 and TQ2_0, follow ggml's
+    formulas to the byte. All else searches for the least ``sum importance * (weight - decoded)^2``, importance being 1
+    where none is given. It has no effect on the types that search nothing.
 
     Args:
         weight: [rows, columns], any float dtype, any device; not changed.

@@ -50,9 +50,12 @@ def _nibbles(data: Tensor) -> Tensor:
     return torch.stack([data & 15, data >> 4], 2).flatten(1).t().float()
 
 
-def _own(data: Tensor) -> BlockScales:
-    scale = _half(data, 0)
-    return BlockScales(torch.ones_like(scale), scale.unsqueeze(0))
+def _own_at(offset: int) -> Callable[[Tensor], BlockScales]:
+    def read(data: Tensor) -> BlockScales:
+        scale = _half(data, offset)
+        return BlockScales(torch.ones_like(scale), scale.unsqueeze(0))
+
+    return read
 
 
 def _own_affine(data: Tensor) -> BlockScales:
@@ -116,10 +119,12 @@ def _odd_words(offset: int, stride: int) -> Callable[[Tensor], BlockScales]:
 
 
 _READERS: dict[GgmlType, Callable[[Tensor], BlockScales]] = {
-    GgmlType.Q8_0: _own,
-    GgmlType.Q4_0: _own,
-    GgmlType.Q5_0: _own,
-    GgmlType.IQ4_NL: _own,
+    GgmlType.Q8_0: _own_at(0),
+    GgmlType.Q4_0: _own_at(0),
+    GgmlType.Q5_0: _own_at(0),
+    GgmlType.IQ4_NL: _own_at(0),
+    GgmlType.TQ1_0: _own_at(52),
+    GgmlType.TQ2_0: _own_at(64),
     GgmlType.Q4_1: _own_affine,
     GgmlType.Q5_1: _own_affine,
     GgmlType.MXFP4: _exponents,

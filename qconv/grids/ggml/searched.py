@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from qconv.grids.ggml import affine, codebook, scaled, signed, signed_types
+from qconv.grids.ggml import affine, codebook, scaled, signed, signed_types, ternary
 from qconv.grids.ggml.affine import AffineGrid
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.packing import (
@@ -198,6 +198,8 @@ SEARCHES: dict[GgmlType, Search[Any, Any]] = {
     GgmlType.IQ2_S: Search(16, signed_types.IQ2_S, signed.encode, signed_types.iq2_s, lanes=1),
     GgmlType.IQ3_XXS: Search(8, signed_types.IQ3_XXS, signed.encode, signed_types.iq3_xxs, lanes=1),
     GgmlType.IQ3_S: Search(8, signed_types.IQ3_S, signed.encode, signed_types.iq3_s, lanes=1),
+    GgmlType.TQ1_0: Search(1, ternary.TERNARY, scaled.encode, ternary.pack_tq1_0),
+    GgmlType.TQ2_0: Search(1, ternary.TERNARY, scaled.encode, ternary.pack_tq2_0),
     GgmlType.Q2_K: Search(16, Q2_K, affine.encode, q2_k),
     GgmlType.Q3_K: Search(16, Q3_K, scaled.encode, q3_k),
     GgmlType.Q4_K: Search(8, Q4_K, affine.encode, q4_k),

@@ -181,6 +181,8 @@ def test_llama_70b_gets_a_better_v() -> None:
         *((iq, T.IQ4_NL) for iq in (T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS)),
         (T.Q2_K, T.Q4_0),
         (T.Q3_K, T.Q4_0),
+        (T.TQ1_0, T.Q4_0),
+        (T.TQ2_0, T.Q4_0),
         (T.Q4_K, T.Q5_0),
         (T.Q5_K, T.Q5_1),
         (T.Q6_K, T.Q8_0),
@@ -294,3 +296,11 @@ def test_what_calibration_does_not_look_at_needs_no_importance(file_type: str, e
     types = tensor_types(file_type, model, gguf_tensors(model), importance=True)
     assert {types[f"blk.1.attn_{half}_b.weight"] for half in ("k", "v")} == {expected}
     assert types["blk.1.attn_q_b.weight"] != T.Q8_0
+
+
+@pytest.mark.parametrize("file_type", ["TQ1_0", "TQ2_0"])
+def test_ternary_files_keep_more_of_what_stands_outside_layers(file_type: str) -> None:
+    """llama.cpp's program: the head Q6_K, the embedding Q4_K, all else the base type."""
+    types = types_480b(file_type)
+    exceptions = {name: type for name, type in types.items() if type not in (GGMLQuantizationType[file_type], T.F32)}
+    assert exceptions == {"output.weight": T.Q6_K, "token_embd.weight": T.Q4_K}

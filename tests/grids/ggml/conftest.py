@@ -25,8 +25,9 @@ SIGNED = {
     GgmlType.IQ3_S: (1.0, 32),
 }
 EVEN_SIGNS = (GgmlType.IQ2_XXS, GgmlType.IQ2_XS, GgmlType.IQ3_XXS)
+TERNARY = [GgmlType.TQ1_0, GgmlType.TQ2_0]
 SEARCHED = [*AFFINE_SUPER, *SCALED_SUPER, *SIGNED, GgmlType.IQ4_NL]
-WITH_IMPORTANCE = [*SEARCHED, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1]
+WITH_IMPORTANCE = [*SEARCHED, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1, *TERNARY]
 
 
 @pytest.fixture(params=["compiled", "torch"])

@@ -32,6 +32,8 @@ LEAST_SNR_DB = {
     "Q4_0": 17.0,
     "MXFP4": 17.1,
     "Q3_K": 14.0,
+    "TQ2_0": 0.3,  # the largest of 256 is the magnitude of all that are not zero
+    "TQ1_0": 0.3,
     "Q2_K": 9.5,
     "IQ3_S": 15.1,
     "IQ3_XXS": 13.3,
@@ -77,6 +79,7 @@ def test_bits_per_weight(type: str, bits: float) -> None:
         ("Q6_K", 96, "Q8_0"),
         ("Q2_K", 96, "Q4_0"),
         ("Q3_K", 96, "Q4_0"),
+        ("TQ1_0", 96, "Q4_0"),
         ("IQ4_XS", 96, "IQ4_NL"),
         ("Q4_K", 100, "F16"),
         ("Q8_0", 100, "F16"),

@@ -17,6 +17,7 @@ from tests.grids.ggml.conftest import (
     NEARLY_EXACT,
     SEARCHED,
     SPREAD,
+    TERNARY,
     WITH_IMPORTANCE,
     bell_weights,
     blocks_of_256,
@@ -161,7 +162,9 @@ def test_scales_that_float16_hardly_holds_are_used_as_well_as_they_can(type: Ggm
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * magnitude
     error = squared_error(weight, encode(weight, type), type)
     # No worse than half of the signal in place of the few bits that are left, or half a step of the largest code's.
-    assert bool((error <= 0.5 * weight.double().square().sum(1) + 256 * 2.0**-50).all())
+    # By formula most ternary weights are zeros, whatever their magnitude.
+    share = 1.0 if type in TERNARY else 0.5
+    assert bool((error <= share * weight.double().square().sum(1) + 256 * 2.0**-50).all())
 
 
 @every_importance
