@@ -24,9 +24,9 @@ import yaml
 
 from evals.many_threads import forked
 from evals.options import model_option
+from evals.recipes import general_recipes
 from qconv.building.arithmetic import digest, processor
 from qconv.formats.gguf.mixture import FILE_TYPES
-from qconv.planning.recipe import packaged_recipes
 
 TEXT = ("--tokens", "1024", "--sequence-length", "128")
 """Calibration that keeps a build short; most experts of the bundled model still see hundreds of tokens."""
@@ -51,7 +51,7 @@ class Variant:
 def variants() -> Iterator[Variant]:
     """All builds; the importance matrix before those that use it."""
     yield Variant(IMPORTANCE, TEXT, command="imatrix")
-    for name in packaged_recipes():
+    for name in general_recipes():
         uncalibrated = name.removeprefix("qwen3-coder-480b-") in ("fp8", "fp8-dynamic")
         yield Variant(f"recipe {name}", ("--recipe", name, *(() if uncalibrated else TEXT)))
     yield from _of_options()

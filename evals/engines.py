@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 from evals.quality import held_out_text, log_probabilities
+from evals.recipes import general_recipes
 from qconv.artifacts.subject import subject_of
 from qconv.cli.console import LOG_WIDTH
 from qconv.engines.rule import judge
 from qconv.engines.subject import Deployment
 from qconv.engines.vllm import ENGINE
-from qconv.planning.recipe import packaged_recipes
 from qconv.runtime.loading import load
 from tests.interop import environments
 
@@ -73,7 +73,7 @@ class Row:
 @click.option("--only", multiple=True, metavar="RECIPE", help="Only these; repeatable.")
 def main(tokens: int, only: Sequence[str]) -> None:
     """Build, score, print, and exit."""
-    recipes = [name for name in packaged_recipes() if not name.startswith("qwen3-coder-480b")]
+    recipes = [name for name in general_recipes() if not name.startswith("qwen3-coder-480b")]
     held_out, rows, console = held_out_text(MODEL, tokens), [], Console(width=LOG_WIDTH)
     with tempfile.TemporaryDirectory(prefix="qconv-engines-") as name:
         work = Path(name)

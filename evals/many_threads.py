@@ -20,11 +20,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from evals.recipes import general_recipes
 from evals.small_model import save_small_model
 from qconv.cli.main import qconv
 from qconv.formats.gguf.mixture import FILE_TYPES
 from qconv.planning.gguf_recipe import FORMAT as GGUF
-from qconv.planning.recipe import packaged_recipes
 
 TEXT = ("--tokens", "1024", "--sequence-length", "64")
 """Calibration of a size that keeps a run short; every thread still gets experts of its own."""
@@ -36,7 +36,7 @@ TEXT = ("--tokens", "1024", "--sequence-length", "64")
 @click.option("--fmt", "formats", multiple=True, help="Only these; repeatable.")
 def main(runs: int, threads: int, formats: Sequence[str]) -> None:
     """Run, print a table, and exit."""
-    chosen = list(formats) or [*packaged_recipes(), *(f"{GGUF}:{name}" for name in FILE_TYPES)]
+    chosen = list(formats) or [*general_recipes(), *(f"{GGUF}:{name}" for name in FILE_TYPES)]
     table = Table("format", "runs", "failed", "sets of bytes", "seconds a run")
     failures = 0
     with tempfile.TemporaryDirectory(prefix="qconv-threads-") as name:

@@ -113,6 +113,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "fp8": {"bits": 8, "group_size": 128},
     "fp8_dynamic": {"bits": 8, "group_size": -1},
     "fp8_static": {"bits": 8, "group_size": -1},
+    "gpt_oss": {"bits": 4, "group_size": 32},
     "mxfp4": {"bits": 4, "group_size": 32},
     "mxfp8": {"bits": 8, "group_size": 32},
     "nvfp4": {"bits": 4, "group_size": 16},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qconv.artifacts.layout import layout_of
 from qconv.artifacts.reported import has_report, read_report, says_matched
-from qconv.artifacts.source import untied
+from qconv.artifacts.source import open_checkpoint, untied
 from qconv.artifacts.storage import WEIGHT_DTYPES
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, verbatim_of
 from qconv.boundary.printable import name_of
@@ -62,7 +62,7 @@ class Build:
         Raises:
             CheckpointError: damaged, of unknown architecture, or not of a format that qconv reads.
         """
-        return cls.of(Checkpoint.open(path))
+        return cls.of(open_checkpoint(path))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Build:

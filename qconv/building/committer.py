@@ -16,8 +16,9 @@ from torch import Tensor
 from qconv.artifacts.build import scales_path
 from qconv.artifacts.source import Source
 from qconv.building.scale_range import require_storable
-from qconv.checkpoint.header import TensorSpec
-from qconv.checkpoint.reader import Tensors
+from qconv.building.stacking import Stacking
+from qconv.checkpoint.header import TensorSpec, read_header
+from qconv.checkpoint.reader import Tensors, map_tensor
 from qconv.checkpoint.stream import TensorStream, same_bits
 from qconv.checkpoint.writer import ShardRecord, ShardWriter, output_errors, sha256_of
 from qconv.core.architecture import CacheScales, Linear
@@ -67,6 +68,9 @@ class UnitWriter:
         self._unit = unit
         self._stack = contextlib.ExitStack()
         self._writers: list[ShardWriter] = []
+        self._stacking = Stacking(unit.stacks, staged(f"{unit.key}.stacks")) if unit.stacks else None
+        if self._stacking is not None:
+            self._stack.callback(self._stacking.close)
 
     def __enter__(self) -> Self:
         return self
@@ -79,9 +83,17 @@ class UnitWriter:
     def add(self, name: str, blocks: Iterable[Tensor]) -> None:
         """Append the unit's next tensor, given as consecutive blocks of its rows.
 
+        One that goes into a stack waits until all of that are there.
+
         Raises:
             OutputError: the disk is full or the file cannot be written.
         """
+        if self._stacking is not None and self._stacking.takes(name):
+            self._stacking.add(name, blocks)
+        else:
+            self._append(name, blocks)
+
+    def _append(self, name: str, blocks: Iterable[Tensor]) -> None:
         if not self._writers or self._writers[-1].complete:
             shard, specs = self._unit.shards[len(self._writers)]
             self._open(self._out / shard, specs)
@@ -107,6 +119,10 @@ class UnitWriter:
             VerificationError: a tensor on disk does not stand for the source's, or a file read back is not what was
                 written.
         """
+        if self._stacking is not None:
+            for stack in self._unit.stacks:
+                self._append(stack.name, self._stacking.blocks(stack))
+            self._stacking.close()
         shards = list(self._writers)
         if len(shards) != len(self._unit.shards) or not all(writer.complete for writer in shards):
             raise ValueError(f"{self._unit.key}: not every tensor was written")
@@ -159,12 +175,19 @@ class UnitWriter:
         return snr_db, combined(checksums)
 
     def _read_back(self, shards: Sequence[ShardWriter], comparison: Comparison) -> Iterator[_ReadBack]:
-        """The unit's items with their tensors; what must be a copy of the source is compared on the way."""
+        """The unit's items with their tensors; what must be a copy of the source is compared on the way.
+
+        Items with tensors in stacks, which lie in all of these at once, come when every byte's checksum is known.
+        """
+        stacked = {spec.name for stack in self._unit.stacks for spec in stack.members}
         of_shard = {spec.name: writer for writer in shards for spec in writer.specs}
         writer, stream = shards[0], TensorStream(shards[0].temporary)
+        later = {item.module.name for item in self._unit.items for spec in item.specs if spec.name in stacked}
         for item in self._unit.items:
             tensors, problem = {}, None
             for spec in item.specs:
+                if spec.name in stacked:
+                    continue
                 if of_shard[spec.name] is not writer:
                     writer.require_same(stream.sha256())
                     writer = of_shard[spec.name]
@@ -173,8 +196,14 @@ class UnitWriter:
                     tensors[spec.name] = stream.tensor(spec.name)
                 elif not _is_copy(stream, spec.name, comparison.source):
                     problem = f"{spec.name}: differs from the source"
-            yield _ReadBack(item, tensors, problem)
-        writer.require_same(stream.sha256())
+            if item.module.name not in later:
+                yield _ReadBack(item, tensors, problem)
+        for one in shards[shards.index(writer) :]:
+            one.require_same(stream.sha256() if one is writer else sha256_of(one.temporary))
+        entries = {name: one for shard in shards for name, one in read_header(shard.temporary).items()} if later else {}
+        views = {one.name: one for stack in self._unit.stacks for one in stack.views(entries[stack.name])}
+        for item in (item for item in self._unit.items if item.module.name in later):
+            yield _ReadBack(item, {spec.name: map_tensor(views[spec.name]) for spec in item.specs}, None)
 
     def _compare(
         self, comparison: Comparison, read: _ReadBack

@@ -50,7 +50,7 @@ from qconv.grids.of_formats import grid_of
 from qconv.heap import return_freed_memory
 from qconv.planning.costs import Demand, demand_of
 from qconv.planning.engines import engine_values, judged
-from qconv.planning.plan import BuildPlan, Item, Unit
+from qconv.planning.plan import BuildPlan, Item, Unit, disk_needed
 from qconv.planning.schemes import LinearScheme, matrices
 from qconv.verification.checksums import render_checksums
 from qconv.verification.outcome import Verification
@@ -123,7 +123,7 @@ class SafetensorsTarget:
 
     def needed(self, committed: Collection[str], work: Path) -> int:
         """Bytes of the units that are not committed."""
-        return sum(unit.nbytes for unit in self.units if unit.key not in committed)
+        return disk_needed([unit for unit in self.units if unit.key not in committed])
 
     def looks_again(self, committed: Collection[str]) -> bool:
         """Whether there are such units, and activations are looked at."""

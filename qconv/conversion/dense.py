@@ -12,14 +12,14 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import RecipeError
-from qconv.formats.base import Described, TensorReader
+from qconv.formats.base import Described, EachItsOwn, TensorReader
 from qconv.formats.cache import CacheNaming
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 """By the names that ``--to`` takes."""
 
 
-class DenseFormat:
+class DenseFormat(EachItsOwn):
     """A format that holds no grid; what a plan asks of one."""
 
     pack_columns = 1

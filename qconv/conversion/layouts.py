@@ -58,9 +58,13 @@ def layout_in(weights: CodedWeights, wanted: str | None) -> tuple[Format, dict[s
 
 
 def _schemes(weights: CodedWeights, output_format: Format) -> tuple[dict[str, LinearScheme], dict[str, str]]:
-    """The scheme of each linear in the new layout, and those that must be rounded again, each with why."""
+    """The scheme of each linear in the new layout, and those that must be rounded again, each with why.
+
+    What the layout holds no codes of, whatever they are, has no scheme: it becomes plain.
+    """
+    coded = [linear for linear in weights.linears.values() if not output_format.is_skipped(linear.name, ())]
     of_grids = dict[Grid | str, list[Linear]]()
-    for linear in weights.linears.values():
+    for linear in coded:
         of_grids.setdefault(weights.grid_of(linear), []).append(linear)
     own = getattr(output_format, "number", None)
     strange = own is not None and all(isinstance(grid, str) or grid.number != own for grid in of_grids)
@@ -81,7 +85,7 @@ def _schemes(weights: CodedWeights, output_format: Format) -> tuple[dict[str, Li
         again |= problems
         scheme = LinearScheme(_own_grid(output_format) if found is None else found, ("rtn",))
         schemes |= {one.name: scheme for one in linears}
-    schemes = {linear.name: schemes[linear.name] for linear in weights.linears.values()}
+    schemes = {linear.name: schemes[linear.name] for linear in coded}
     of = None if kept else _other_format(output_format, {scheme.grid for scheme in schemes.values()})
     if of is not None:
         scheme = LinearScheme(_own_grid(output_format), ("rtn",))

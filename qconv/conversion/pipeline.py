@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,11 @@ def _safetensors_target(source: Source, out: Path, wanted: Wanted, requantize: b
         log(f"{len(again)} linears are rounded again: {_told(again)}")
     if plain is not None:
         log(f"{len(weights.linears):,} weights become {output_format.name}: code times scale, rounded once")
+    uncoded = [name for name, linear in weights.linears.items() if linear.name not in schemes]
+    if uncoded and plain is None:
+        weights = weights.plainly(uncoded)
+        source = replace(source, checkpoint=weights)
+        log(f"{len(uncoded):,} weights, of which {output_format.name} holds no codes, become plain: code times scale")
     caches = _keeps_cache(weights, output_format, log)
     recipe = _recipe(output_format, schemes, wanted, caches)
     plan = lay_out(

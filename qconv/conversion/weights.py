@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from qconv.artifacts.reported import has_report, read_report
 from qconv.artifacts.source import Source, require_tokenizer
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import Checkpoint, row_ranges
-from qconv.conversion.exact import same_numbers
+from qconv.conversion.exact import same_numbers, stored_as
 from qconv.core.architecture import Architecture, Linear
 from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError
@@ -88,6 +88,15 @@ class CodedWeights(Checkpoint):
         """Whether it has codes."""
         return name in self.linears
 
+    def plainly(self, names: Iterable[str]) -> Self:
+        """The same, some weights in the dtype of the model's plain ones, where every number is one of that."""
+        dtype, changed = self.entry(self.architecture.embedding.weight).dtype, {}
+        for name in names:
+            entry = self.entry(name)
+            if all(stored_as(block, dtype) is not None for block in self.blocks(name)):
+                changed[name] = replace(entry, dtype=dtype, nbytes=dtype.itemsize * entry.numel)
+        return replace(self, entries={**self.entries, **changed})
+
     def is_made_of(self, name: str, weight: QTensor) -> bool:
         """See :class:`qconv.verification.weights.Coded`."""
         linear = self.linears.get(name)
@@ -133,7 +142,7 @@ class BuildWeights(CodedWeights):
             shape = (linear.out_features, linear.in_features)
             some = stored.entry(parts[name][0])
             nbytes = dtype.itemsize * linear.out_features * linear.in_features
-            entries[name] = replace(some, name=name, dtype=dtype, shape=shape, nbytes=nbytes)
+            entries[name] = replace(some, name=name, dtype=dtype, shape=shape, nbytes=nbytes, strides=())
         config = strip_quantization(stored.config)
         return cls(entries, stored.path, config, linears, dtype, build.architecture, build, parts)
 
@@ -200,7 +209,7 @@ class BuildWeights(CodedWeights):
         """The dense tensor."""
         if name not in self.linears:
             return self.build.checkpoint.read(name)
-        return self.qtensor(name).dequantize(self.dtype)
+        return self.qtensor(name).dequantize(self.entry(name).dtype)
 
     def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """The dense tensor as consecutive blocks of rows; memory holds one of them, and the weight's codes."""
@@ -210,7 +219,7 @@ class BuildWeights(CodedWeights):
         weight = self.qtensor(name)
         sharing = weight.grid.rows_sharing(len(weight.codes))
         for start, stop in row_ranges(self.entry(name), max(multiple, sharing)):
-            yield weight.rows(start, stop).dequantize(self.dtype)
+            yield weight.rows(start, stop).dequantize(self.entry(name).dtype)
 
     def gather(self, name: str, rows: Tensor) -> Tensor:
         """Chosen rows of the dense tensor, [len(rows), columns]."""

@@ -27,5 +27,6 @@ READERS: dict[str, dict[str, Known]] = {
     "nvfp4_modelopt": {VLLM: "read", SGLANG: "read"},
     "mxfp4": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
     "mxfp8": {VLLM: "read"},
+    "gpt_oss": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
 }
 """Who loads a format, by its name."""

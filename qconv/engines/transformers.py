@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qconv.engines import common
+from qconv.engines import common, mxfp4
 from qconv.engines.common import FP8, is_compressed, is_expert, of_layout
 from qconv.engines.names import within
 from qconv.engines.rule import Effect, Engine, Rule
@@ -194,6 +194,7 @@ RULES = (
         "keep the original build",
         lambda subject, _: (name for name in subject.tensors if name.startswith("mtp.")),
     ),
+    *mxfp4.TRANSFORMERS,
     common.no_template("transformers", "run", "apply_chat_template raises", "refuses apply_chat_template"),
 )
 ENGINE = Engine(
@@ -206,7 +207,7 @@ ENGINE = Engine(
         "int-quantized": "read",
         "mxfp4-pack-quantized": "run",
         "nvfp4-pack-quantized": "read",
-        "mxfp4": "read",
+        "mxfp4": "run",
         "dense": "run",
     },
     RULES,

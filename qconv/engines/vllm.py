@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qconv.core.qtensor import CHANNEL
-from qconv.engines import common
+from qconv.engines import common, mxfp4
 from qconv.engines.common import FP8, IGNORE, is_compressed, is_expert, of_layout
 from qconv.engines.names import by_part, exactly
 from qconv.engines.rule import Effect, Engine, Rule
@@ -370,6 +370,7 @@ RULES = (
         "build from a source that holds them (qconv copies them), or serve without speculative decoding",
         common.promised_draft,
     ),
+    *mxfp4.VLLM,
     common.no_generation_config("vllm", "thread", "GPTQModel #1291"),
     common.no_template("vllm", "read", "chat_utils.py", "refuses chat requests"),
 )

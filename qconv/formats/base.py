@@ -187,7 +187,34 @@ def by_rows(
     return out.t() if transposed else out
 
 
-class AllInConfig:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module's tensor lies in one of the file's that holds those of several modules.
+
+    Attributes:
+        name: The file's tensor.
+        number: Which it is along the file's first axis.
+        half: Which it is of those whose rows come by turns there.
+        halves: How many do; 1 where it has the place to itself.
+    """
+
+    name: str
+    number: int
+    half: int = 0
+    halves: int = 1
+
+
+class EachItsOwn:
+    """What formats of all families have in common that hold each tensor of a module by itself."""
+
+    families: tuple[str, ...] = ()
+
+    def place(self, tensor: str) -> Place | None:
+        """See :class:`Format`."""
+        return None
+
+
+class AllInConfig(EachItsOwn):
     """What a format has in common with others of which config.json says everything."""
 
     beside_names: tuple[str, ...] = ()
@@ -211,6 +238,11 @@ class Format(Protocol):
     """Whether linears of one build may be on different grids."""
     beside_names: tuple[str, ...]
     """JSON files that say what config.json says, for readers that look there."""
+    families: tuple[str, ...]
+    """The only families that its readers know in it; empty where it is for all."""
+
+    def place(self, tensor: str) -> Place | None:
+        """Where the file holds a tensor of a module beside others'; None of one that is the file's own."""
 
     @property
     def cache(self) -> CacheNaming | None:

@@ -20,7 +20,16 @@ import torch
 from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
-from qconv.formats.base import Described, Group, TensorReader, by_rows, read_tensors, require_number, skip_list
+from qconv.formats.base import (
+    Described,
+    EachItsOwn,
+    Group,
+    TensorReader,
+    by_rows,
+    read_tensors,
+    require_number,
+    skip_list,
+)
 from qconv.formats.cache import MODELOPT, CacheNaming
 from qconv.formats.float4 import NVFP4, fp4_grid, misfit, pack_pairs, positive, unpack_pairs
 from qconv.formats.packed import not_read
@@ -32,7 +41,7 @@ PRODUCER = {"name": "modelopt", "version": "0.39.0"}
 """The release whose layout this is; some readers ask for the name."""
 
 
-class ModelOptFormat:
+class ModelOptFormat(EachItsOwn):
     """NVFP4 weights and inputs."""
 
     name = "nvfp4_modelopt"

@@ -8,7 +8,7 @@ sizes are exact; memory and disk for scratch files are modelled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from qconv.errors import RecipeError
 from qconv.formats import formats, get_format
 from qconv.formats.base import Format
 from qconv.formats.cache import CacheNaming
+from qconv.formats.stacks import Stack, stacks
 from qconv.planning.fitting import check_shapes
 from qconv.planning.recipe import Recipe
 from qconv.planning.schemes import LinearScheme, in_full, in_words, resolve
@@ -59,6 +60,8 @@ class Unit:
     layer: Layer | None
     items: tuple[Item, ...]
     shards: tuple[tuple[str, tuple[TensorSpec, ...]], ...]
+    stacks: tuple[Stack, ...] = ()
+    """Tensors of the shards that hold those of several items, which stand last."""
 
     @property
     def weights(self) -> int:
@@ -224,6 +227,12 @@ def lay_out(
     Raises:
         RecipeError: the format cannot hold a linear.
     """
+    if output_format.families and architecture.family not in output_format.families:
+        raise RecipeError(
+            f"format: {output_format.name} is for models of {', '.join(output_format.families)}: its readers know no "
+            f"{architecture.family} in it.",
+            hint="Take another format, such as compressed-tensors' of the same grid.",
+        )
     cache = cache_naming(recipe, output_format, architecture)
     check_shapes(architecture, schemes, output_format)
 
@@ -249,17 +258,18 @@ def lay_out(
     limit = recipe.output.max_shard_size
     groups += [(f"verbatim-{number:05d}", None, items) for number, items in enumerate(_copies(verbatim, limit))]
 
-    cuts = [list(_cut([spec for item in items for spec in item.specs], limit)) for _, _, items in groups]
+    together = [tuple(stacks(output_format, _specs(items))) for _, _, items in groups]
+    cuts = [list(_cut(_in_file(items, of), limit)) for (_, _, items), of in zip(groups, together, strict=True)]
     total = sum(map(len, cuts))
     units, number = [], 0
-    for (key, layer_or_none, items), shards in zip(groups, cuts, strict=True):
+    for (key, layer_or_none, items), shards, of in zip(groups, cuts, together, strict=True):
         named = []
         for specs in shards:
             number += 1
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
-        units.append(Unit(key, layer_or_none, tuple(items), tuple(named)))
+        units.append(Unit(key, layer_or_none, tuple(items), tuple(named), of))
     plan = BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim))
-    if output_format.mixes:
+    if output_format.mixes or output_format.families:
         output_format.config(plan.grids(), plan.skipped)  # what config.json cannot say is refused now
     return plan
 
@@ -296,11 +306,29 @@ def plan_of(source: Source, recipe: Recipe) -> BuildPlan:
     return make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype, source.verbatim)
 
 
+def disk_needed(units: Sequence[Unit]) -> int:
+    """Bytes that units take, with what waits for stacks of the one that is made and the one that is checked."""
+    waiting = (sum(stack.spec.nbytes for stack in unit.stacks) for unit in units)
+    return sum(unit.nbytes for unit in units) + 2 * max(waiting, default=0)
+
+
 def _copies(verbatim: Sequence[Verbatim], limit: int) -> Iterator[list[Item]]:
     """Items of what is copied, a shard's together: each is committed by itself."""
     items = {one.name: Item(Parameter(one.name, one.shape), None, (one.spec,)) for one in verbatim}
     for shard in _cut([one.spec for one in verbatim], limit) if verbatim else ():
         yield [items[spec.name] for spec in shard]
+
+
+def _specs(items: Iterable[Item]) -> Iterator[TensorSpec]:
+    """The tensors of items."""
+    return (spec for item in items for spec in item.specs)
+
+
+def _in_file(items: Sequence[Item], together: Sequence[Stack]) -> list[TensorSpec]:
+    """What files hold of items: tensors of their own, then those that hold several items'."""
+    members = {spec.name for stack in together for spec in stack.members}
+    own = [spec for spec in _specs(items) if spec.name not in members]
+    return [*own, *(stack.spec for stack in together)]
 
 
 def _dots(name: str) -> Iterator[int]:

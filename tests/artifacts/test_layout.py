@@ -31,7 +31,6 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "'mxfp6-pack-quantized'",
     ),
-    "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "quant_method 'mxfp4'"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "MIXED_PRECISION"),
     "modelopt's fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "'FP8'"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),

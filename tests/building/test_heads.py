@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qconv
+from evals.recipes import general_formats
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import INDEX_NAME
 from qconv.errors import CheckpointError
 from qconv.folders.state import CHECKSUMS_NAME
-from qconv.formats import formats
 from qconv.planning.estimate import estimate
 from qconv.planning.recipe import Recipe
 from qconv.runtime.dense import write_dense
@@ -68,7 +68,7 @@ def own_head(tmp_path: Path) -> Path:
     return give_head(folder, changed)
 
 
-@pytest.mark.parametrize("output_format", formats())
+@pytest.mark.parametrize("output_format", general_formats())
 def test_a_tied_head_is_on_the_skip_list(tied: Path, tmp_path: Path, output_format: str) -> None:
     made = build(tied, tmp_path / "build", recipe(output_format)).out
     section = json.loads((made / "config.json").read_text())["quantization_config"]
@@ -116,7 +116,7 @@ def test_a_head_that_only_config_json_ties_is_used(own_head: Path) -> None:
     assert theirs[..., -1].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("output_format", formats())
+@pytest.mark.parametrize("output_format", general_formats())
 def test_a_build_keeps_a_head_that_only_config_json_ties(own_head: Path, tmp_path: Path, output_format: str) -> None:
     words: list[str] = []
     made = build(own_head, tmp_path / "build", recipe(output_format), log=words.append).out

@@ -26,12 +26,15 @@ PLAIN = [name for name in packaged_recipes() if not name.startswith("qwen3-coder
 def default_build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What ``--fmt NAME`` writes of a small model with experts, rounded so that it takes no time."""
     from qconv.planning.recipe import parse_recipe, read_values
+    from tests import gpt_oss
     from tests.conftest import build, random_model, save_model
 
     folder = tmp_path_factory.mktemp("default")
-    model = save_model(
-        random_model("qwen3_moe", hidden_size=128, moe_intermediate_size=128, head_dim=64), folder / "model"
-    )
+    if request.param == "gpt-oss":
+        model = gpt_oss.dense(folder / "model")
+    else:
+        sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64}
+        model = save_model(random_model("qwen3_moe", **sizes), folder / "model")
     values, _ = read_values(request.param)
     values |= {"calibration": {"tokens": 64, "sequence_length": 32}}
     for key in ("refine", "awq", "gptq"):

@@ -132,6 +132,23 @@ def w4a16(group: int = 128, **changes: Any) -> Draft:
     return Draft(compressed("pack-quantized", int4(group, **changes), None), leaves)
 
 
+def gpt_oss() -> Draft:
+    """gpt-oss's own: experts in one tensor a layer, the rest plain."""
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    draft = Draft(
+        {"quant_method": "mxfp4", "modules_to_not_convert": skipped}, lambda *shape: {"weight": dense(*shape)}
+    )
+    draft.config["model_type"] = "gpt_oss"
+    draft.tensors = {name: one for name, one in draft.tensors.items() if ".experts." not in name}
+    for layer in range(LAYERS):
+        for leaf, rows, columns in (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
+            name = f"model.layers.{layer}.mlp.experts.{leaf}"
+            draft.tensors[f"{name}_blocks"] = Stored("U8", (EXPERTS, rows, columns // 32, 16))
+            draft.tensors[f"{name}_scales"] = Stored("U8", (EXPERTS, rows, columns // 32))
+            draft.tensors[f"{name}_bias"] = Stored("BF16", (EXPERTS, rows))
+    return draft
+
+
 def awq() -> Draft:
     """AutoAWQ's."""
 

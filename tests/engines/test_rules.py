@@ -18,6 +18,7 @@ from tests.engines.builds import DOWN, GATE, ROUTER, UP, Change, Draft, K, Q
 
 Make = Callable[[], Draft]
 ONE, EIGHT = Deployment(), Deployment(8, 1)
+JOINED = "model.layers.0.mlp.experts"
 
 
 def section(**changes: Any) -> Change:
@@ -159,6 +160,13 @@ def attribute(name: str, value: Any) -> Change:
 def plain(*modules: str) -> Change:
     """With modules that are not quantized."""
     return lambda draft: draft.plain(*modules)
+
+
+def one_expert(draft: Draft) -> None:
+    """With an expert's own blocks and scales in the place of those of all."""
+    draft.drop(f"{JOINED}.down_proj_blocks", f"{JOINED}.down_proj_scales")
+    draft.tensors[f"{JOINED}.0.down_proj.weight_blocks"] = Stored("U8", (builds.HIDDEN, builds.WIDTH // 32, 16))
+    draft.tensors[f"{JOINED}.0.down_proj.weight_scales"] = Stored("U8", (builds.HIDDEN, builds.WIDTH // 32))
 
 
 def w4a8() -> Draft:
@@ -327,6 +335,18 @@ BREACHES: tuple[tuple[str, Make, Change, Deployment], ...] = (
         lambda draft: draft.tensors.update({"mtp.fc.weight": builds.dense(8, 8)}),
         ONE,
     ),
+    ("transformers/mxfp4-experts", builds.gpt_oss, one_expert, ONE),
+    ("transformers/mxfp4-bias", builds.gpt_oss, drop(f"{JOINED}.down_proj_bias"), ONE),
+    ("transformers/mxfp4-scales", builds.gpt_oss, drop(f"{JOINED}.gate_up_proj_scales"), ONE),
+    (
+        "transformers/mxfp4-shape",
+        builds.gpt_oss,
+        lambda draft: draft.reshape(f"{JOINED}.down_proj_blocks", builds.EXPERTS, builds.HIDDEN, builds.WIDTH // 2),
+        ONE,
+    ),
+    ("vllm/mxfp4-experts", builds.gpt_oss, one_expert, ONE),
+    ("vllm/mxfp4-parts", builds.gpt_oss, drop(f"{JOINED}.down_proj_scales"), ONE),
+    ("vllm/mxfp4-parts", builds.gpt_oss, drop(f"{JOINED}.gate_up_proj_bias"), ONE),
     ("transformers/chat-template", builds.fp8, attribute("template", None), ONE),
     ("mlx/scaled-rope", builds.fp8, config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ONE),
     ("mlx/override", builds.mlx, section(**{"language_model.model.layers.0.self_attn.q_proj": {"bits": 8}}), ONE),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from evals.build_digests import OF_THE_RUN, Table, Variant, build, differences, hashed, variants
+from evals.recipes import general_recipes
 from qconv.formats.gguf.mixture import FILE_TYPES
-from qconv.planning.recipe import packaged_recipes
 
 
 def table(arithmetic: str = "a", **hashes: dict[str, str]) -> Table:
@@ -17,7 +17,7 @@ def test_every_packaged_recipe_and_every_type_is_built_once() -> None:
     names = [one.name for one in variants()]
     assert len(names) == len(set(names))
     assert names[0] == "imatrix"  # others take it from there
-    assert {f"recipe {name}" for name in packaged_recipes()} | {f"gguf {name}" for name in FILE_TYPES} <= set(names)
+    assert {f"recipe {name}" for name in general_recipes()} | {f"gguf {name}" for name in FILE_TYPES} <= set(names)
 
 
 def test_what_tells_of_the_run_is_not_hashed(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from evals.recipes import general_recipes
 from qconv.building.bench import SliceShape
 from qconv.core.architecture import Architecture
 from qconv.errors import RecipeError
 from qconv.models import architecture
 from qconv.planning.costs import demand_of
 from qconv.planning.plan import make_plan
-from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, parse_recipe, read_values, replaced
+from qconv.planning.recipe import Recipe, load_recipe, parse_recipe, read_values, replaced
 from qconv.planning.topology import topology_problems
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -153,8 +154,8 @@ def coder() -> Architecture:
 
 
 def safetensors_recipes() -> list[str]:
-    """The packaged recipes that are not of GGUF."""
-    return [name for name in packaged_recipes() if read_values(name)[0]["format"] != "gguf"]
+    """The packaged recipes for every family that are not of GGUF."""
+    return [name for name in general_recipes() if read_values(name)[0]["format"] != "gguf"]
 
 
 @pytest.mark.parametrize("name", safetensors_recipes())
