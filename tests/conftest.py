@@ -114,6 +114,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "fp8_dynamic": {"bits": 8, "group_size": -1},
     "fp8_static": {"bits": 8, "group_size": -1},
     "gpt_oss": {"bits": 4, "group_size": 32},
+    "mlx": {"bits": 4, "group_size": 32},
     "mxfp4": {"bits": 4, "group_size": 32},
     "mxfp8": {"bits": 8, "group_size": 32},
     "nvfp4": {"bits": 4, "group_size": 16},

@@ -10,6 +10,7 @@ from torch import Tensor
 from qconv.core.grid import FittedGrid
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.core.settings import ClipSettings
+from qconv.grids.affine import AffineGrid
 from qconv.grids.blocks import BlockGrid
 from qconv.grids.elements import E4M3Grid, IntegerGrid
 from qconv.grids.fp4 import Mxfp4Grid, Nvfp4Grid
@@ -38,6 +39,11 @@ ELEMENTS: dict[str, FittedGrid[Any]] = {
     "E4M3 per row": E4M3Grid(_float(1, CHANNEL)),
     "E4M3 per tensor": E4M3Grid(_float(CHANNEL, CHANNEL, activations="static"), None, torch.tensor(0.5)),
 }
+AFFINE: dict[str, FittedGrid[Any]] = {
+    "affine4 g64": AffineGrid(Grid(4, 64, False, torch.bfloat16, based=True)),
+    "affine3 g32, searched": AffineGrid(Grid(3, 32, False, torch.float16, based=True), ClipSettings(steps=4)),
+    "affine8 g128": AffineGrid(Grid(8, 128, False, torch.bfloat16, based=True)),
+}
 POWERS: dict[str, FittedGrid[Any]] = {
     "MXFP8": E4M3Grid(Grid(8, 32, True, torch.float8_e8m0fnu, "e4m3"), ClipSettings(steps=4)),
 }
@@ -48,7 +54,7 @@ FOURS: dict[str, FittedGrid[Any]] = {
     "MXFP4 searched": Mxfp4Grid(),
     "MXFP4 plain": Mxfp4Grid(search=False),
 }
-STEPS: dict[str, FittedGrid[Any]] = {**BLOCKS, **ELEMENTS, **POWERS, **FOURS}
+STEPS: dict[str, FittedGrid[Any]] = {**BLOCKS, **ELEMENTS, **AFFINE, **POWERS, **FOURS}
 """Grids that round one column at a time."""
 FITTED: dict[str, FittedGrid[Any]] = {**STEPS, **LATTICES}
 

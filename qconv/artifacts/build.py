@@ -31,7 +31,7 @@ from qconv.methods import rounding_of
 from qconv.models import architecture
 from qconv.models.folding import SCALE_SUFFIX, output_channels
 
-_CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8)
+_CODES = (torch.float8_e4m3fn, torch.int8, torch.uint8, torch.uint32)
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 SCALES_FOLDER = "qconv-scales"
 """Beside the shards, where engines do not look: what was folded into each layer, for verification."""

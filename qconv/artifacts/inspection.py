@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qconv.artifacts.bits import BitsByLayer, module_bits
-from qconv.artifacts.layout import layout_of, quantization_section
+from qconv.artifacts.layout import MLX, layout_of, quantization_section
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, read_header
@@ -271,7 +271,9 @@ def _bits(section: Mapping[str, Any]) -> int:
 
 
 def _bits_by_group(section: Mapping[str, Any], modules: Iterable[str]) -> dict[str, int]:
-    """Bits of a packed weight of each module that one of several config groups targets; empty for one group."""
+    """Bits of a packed weight of each module that says otherwise than the rest: of several config groups, by name."""
+    if section.get("quant_method") == MLX:
+        return {name: _bits(said) for name, said in section.items() if isinstance(said, dict)}
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or len(groups) < 2:
         return {}

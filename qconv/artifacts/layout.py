@@ -20,6 +20,7 @@ from qconv.checkpoint.reader import in_config, read_json
 from qconv.errors import CheckpointError, UnreadLayoutError
 from qconv.formats import Format, detect, formats
 from qconv.formats.base import EXPRESSION
+from qconv.formats.mlx import KEY
 
 GPTQ_CONFIG, AWQ_CONFIG = "quantize_config.json", "quant_config.json"
 """Where AutoGPTQ and AutoAWQ once wrote what newer builds have in config.json."""
@@ -130,8 +131,9 @@ def _expressions(section: Mapping[str, Any] | None) -> int:
 
 
 def strip_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json without its quantization section."""
-    return {key: value for key, value in without_quantization(config).items() if key != "compression_config"}
+    """A config.json without its quantization section, by any name."""
+    said = ("compression_config", KEY)
+    return {key: value for key, value in without_quantization(config).items() if key not in said}
 
 
 def _described(section: Mapping[str, Any]) -> str:

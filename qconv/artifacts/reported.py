@@ -127,15 +127,6 @@ class _GgufReport(_Report):
     engines: list[_Engine] = []
 
 
-class _MlxReport(_Report):
-    recipe: dict[str, Any]
-    bits_per_weight: Number
-    parameters: Count
-    files: Annotated[list[str], Field(min_length=1)]
-    engines: list[_Engine] = []
-    layers: list[_Layer]
-
-
 class _ImatrixReport(_Report):
     datasets: list[str]
     coverage: _ImatrixCoverage
@@ -147,7 +138,6 @@ class _SensitivityReport(_Report):
 
 
 _OTHERS: dict[str, type[_Report]] = {
-    "mlx": _MlxReport,
     "imatrix": _ImatrixReport,
     "sensitivity": _SensitivityReport,
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qconv.artifacts.mlx_view import is_mlx, mlx_view
 from qconv.artifacts.separation import separated
 from qconv.artifacts.storage import WEIGHT_DTYPES, storage_of, weight_dtype
 from qconv.artifacts.verbatim import Verbatim, verbatim_of
@@ -198,7 +199,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UsageError: as :func:`separated`.
     """
     with in_config(path):
-        return untied(separated(Checkpoint.open(path)))
+        stored = Checkpoint.open(path)
+        return untied(mlx_view(stored) if is_mlx(stored.config) else separated(stored))
 
 
 def is_companion(name: str) -> bool:

@@ -148,7 +148,9 @@ class UnitWriter:
         return Folds.none() if layer is None else Folds.of(self._plan.architecture, layer, scales)
 
     def _open(self, path: Path, specs: Sequence[TensorSpec]) -> None:
-        self._writers.append(self._stack.enter_context(ShardWriter(path, specs, self._staged(path.name))))
+        self._writers.append(
+            self._stack.enter_context(ShardWriter(path, specs, self._staged(path.name), self._plan.format.framework))
+        )
 
     def _check(
         self, shards: Sequence[ShardWriter], comparison: Comparison, workers: Workers

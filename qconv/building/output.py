@@ -242,7 +242,7 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     if plan.recipe.kv_cache is not None and plan.format.cache is not None:
         section |= plan.format.cache.section
     if section:
-        config["quantization_config"] = section
+        config |= plan.format.keys(section)
     return {
         INDEX_NAME: _json({"metadata": {"total_size": size}, "weight_map": weight_map}),
         "config.json": _json(config),

@@ -288,7 +288,7 @@ class StaticScheme:
 def scheme_of(planned: LinearScheme, recipe: Recipe) -> Scheme:
     """How linears on a grid of integers, or of floats without static activations, are rounded."""
     grid, method = planned.grid, planned.method
-    if planned.values is None and not grid.is_float:
+    if planned.values is None and not grid.is_float and not grid.based:
         return IntegerScheme(grid, recipe, method)
     return FittedScheme(grid_of(grid, planned.values, recipe.clip if recipe.clips(method) else None), method)
 

@@ -138,7 +138,7 @@ def _best(
     best: tuple[Grid | None, dict[str, str]] | None = None
     for dtype in dict.fromkeys((weights.scale_dtype, grid.scale_dtype)):
         scaled = replace(grid, scale_dtype=dtype if grid.number != "e2m1" else grid.scale_dtype)
-        found = grid_in(output_format, scaled)
+        found = grid_in(output_format, scaled, {linear.in_features for linear in linears})
         if isinstance(found, str):
             return None, dict.fromkeys((one.name for one in linears), found)
         problems = {}
@@ -150,7 +150,7 @@ def _best(
                 problems[linear.name] = problem
         if not problems:
             return found, problems
-        best = (found, problems) if best is None or len(problems) < len(best[1]) else best
+        best = (found, problems) if best is None or len(problems) <= len(best[1]) else best
     assert best is not None
     return best
 

@@ -21,10 +21,8 @@ from qconv.conversion.exact import stored_as
 from qconv.conversion.gguf import split_anew
 from qconv.conversion.gguf_weights import gguf_source
 from qconv.conversion.layouts import COMPRESSED, layout_in
-from qconv.conversion.mlx_weights import is_mlx, mlx_source
 from qconv.conversion.target import ConvertedTarget
 from qconv.conversion.to_gguf import PLAIN, ConvertedGgufTarget, Types, gguf_layouts, gguf_target, types_of
-from qconv.conversion.to_mlx import mlx_target
 from qconv.conversion.weights import BuildWeights, CodedWeights, source_of
 from qconv.errors import CheckpointError, QconvError, UsageError
 from qconv.executors import DEFAULT
@@ -36,7 +34,7 @@ from qconv.planning.schemes import LinearScheme
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.structure import check_structure
 
-SHARDED, MLX = "sharded", "mlx"
+SHARDED = "sharded"
 _SHOWN = 3
 
 
@@ -55,7 +53,7 @@ class Wanted:
 
 def target_names() -> list[str]:
     """What ``--to`` takes besides ``sharded:SIZE``."""
-    return [*(name.replace("_", "-") for name in formats()), COMPRESSED, *DTYPES, MLX, *gguf_layouts()]
+    return [*(name.replace("_", "-") for name in formats()), COMPRESSED, *DTYPES, *gguf_layouts()]
 
 
 def convert(
@@ -92,8 +90,6 @@ def convert(
     """
     require_apart(path, out)
     plain = DTYPES.get(wanted.format or "")
-    if is_mlx(path) and like is None:
-        return _convert(mlx_source(path, plain), out, wanted, requantize, restart, threads, progress, log)
     if not is_gguf(path):
         if like is not None:
             raise UsageError("--like: is for GGUF; other builds bring their config.json.", hint="Leave it out.")
@@ -121,8 +117,6 @@ def _convert(
     progress("reading scales", 0, 1)
     if wanted.format in gguf_layouts():
         target: Target = _gguf_target(source, out, wanted, requantize, log)
-    elif wanted.format == MLX:
-        target = mlx_target(source, out, wanted.shard_bytes, requantize, log)
     else:
         target = _safetensors_target(source, out, wanted, requantize, log)
     (outcome,) = make_builds(

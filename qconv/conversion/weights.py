@@ -21,6 +21,7 @@ from qconv.core.architecture import Architecture, Linear
 from qconv.core.qtensor import Grid, QTensor
 from qconv.errors import CheckpointError
 from qconv.formats import Format
+from qconv.formats.mlx import with_zero_points
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class CodedWeights(Checkpoint):
 
     def plainly(self, names: Iterable[str]) -> Self:
         """The same, some weights in the dtype of the model's plain ones, where every number is one of that."""
-        dtype, changed = self.entry(self.architecture.embedding.weight).dtype, {}
+        dtype, changed = self.entry(self.architecture.final_norm.weight).dtype, {}
         for name in names:
             entry = self.entry(name)
             if all(stored_as(block, dtype) is not None for block in self.blocks(name)):
@@ -138,6 +139,9 @@ class BuildWeights(CodedWeights):
         }
         held = {part for of in parts.values() for part in of}
         entries: dict[str, TensorEntry] = {name: one for name, one in stored.entries.items() if name not in held}
+        for name in [name for name in entries if stored.is_dequantized(name)]:
+            entry = entries[name]
+            entries[name] = replace(entry, dtype=dtype, nbytes=dtype.itemsize * entry.numel)
         for name, linear in linears.items():
             shape = (linear.out_features, linear.in_features)
             some = stored.entry(parts[name][0])
@@ -158,12 +162,15 @@ class BuildWeights(CodedWeights):
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """That of the model's other weights."""
-        return self.entry(self.architecture.embedding.weight).dtype
+        """That of the model's plain weights."""
+        stored = self.build.checkpoint
+        ends = (self.architecture.embedding, self.architecture.final_norm)
+        return next(stored.entry(one.weight).dtype for one in ends if not stored.is_dequantized(one.weight))
 
     def grid_of(self, linear: Linear) -> Grid:
-        """As the build has it."""
-        return self.build.grid_of(linear)
+        """As the build has it; where its biases are zero points, the grid with those."""
+        grid = self.build.grid_of(linear)
+        return self.qtensor(linear.weight).grid if grid.based else grid
 
     def report(self) -> dict[str, Any]:
         """The build's own."""
@@ -197,7 +204,8 @@ class BuildWeights(CodedWeights):
         Raises:
             CheckpointError: a tensor of it is absent or misshapen.
         """
-        return self.build.qtensor(self.linears[name])
+        weight = self.build.qtensor(self.linears[name])
+        return weight if weight.biases is None else with_zero_points(weight) or weight
 
     def crc32(self, name: str, value: int = 0) -> int:
         """Of the stored tensors that a weight is made of."""
@@ -208,13 +216,14 @@ class BuildWeights(CodedWeights):
     def read(self, name: str) -> Tensor:
         """The dense tensor."""
         if name not in self.linears:
-            return self.build.checkpoint.read(name)
+            return self.build.checkpoint.read(name).to(self.entry(name).dtype)
         return self.qtensor(name).dequantize(self.entry(name).dtype)
 
     def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """The dense tensor as consecutive blocks of rows; memory holds one of them, and the weight's codes."""
         if name not in self.linears:
-            yield from self.build.checkpoint.blocks(name, multiple)
+            dtype = self.entry(name).dtype
+            yield from (block.to(dtype) for block in self.build.checkpoint.blocks(name, multiple))
             return
         weight = self.qtensor(name)
         sharing = weight.grid.rows_sharing(len(weight.codes))
@@ -223,7 +232,9 @@ class BuildWeights(CodedWeights):
 
     def gather(self, name: str, rows: Tensor) -> Tensor:
         """Chosen rows of the dense tensor, [len(rows), columns]."""
-        return self.build.checkpoint.gather(name, rows) if name not in self.linears else self.read(name)[rows]
+        if name in self.linears:
+            return self.read(name)[rows]
+        return self.build.checkpoint.gather(name, rows).to(self.entry(name).dtype)
 
 
 def source_of(build: Build, dtype: torch.dtype = torch.float32) -> Source:

@@ -100,7 +100,8 @@ def squared_error(
         out_scale: Divisors of its rows, float32 [out_features], or None.
     """
     library = _library(source)
-    supported = source.dtype in native.DTYPES and not weight.grid.is_float and weight.group_index is None
+    plain = not weight.grid.is_float and not weight.grid.based and weight.group_index is None
+    supported = source.dtype in native.DTYPES and plain
     if library is None or not supported:
         return None
     parameters = _parameters(weight.scales, weight.zero_points)

@@ -30,7 +30,8 @@ class Grid:
 
     On an integer grid an element is ``(code - zero_point) * scale`` with ``code`` in ``[0, 2**bits)``. Each run of
     ``group_size`` elements along the input dimension shares one scale and one zero point. A symmetric grid has the
-    fixed zero point ``2**(bits-1)``, so its values reach from ``-2**(bits-1)`` to ``2**(bits-1) - 1`` steps.
+    fixed zero point ``2**(bits-1)``, so its values reach from ``-2**(bits-1)`` to ``2**(bits-1) - 1`` steps. On
+    one that is ``based`` an element is ``code * scale + bias``, each group with a bias of its own (MLX's affine mode).
 
     On a float grid an element is ``code * scale`` with ``code`` a float: E4M3 (float8), or E2M1. Blocks of
     ``block_rows`` times ``group_size`` elements share a scale; of E4M3 the last ones of a row or column may be smaller.
@@ -48,6 +49,7 @@ class Grid:
         activations: How an engine quantizes a linear's inputs: not at all, by their own range, by a stored scale, or
             (``local``) by the range of each group of them, in units of a stored scale.
         activation_number: What it rounds them to, where it does: integers of 8 bits, E4M3 or E2M1 floats.
+        based: Whether a group of integers has a bias, of the scales' dtype, in the place of a zero point.
     """
 
     bits: int
@@ -59,6 +61,7 @@ class Grid:
     act_order: bool = False
     activations: Literal["none", "dynamic", "static", "local"] = "none"
     activation_number: Number = "e4m3"
+    based: bool = False
 
     @property
     def levels(self) -> int:
@@ -135,13 +138,14 @@ class QTensor:
         grid: The grid that the codes live on.
         codes: [out_features, in_features]; uint8, each below ``grid.levels``, or float8_e4m3fn on a grid of those.
         scales: ``grid.scale_dtype`` of ``grid.scale_shape``.
-        zero_points: uint8 of the scales' shape, or None on a symmetric grid.
+        zero_points: uint8 of the scales' shape, or None on a grid that is symmetric or based.
         group_index: int32 [in_features], the group of each input, on a grid with ``act_order``; else None, and groups
             are runs of neighbours.
         input_scale: float32 [], what an engine divides the linear's inputs by, on a grid with static activations; with
             local ones float64, so that it is also exact enough where files hold its inverse.
         global_scale: What all scales are multiplied by, on a grid with a global scale. In double precision, so that
             scales come out the same in float32 whether a file holds it or its inverse.
+        biases: What codes of 0 stand for, of the scales' dtype and shape, on a grid that is based; else None.
     """
 
     grid: Grid
@@ -151,6 +155,7 @@ class QTensor:
     group_index: Tensor | None = None
     input_scale: Tensor | None = None
     global_scale: float = 1.0
+    biases: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,6 +171,9 @@ class QTensor:
             return self.codes.float().sub_(zeros).mul_(self._spread(self.scales)).to(dtype)
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, self.scales.shape[1], -1).float()
+        if self.biases is not None:
+            grouped.mul_(self.scales.float().unsqueeze(-1)).add_(self.biases.float().unsqueeze(-1))
+            return grouped.view(rows, columns).to(dtype)
         if self.zero_points is None:
             grouped.sub_(float(self.grid.mid))
         else:
@@ -183,6 +191,7 @@ class QTensor:
             "zero_points": self.zero_points,
             "group_index": self.group_index,
             "input_scale": self.input_scale,
+            "biases": self.biases,
         }
         moved = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
         return QTensor(self.grid, global_scale=self.global_scale, **moved)  # type: ignore[arg-type]
@@ -220,8 +229,8 @@ class QTensor:
         sharing = self.grid.rows_sharing(len(self.codes))
         first, last = start // sharing, -(-stop // sharing)
         zero_points = None if self.zero_points is None else self.zero_points[first:last]
-        scales = self.scales[first:last]
-        return replace(self, codes=self.codes[start:stop], scales=scales, zero_points=zero_points)
+        scales, biases = self.scales[first:last], None if self.biases is None else self.biases[first:last]
+        return replace(self, codes=self.codes[start:stop], scales=scales, zero_points=zero_points, biases=biases)
 
     def with_rows(self, chosen: Tensor, other: QTensor) -> QTensor:
         """The same with the ``chosen`` rows, bool [out_features], of ``other``, which lies on the same grid.
@@ -243,8 +252,11 @@ class QTensor:
         zero_points = self.zero_points
         if zero_points is not None and other.zero_points is not None:
             zero_points = torch.where(chosen, other.zero_points, zero_points)
+        biases = self.biases
+        if biases is not None and other.biases is not None:
+            biases = torch.where(chosen, other.biases, biases)
         scales = self.scales if shared else _where(chosen, other.scales, self.scales)
-        return replace(self, codes=codes, scales=scales, zero_points=zero_points)
+        return replace(self, codes=codes, scales=scales, zero_points=zero_points, biases=biases)
 
 
 def _where(chosen: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -239,6 +239,8 @@ def assemble(blocks: Iterable[QTensor], rows: int) -> QTensor:
         whole.scales[scale_rows] = block.scales
         if whole.zero_points is not None and block.zero_points is not None:
             whole.zero_points[scale_rows] = block.zero_points
+        if whole.biases is not None and block.biases is not None:
+            whole.biases[scale_rows] = block.biases
         row, scale_row = row + len(block.codes), scale_rows.stop
     if whole is None or row != rows:
         raise ValueError(f"blocks of {row} rows in all do not make a weight of {rows}")
@@ -253,4 +255,5 @@ def _empty(like: QTensor, rows: int) -> QTensor:
         codes=like.codes.new_empty(rows, like.codes.shape[1]),
         scales=like.scales.new_empty(shape),
         zero_points=None if like.zero_points is None else like.zero_points.new_empty(shape),
+        biases=None if like.biases is None else like.biases.new_empty(shape),
     )

@@ -195,7 +195,7 @@ ENGINE = Engine(
         "pack-quantized": "read",
         "nvfp4-pack-quantized": "read",
         "mxfp4": "read",
-        "mlx": "read",
+        "mlx": "run",
         "dense": "read",
     },
     RULES,

@@ -6,10 +6,10 @@ refuses of such a build or computes otherwise is a rule of its own module.
 
 from __future__ import annotations
 
-from qconv.engines import sglang, transformers, vllm
+from qconv.engines import mlx, sglang, transformers, vllm
 from qconv.engines.rule import Known
 
-VLLM, SGLANG, TRANSFORMERS = vllm.VERSION, sglang.VERSION, transformers.VERSION
+VLLM, SGLANG, TRANSFORMERS, MLX = vllm.VERSION, sglang.VERSION, transformers.VERSION, mlx.VERSION
 AUTOAWQ, AUTOGPTQ, GPTQMODEL = "AutoAWQ 0.2.9", "AutoGPTQ 0.7.1", "GPTQModel 7.7.0"
 
 READERS: dict[str, dict[str, Known]] = {
@@ -27,6 +27,7 @@ READERS: dict[str, dict[str, Known]] = {
     "nvfp4_modelopt": {VLLM: "read", SGLANG: "read"},
     "mxfp4": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
     "mxfp8": {VLLM: "read"},
+    "mlx": {MLX: "run"},
     "gpt_oss": {TRANSFORMERS: "run", VLLM: "read", SGLANG: "read"},
 }
 """Who loads a format, by its name."""

@@ -32,7 +32,8 @@ from qconv.evaluation.mixing import DTYPE, Mixed
 from qconv.models.calls import Calls
 from qconv.models.folding import Folds
 from qconv.runtime.backends import get_backend
-from qconv.runtime.files import Dequantized, ModelFiles
+from qconv.runtime.dequantized import Dequantized
+from qconv.runtime.files import ModelFiles
 from qconv.runtime.modules import PackedExperts
 from qconv.runtime.skeleton import Installer, empty_model
 from qconv.runtime.stream import HEAD_ROWS, LOGIT_BYTES, StreamedExperts

@@ -208,6 +208,15 @@ class EachItsOwn:
     """What formats of all families have in common that hold each tensor of a module by itself."""
 
     families: tuple[str, ...] = ()
+    framework = "pt"
+    lists_skipped = True
+    rounds_inputs = True
+    holds_verbatim = True
+    fuses = True
+
+    def keys(self, section: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See :class:`Format`."""
+        return {"quantization_config": section}
 
     def place(self, tensor: str) -> Place | None:
         """See :class:`Format`."""
@@ -240,6 +249,20 @@ class Format(Protocol):
     """JSON files that say what config.json says, for readers that look there."""
     families: tuple[str, ...]
     """The only families that its readers know in it; empty where it is for all."""
+
+    framework: str
+    """Whose tensors its files say that they hold."""
+    lists_skipped: bool
+    """Whether config.json lists what is not quantized; where not, its readers look for tensors."""
+    rounds_inputs: bool
+    """Whether its readers round inputs where config.json says so; else they never do."""
+    holds_verbatim: bool
+    """Whether it has a place for tensors beside the language model."""
+    fuses: bool
+    """Whether its readers hold q, k, v as one, and a layer's experts; where not, only what files hold so."""
+
+    def keys(self, section: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Where config.json says it, of what :meth:`config` gives."""
 
     def place(self, tensor: str) -> Place | None:
         """Where the file holds a tensor of a module beside others'; None of one that is the file's own."""

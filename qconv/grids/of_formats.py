@@ -6,6 +6,7 @@ from qconv.core.grid import FittedGrid
 from qconv.core.qtensor import Grid, QTensor
 from qconv.core.settings import ClipSettings
 from qconv.grids import fp4, get_grid
+from qconv.grids.affine import AffineGrid
 from qconv.grids.elements import E4M3Grid, IntegerGrid
 
 
@@ -21,4 +22,6 @@ def grid_of(grid: Grid, values: str | None, clip: ClipSettings | None) -> Fitted
         return get_grid(values)(grid, clip)
     if grid.number == "e2m1":
         return fp4.grid_of(grid, search=clip is not None)
+    if grid.based:
+        return AffineGrid(grid, clip)
     return E4M3Grid(grid, clip) if grid.is_float else IntegerGrid(grid, clip)

@@ -31,7 +31,7 @@ def subject_of_plan(plan: BuildPlan, config: Mapping[str, Any], source: Path) ->
     shards = {name: specs for unit in plan.units for name, specs in unit.shards}
     stored = {spec.name: Stored(DTYPE_NAMES[spec.dtype], spec.shape) for specs in shards.values() for spec in specs}
     section = plan.format.config(plan.grids(), plan.skipped)
-    config = {**config, "quantization_config": section} if section else dict(config)
+    config = {**config, **(plan.format.keys(section) if section else {})}
     return replace(subject_of_folder(source, config, stored), files=frozenset(shards))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qconv.artifacts.source import Source
-from qconv.artifacts.verbatim import Verbatim, copied, parts_of
+from qconv.artifacts.verbatim import Verbatim, copied, not_taken, parts_of
 from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.core.architecture import Architecture, Attention, CacheScales, Layer, Linear, Module, Parameter
 from qconv.core.qtensor import Grid
@@ -86,6 +86,8 @@ class BuildPlan:
     units: tuple[Unit, ...]
     verbatim: tuple[Verbatim, ...] = ()
     """Tensors that are copied beside the model, in file order."""
+    left_out: tuple[Verbatim, ...] = ()
+    """Those that the format has no place for."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -122,7 +124,8 @@ class BuildPlan:
 
     def notices(self) -> list[str]:
         """What a reader of the build may stumble over, as sentences."""
-        return [copied(parts_of(self.verbatim))] if self.verbatim else []
+        beside = ((self.verbatim, copied), (self.left_out, not_taken))
+        return [said(parts_of(found)) for found, said in beside if found]
 
     def allowance(self, workers: int) -> float:
         """How many weights may be in flight, in the unit that is made and the one that is checked together.
@@ -229,10 +232,12 @@ def lay_out(
     """
     if output_format.families and architecture.family not in output_format.families:
         raise RecipeError(
-            f"format: {output_format.name} is for models of {', '.join(output_format.families)}: its readers know no "
-            f"{architecture.family} in it.",
+            f"format: {output_format.name} is for models of {', '.join(output_format.families)}: how its readers would "
+            f"store a {architecture.family} model is not known.",
             hint="Take another format, such as compressed-tensors' of the same grid.",
         )
+    left_out = () if output_format.holds_verbatim else tuple(verbatim)
+    verbatim = verbatim if output_format.holds_verbatim else ()
     cache = cache_naming(recipe, output_format, architecture)
     check_shapes(architecture, schemes, output_format)
 
@@ -268,7 +273,7 @@ def lay_out(
             number += 1
             named.append((f"model-{number:05d}-of-{total:05d}.safetensors", tuple(specs)))
         units.append(Unit(key, layer_or_none, tuple(items), tuple(named), of))
-    plan = BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim))
+    plan = BuildPlan(architecture, recipe, output_format, schemes, tuple(units), tuple(verbatim), left_out)
     if output_format.mixes or output_format.families:
         output_format.config(plan.grids(), plan.skipped)  # what config.json cannot say is refused now
     return plan

@@ -76,7 +76,7 @@ def resolve(
     found = _in_act_order(found, recipe, output_format)
     _check_mixture(found, output_format)
     for layer in architecture.layers:
-        _check_fused(layer, found)
+        _check_fused(layer, found, output_format)
     return found
 
 
@@ -103,7 +103,8 @@ def microscaling_name(grid: Grid) -> str:
 
 def in_full(grid: Grid) -> str:
     """The same, so that grids of one build can be told apart."""
-    return f"{in_words(grid)}{'' if grid.symmetric else ', with zero points'}"
+    ends = "" if grid.symmetric else ", with biases" if grid.based else ", with zero points"
+    return f"{in_words(grid)}{ends}"
 
 
 def fused(layer: Layer) -> Iterator[tuple[str, tuple[Linear, ...]]]:
@@ -229,13 +230,23 @@ def _check_mixture(found: Mapping[str, LinearScheme], output_format: Format) -> 
         )
 
 
-def _check_fused(layer: Layer, found: Mapping[str, LinearScheme]) -> None:
+def _stacked(layer: Layer, output_format: Format) -> Iterator[tuple[str, tuple[Linear, ...]]]:
+    """What files of a format hold as one tensor: the same linear of all experts."""
+    places: dict[str, list[Linear]] = {}
+    for linear in layer.linears():
+        place = output_format.place(linear.weight)
+        if place is not None:
+            places.setdefault(place.name.removesuffix(".weight"), []).append(linear)
+    yield from ((name, tuple(linears)) for name, linears in places.items())
+
+
+def _check_fused(layer: Layer, found: Mapping[str, LinearScheme], output_format: Format) -> None:
     """What engines hold as one tensor is skipped as one, and on one grid.
 
     Raises:
         RecipeError: it is not.
     """
-    for what, linears in fused(layer):
+    for what, linears in fused(layer) if output_format.fuses else _stacked(layer, output_format):
         skipped = [linear.name for linear in linears if linear.name not in found]
         if skipped and len(skipped) != len(linears):
             raise RecipeError(

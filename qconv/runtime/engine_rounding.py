@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qconv.core.architecture import Layer
 from qconv.formats.cache import NAMINGS
 from qconv.runtime.activations import InputRounding
-from qconv.runtime.files import DenseFiles, Dequantized, ModelFiles
+from qconv.runtime.dequantized import Dequantized
+from qconv.runtime.files import DenseFiles, ModelFiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from qconv.errors import CheckpointError
 from qconv.formats import get_format, w4afp8
 from qconv.formats.base import read_tensors
 from qconv.formats.compressed_tensors import CompressedTensors
+from qconv.formats.mlx import with_zero_points
 from qconv.formats.packed import WholeNumberGrid
 from qconv.grids.nearest import E2M1, E4M3
 from qconv.models import architecture
@@ -117,12 +118,15 @@ class DenseFiles:
         return DenseWeight(linear.name, self.tensor(linear.weight, (linear.out_features, linear.in_features)))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A dense tensor, mapped."""
-        return self.mapped(self._entry(name, shape))
+        """A dense tensor, mapped; what is stored quantized is read."""
+        entry = self._entry(name, shape)
+        return self.checkpoint.read(name) if self.checkpoint.is_dequantized(name) else self.mapped(entry)
 
     def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
         """Dense rows, mapped."""
         entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
+        if self.checkpoint.is_dequantized(linear.weight):
+            return DenseWeight(linear.name, self.checkpoint.gather(linear.weight, torch.arange(start, stop)))
         return DenseWeight(linear.name, map_rows(entry, start, stop))
 
     def gather(self, linear: Linear, ids: Tensor) -> Tensor:
@@ -177,10 +181,11 @@ class BuildFiles(DenseFiles):
         if isinstance(grid, WholeNumberGrid):
             return self._whole_numbers(linear, grid)
         if self.build.format.name == w4afp8.METHOD:
-            qtensor = self.build.qtensor(linear, self.mapped)
-            packed = get_format(_PACKED).pack(linear.name, qtensor)
-            words = {name.rpartition(".")[2]: tensor for name, tensor in packed}
-            return IntegerWeight(linear.name, shape, _PACKED, replace(grid, activations="none"), words)
+            return _packed(linear, self.build.qtensor(linear, self.mapped))
+        if grid.based:
+            found = with_zero_points(self.build.qtensor(linear, self.mapped))
+            if found is not None and grid.bits in (4, 8):
+                return _packed(linear, found)
         specs = self.build.format.specs(linear.name, *shape, grid)
         read = partial(self.build.part, linear, mapped=self.mapped)
         layout = _PACKED if isinstance(self.build.format, CompressedTensors) else self.build.format.name
@@ -290,62 +295,6 @@ class FloatFiles(DenseFiles):
         return FloatWeight(linear.name, QTensor(grid, self.mapped(entry), scales, None))
 
 
-@dataclass(frozen=True, slots=True)
-class Dequantized:
-    """The dense model that packed files stand for, dequantized tensor by tensor when it is asked for.
-
-    Attributes:
-        files: The packed ones.
-        dtype: What weights are rounded to.
-    """
-
-    files: ModelFiles
-    dtype: torch.dtype
-
-    @property
-    def path(self) -> Path:
-        """The folder, or the GGUF file."""
-        return self.files.path
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json of the dense model."""
-        return self.files.config
-
-    @property
-    def architecture(self) -> Architecture:
-        """Its linears and norms."""
-        return self.files.architecture
-
-    def weight(self, linear: Linear) -> PackedWeight:
-        """The dense weight."""
-        return DenseWeight(linear.name, self.files.weight(linear).dequantize(self.dtype))
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The same tensor."""
-        return self.files.tensor(name, shape)
-
-    def bias(self, linear: Linear) -> Tensor | None:
-        """The same bias."""
-        return self.files.bias(linear)
-
-    def rows(self, linear: Linear, start: int, stop: int) -> PackedWeight:
-        """Dense rows."""
-        return DenseWeight(linear.name, self.files.rows(linear, start, stop).dequantize(self.dtype))
-
-    def gather(self, linear: Linear, ids: Tensor) -> Tensor:
-        """The same rows."""
-        return self.files.gather(linear, ids)
-
-    def input_rounding(self, linear: Linear) -> InputRounding | None:
-        """The same rounding: of inputs, not of weights."""
-        return self.files.input_rounding(linear)
-
-    def inverse_frequency_divisors(self) -> Tensor | None:
-        """The same divisors."""
-        return self.files.inverse_frequency_divisors()
-
-
 def open_files(path: Path, mapped: MapTensor = map_tensor) -> ModelFiles:
     """Open whatever lies at a path.
 
@@ -387,6 +336,13 @@ def require_no_bias(files: ModelFiles, linear: Linear) -> None:
             f"{files.path}: {linear.name} has a bias that is not zero; config.json implies none.",
             hint="config.json belongs to another model.",
         )
+
+
+def _packed(linear: Linear, weight: QTensor) -> IntegerWeight:
+    """Integers in the words that they have in memory."""
+    packed = get_format(_PACKED).pack(linear.name, weight)
+    words = {name.rpartition(".")[2]: tensor for name, tensor in packed}
+    return IntegerWeight(linear.name, weight.shape, _PACKED, replace(weight.grid, activations="none"), words)
 
 
 def _float_grid(scheme: Fp8Scheme, scale: TensorEntry) -> Grid:

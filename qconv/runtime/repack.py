@@ -45,6 +45,8 @@ def int4_weight(weight: QTensor) -> KernelWeight:
     """
     columns, depth = weight.shape
     _require_aligned(columns, depth)
+    if weight.grid.based:
+        raise UsageError("no kernel for groups with biases")
     if weight.grid.bits != 4 or weight.scales.dtype not in (torch.float16, torch.bfloat16):
         raise UsageError(f"no kernel for {weight.grid.bits}-bit integers with {weight.scales.dtype} scales")
     groups = weight.scales.shape[1]

@@ -30,7 +30,8 @@ from qconv.models.gating import Gating
 from qconv.runtime.activations import InputRounding
 from qconv.runtime.backends import Backend, get_backend
 from qconv.runtime.backends.routing import routed
-from qconv.runtime.files import Dequantized, ModelFiles, open_files
+from qconv.runtime.dequantized import Dequantized
+from qconv.runtime.files import ModelFiles, open_files
 from qconv.runtime.loading import chosen_dtype
 from qconv.runtime.modules import PackedExperts
 from qconv.runtime.rounded import RoundedLinear

@@ -36,10 +36,11 @@ def check_structure(build: Build, result: Verification) -> None:
         if entries[name].shape != expected[name]:
             result.problems.append(f"tensor {name} is {list(entries[name].shape)}, not {list(expected[name])}")
     # Older tools' own files beside config.json have no such list.
-    if build.is_ours and "quantization_config" in build.checkpoint.config:
+    listed = build.format.lists_skipped
+    if listed and build.is_ours and "quantization_config" in build.checkpoint.config:
         result.problems += _differences(build)
         check_listed(build, verbatim, result)
-    else:
+    elif listed:
         differences = list(_differences(build))
         if differences:
             more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""

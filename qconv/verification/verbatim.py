@@ -30,7 +30,7 @@ def check_listed(build: Build, verbatim: Iterable[Verbatim], result: Verificatio
 
 def check_copies(build: Build, source: Source, result: Verification, workers: Workers) -> None:
     """Every tensor that the source holds beside the model, bit for bit; others' builds need not hold any."""
-    if not source.verbatim:
+    if not source.verbatim or not build.format.holds_verbatim:
         return
     missing = [one for one in source.verbatim if one.name not in build.checkpoint.entries]
     there = [one for one in source.verbatim if one.name in build.checkpoint.entries]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.build import Build
+from qconv.artifacts.mlx_view import MlxCheckpoint
 from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Tensors
 from qconv.checkpoint.stream import same_bits
@@ -149,6 +150,19 @@ def check_weights(
     result.checked.append(f"{len(result.snr_db)} quantized linears against the source{least}; the rest bit for bit")
 
 
+def _end(stored: MlxCheckpoint, comparison: Comparison, module: Module, name: str) -> tuple[float, str | None]:
+    """The same of an embedding, head or router that has codes."""
+    ours, theirs = stored.read(name), comparison.folds.expected(module, name, comparison.source.read(name)).float()
+    error, rows = SquaredError(), WrongRows()
+    for start, stop in row_blocks(*ours.shape):
+        rows.add(theirs[start:stop], ours[start:stop])
+        error += SquaredError.between_(theirs[start:stop].contiguous(), ours[start:stop])
+    floor = snr_floor_db(stored.grids[name].bits, compensated=True)
+    if not error.snr_db >= floor:
+        return error.snr_db, f"{name}: signal to noise {error.snr_db:.1f} dB, below {floor:.1f}"
+    return error.snr_db, f"{name}: {rows}" if rows.rows else None
+
+
 def _compare(
     build: Build, comparison: Comparison, compensated: Callable[[str], bool], module: Module
 ) -> tuple[float | None, str | None]:
@@ -160,6 +174,8 @@ def _compare(
             weight = build.qtensor(module)
             snr, found = comparison.weight(module, weight, compensated=compensated(module.name))
             found = found or comparison.rows(module, weight)
+        elif isinstance(build.checkpoint, MlxCheckpoint) and build.checkpoint.is_dequantized(name):
+            snr, found = _end(build.checkpoint, comparison, module, name)
         elif build.checkpoint.entry(name).dtype != comparison.source.entry(name).dtype:
             ours, theirs = build.checkpoint.entry(name).dtype_name, comparison.source.entry(name).dtype_name
             found = f"{name} is {ours}, {theirs} in the source"

@@ -127,6 +127,7 @@ def test_a_group_that_is_not_read_is_refused(change: dict[str, Any], message: st
 def test_which_formats_mix() -> None:
     assert mixing_formats() == [
         "fp8_dynamic",
+        "mlx",
         "mxfp4",
         "mxfp8",
         "nvfp4",

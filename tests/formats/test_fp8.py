@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconv.artifacts.layout import quantization_section
 from qconv.core.qtensor import CHANNEL, Grid
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
@@ -173,9 +175,11 @@ def test_published_sections_that_say_less_or_other_blocks_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", formats())
-def test_every_section_belongs_to_one_format(name: str) -> None:
+def test_every_section_belongs_to_one_format(name: str, tmp_path: Path) -> None:
     output_format = get_format(name)
     grid = output_format.grid(GridSettings(**GRIDS.get(name, {})), torch.bfloat16)
-    section = output_format.config({grid: []}, ["lm_head"])
+    config = output_format.keys(output_format.config({grid: []}, ["lm_head"]))
+    section = quantization_section(tmp_path, config)
+    assert section is not None
     assert [other for other in formats() if get_format(other).recognizes(section)] == [name]
     assert detect({"quantization_config": section}) is output_format

@@ -39,6 +39,9 @@ LEVELS = {
     "int3 per row": 8,
     "int8 g32 zero points": 256,
     "int4 act_order": 16,
+    "affine4 g64": 16,
+    "affine3 g32, searched": 8,
+    "affine8 g128": 256,
     "E4M3 128x128": 253,  # 256 without two NaNs and a second zero
     "E4M3 32x96, searched": 253,
     "E4M3 per row": 253,

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qconv.conversion.mlx import stacked
-from qconv.conversion.mlx_weights import MlxWeights
+from qconv.artifacts.build import Build
+from qconv.artifacts.inspection import inspect
 from qconv.conversion.pipeline import Wanted, convert
+from qconv.formats.mlx import FORMAT, called
 from qconv.runtime.loading import load
+from qconv.verification.build import verify
 from tests.conftest import build, random_model, save_model, small_recipe
 from tests.interop.conftest import MODEL, Client
 
@@ -24,6 +26,11 @@ IDS = torch.arange(3, 99)
 BOUND = 1e-3
 """Largest difference of a logit, relative to the largest: the order of float32 sums."""
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "head_dim": 64}
+MIXED = [
+    {"match": "self_attn.*", "grid": "int8-g64", "method": "rtn"},
+    {"match": "down_proj", "grid": "mxfp8"},
+    {"match": "layers.0.mlp.experts.*.up_proj", "grid": {"bits": 6, "group_size": 32}},
+]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mixtral": {"head_dim": 32},  # mlx-lm divides the hidden size by the heads
@@ -39,14 +46,21 @@ def asked(client: Client, folder: Path, where: Path) -> dict[str, Tensor]:
     return load_file(where / "answer.safetensors")
 
 
-def assert_same(ours: MlxWeights, theirs: dict[str, Tensor]) -> None:
-    seen = set()
-    for name, place in ours.places.items():
-        if place.mode is None:
+def assert_same(folder: Path, theirs: dict[str, Tensor]) -> None:
+    """Every module's numbers, codes of experts and of what is read as plain weights alike."""
+    made, seen = Build.open(folder), set()
+    linears = {linear.weight: linear for layer in made.architecture.layers for linear in layer.linears()}
+    for name, _ in made.architecture.tensors():
+        linear = linears.get(name)
+        if linear is not None and made.is_quantized(linear):
+            ours = made.qtensor(linear).dequantize()
+        elif made.checkpoint.is_dequantized(name):
+            ours = made.checkpoint.read(name)
+        else:
             continue
-        module, expert = stacked(name.rpartition(".")[0])
-        wanted = theirs[module] if expert is None else theirs[module][expert]
-        assert torch.equal(ours.read(name), wanted), name
+        place = FORMAT.place(name)
+        module = called(name).removesuffix(".weight")
+        assert torch.equal(ours, theirs[module] if place is None else theirs[module][place.number]), name
         seen.add(module)
     assert seen == theirs.keys() - {"logits"}
 
@@ -72,8 +86,17 @@ def test_what_convert_writes(output_format: str, grid: dict[str, int], client: C
     build(MODEL, tmp_path / "build", small_recipe("rtn", output_format, grid=grid))
     convert(tmp_path / "build", tmp_path / "mlx", Wanted("mlx"), **QUIET)
     answer = asked(client, tmp_path / "mlx", tmp_path)
-    assert_same(MlxWeights.of(tmp_path / "mlx", None), answer)
+    assert_same(tmp_path / "mlx", answer)
     assert_computed_alike(tmp_path / "build", answer["logits"])
+    assert_computed_alike(tmp_path / "mlx", answer["logits"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"rules": MIXED}], ids=["one grid", "several"])
+def test_what_quantize_writes(changes: dict[str, Any], client: Client, tmp_path: Path) -> None:
+    build(MODEL, tmp_path / "mlx", small_recipe("gptq", "mlx", grid={"group_size": 64}, **changes))
+    answer = asked(client, tmp_path / "mlx", tmp_path)
+    assert_same(tmp_path / "mlx", answer)
+    assert_computed_alike(tmp_path / "mlx", answer["logits"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,7 +105,7 @@ def test_families(family: str, client: Client, tmp_path: Path) -> None:
     build(model, tmp_path / "build", small_recipe("rtn", "w4a16", grid={"bits": 8, "group_size": 32}))
     convert(tmp_path / "build", tmp_path / "mlx", Wanted("mlx"), **QUIET)
     answer = asked(client, tmp_path / "mlx", tmp_path)
-    assert_same(MlxWeights.of(tmp_path / "mlx", None), answer)
+    assert_same(tmp_path / "mlx", answer)
     assert_computed_alike(tmp_path / "build", answer["logits"])
 
 
@@ -95,6 +118,10 @@ def test_what_mlx_lm_writes(mode: str, bits: int, group: int, client: Client, tm
     convert(tmp_path / "build", tmp_path / "dense", Wanted("bf16"), **QUIET)
     client("mlx", "mlx_dequantize", "make", tmp_path / "dense", tmp_path / "theirs", mode, bits, group)
     answer = asked(client, tmp_path / "theirs", tmp_path)
-    assert_same(MlxWeights.of(tmp_path / "theirs", None), answer)
+    assert_same(tmp_path / "theirs", answer)
+    result = verify(tmp_path / "theirs", tmp_path / "dense")
+    assert (result.problems, result.not_checked) == ([], [])
+    assert inspect(tmp_path / "theirs").format == "mlx"
+    assert_computed_alike(tmp_path / "theirs", answer["logits"])
     convert(tmp_path / "theirs", tmp_path / "again", Wanted("f32"), **QUIET)
     assert_computed_alike(tmp_path / "again", answer["logits"])

@@ -172,6 +172,8 @@ def test_every_packaged_recipe_plans_the_whole_480b(name: str, coder: Architectu
     bits, shared = recipe.grid.bits, 0 if group == -1 else 1 / group
     if any(grid.is_float for grid in plan.grids()):
         shared = 0.5 / group if group in (16, 32) else 0
+    if any(grid.based for grid in plan.grids()):
+        shared *= 2  # a bias beside each scale
     if not recipe.rules:
         assert bits + 16 * shared <= plan.quantized_bits_per_weight <= bits + 20 * shared + 0.02
     sizes = [sum(spec.nbytes for spec in specs) for unit in plan.units for _, specs in unit.shards]
