@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.artifacts.dtypes import WEIGHT_DTYPES
 from qconv.artifacts.layout import layout_of
+from qconv.artifacts.opening import open_checkpoint, untied
 from qconv.artifacts.reported import has_report, read_report, says_matched
-from qconv.artifacts.source import open_checkpoint, untied
-from qconv.artifacts.storage import WEIGHT_DTYPES
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, verbatim_of
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
@@ -232,11 +232,15 @@ class Build:
             if linear is None or not self.is_quantized(linear):
                 yield name, shape
                 continue
-            for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid_of(linear)):
-                if spec.name in self.checkpoint.entries or not self._may_lack(linear, spec.name):
-                    yield spec.name, spec.shape
+            yield from ((spec.name, spec.shape) for spec in self.expected_parts(linear))
         for spec in self.cache_scales():
             yield spec.name, spec.shape
+
+    def expected_parts(self, linear: Linear) -> Iterator[TensorSpec]:
+        """The tensors that a quantized linear's weight must have."""
+        for spec in self.format.specs(linear.name, linear.out_features, linear.in_features, self.grid_of(linear)):
+            if spec.name in self.checkpoint.entries or not self._may_lack(linear, spec.name):
+                yield spec
 
     def cache_scales(self) -> list[TensorSpec]:
         """The scales of a cache that a build of ours holds, in file order; others' are not needed to compute."""

@@ -5,26 +5,26 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qconv.artifacts.mlx_view import is_mlx, mlx_view
-from qconv.artifacts.separation import separated
-from qconv.artifacts.storage import WEIGHT_DTYPES, storage_of, weight_dtype
+from qconv.artifacts.dtypes import WEIGHT_DTYPES, weight_dtype
+from qconv.artifacts.opening import untied, viewed
+from qconv.artifacts.storage import storage_of
 from qconv.artifacts.verbatim import Verbatim, verbatim_of
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import printable
 from qconv.chat.files import additional_files
-from qconv.checkpoint.header import DTYPE_NAMES, TensorEntry, read_header
+from qconv.checkpoint.header import DTYPE_NAMES, read_header
 from qconv.checkpoint.hub import folder_name, require_inside
 from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
 from qconv.checkpoint.rope import in_both_spellings
-from qconv.core.architecture import EMBEDDING, HEAD, TIED, Architecture
+from qconv.core.architecture import HEAD, TIED, Architecture
 from qconv.errors import CheckpointError
 from qconv.models import architecture
 
@@ -67,7 +67,7 @@ class Source:
             UsageError: experts are joined and quantized; config.json says two things of rotary embeddings.
         """
         with in_config(path):
-            stored = separated(Checkpoint.open(path))
+            stored = viewed(Checkpoint.open(path))
             checkpoint = untied(stored)
             storage = storage_of(path, checkpoint.config)
             model, is_untied = architecture(checkpoint.config), checkpoint is not stored
@@ -191,50 +191,9 @@ def companions(path: Path) -> list[Path]:
     return found
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint or build as one with tensors for each expert, with the head that its files hold.
-
-    Raises:
-        CheckpointError: as :meth:`Checkpoint.open` and :func:`separated`.
-        UsageError: as :func:`separated`.
-    """
-    with in_config(path):
-        stored = Checkpoint.open(path)
-        return untied(mlx_view(stored) if is_mlx(stored.config) else separated(stored))
-
-
 def is_companion(name: str) -> bool:
     """Whether a file of that name travels unchanged from a source to its builds."""
     return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
-
-
-def untied(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint whose config.json calls the head tied though the files hold another matrix: with that head.
-
-    transformers keeps such a head apart; vLLM and SGLang leave it out, as config.json says. So the config that comes
-    with the result says that it is not tied. A copy of the embedding, which many checkpoints carry, changes nothing.
-
-    Raises:
-        CheckpointError: the two cannot be read.
-    """
-    config = checkpoint.config
-    text = config.get("text_config")
-    says = config.get(TIED, text.get(TIED) if isinstance(text, dict) else None)
-    head, embedding = (_ending(checkpoint, f"{name}.weight") for name in (HEAD, EMBEDDING.removeprefix("model.")))
-    if says is not True or head is None or embedding is None:
-        return checkpoint
-    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
-        pairs = zip(checkpoint.blocks(head.name), checkpoint.blocks(embedding.name), strict=True)
-        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
-            return checkpoint
-    nested = {"text_config": text | {TIED: False}} if isinstance(text, dict) and TIED in text else {}
-    return replace(checkpoint, config=config | {TIED: False} | nested)
-
-
-def _ending(checkpoint: Checkpoint, name: str) -> TensorEntry | None:
-    """The tensor of that name in the language model, which may be a part of a larger one."""
-    prefixes = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-    return next((checkpoint.entries[one + name] for one in prefixes if one + name in checkpoint.entries), None)
 
 
 def listed_files(path: Path) -> dict[str, str]:

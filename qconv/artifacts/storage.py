@@ -9,6 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from qconv.artifacts.coded import StoredCodes
+from qconv.artifacts.dtypes import weight_dtype
+from qconv.artifacts.layout import quantization_section
+from qconv.artifacts.mlx_view import is_mlx
 from qconv.artifacts.packed import CODES, LEAVES, PackedCheckpoint, packed_integers
 from qconv.checkpoint import mxfp4
 from qconv.checkpoint.config import quantization_of
@@ -19,10 +23,10 @@ from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.qtensor import CHANNEL
 from qconv.errors import CheckpointError
+from qconv.formats import detect
 from qconv.formats.base import Described
 
 _LARGE = (4096, 4096)
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Storage(Protocol):
@@ -44,9 +48,8 @@ class Storage(Protocol):
     def leaves(self) -> tuple[str, ...]:
         """Leaf names of what may stand beside a quantized weight, or for it."""
 
-    @property
-    def in_place(self) -> bool:
-        """Whether codes are called as the weight is."""
+    def codes(self, weight: str) -> str:
+        """What the codes of a weight are called, by its name."""
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """About how many bytes a weight of a shape takes, with its scales."""
@@ -68,7 +71,10 @@ class StoredFp8:
     said: str = "FP8"
     marks: tuple[str, ...] = SCALE_LEAVES
     leaves: tuple[str, ...] = (*SCALE_LEAVES, *ACTIVATION_LEAVES)
-    in_place: bool = True
+
+    def codes(self, weight: str) -> str:
+        """As the weight is."""
+        return weight
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Scales are float32 at most."""
@@ -87,7 +93,10 @@ class StoredIntegers:
     said: str = "packed integers"
     marks: tuple[str, ...] = (CODES,)
     leaves: tuple[str, ...] = (*LEAVES, *ACTIVATION_LEAVES)
-    in_place: bool = False
+
+    def codes(self, weight: str) -> str:
+        """Another name than the weight's."""
+        return f"{weight.removesuffix('weight')}{CODES}"
 
     @property
     def name(self) -> str:
@@ -115,7 +124,10 @@ class StoredMxfp4:
     said: str = "MXFP4"
     marks: tuple[str, ...] = (mxfp4.BLOCKS,)
     leaves: tuple[str, ...] = (mxfp4.BLOCKS, mxfp4.SCALES)
-    in_place: bool = False
+
+    def codes(self, weight: str) -> str:
+        """Another name than the weight's."""
+        return f"{weight.removesuffix('weight')}{mxfp4.BLOCKS}"
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """17 bytes for 32 elements."""
@@ -138,6 +150,8 @@ def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:
         CheckpointError: quantized in any other way.
     """
     section = quantization_of(config)
+    if is_mlx(config):
+        section = quantization_section(path, config)
     if section is None:
         return None
     method = section.get("quant_method") if isinstance(section, dict) else None
@@ -147,29 +161,15 @@ def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:
             return StoredFp8(scheme)
         if method == mxfp4.METHOD:
             return StoredMxfp4()
-        described = packed_integers(section, weight_dtype(path, config))
+        dtype = weight_dtype(path, config)
+        described = packed_integers(section, dtype)
         if described is not None:
             return StoredIntegers(described)
+        found = detect({"quantization_config": section})
+        if found is not None:
+            return StoredCodes(found, found.read_config(section, dtype))
     raise CheckpointError(
         f"{path}: already quantized (quant_method {method!r}).",
         hint="Give the unquantized checkpoint, or one in FP8, MXFP4 or packed integers of compressed-tensors; "
         "qconv convert --to bf16 makes one of any build that it reads.",
     )
-
-
-def weight_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
-    """The dtype of a model's weights by config.json; bf16 where it names none.
-
-    Raises:
-        CheckpointError: it names one that is no weight's.
-    """
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-    text = config.get("text_config")
-    said = {**(text if isinstance(text, dict) else {}), **config}
-    name = said.get("dtype", said.get("torch_dtype", "bfloat16"))
-    if not isinstance(name, str) or name not in names:
-        raise CheckpointError(
-            f"{path / 'config.json'}: dtype {name!r} is none of {', '.join(names)}.",
-            hint="Give the original, unquantized checkpoint.",
-        )
-    return names[name]

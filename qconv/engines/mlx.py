@@ -16,8 +16,19 @@ _PLAIN_STACK = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 """Types whose sanitize stacks experts by their plain weights alone, before any other words are translated."""
 _BASE_ALONE = ("qwen3_moe",)
 """Types whose rotary embedding is made from rope_theta and nothing else."""
+_DIVIDED = ("mixtral", "qwen2", "qwen2_moe")
+"""Types whose heads are the hidden size over their number, whatever head_dim says."""
 _FLAT_KEYS = {"qwen3_moe": ("rope_theta", "num_experts"), "qwen3": ("rope_theta",)}
 """Keys that a type's arguments have no default for, and that transformers 5 writes elsewhere."""
+
+
+def _head_dim(subject: Subject, deployment: Deployment) -> Iterator[str]:
+    """Heads of another size than the hidden size over their number, of types that know no other."""
+    hidden, heads, size = (subject.text.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    if subject.model_type not in _DIVIDED or not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return
+    if size not in (None, hidden // heads):
+        yield f"head_dim is {size}, hidden_size over num_attention_heads {hidden // heads}"
 
 
 def _file_names(subject: Subject, deployment: Deployment) -> Iterator[str]:
@@ -98,6 +109,15 @@ RULES = (
         "decodes a module on the common grid where its exception is written under another path",
         "name modules as mlx-lm does, after its sanitize",
         _override,
+    ),
+    Rule(
+        "mlx/head-dim",
+        Effect.REFUSED,
+        "run",
+        "mlx-lm 0.32.2: tiny builds of mixtral, qwen2 and qwen2_moe, whose attention is made without head_dim",
+        "makes attention of other shapes than the build's",
+        "serve with another engine",
+        _head_dim,
     ),
     Rule(
         "mlx/groups",

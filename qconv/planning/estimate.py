@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from qconv.artifacts.dtypes import weight_dtype
 from qconv.artifacts.inspection import SKIP_KEYS, name_class
 from qconv.artifacts.separation import require_readable_experts, separated_names
 from qconv.artifacts.source import listed_files
-from qconv.artifacts.storage import Storage, bytes_a_weight, storage_of, weight_dtype
+from qconv.artifacts.storage import Storage, bytes_a_weight, storage_of
 from qconv.boundary.content import misplaced_files
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.config import quantization_of
@@ -182,9 +183,9 @@ class _Stored:
     def expected(self, model: Architecture) -> set[str]:
         """The tensors that an index must list, as far as names tell."""
         names = {name for name, _ in model.tensors()}
-        if self.storage is None or self.storage.in_place:
+        if self.storage is None:
             return names
-        codes = {name.removesuffix("weight") + self.storage.marks[0] for name in self.quantized}
+        codes = {self.storage.codes(name) for name in self.quantized}
         return (names - self.quantized) | codes
 
     def extras(self, listed: Iterable[str]) -> set[str]:

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from qconv.artifacts.dtypes import weight_dtype
 from qconv.artifacts.separation import require_readable_experts, separated_names
 from qconv.artifacts.source import TOKENIZER_FILES, listed_files
-from qconv.artifacts.storage import weight_dtype
 from qconv.checkpoint.reader import read_json
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.metadata import require_expressible

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from qconv.artifacts.build import Build
+from qconv.artifacts.dtypes import WEIGHT_DTYPES, weight_dtype
 from qconv.artifacts.layout import layout_of, strip_quantization
-from qconv.artifacts.source import open_checkpoint
-from qconv.artifacts.storage import WEIGHT_DTYPES, weight_dtype
+from qconv.artifacts.opening import open_checkpoint
 from qconv.boundary.content import is_gguf
 from qconv.checkpoint.fp8 import WHOLE, Fp8Scheme
 from qconv.checkpoint.fp8 import Dequantized as Fp8Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconv.artifacts.storage import WEIGHT_DTYPES, weight_dtype
+from qconv.artifacts.dtypes import WEIGHT_DTYPES, weight_dtype
 from qconv.boundary.printable import one_line
 from qconv.checkpoint.generation_config import GENERATION_CONFIG, read_generation_config
 from qconv.checkpoint.maps import SharedMaps

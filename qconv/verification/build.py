@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from qconv.artifacts.build import Build
+from qconv.artifacts.dtypes import weight_dtype
 from qconv.artifacts.layout import Layout, layout_of
-from qconv.artifacts.source import Source, check_tensors, open_checkpoint
-from qconv.artifacts.storage import weight_dtype
+from qconv.artifacts.opening import open_checkpoint
+from qconv.artifacts.source import Source, check_tensors
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.fp8 import Dequantized
 from qconv.checkpoint.header import DTYPE_NAMES

@@ -350,6 +350,8 @@ BREACHES: tuple[tuple[str, Make, Change, Deployment], ...] = (
     ("transformers/chat-template", builds.fp8, attribute("template", None), ONE),
     ("mlx/scaled-rope", builds.fp8, config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ONE),
     ("mlx/override", builds.mlx, section(**{"language_model.model.layers.0.self_attn.q_proj": {"bits": 8}}), ONE),
+    ("mlx/head-dim", lambda: _other_type(builds.mlx(), "mixtral"), config(head_dim=96), ONE),
+    ("mlx/head-dim", lambda: _other_type(builds.w4a16(32), "qwen2_moe"), config(head_dim=32), ONE),
     ("mlx/groups", lambda: builds.w4a16(32), weights(group_size=128), ONE),
     ("mlx/experts", lambda: _other_type(builds.w4a16(32)), config(model_type="qwen3_moe"), ONE),
     ("mlx/gptq", builds.awq, section(quant_method="gptq"), ONE),
@@ -363,8 +365,8 @@ BREACHES: tuple[tuple[str, Make, Change, Deployment], ...] = (
 )
 
 
-def _other_type(draft: Draft) -> Draft:
-    draft.config["model_type"] = "deepseek_v3"
+def _other_type(draft: Draft, kind: str = "deepseek_v3") -> Draft:
+    draft.config["model_type"] = kind
     return draft
 
 
