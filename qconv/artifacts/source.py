@@ -24,15 +24,18 @@ from qconv.checkpoint.hub import folder_name, require_inside
 from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import SINGLE_NAME, Checkpoint, in_config, read_weight_map, require_finite
 from qconv.checkpoint.rope import in_both_spellings
+from qconv.checkpoint.tiktoken import RANKS_NAME
 from qconv.core.architecture import HEAD, TIED, Architecture
 from qconv.errors import CheckpointError
 from qconv.models import architecture
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", RANKS_NAME)
 """One of these must be there; the rest of a tokenizer's files are optional."""
 COMPANION_PATTERNS = (
     "generation_config.json",
     "tokenizer*",
+    RANKS_NAME,
+    "tokenization_*.py",
     "vocab.*",
     "merges.txt",
     "special_tokens_map.json",
@@ -40,7 +43,7 @@ COMPANION_PATTERNS = (
     "chat_template.*",
     "LICENSE*",
 )
-"""What travels unchanged from the source to a build."""
+"""What travels unchanged from the source to a build; code is copied for engines that are told to trust it."""
 
 
 @dataclass(frozen=True, slots=True)

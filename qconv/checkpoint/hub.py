@@ -14,7 +14,7 @@ from qconv.errors import CheckpointError, UsageError
 
 _HUB_ID = re.compile(r"(?![^@]*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?(@[\w./-]+)?", re.ASCII)
 """What the Hub's own client takes for one: another name raises an error of its own there."""
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "merges.txt", "LICENSE*"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization_*.py", "merges.txt", "LICENSE*"]
 
 
 def folder_name(path: Path) -> str:

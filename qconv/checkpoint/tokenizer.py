@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.boundary.printable import one_line, printable
+from qconv.checkpoint.tiktoken import as_files, has_ranks
 from qconv.errors import CheckpointError
 
 _HINT = "Copy the model's tokenizer files and config.json again."
@@ -20,14 +21,20 @@ def load_tokenizer(folder: Path, *, gguf_file: str | None = None) -> Any:
 
     Raises:
         CheckpointError: transformers or tokenizers cannot make a tokenizer of what is there.
+        UsageError: ranks of tiktoken that are not Kimi's.
     """
     from transformers import AutoTokenizer  # seconds to import
 
+    tokenizer: Any
+
+    if gguf_file is None and has_ranks(folder):
+        with as_files(folder) as made:
+            tokenizer = load_tokenizer(made)
+        tokenizer.name_or_path = str(folder)
+        return tokenizer
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         # What is wrong with a setting (a length that is no number) shows only when it is used.
         tokenizer.decode(tokenizer("a").input_ids)
     # transformers and tokenizers let whatever their parsing meets escape: ValueError, KeyError, a bare Exception.

@@ -12,13 +12,14 @@ from qconv.artifacts.build import with_both_spellings
 from qconv.artifacts.source import Source
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.reader import read_json
+from qconv.checkpoint.tiktoken import RANKS_NAME
 from qconv.checkpoint.writer import sha256_of
 from qconv.errors import CheckpointError, QconvError
 from qconv.verification.outcome import Verification
 
 _NOT_COMPARED = ("quantization_config", "compression_config", "quantization", "transformers_version", "_name_or_path")
 """What a quantizer writes, and what says nothing about the model."""
-_DECIDING = ("tokenizer.json", "tokenizer.model", "chat_template.*", "vocab.*", "merges.txt")
+_DECIDING = ("tokenizer.json", "tokenizer.model", RANKS_NAME, "chat_template.*", "vocab.*", "merges.txt")
 """Companions of which a difference changes what a model is asked; others are named and no fault of other tools'."""
 _ADDED = (*_DECIDING, "generation_config.json")
 _NAMED = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from qconv.planning.gguf_recipe import parse_gguf_recipe
 from qconv.runtime.tokenizer import load_tokenizer
 from qconv.verification.build import verify
 from qconv.verification.checksums import parse_checksums
-from tests.conftest import build, small_recipe
+from tests.conftest import EXPERTS, build, random_model, save_model, small_recipe
+from tests.gguf_families import LATENT
+from tests.kimi import ROWS, save_kimi
 
 NAMES = ("tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE")
 
@@ -203,3 +206,19 @@ def test_a_template_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) 
     link(folder / ADDITIONAL_FOLDER / "rag.jinja", tmp_path / "private.jinja")
     with pytest.raises(CheckpointError, match=r"rag\.jinja"):
         companions(folder)
+
+
+def test_a_kimi_is_calibrated_built_and_run_with_the_tokenizer_that_it_has(tmp_path: Path) -> None:
+    """Ranks and code travel with the build; nothing of the code is run."""
+    model = save_model(
+        random_model("deepseek_v3", **EXPERTS | LATENT, num_hidden_layers=2, vocab_size=ROWS), tmp_path / "model"
+    )
+    (model / "tokenizer.json").unlink()
+    save_kimi(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2"}))
+    out = build(model, tmp_path / "out", small_recipe("gptq", "w4a16")).out
+    for name in ("tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert verify(out, against=model).problems == []
+    assert load_tokenizer(out)("中文 abc").input_ids == load_tokenizer(model)("中文 abc").input_ids

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qconv.checkpoint.tiktoken import KIMI
+
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -103,6 +105,7 @@ _KINDS: dict[PreTokenizer, tuple[str, ...]] = {
     ),
     PreTokenizer((_SEED,)): ("seed-coder",),
     PreTokenizer((_EXAONE_MOE,)): ("exaone-moe",),
+    PreTokenizer((KIMI,)): ("kimi-k2",),
 }
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: kind for kind, names in _KINDS.items() for name in names}
 """By llama.cpp's name."""

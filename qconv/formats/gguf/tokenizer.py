@@ -1,4 +1,4 @@
-"""The key/values of a GGUF file that describe the tokenizer, from tokenizer.json and the files beside it.
+"""The key/values of a GGUF file that describe the tokenizer, from tokenizer.json or Kimi's ranks and the files beside.
 
 llama.cpp tokenizes by itself: byte-level BPE with one of its own pre-tokenizers, named by ``tokenizer.ggml.pre``, or
 SentencePiece's BPE (:mod:`qconv.formats.gguf.sentencepiece`). It does not normalize, so text that is not in NFC
@@ -18,6 +18,8 @@ from qconv.boundary.printable import name_of
 from qconv.chat.files import templates_of
 from qconv.checkpoint.generation_config import GENERATION_CONFIG, read_generation_config
 from qconv.checkpoint.reader import read_json
+from qconv.checkpoint.tiktoken import RANKS_NAME, has_ranks
+from qconv.checkpoint.tiktoken import described as ranks_described
 from qconv.errors import CheckpointError, UsageError
 from qconv.formats.gguf.metadata import Metadata
 from qconv.formats.gguf.pre_tokenizers import GPT2, name_of_kind, written_names
@@ -50,12 +52,15 @@ def tokenizer_metadata(folder: Path, rows: int, config: dict[str, Any]) -> Metad
         UsageError: a tokenizer that llama.cpp cannot follow; says why.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if has_ranks(folder):
+        path, described = folder / RANKS_NAME, ranks_described(folder)
+    elif path.is_file():
+        described = read_json(path)
+    else:
         raise UsageError(
             f"{path}: no such file: qconv reads no other form of a tokenizer.",
             hint="Save the tokenizer with transformers' save_pretrained, which writes it.",
         )
-    described = read_json(path)
     vocabulary = read_vocabulary(path, described, rows)
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = read_generation_config(folder)
