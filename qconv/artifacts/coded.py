@@ -181,18 +181,20 @@ class StoredCodes:
 
     def codes(self, weight: str) -> str:
         """What a weight's codes are called."""
-        module = weight.removesuffix(".weight")
-        grid = self.described.grids([module]).get(module, self.described.grid)
-        return f"{module}.{self._leaves(grid)[0]}"
+        return f"{weight.removesuffix('weight')}{self._leaves(self._grid(weight))[0]}"
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """On the first grid."""
-        specs = self.format.specs("x", _SIDE, _SIDE, self.described.grid)
-        return math.ceil(math.prod(shape) * sum(spec.nbytes for spec in specs) / _SIDE**2)
+    def nbytes(self, shape: tuple[int, ...], weight: str = "") -> int:
+        """By its own grid, or of no name by the first."""
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        return sum(spec.nbytes for spec in self.format.specs("x", rows, columns, self._grid(weight)))
 
     def read(self, stored: Checkpoint, dtype: torch.dtype) -> CodedCheckpoint:
         """See :class:`CodedCheckpoint`."""
         return CodedCheckpoint.of(stored, dtype)
+
+    def _grid(self, weight: str) -> Grid:
+        module = weight.removesuffix(".weight")
+        return self.described.grids([module]).get(module, self.described.grid)
 
     def _grids(self) -> list[Grid]:
         return list(dict.fromkeys(group.grid for group in self.described.groups))

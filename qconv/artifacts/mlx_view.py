@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,19 @@ def mlx_view(stored: Checkpoint) -> MlxCheckpoint:
     return MlxCheckpoint(
         {**entries, **others}, stored.path, {**stored.config, **mlx.FORMAT.keys(said)}, stored, ends, grids
     )
+
+
+def mlx_names(model: Architecture, listed: Set[str]) -> set[str]:
+    """The tensors that :func:`mlx_view` makes of those that an index lists; what it dequantizes is listed coded."""
+    found, used = set[str](), set[str]()
+    for name, _ in model.tensors():
+        module, _, leaf = name.rpartition(".")
+        path = mlx.called(module)
+        for one in dict.fromkeys((leaf, *_LEAVES) if leaf == "weight" else (leaf,)):
+            if f"{path}.{one}" in listed:
+                found.add(f"{module}.{one}")
+                used.add(f"{path}.{one}")
+    return found | (listed - used)
 
 
 def _entry(stored: Checkpoint, called: str, name: str) -> TensorEntry | None:

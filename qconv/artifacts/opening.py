@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qconv.artifacts.mlx_view import is_mlx, mlx_view
-from qconv.artifacts.separation import separated
+from qconv.artifacts.mlx_view import is_mlx, mlx_names, mlx_view
+from qconv.artifacts.separation import separated, separated_names
 from qconv.checkpoint.header import TensorEntry
 from qconv.checkpoint.reader import Checkpoint, in_config
-from qconv.core.architecture import EMBEDDING, HEAD, TIED
+from qconv.core.architecture import EMBEDDING, HEAD, TIED, Architecture
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -32,6 +34,12 @@ def viewed(stored: Checkpoint) -> Checkpoint:
         CheckpointError, UsageError: as :func:`separated` and :func:`mlx_view`.
     """
     return mlx_view(stored) if is_mlx(stored.config) else separated(stored)
+
+
+def viewed_names(config: Mapping[str, Any], model: Architecture, listed: Iterable[str]) -> set[str]:
+    """The tensors that :func:`viewed` makes of those that an index lists."""
+    names = {*listed}
+    return mlx_names(model, names) if is_mlx(config) else separated_names(model, names)
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:

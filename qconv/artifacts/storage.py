@@ -22,8 +22,8 @@ from qconv.checkpoint.mxfp4 import Mxfp4Checkpoint
 from qconv.checkpoint.quantized import QuantizedCheckpoint
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.qtensor import CHANNEL
-from qconv.errors import CheckpointError
-from qconv.formats import detect
+from qconv.errors import CheckpointError, UnreadLayoutError
+from qconv.formats import detect, formats
 from qconv.formats.base import Described
 
 _LARGE = (4096, 4096)
@@ -51,8 +51,8 @@ class Storage(Protocol):
     def codes(self, weight: str) -> str:
         """What the codes of a weight are called, by its name."""
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """About how many bytes a weight of a shape takes, with its scales."""
+    def nbytes(self, shape: tuple[int, ...], weight: str = "") -> int:
+        """About how many bytes a weight of a shape takes, with its scales; of a name where grids go by names."""
 
     def read(self, stored: Checkpoint, dtype: torch.dtype) -> QuantizedCheckpoint:
         """The dense view of a checkpoint.
@@ -76,7 +76,7 @@ class StoredFp8:
         """As the weight is."""
         return weight
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
+    def nbytes(self, shape: tuple[int, ...], weight: str = "") -> int:
         """Scales are float32 at most."""
         return math.prod(shape) + math.prod(self.scheme.scale_shape(shape)) * torch.float32.itemsize
 
@@ -103,7 +103,7 @@ class StoredIntegers:
         """Bits of the first grid."""
         return f"INT{self.described.grid.bits}"
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
+    def nbytes(self, shape: tuple[int, ...], weight: str = "") -> int:
         """On the first grid; scales of two bytes."""
         grid = self.described.grid
         groups = 1 if grid.group_size == CHANNEL else -(-shape[-1] // grid.group_size)
@@ -129,7 +129,7 @@ class StoredMxfp4:
         """Another name than the weight's."""
         return f"{weight.removesuffix('weight')}{mxfp4.BLOCKS}"
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
+    def nbytes(self, shape: tuple[int, ...], weight: str = "") -> int:
         """17 bytes for 32 elements."""
         return math.prod(shape) * 17 // mxfp4.BLOCK
 
@@ -149,27 +149,45 @@ def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:
     Raises:
         CheckpointError: quantized in any other way.
     """
-    section = quantization_of(config)
-    if is_mlx(config):
-        section = quantization_section(path, config)
+    section = quantization_section(path, config) if is_mlx(config) else quantization_of(config)
     if section is None:
         return None
-    method = section.get("quant_method") if isinstance(section, dict) else None
+    method, problem = None, ""
     if isinstance(section, dict):
+        method = section.get("quant_method")
+        try:
+            return _read_storage(section, weight_dtype(path, config))
+        except UnreadLayoutError as error:
+            problem = f": {error.message}"
+    raise CheckpointError(
+        f"{path}: already quantized (quant_method {method!r}){problem.rstrip('.')}.",
+        hint=f"Give the unquantized checkpoint, or one in a layout that is read: {', '.join(formats())}.",
+    )
+
+
+def _read_storage(section: dict[str, Any], dtype: torch.dtype) -> Storage:
+    """What a ``quantization_config`` says.
+
+    Raises:
+        UnreadLayoutError: nothing that is read.
+        CheckpointError: FP8 or packed integers of a kind that is not; names the key.
+    """
+    found = detect({"quantization_config": section})
+    if section.get("quant_method") == mxfp4.METHOD:
+        return StoredMxfp4()
+    problem: CheckpointError | None = None
+    try:
         scheme = Fp8Scheme.parse(section)
         if scheme is not None:
             return StoredFp8(scheme)
-        if method == mxfp4.METHOD:
-            return StoredMxfp4()
-        dtype = weight_dtype(path, config)
         described = packed_integers(section, dtype)
         if described is not None:
             return StoredIntegers(described)
-        found = detect({"quantization_config": section})
+    except CheckpointError as error:  # floats of another kind, or of several at once, may be a format's
+        problem = error
+    try:
         if found is not None:
             return StoredCodes(found, found.read_config(section, dtype))
-    raise CheckpointError(
-        f"{path}: already quantized (quant_method {method!r}).",
-        hint="Give the unquantized checkpoint, or one in FP8, MXFP4 or packed integers of compressed-tensors; "
-        "qconv convert --to bf16 makes one of any build that it reads.",
-    )
+    except CheckpointError as error:
+        raise problem or UnreadLayoutError(error.message, hint=error.hint) from error
+    raise problem or UnreadLayoutError("of no layout that is read.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qconv.artifacts.separation import separated_names
+from qconv.artifacts.opening import viewed_names
 from qconv.artifacts.source import listed_files
 from qconv.artifacts.storage import Storage
 from qconv.artifacts.verbatim import Verbatim, verbatim_of
@@ -59,7 +59,7 @@ class Beside:
             CheckpointError: a shard that is here is damaged, or what it holds cannot be copied.
         """
         listed, expected = listed_files(path), {name for name, _ in model.tensors()} | model.ignorable()
-        names = left_out(config, model, listed.keys() & (separated_names(model, listed) - expected))
+        names = left_out(config, model, listed.keys() & (viewed_names(config, model, listed) - expected))
         files = {path / listed[name] for name in names}
         if not all(file.is_file() for file in files):
             absent = sum(not (path / listed[name]).is_file() for name in names)

@@ -12,7 +12,8 @@ import torch
 
 from qconv.artifacts.dtypes import weight_dtype
 from qconv.artifacts.inspection import SKIP_KEYS, name_class
-from qconv.artifacts.separation import require_readable_experts, separated_names
+from qconv.artifacts.opening import viewed_names
+from qconv.artifacts.separation import require_readable_experts
 from qconv.artifacts.source import listed_files
 from qconv.artifacts.storage import Storage, bytes_a_weight, storage_of
 from qconv.boundary.content import misplaced_files
@@ -126,7 +127,7 @@ def estimate(path: Path, recipe: Recipe) -> Estimate:
         dtype = weight_dtype(path, config)
     indexed, files = read_weight_map(path), listed_files(path)
     require_readable_experts(path, files, config, model)
-    listed = separated_names(model, files)
+    listed = viewed_names(config, model, files)
     stored = _Stored.of(dtype, storage, model, config, listed or None)
     beside = Beside.of(path, config, model, storage, dtype)
     plan = make_plan(model, recipe, lambda name: dtype, beside.verbatim)
@@ -178,7 +179,7 @@ class _Stored:
         """Bytes of a tensor, with its scales."""
         if self.storage is None or name not in self.quantized:
             return math.prod(shape) * self.dtype.itemsize
-        return self.storage.nbytes(shape)
+        return self.storage.nbytes(shape, name)
 
     def expected(self, model: Architecture) -> set[str]:
         """The tensors that an index must list, as far as names tell."""

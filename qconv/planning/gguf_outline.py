@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qconv.artifacts.dtypes import weight_dtype
-from qconv.artifacts.separation import require_readable_experts, separated_names
+from qconv.artifacts.opening import viewed_names
+from qconv.artifacts.separation import require_readable_experts
 from qconv.artifacts.source import TOKENIZER_FILES, listed_files
 from qconv.checkpoint.reader import read_json
 from qconv.formats.gguf.container import TensorInfo
@@ -56,7 +57,7 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
         types = fitted(wanted, tensors)
     notices = [notice for notice in (fallbacks(wanted, types),) if notice is not None]
     expected = {name for name, _ in described.tensors()} | described.ignorable()
-    beside = left_out(config, described, separated_names(described, listed) - expected)
+    beside = left_out(config, described, viewed_names(config, described, listed) - expected)
     if beside:
         parts = " and ".join(f"{count:,} tensors of {part}" for part, count in Counter(beside.values()).items())
         notices.append(f"{parts} are left out: the file holds the language model alone")
