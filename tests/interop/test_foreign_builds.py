@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qconv
+from qconv.artifacts.inspection import inspect
 from qconv.artifacts.source import Source
 from qconv.checkpoint.reader import Checkpoint
 from qconv.errors import CheckpointError
@@ -25,6 +26,7 @@ from qconv.runtime.activations import InputRounding
 from qconv.runtime.files import open_files
 from qconv.runtime.modules import PackedExperts, PackedLinear
 from qconv.runtime.packed import DenseWeight
+from qconv.verification.build import verify
 from tests.conftest import random_model, save_model
 from tests.interop.conftest import Client
 
@@ -72,6 +74,16 @@ COMPRESSED: dict[str, dict[str, Any]] = {
             "INT8": ["model.layers.0.self_attn.o_proj"],
             "W8A16": ["re:.*layers.1.self_attn.o_proj"],
         },
+    },
+    "nvfp4a16": {"scheme": "NVFP4A16", "weights": {}, "ignore": ROUTERS},
+    "nvfp4": {"scheme": "NVFP4", "weights": {}, "ignore": ROUTERS},
+    "mxfp4a16": {"scheme": "MXFP4A16", "weights": {}, "ignore": ROUTERS},
+    "mxfp8": {"scheme": "MXFP8", "weights": {}, "ignore": ROUTERS},
+    "nvfp4-fp8": {
+        "scheme": "NVFP4A16",
+        "weights": {},
+        "ignore": ROUTERS,
+        "others": {"FP8_DYNAMIC": [r"re:.*self_attn\..*_proj$"]},
     },
     "w3a16": {"scheme": "W3A16", "weights": {"group_size": 32}, "ignore": ROUTERS},
 }
@@ -144,7 +156,7 @@ def assert_runs(build: Path, scratch: Path, quantized: int) -> None:
 
 
 def assert_source(build: Path) -> None:
-    """As a source a build of packed integers reads as what compressed-tensors makes of it, rounded once."""
+    """As a source a build reads as what compressed-tensors makes of it, rounded once."""
     theirs, source = load_file(build.with_name(f"{build.name}.dense")), Source.open(build)
     for name, weight in theirs.items():
         assert torch.equal(source.read(name), weight.float().bfloat16()), name
@@ -197,8 +209,10 @@ def test_compressed_tensors(source: Callable[[str], Path], client: Client, tmp_p
             continue
         down = 0 if name == "w8a16" else 1
         assert_runs(tmp_path / name, tmp_path / f"{name}-dense", 2 * (4 + mlps * (2 + down)) + name.endswith("head"))
-        if name.startswith(("w4a16", "w8a16")):
-            assert_source(tmp_path / name)
+        assert_source(tmp_path / name)
+        result = verify(tmp_path / name, source(family))
+        assert (result.problems, result.not_checked) == ([], [])
+        assert inspect(tmp_path / name).format is not None
         if name in ROUNDED_INPUTS:
             files = open_files(tmp_path / name)
             assert files.input_rounding(files.architecture.layers[1].heads.o) == ROUNDED_INPUTS[name]

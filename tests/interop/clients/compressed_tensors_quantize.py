@@ -23,9 +23,11 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
     preset_name_to_scheme,
 )
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from tests.interop.clients.compressed_tensors_fp4 import FORMATS, in_float32
 
 
 def main(source: str, cases: str, out: str) -> None:
@@ -96,7 +98,11 @@ def linears(tensors: dict[str, Tensor]) -> nn.Module:
 def calibrate(module: Any) -> None:
     """Scales and zero points from the weights' extremes."""
     args, weight = module.quantization_scheme.weights, module.weight
-    if args.strategy == "group":
+    shared = {}
+    if args.strategy == "tensor_group":
+        shared["global_scale"] = generate_gparam(weight.amin(), weight.amax())
+        module.weight_global_scale.data = shared["global_scale"].view_as(module.weight_global_scale)
+    if args.strategy in ("group", "tensor_group"):
         grouped = weight.unflatten(1, (-1, args.group_size))
         low, high = grouped.amin(-1), grouped.amax(-1)
     elif args.strategy == "channel":
@@ -107,9 +113,11 @@ def calibrate(module: Any) -> None:
         low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
     else:
         low, high = weight.amin(), weight.amax()
-    module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(low, high, args)
+    module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(low, high, args, **shared)
     if hasattr(module, "input_scale"):
         module.input_scale.data.fill_(0.02)
+    if hasattr(module, "input_global_scale"):
+        module.input_global_scale.data.fill_(96.0)
 
 
 def decompressed(tree: nn.Module) -> Any:
@@ -117,6 +125,9 @@ def decompressed(tree: nn.Module) -> Any:
         if not hasattr(module, "quantization_scheme"):
             continue
         scheme: Any = module.quantization_scheme
+        if scheme.format in FORMATS.values():  # whose own decompression rounds to bfloat16
+            yield f"{name}.weight", in_float32(dict(module.named_parameters()), scheme).detach().contiguous()
+            continue
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         stored = dict(module.named_parameters()) | {"weight_scale": module.weight_scale.float()}
         yield f"{name}.weight", compressor.decompress(stored, scheme)["weight"].contiguous()
