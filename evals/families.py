@@ -57,6 +57,7 @@ SPARSE = (
     "gpt_oss",
     "hunyuan_v1_moe",
     "hy_v3",
+    "jamba",
     "laguna",
     "llama4_text",
     "mellum",
@@ -70,6 +71,7 @@ SPARSE = (
     "solar_open",
 )
 DENSE = (
+    "bamba",
     "cwm",
     "ernie4_5",
     "helium",

@@ -74,6 +74,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen3_moe": {},
     "mixtral": {},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     # dense
     "llama": {},
     "qwen3": {"layer_types": None},
@@ -87,6 +88,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "iquestcoder": {},
     "ministral3": {},
     "cwm": {"layer_types": None},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16},
     "youtu": {"num_key_value_heads": 4, "head_dim": 8},
     "qwen2": {},
     "smollm3": {"layer_types": None, "no_rope_layers": None},

@@ -20,7 +20,7 @@ from qconv.checkpoint.reader import in_config, read_json
 from qconv.core.architecture import Architecture, Layer, Mlp, Moe, Norm
 from qconv.core.devices import CPU
 from qconv.errors import RecipeError
-from qconv.models.calls import Call, Calls
+from qconv.models.calls import Call, Calls, final_norm_of
 from qconv.models.gating import Gating, Plain, gating_of
 from qconv.models.transformer import config_of, empty_model
 
@@ -55,7 +55,7 @@ class Decoder:
 
     def final_norm(self, weight: Tensor) -> nn.Module:
         """The norm after the last layer with its weight, [hidden]."""
-        return self._loaded(self._skeleton.norm, {"weight": weight})
+        return self._loaded(getattr(self._skeleton, final_norm_of(self._skeleton)), {"weight": weight})
 
     def router(self, layer: Layer, moe: Moe, read: Callable[[str], Tensor]) -> RouterBlock:
         """A sparse layer's routing.

@@ -35,7 +35,7 @@ from qconv.runtime.backends import get_backend
 from qconv.runtime.dequantized import Dequantized
 from qconv.runtime.files import ModelFiles
 from qconv.runtime.modules import PackedExperts
-from qconv.runtime.skeleton import Installer, empty_model
+from qconv.runtime.skeleton import Installer, empty_model, place_rotary
 from qconv.runtime.stream import HEAD_ROWS, LOGIT_BYTES, StreamedExperts
 
 WINDOW_VALUES = 2**25
@@ -82,7 +82,7 @@ class Variants:
         self.backend = get_backend("reference", device)
         self.architecture = reference.architecture
         self.model = empty_model(reference, DTYPE)
-        self.model.model.rotary_emb.to(self.backend.device)
+        place_rotary(self.model.model, self.backend.device)
         self.calls = Calls(self.model.model, self.architecture.hidden_size)
         ends = np.cumsum([0, *map(len, sequences)]).tolist()
         self.tokens: int = ends[-1]

@@ -116,8 +116,15 @@ class Calls:
         """What layers are called with that give ``hidden`` and what is ``beside`` it."""
         seen: list[tuple[Any, ...]] = []
         layers = nn.ModuleList([_noting(layer, seen, beside) for layer in self.model.layers])
-        with_children(self.model, {"layers": layers, "norm": _Same()})(inputs_embeds=hidden, use_cache=False)
+        around = {"layers": layers, final_norm_of(self.model): _Same()}
+        with_children(self.model, around)(inputs_embeds=hidden, use_cache=False)
         return seen
+
+
+def final_norm_of(model: nn.Module) -> str:
+    """What the norm after the last layer is called in transformers' model without its head."""
+    names = [name for name, _ in model.named_children() if name.endswith("norm")]
+    return names[-1] if names else "norm"
 
 
 def with_children(module: Any, children: Mapping[str, nn.Module]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from qconv.boundary.printable import name_of, one_line
 from qconv.checkpoint.config import language_part
 from qconv.errors import CheckpointError
 
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 ALIASES = {"kimi_k2": "deepseek_v3"}
 """Model types that are another one under a new name."""
 
@@ -47,12 +49,20 @@ def config_of(values: Mapping[str, Any]) -> Any:
             else "Repair config.json.",
         )
     try:
-        return AutoConfig.for_model(model_type, **own)
+        return AutoConfig.for_model(model_type, **{key: _floats_restored(value) for key, value in own.items()})
     # Its checks raise a kind of their own, its code whatever a value of another type makes it raise.
     except Exception as error:
         raise CheckpointError(
             f"config.json: transformers does not accept it: {one_line(error)}.", hint="Repair config.json."
         ) from error
+
+
+def _floats_restored(value: Any) -> Any:
+    """A setting with numbers where transformers writes ``{"__float__": "Infinity"}``, since JSON has no infinities."""
+    if isinstance(value, Mapping):
+        number = _FLOATS.get(value["__float__"]) if [*value] == ["__float__"] else None
+        return {key: _floats_restored(one) for key, one in value.items()} if number is None else number
+    return [_floats_restored(one) for one in value] if isinstance(value, list) else value
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -72,7 +82,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = untyped.from_config(config, dtype=dtype)
         inner: Any = getattr(model, "model", None)
-        if hasattr(inner, "rotary_emb"):
+        if getattr(inner, "rotary_emb", None) is not None:
             # Frequencies are computed, not loaded, so that module is built again off the meta device.
             inner.rotary_emb = type(inner.rotary_emb)(config)
     # Its checks raise a kind of their own, its modules whatever a value of another type makes them raise.

@@ -42,6 +42,12 @@ def empty_model(files: ModelFiles, dtype: torch.dtype) -> Any:
     return model
 
 
+def place_rotary(model: Any, device: torch.device) -> None:
+    """Put the frequencies of rotary embeddings on a device, where transformers' model without its head has some."""
+    if getattr(model, "rotary_emb", None) is not None:
+        model.rotary_emb.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Installer:
     """Gives parts of a model their weights.
@@ -75,7 +81,7 @@ class Installer:
             self.layer(layer)
         self.norm(self.files.architecture.final_norm)
         self.head()
-        self.model.get_submodule("model.rotary_emb").to(self.backend.device)
+        place_rotary(self.model.model, self.backend.device)
 
     def embedding(self) -> None:
         """The embedding."""

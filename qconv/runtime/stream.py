@@ -35,7 +35,7 @@ from qconv.runtime.files import ModelFiles, open_files
 from qconv.runtime.loading import chosen_dtype
 from qconv.runtime.modules import PackedExperts
 from qconv.runtime.rounded import RoundedLinear
-from qconv.runtime.skeleton import Installer, empty_model
+from qconv.runtime.skeleton import Installer, empty_model, place_rotary
 
 WINDOW_TOKENS = 4096
 """Tokens that pass the experts together; each window reads the layer's experts once."""
@@ -121,7 +121,7 @@ class _Scorer:
         self.dtype = dtype
         self.model = empty_model(files, dtype)
         self.installer = Installer(self.model, Dequantized(files, dtype), backend, dtype, round_inputs)
-        self.model.model.rotary_emb.to(backend.device)
+        place_rotary(self.model.model, backend.device)
         self.calls = Calls(self.model.model, files.architecture.hidden_size)
 
     @torch.no_grad()

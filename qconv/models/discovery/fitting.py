@@ -37,7 +37,6 @@ from qconv.models.discovery.stand_ins import Unproved
 from qconv.models.discovery.structure import Discovery, FusedExperts, LayerStructure, ReadTensor, read_model
 from qconv.models.discovery.tracing import is_norm, settings_of
 
-_FINAL_NORM = "model.norm"
 _DENSE = ("gate_proj", "up_proj", "down_proj")
 _JOINED_LEAVES = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
@@ -75,7 +74,8 @@ class _Fitting:
 
     def architecture(self) -> Architecture:
         outside = dict(self.found.outside)
-        embedding, head, final = (outside.pop(f"{name}.weight", None) for name in (EMBEDDING, HEAD, _FINAL_NORM))
+        norm = f"model.{self.proofs.final_norm}"
+        embedding, head, final = (outside.pop(f"{name}.weight", None) for name in (EMBEDDING, HEAD, norm))
         if outside or embedding is None or final is None:
             raise Unproved(f"beside its layers it has {next(iter(outside), 'no embedding or no norm')}")
         self.proofs.ends()
@@ -91,7 +91,7 @@ class _Fitting:
             head_dim=head_dim,
             embedding=Linear(EMBEDDING, embedding[0], embedding[1]),
             layers=layers,
-            final_norm=Norm(_FINAL_NORM, final[0]),
+            final_norm=Norm(norm, final[0]),
             lm_head=None if head is None else Linear(HEAD, head[0], head[1]),
             held=self.found.held,
             joined=replace(self.proofs.joined(), always=any(map(_lie_together, experts))),

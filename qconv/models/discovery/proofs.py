@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.core.architecture import HEAD, Joined, Layer, Linear, Mlp, Moe, Norm
-from qconv.models.calls import Call, Calls, with_children
+from qconv.models.calls import Call, Calls, final_norm_of, with_children
 from qconv.models.discovery.expert_forms import ExpertForm, form_of, is_told
 from qconv.models.discovery.stand_ins import (
     Nothing,
@@ -50,7 +50,7 @@ class Proofs:
         self._config: Any = self._model.config
         with running("the model around its layers"):
             inner: Any = self._model.model
-            if hasattr(inner, "rotary_emb"):
+            if getattr(inner, "rotary_emb", None) is not None:
                 rotary: Any = type(inner.rotary_emb)
                 inner = with_children(inner, {"rotary_emb": rotary(self._config)})
             self._calls = Calls(inner, inner.embed_tokens.embedding_dim)
@@ -79,6 +79,11 @@ class Proofs:
         """Heads of keys and values, by the config; as many as heads where it has none."""
         return int(getattr(self._config, "num_key_value_heads", None) or self.heads)
 
+    @property
+    def final_norm(self) -> str:
+        """What the norm after the last layer is called in the model."""
+        return final_norm_of(self._model.model)
+
     def ends(self) -> None:
         """The embedding's rows go into the first layer, and the final norm's into the head, whose outputs are logits.
 
@@ -91,7 +96,7 @@ class Proofs:
             norm, head = StandIn(normed), StandIn(logits)
             require_equal(self._embedded(rows[0]), rows, "the embedding is scaled")
             around = {"embed_tokens": StandIn(rows), "rotary_emb": StandIn(rows), "layers": nn.ModuleList()}
-            inner = with_children(self._model.model, {**around, "norm": norm})
+            inner = with_children(self._model.model, {**around, self.final_norm: norm})
             output = with_children(self._model, {"model": inner, HEAD: head})(
                 input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False
             )

@@ -69,6 +69,8 @@ FITTING = [
     "helium",
     "hunyuan_v1_dense",
     "qwen3_5_text",
+    "bamba",
+    "jamba",
 ]
 
 
