@@ -35,7 +35,7 @@ OF_THE_RUN = ("README.md", "qconv-report.json", "SHA256SUMS")
 IMPORTANCE = "imatrix"
 """The build that is an importance matrix alone; other variants take it from there."""
 CALIBRATED_TYPES = ("Q2_K", "Q4_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
-NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
+NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
 
 
 @dataclass(frozen=True, slots=True)

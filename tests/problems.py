@@ -24,7 +24,9 @@ def _float(block_rows: int, group_size: int, **named: Any) -> Grid:
     return Grid(8, group_size, True, torch.float32, "e4m3", block_rows, **named)
 
 
-LATTICES = {name: BlockGrid(GgmlType[name]) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")}
+LATTICES = {
+    name: BlockGrid(GgmlType[name]) for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+}
 BLOCKS: dict[str, FittedGrid[Any]] = {
     **{one.name: BlockGrid(one) for one in GgmlType if BlockGrid(one).has_codes and one.name not in LATTICES},
 }

@@ -4,6 +4,7 @@
 #include "ggml/direct.h"
 #include "ggml/input.h"
 #include "ggml/searched.h"
+#include "ggml/shifted.h"
 #include "ggml/signed.h"
 #include "ggml/ternary.h"
 
@@ -119,10 +120,12 @@ EXPORTED float qconv_encode_by_search(int32_t type, const void* weights, int32_t
     case 16: return encode_searched<IQ2_XXS>(matrix, importance, from, limit, out);
     case 17: return encode_searched<IQ2_XS>(matrix, importance, from, limit, out);
     case 18: return encode_searched<IQ3_XXS>(matrix, importance, from, limit, out);
+    case 19: return encode_searched<IQ1_S>(matrix, importance, from, limit, out);
     case 20: return encode_searched<IQ4_NL>(matrix, importance, from, limit, out);
     case 21: return encode_searched<IQ3_S>(matrix, importance, from, limit, out);
     case 22: return encode_searched<IQ2_S>(matrix, importance, from, limit, out);
     case 23: return encode_searched<IQ4_XS>(matrix, importance, from, limit, out);
+    case 29: return encode_searched<IQ1_M>(matrix, importance, from, limit, out);
     case 34: return encode_searched<TQ1_0>(matrix, importance, from, limit, out);
     case 35: return encode_searched<TQ2_0>(matrix, importance, from, limit, out);
     default: return -1.0f;

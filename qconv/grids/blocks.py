@@ -14,21 +14,22 @@ from torch.nn import functional
 from qconv.core.grid import Fit
 from qconv.core.rounding import row_blocks
 from qconv.errors import UsageError
-from qconv.grids.ggml import GgmlType, affine, direct, encode, scaled, signed
+from qconv.grids.ggml import GgmlType, affine, direct, encode, scaled, shifted, signed
 from qconv.grids.ggml.affine import AffineGrid
-from qconv.grids.ggml.fields import read_scales
+from qconv.grids.ggml.fields import read_scales, read_shifts
 from qconv.grids.ggml.lattice import lattice
 from qconv.grids.ggml.numeric import as_half
 from qconv.grids.ggml.scaled import ScaledGrid
 from qconv.grids.ggml.searched import SEARCHES, Search
+from qconv.grids.ggml.shifted import ShiftedGrid
 from qconv.grids.ggml.signed import SignedGrid
 from qconv.grids.lattices import LatticeFit, codes_of
 from qconv.grids.nearest import E2M1_DOUBLED, Codebook, Integers, Nearest
 from qconv.grids.scales import Scales, SuperScales
+from qconv.grids.shifts import ShiftedFit, encoded_of
 from qconv.grids.steps import StepFit
 
 _PLAIN = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
-_LARGEST_ODD = 31.0  # 2k + 1 of a k of four bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,10 @@ class BlockGrid:
             )
         if isinstance(kind.grid, SignedGrid):
             return LatticeFit(scales, kind.grid, kind.packing(self.type))
+        if isinstance(kind.grid, ShiftedGrid):
+            shifts = read_shifts(encoded.data.view(-1, self.type.block_bytes), self.type)
+            negative = None if shifts is None else _by_column(shifts, rows)
+            return ShiftedFit(scales, kind.grid, negative, kind.packing(self.type))
         assert kind.codes is not None
         return StepFit(scales, kind.codes, kind.packing(self.type))
 
@@ -138,7 +143,7 @@ class _Kind:
         store: Rounds scales that stand for themselves.
     """
 
-    grid: AffineGrid | ScaledGrid | SignedGrid | None
+    grid: AffineGrid | ScaledGrid | SignedGrid | ShiftedGrid | None
     subblocks: int
     codes: Nearest | None
     pack: Callable[[Any], Tensor]
@@ -185,6 +190,8 @@ class _Kind:
         if isinstance(self.grid, SignedGrid):
             found = lattice(self.grid.type, codes.device)
             return signed.Encoded(codes_of(codes.abs(), found), codes < 0.0, (integers - 1.0).clamp_(min=0.0) / 2.0, d)
+        if isinstance(self.grid, ShiftedGrid):
+            return encoded_of(codes, integers, d, self.grid)
         return scaled.Encoded(codes, integers, d)
 
 
@@ -196,7 +203,9 @@ def _kind(type: GgmlType) -> _Kind:
     search: Search[Any, Any] = SEARCHES[type]
     grid = search.grid
     if isinstance(grid, SignedGrid):
-        return _Kind(grid, search.subblocks, None, search.pack, _nearest_odd, unit=grid.unit)
+        return _Kind(grid, search.subblocks, None, search.pack, _OddNumbers(signed.ENDS[0]), unit=grid.unit)
+    if isinstance(grid, ShiftedGrid):
+        return _Kind(grid, search.subblocks, None, search.pack, _OddNumbers(shifted.ENDS[0]), unit=grid.unit)
     if isinstance(grid, AffineGrid):
         top = grid.top
         nearest = None if top is None else Integers(0.0, float(top))
@@ -209,8 +218,14 @@ def _kind(type: GgmlType) -> _Kind:
 _IQ4 = Codebook(torch.tensor(IQ4_NL.kvalues, dtype=torch.float32))
 
 
-def _nearest_odd(multiples: Tensor) -> Tensor:
-    return ((multiples - 1.0) / 2.0).round_().mul_(2.0).add_(1.0).clamp_(1.0, _LARGEST_ODD)
+@dataclass(frozen=True, slots=True)
+class _OddNumbers:
+    """The nearest odd number from 1 to the largest."""
+
+    largest: float
+
+    def __call__(self, multiples: Tensor) -> Tensor:
+        return ((multiples - 1.0) / 2.0).round_().mul_(2.0).add_(1.0).clamp_(1.0, self.largest)
 
 
 def _power_of_two(scales: Tensor) -> Tensor:

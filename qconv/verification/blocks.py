@@ -23,10 +23,13 @@ _FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
 _WEIGHTED_MXFP4_FLOOR = 4.0
 """Compensated: twelve below what rounding has, as of integers (:func:`qconv.verification.floors.snr_floor_db`)."""
 
-_LATTICE_FLOORS = {"IQ3_S": 8.0, "IQ3_XXS": 7.0, "IQ2_S": 3.5, "IQ2_XS": 3.5, "IQ2_XXS": 2.0}
-"""Without importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9 and 9.6 dB. The worst that a search came to, on
-weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so what
-is small beside its neighbours gets an error of its own size."""
+_LATTICE_FLOORS = {
+    **{"IQ3_S": 8.0, "IQ3_XXS": 7.0, "IQ2_S": 3.5, "IQ2_XS": 3.5, "IQ2_XXS": 2.0},
+    **{"IQ1_M": 5.0, "IQ1_S": 4.0},
+}
+"""Without importance. Gaussian weights have 17.8, 15.0, 12.4, 10.9, 9.6, 7.7 and 7.0 dB. The worst that a search came
+to, on weights from a Cauchy distribution or three of a hundred not zero, is about one above these: no level is zero, so
+what is small beside its neighbours gets an error of its own size, or an eighth of theirs in IQ1."""
 
 _WEIGHTED_LATTICE_FLOOR = -1.0
 """With importance, trained weights lose up to four dB. But a few outliers can hold most of the signal, and if they
@@ -86,7 +89,7 @@ def decoded(data: Tensor, type: GGMLQuantizationType) -> Tensor:
 
 def is_known(type: GGMLQuantizationType) -> bool:
     """Whether it is known where a type's scales are."""
-    return type in HALVES or type in _FLOATS or type in _WHOLE or type is T.MXFP4
+    return type in HALVES or type in _FLOATS or type in _WHOLE or type in (T.MXFP4, T.IQ1_M)
 
 
 def finite_blocks(data: Tensor, type: GGMLQuantizationType) -> Tensor:
@@ -103,6 +106,8 @@ def finite_blocks(data: Tensor, type: GGMLQuantizationType) -> Tensor:
     blocks = data.reshape(-1, GGML_QUANT_SIZES[type][1])
     if type is T.MXFP4:
         return blocks[:, 0] != _E8M0_INFINITE
+    if type is T.IQ1_M:  # its scale's four bits on top of each of four words
+        return ((blocks[:, 55] >> 4 & 7) != 7) | ((blocks[:, 53] >> 4 & 12) != 12)
     found = torch.ones(len(blocks), dtype=torch.bool)
     for half in _halves(blocks, HALVES[type]):
         found &= torch.isfinite(half)

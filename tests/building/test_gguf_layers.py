@@ -127,7 +127,9 @@ def test_every_type_of_small_blocks_is_calibrated(type: str, sparse: Path, tmp_p
     assert report["layers"][0]["compensations"]
 
 
-@pytest.mark.parametrize("type", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "TQ1_0"])
+@pytest.mark.parametrize(
+    "type", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ1_0"]
+)
 def test_every_type_of_super_blocks_is_calibrated(type: str, tmp_path: Path) -> None:
     changes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 2, "num_experts_per_tok": 1}
     model = save_model(random_model("qwen3_moe", norm_topk_prob=True, **changes), tmp_path / "model")

@@ -189,7 +189,7 @@ def test_an_imatrix_is_used_and_an_expert_without_tokens_survives(sparse: Path, 
             assert not torch.equal(values, torch.cat(list(plain.dequantized(name))))
 
 
-@pytest.mark.parametrize("type", ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"])
+@pytest.mark.parametrize("type", ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_lattices_have_a_floor_between_a_wrong_tensor_and_the_worst_sound_weights(type: str, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -238,7 +238,7 @@ def test_ternary_files_are_verified_and_exact_of_a_ternary_model(file_type: str,
     assert min(found) == math.inf if ternary else 0.0 < min(found) < 5.0
 
 
-@pytest.mark.parametrize("file_type", ["IQ3_M", "IQ2_XXS"])
+@pytest.mark.parametrize("file_type", ["IQ3_M", "IQ2_XXS", "IQ1_M", "IQ1_S"])
 def test_low_bits_are_made_with_an_imatrix_and_verified(file_type: str, tmp_path: Path) -> None:
     shapes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 1}
     model = save_model(random_model("qwen3_moe", norm_topk_prob=True, **shapes), tmp_path / "model")

@@ -62,7 +62,7 @@ def code(tokens: int) -> list[list[int]]:
     return [ids[:tokens], ids[tokens : 2 * tokens]]
 
 
-@pytest.mark.parametrize("file_type", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"])
+@pytest.mark.parametrize("file_type", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"])
 def test_types_that_need_an_imatrix_gain_by_it(
     file_type: str, calibrated: Path, client: Client, tmp_path: Path
 ) -> None:

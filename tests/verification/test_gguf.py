@@ -16,7 +16,7 @@ from qconv.folders.state import CHECKSUMS_NAME, REPORT_NAME
 from qconv.formats.gguf.reader import GgufModel
 from qconv.grids.ggml import GgmlType, encode
 from qconv.planning.gguf_recipe import parse_gguf_recipe
-from qconv.verification.blocks import HALVES, finite_blocks, is_known
+from qconv.verification.blocks import HALVES, decoded, finite_blocks, is_known
 from qconv.verification.checksums import build_files, render_checksums
 from qconv.verification.gguf import verify_gguf
 from tests.conftest import random_model, save_model
@@ -202,3 +202,17 @@ def test_where_scales_are_is_where_the_encoder_puts_them(type: T) -> None:
         damaged[2, offset : offset + 2] = torch.tensor([float("inf")]).half().view(torch.uint8)
         bad = torch.nonzero(~finite_blocks(damaged, type)).flatten()
         assert len(bad) == 1
+
+
+def test_the_scale_of_iq1_m_is_found_among_the_scales_of_its_parts() -> None:
+    """Four bits of it stand in each of four words."""
+    weights = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    data = encode(weights, GgmlType.IQ1_M, None)
+    for row, bits in ((1, 0x7C00), (3, 0xFC00), (4, 0x7E01)):  # infinities and a NaN
+        for word in range(4):
+            at = 49 + 2 * word
+            data[row, at] = (data[row, at] & 15) | (bits >> 4 * word & 15) << 4
+    data[6, 55], data[6, 53] = 0x70, 0x80  # the largest exponents below
+    data[7, 55], data[7, 53] = 0x60, 0xF0
+    assert torch.nonzero(~finite_blocks(data, T.IQ1_M)).flatten().tolist() == [1, 3, 4]
+    assert torch.equal(finite_blocks(data, T.IQ1_M), torch.isfinite(decoded(data, T.IQ1_M)).all(1))

@@ -14,7 +14,7 @@ from qconv.verification.blocks import decoded, least_of_rows
 from qconv.verification.rows import LEAST_RATIO, RowReader, WrongRows, wrong_rows
 
 ROWS, COLUMNS = 48, 256
-TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ2_XXS", "IQ3_XXS", "IQ4_NL", "MXFP4", "F16")
+TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ4_NL", "MXFP4", "F16")
 
 
 def weights(kind: str, seed: int = 0) -> Tensor:

@@ -1,31 +1,14 @@
 // The search of qconv/grids/ggml/signed.py, which explains it, over lanes: weights = sign * scale * magnitude.
 #pragma once
 
-#include <cmath>
-
 #include "lattice.h"
+#include "odd_multiples.h"
 #include "packing.h"
-#include "superblock.h"
 
 namespace qconv {
 
 constexpr int kSigns = 8;
-constexpr float kLargestMultiple = 31.0f;
-constexpr float kEnds[] = {31.0f, 29.0f, 27.0f, 25.0f, 23.0f, 21.0f};
-
-inline Floats square_root(Floats v) {
-  for (int lane = 0; lane < kLanes; ++lane) v[lane] = std::sqrt(v[lane]);
-  return v;
-}
-
-// A step as a float16 times the unit, and not 0 unless it is.
-inline Floats storable(Floats step, float unit) { return storable(step / unit) * unit; }
-
-// The odd multiples of the step that are nearest.
-inline Floats nearest_multiple(Floats wanted, Floats step) {
-  const Floats halves = (wanted * reciprocal(step) - 1.0f) / 2.0f;
-  return rounded_within(halves, 0.0f, (kLargestMultiple - 1.0f) / 2.0f) * 2.0f + 1.0f;
-}
+constexpr float kSignedEnds[] = {31.0f, 29.0f, 27.0f, 25.0f, 23.0f, 21.0f};
 
 // One weight of each eight, and whether its sign is wrong.
 template <int Elements>
@@ -178,45 +161,6 @@ struct SignedEncoded {
   Floats d;
 };
 
-template <int Subblocks>
-Floats shared_step(const Floats (&wanted)[Subblocks], const Floats (&curvature)[Subblocks], float unit) {
-  Floats largest = wanted[0];
-  for (int s = 1; s < Subblocks; ++s) largest = larger(wanted[s], largest);
-  Floats best{}, least = splat(__builtin_inff());
-  for (const float end : kEnds) {
-    Floats trial = storable(largest / end, unit), fits[Subblocks], squares[Subblocks];
-    for (int s = 0; s < Subblocks; ++s) {
-      const Floats multiple = nearest_multiple(wanted[s], trial), weighted = multiple * curvature[s];
-      fits[s] = weighted * wanted[s];
-      squares[s] = weighted * multiple;
-    }
-    trial = storable(sum_of_halves(fits) * reciprocal(sum_of_halves(squares)), unit);
-    Floats losses[Subblocks];
-    for (int s = 0; s < Subblocks; ++s) {
-      const Floats missing = nearest_multiple(wanted[s], trial) * trial - wanted[s];
-      losses[s] = missing * missing * curvature[s];
-    }
-    const Floats loss = sum_of_halves(losses);
-    const Ints better = end == kEnds[0] ? ~Ints{} : loss < least;
-    best = better ? trial : best;
-    least = better ? loss : least;
-  }
-  return best;
-}
-
-// The least-squares step for given multiples and points, where it is an improvement after rounding.
-template <int Subblocks>
-Floats refit(const Floats (&multiples)[Subblocks], const ScaledMoments (&moments)[Subblocks], Floats step, float unit) {
-  Floats qq[Subblocks], xq[Subblocks];
-  for (int s = 0; s < Subblocks; ++s) {
-    qq[s] = multiples[s] * multiples[s] * moments[s].qq;
-    xq[s] = multiples[s] * moments[s].xq;
-  }
-  const ScaledMoments sums{sum_of_halves(qq), sum_of_halves(xq)};
-  const Floats optimum = as_half(larger(sums.optimum(), Floats{}) / unit) * unit;
-  return sums.gain(optimum) > sums.gain(step) ? optimum : step;
-}
-
 template <int Subblocks, int Elements, int Point, int Levels, bool Even, bool Weighted>
 void encode_signed(const Floats* weights, const float* given, float unit, const Starts& starts,
                    SignedEncoded<Subblocks, Elements, Point>& out) {
@@ -229,15 +173,15 @@ void encode_signed(const Floats* weights, const float* given, float unit, const 
   Floats wanted[Subblocks], curvature[Subblocks], multiples[Subblocks];
   ScaledMoments moments[Subblocks];
   for (int s = 0; s < Subblocks; ++s) wanted[s] = source_of(s).best_of_starts(starts, curvature[s]);
-  Floats step = shared_step(wanted, curvature, unit);
+  Floats step = shared_step(wanted, curvature, unit, kSignedEnds);
   for (int s = 0; s < Subblocks; ++s) {
     const Source source = source_of(s);
     Floats targets[Elements];
     source.targets(wanted[s], targets);
-    const Floats nearest = nearest_multiple(wanted[s], step);
+    const Floats nearest = nearest_multiple(wanted[s], step, kSignedEnds[0]);
     Floats most{};
     for (const float aside : {0.0f, -2.0f, 2.0f}) {
-      const Floats multiple = clamped(nearest + aside, 1.0f, kLargestMultiple), scale = multiple * step;
+      const Floats multiple = clamped(nearest + aside, 1.0f, kSignedEnds[0]), scale = multiple * step;
       const ScaledMoments found = source.target(targets).moments(scale);
       const Floats gained = found.gain(scale);
       const Ints better = aside == 0.0f ? ~Ints{} : gained > most;

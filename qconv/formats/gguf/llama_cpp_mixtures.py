@@ -106,7 +106,7 @@ _WITH_OUTPUT = {"k": T.Q8_0, "v": T.Q8_0, "o": T.Q5_K}
 
 
 def _two_bits(base: T, better: T, output_projection: T | None, embedding: T) -> Mixture:
-    """The IQ2 file types: ``better`` for the first downs, and for v where it is not small."""
+    """The IQ1 and IQ2 file types: ``better`` for the first downs, and for v where it is not small."""
     rules: dict[str, Rule] = {
         "v": lambda place: T.Q4_K if place.queries_per_key >= 4 or place.experts >= 4 else better,
         "down": lambda place: better if place.nth_down < place.layers // 8 else None,
@@ -191,6 +191,8 @@ MIXTURES: dict[str, Mixture] = {
         {"v": always(T.Q4_K), "o": always(T.Q4_K), "down": _iq3_medium_down},
         eight_experts=_WITH_OUTPUT,
     ),
+    "IQ1_S": _two_bits(T.IQ1_S, T.Q2_K, T.IQ2_XXS, T.Q2_K),
+    "IQ1_M": _two_bits(T.IQ1_M, T.Q2_K, T.IQ2_XXS, T.Q2_K),
     "IQ2_XXS": _two_bits(T.IQ2_XXS, T.Q2_K, None, T.Q2_K),
     "IQ2_XS": _two_bits(T.IQ2_XS, T.Q2_K, None, T.Q2_K),
     "IQ2_S": _two_bits(T.IQ2_XS, T.IQ3_S, T.IQ3_S, T.IQ3_S),

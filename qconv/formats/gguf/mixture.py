@@ -53,6 +53,8 @@ _ROLES = {
 
 _FLOATS = (T.F32, T.F16, T.BF16)
 _SMALLER_BLOCKS = {
+    T.IQ1_S: T.IQ4_NL,
+    T.IQ1_M: T.IQ4_NL,
     T.IQ2_XXS: T.IQ4_NL,
     T.IQ2_XS: T.IQ4_NL,
     T.IQ2_S: T.IQ4_NL,
@@ -67,7 +69,7 @@ _SMALLER_BLOCKS = {
     T.Q5_K: T.Q5_1,
     T.Q6_K: T.Q8_0,
 }
-_NEED_IMPORTANCE = (T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS)
+_NEED_IMPORTANCE = (T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS)
 
 
 def called_after(weights: Mapping[T, int]) -> str:

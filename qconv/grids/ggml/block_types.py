@@ -22,6 +22,8 @@ class GgmlType(Enum):
     Q5_1 = GGMLQuantizationType.Q5_1
     IQ4_NL = GGMLQuantizationType.IQ4_NL
     IQ4_XS = GGMLQuantizationType.IQ4_XS
+    IQ1_S = GGMLQuantizationType.IQ1_S
+    IQ1_M = GGMLQuantizationType.IQ1_M
     IQ2_XXS = GGMLQuantizationType.IQ2_XXS
     IQ2_XS = GGMLQuantizationType.IQ2_XS
     IQ2_S = GGMLQuantizationType.IQ2_S
@@ -75,6 +77,8 @@ class GgmlType(Enum):
 
 
 _SMALLER_BLOCKS = {
+    GgmlType.IQ1_S: GgmlType.IQ4_NL,
+    GgmlType.IQ1_M: GgmlType.IQ4_NL,
     GgmlType.IQ2_XXS: GgmlType.IQ4_NL,
     GgmlType.IQ2_XS: GgmlType.IQ4_NL,
     GgmlType.IQ2_S: GgmlType.IQ4_NL,

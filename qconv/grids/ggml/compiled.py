@@ -13,6 +13,7 @@ from qconv.grids.ggml.affine import AffineGrid
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.lattice import lattice
 from qconv.grids.ggml.scaled import ScaledGrid
+from qconv.grids.ggml.shifted import ShiftedGrid
 from qconv.grids.ggml.signed import SignedGrid
 
 LIBRARY = "ggml"
@@ -40,7 +41,7 @@ class LatticeTables(ctypes.Structure):
 
 
 @MadeOnce
-def lattice_tables(grid: SignedGrid) -> tuple[LatticeTables, list[Tensor]]:
+def lattice_tables(grid: SignedGrid | ShiftedGrid) -> tuple[LatticeTables, list[Tensor]]:
     """What the C++ is told of a lattice, and the memory that it points to."""
     found = lattice(grid.type, torch.device("cpu"))
     tables = [found.low.int(), found.high.int(), found.starts.int(), found.points, found.levels]
@@ -52,7 +53,7 @@ def encode_into(
     encoded: Tensor,
     weight: Tensor,
     type: GgmlType,
-    grid: AffineGrid | ScaledGrid | SignedGrid | None,
+    grid: AffineGrid | ScaledGrid | SignedGrid | ShiftedGrid | None,
     importance: Tensor | None,
     limit: float,
 ) -> float | None:
@@ -83,7 +84,7 @@ def encode_into(
     else:
         starts = torch.tensor(grid.starts(weighted=importance is not None), dtype=torch.float32)
         columns_importance = None if importance is None else importance.data_ptr()
-        held = lattice_tables(grid) if isinstance(grid, SignedGrid) else None  # until the call is over
+        held = lattice_tables(grid) if isinstance(grid, SignedGrid | ShiftedGrid) else None  # until the call is over
         points = None if held is None else ctypes.addressof(held[0])
         found = _BY_SEARCH(("qconv_encode_by_search", library))(
             *matrix, columns_importance, len(starts), starts.data_ptr(), points, encoded.data_ptr()

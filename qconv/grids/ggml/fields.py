@@ -118,6 +118,30 @@ def _odd_words(offset: int, stride: int) -> Callable[[Tensor], BlockScales]:
     return read
 
 
+def _iq1_s(data: Tensor) -> BlockScales:
+    return BlockScales(_half(data, 0), 2.0 * (_words(data[:, 34:]) >> 12 & 7).float() + 1.0)
+
+
+def _iq1_m(data: Tensor) -> BlockScales:
+    words = _words(data[:, 48:])
+    k = torch.stack([words >> shift & 7 for shift in (0, 3, 6, 9)], 1).flatten(0, 1).float()
+    bits = (words >> 12 << torch.arange(0, 16, 4, device=data.device).unsqueeze(1)).sum(0)
+    return BlockScales(bits.to(torch.uint16).view(torch.float16).float(), 2.0 * k + 1.0)
+
+
+def _words(data: Tensor) -> Tensor:
+    """Little-endian numbers of 16 bits: uint8 [blocks, bytes] -> int64 [words, blocks]."""
+    return data[:, ::2].t().long() | data[:, 1::2].t().long() << 8
+
+
+def read_shifts(data: Tensor, type: GgmlType) -> Tensor | None:
+    """Which sub-blocks of IQ1_S have the negative shift: uint8 [blocks, block_bytes] -> bool [sub-blocks, blocks].
+
+    None for a type whose sub-blocks have no shift of their own.
+    """
+    return _words(data[:, 34:]) >= 1 << 15 if type is GgmlType.IQ1_S else None
+
+
 _READERS: dict[GgmlType, Callable[[Tensor], BlockScales]] = {
     GgmlType.Q8_0: _own_at(0),
     GgmlType.Q4_0: _own_at(0),
@@ -134,6 +158,8 @@ _READERS: dict[GgmlType, Callable[[Tensor], BlockScales]] = {
     GgmlType.Q5_K: _six_bits,
     GgmlType.Q6_K: _q6_k,
     GgmlType.IQ4_XS: _iq4_xs,
+    GgmlType.IQ1_S: _iq1_s,
+    GgmlType.IQ1_M: _iq1_m,
     GgmlType.IQ2_XXS: _odd_words(6, 8),
     GgmlType.IQ2_XS: _odd_nibbles(66),
     GgmlType.IQ2_S: _odd_nibbles(74),

@@ -1,8 +1,9 @@
-"""The lattices of IQ2 and IQ3: of all combinations of a few magnitudes, the points that a code can name.
+"""The lattices of IQ1, IQ2 and IQ3: of all combinations of a few levels, the points that a code can name.
 
-A point stands for the magnitudes of four or eight weights. The nearest one, importance and all, is found exactly, and
-not by looking at every point: a point's score is a sum over its elements, so it splits into that of a low and of a high
-half. Of the points that share a high half only the one with the best low half can win.
+A point stands for the magnitudes of four or eight weights, or in IQ1 for eight of -1, 0 and 1. The nearest one,
+importance and all, is found exactly, and not by looking at every point: a point's score is a sum over its elements, so
+it splits into that of a low and of a high half. Of the points that share a high half only the one with the best low
+half can win.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
+from gguf.quants import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from torch import Tensor
 
 from qconv.core.once import MadeOnce
@@ -21,6 +22,8 @@ from qconv.grids.ggml.scaled import Moments
 from qconv.grids.ggml.trials import best_trial
 
 _GRIDS = {
+    GgmlType.IQ1_S: IQ1_S,
+    GgmlType.IQ1_M: IQ1_M,
     GgmlType.IQ2_XXS: IQ2_XXS,
     GgmlType.IQ2_XS: IQ2_XS,
     GgmlType.IQ2_S: IQ2_S,
@@ -43,7 +46,7 @@ class Lattice:
 
     Attributes:
         points: float32 [points, elements].
-        levels: The magnitudes that an element can have, ascending: float32 [levels].
+        levels: The values that an element can have, ascending: float32 [levels].
         low: The place of each point's low half among all combinations of levels, the last element's changing fastest:
             int64 [runs * _RUN]. Short runs repeat their last point.
         high: The same of the high half that a run shares: int64 [runs].

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from qconv.grids.ggml import affine, codebook, scaled, signed, signed_types, ternary
+from qconv.grids.ggml import affine, codebook, scaled, shifted, shifted_types, signed, signed_types, ternary
 from qconv.grids.ggml.affine import AffineGrid
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.packing import (
@@ -26,11 +26,12 @@ from qconv.grids.ggml.packing import (
     to_bytes,
 )
 from qconv.grids.ggml.scaled import ScaledGrid
+from qconv.grids.ggml.shifted import ShiftedGrid
 from qconv.grids.ggml.signed import SignedGrid
 from qconv.grids.nearest import Integers
 
-GridT = TypeVar("GridT", AffineGrid, ScaledGrid, SignedGrid)
-FoundT = TypeVar("FoundT", affine.Encoded, scaled.Encoded, signed.Encoded)
+GridT = TypeVar("GridT", AffineGrid, ScaledGrid, SignedGrid, ShiftedGrid)
+FoundT = TypeVar("FoundT", affine.Encoded, scaled.Encoded, signed.Encoded, shifted.Encoded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,8 @@ SEARCHES: dict[GgmlType, Search[Any, Any]] = {
     GgmlType.Q5_1: Search(1, Q5_1, affine.encode, q5_1),
     GgmlType.IQ4_NL: Search(1, IQ4_NL, scaled.encode, iq4_nl),
     GgmlType.IQ4_XS: Search(8, IQ4_XS, scaled.encode, iq4_xs),
+    GgmlType.IQ1_S: Search(8, shifted_types.IQ1_S, shifted.encode, shifted_types.iq1_s, lanes=1),
+    GgmlType.IQ1_M: Search(16, shifted_types.IQ1_M, shifted.encode, shifted_types.iq1_m, lanes=1),
     GgmlType.IQ2_XXS: Search(8, signed_types.IQ2_XXS, signed.encode, signed_types.iq2_xxs, lanes=1),
     GgmlType.IQ2_XS: Search(16, signed_types.IQ2_XS, signed.encode, signed_types.iq2_xs, lanes=1),
     GgmlType.IQ2_S: Search(16, signed_types.IQ2_S, signed.encode, signed_types.iq2_s, lanes=1),

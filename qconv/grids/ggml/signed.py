@@ -22,16 +22,17 @@ from torch import Tensor
 
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.lattice import Lattice, Target, lattice, magnitudes
-from qconv.grids.ggml.numeric import HALF_TINY, as_half, reciprocal, square_root, sum_of_halves
+from qconv.grids.ggml.numeric import reciprocal, square_root, sum_of_halves
+from qconv.grids.ggml.odd_multiples import nearest_multiples, refit, shared_step
 from qconv.grids.ggml.scaled import Moments
 from qconv.grids.ggml.trials import best_trial, pick
 
 SIGNS = 8
 """Weights whose signs stand in one byte."""
 
-_LARGEST = 31  # 2k + 1 of a k of four bits
-_ENDS = (31.0, 29.0, 27.0, 25.0, 23.0, 21.0)
-"""What the largest scale of a super-block is tried to become, in units of d: smaller ones leave it room to grow."""
+ENDS = (31.0, 29.0, 27.0, 25.0, 23.0, 21.0)
+"""What the largest scale of a super-block is tried to become, in units of d: smaller ones leave it room to grow.
+The first is 2k + 1 of a k of four bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +169,12 @@ def encode(weights: Tensor, importance: Tensor | None, grid: SignedGrid) -> Enco
     source = Source.of(weights.flatten(1), spread.flatten(1), grid)
     scale, curvature = best_of_starts(source, weighted=importance is not None)
     wanted = scale.view(subblocks, blocks)
-    step = _shared_step(wanted, curvature.view(subblocks, blocks), grid.unit)
+    step = shared_step(wanted, curvature.view(subblocks, blocks), grid.unit, ENDS)
     (flips,) = source.flips(scale)
     multiples, moments = _best_multiples(source.target(flips), wanted, step)
-    step = _refit(multiples, moments, step, grid.unit)
+    step = refit(multiples, moments, step, grid.unit)
     codes, negative, moments = _best_points(source, step * multiples)
-    step = _refit(multiples, moments, step, grid.unit)
+    step = refit(multiples, moments, step, grid.unit)
     return Encoded(
         codes.view(-1, subblocks, blocks),
         negative.view(weights.shape),
@@ -201,39 +202,16 @@ def best_of_starts(source: Source, weighted: bool) -> tuple[Tensor, Tensor]:
     return pick(scale, best), pick(moments.qq, best)
 
 
-def _shared_step(wanted: Tensor, curvature: Tensor, unit: float) -> Tensor:
-    """What the scales of a super-block are odd multiples of: float32 [blocks], ``unit`` times a float16.
-
-    Several are tried, each moved to the least-squares optimum for its multiples; the best is taken.
-    """
-    largest = wanted.amax(0)
-    trials = torch.stack([_storable(largest / end, unit) for end in _ENDS]).unsqueeze(1)  # [ends, 1, blocks]
-    multiples = _nearest_multiples(wanted, trials)
-    weighted = multiples * curvature
-    optimum = sum_of_halves(weighted * wanted, 1) * reciprocal(sum_of_halves(weighted * multiples, 1))
-    trials = _storable(optimum, unit).unsqueeze(1)
-    missing = _nearest_multiples(wanted, trials).mul_(trials).sub_(wanted)
-    return pick(trials.squeeze(1), best_trial(-sum_of_halves(missing.square_().mul_(curvature), 1)))
-
-
 def _best_multiples(target: Target, wanted: Tensor, step: Tensor) -> tuple[Tensor, Moments]:
     """Of the odd multiples around the wanted ones that whose points fit best: [sub-blocks, blocks]."""
-    nearest = _nearest_multiples(wanted, step)
-    tried = torch.stack([nearest, (nearest - 2.0).clamp_(min=1.0), (nearest + 2.0).clamp_(max=_LARGEST)])
+    nearest = nearest_multiples(wanted, step, ENDS[0])
+    tried = torch.stack([nearest, (nearest - 2.0).clamp_(min=1.0), (nearest + 2.0).clamp_(max=ENDS[0])])
     scales = (tried * step).flatten(1)
     moments = target.moments(scales)
     best = best_trial(moments.gain(scales))
     chosen = moments.pick(best)
     shape = wanted.shape
     return pick(tried.flatten(1), best).view(shape), Moments(chosen.qq.view(shape), chosen.xq.view(shape))
-
-
-def _refit(multiples: Tensor, moments: Moments, step: Tensor, unit: float) -> Tensor:
-    """The least-squares step for given multiples and points, where it is an improvement after rounding."""
-    qq, xq = multiples * multiples * moments.qq, multiples * moments.xq
-    sums = Moments(sum_of_halves(qq), sum_of_halves(xq))
-    optimum = as_half(sums.optimum().clamp_(min=0.0) / unit + 0.0) * unit  # clamping may leave -0
-    return torch.where(sums.gain(optimum) > sums.gain(step), optimum, step)
 
 
 def nearest_points(source: Source, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,15 +260,3 @@ class _Points:
 def _spread(eights: Tensor, onto: Tensor) -> Tensor:
     """What holds for eight weights for each row that is about some of them."""
     return eights.repeat_interleave(len(onto) // len(eights), 0)
-
-
-def _nearest_multiples(wanted: Tensor, step: Tensor) -> Tensor:
-    """The odd multiples of the step that are nearest: float32."""
-    halves = (wanted * reciprocal(step)).sub_(1.0).div_(2.0)
-    return halves.round_().clamp_(0.0, (_LARGEST - 1) / 2).mul_(2.0).add_(1.0)
-
-
-def _storable(step: Tensor, unit: float) -> Tensor:
-    """As a float16 times the unit, and not 0 unless it is."""
-    rounded = as_half(step / unit)
-    return torch.where((rounded == 0.0) & (step > 0.0), HALF_TINY, rounded) * unit

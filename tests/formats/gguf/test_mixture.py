@@ -178,7 +178,7 @@ def test_llama_70b_gets_a_better_v() -> None:
 @pytest.mark.parametrize(
     ("type", "smaller"),
     [
-        *((iq, T.IQ4_NL) for iq in (T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS)),
+        *((iq, T.IQ4_NL) for iq in (T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS)),
         (T.Q2_K, T.Q4_0),
         (T.Q3_K, T.Q4_0),
         (T.TQ1_0, T.Q4_0),
@@ -304,3 +304,19 @@ def test_ternary_files_keep_more_of_what_stands_outside_layers(file_type: str) -
     types = types_480b(file_type)
     exceptions = {name: type for name, type in types.items() if type not in (GGMLQuantizationType[file_type], T.F32)}
     assert exceptions == {"output.weight": T.Q6_K, "token_embd.weight": T.Q4_K}
+
+
+@pytest.mark.parametrize("file_type", ["IQ1_S", "IQ1_M"])
+def test_one_bit_files_keep_more_of_attention_and_of_the_first_downs(file_type: str) -> None:
+    """llama.cpp's program, of whose layers' types only v's Q4_K and the downs' Q2_K need no importance."""
+    base, types = GGMLQuantizationType[file_type], types_480b(file_type, importance=True)
+    assert types["output.weight"] == T.Q5_K
+    assert types["token_embd.weight"] == T.Q2_K
+    for layer in (0, 6, 7, 61):
+        roles = {"attn_q": base, "attn_k": base, "attn_v": T.Q4_K, "attn_output": T.IQ2_XXS, "ffn_gate_exps": base}
+        roles |= {"ffn_up_exps": base, "ffn_down_exps": T.Q2_K if layer < 7 else base}
+        assert {role: types[f"blk.{layer}.{role}.weight"] for role in roles} == roles
+    lacking = [t.name for t in TENSORS_480B if needs_importance(file_type, t, types[t.name])]
+    assert "blk.9.attn_q.weight" in lacking
+    assert "blk.9.attn_v.weight" not in lacking
+    assert "blk.0.ffn_down_exps.weight" not in lacking

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS, IQ4_NL, dequantize
+from gguf.quants import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS, IQ4_NL, dequantize
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,9 +24,11 @@ SIGNED = {
     GgmlType.IQ3_XXS: (1 / 4, 32),
     GgmlType.IQ3_S: (1.0, 32),
 }
+SHIFTED = {GgmlType.IQ1_S: (32, 32), GgmlType.IQ1_M: (16, 8)}
+"""Weights of a sub-block, and those that share a shift."""
 EVEN_SIGNS = (GgmlType.IQ2_XXS, GgmlType.IQ2_XS, GgmlType.IQ3_XXS)
 TERNARY = [GgmlType.TQ1_0, GgmlType.TQ2_0]
-SEARCHED = [*AFFINE_SUPER, *SCALED_SUPER, *SIGNED, GgmlType.IQ4_NL]
+SEARCHED = [*AFFINE_SUPER, *SCALED_SUPER, *SIGNED, *SHIFTED, GgmlType.IQ4_NL]
 WITH_IMPORTANCE = [*SEARCHED, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1, *TERNARY]
 
 
@@ -39,7 +41,8 @@ def both_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def lattice_points(type: GgmlType) -> Any:
     """float64 [points, elements] as the gguf package has them."""
-    grid = {"IQ2_XXS": IQ2_XXS, "IQ2_XS": IQ2_XS, "IQ2_S": IQ2_S, "IQ3_XXS": IQ3_XXS, "IQ3_S": IQ3_S}[type.name]
+    grids = (IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S)
+    grid = next(one for one in grids if one.__name__ == type.name)
     grid.init_grid()  # type: ignore[no-untyped-call]  # gguf does not say what it returns
     return np.asarray(grid.grid, dtype=np.float64).reshape(grid.grid_shape)
 
@@ -94,6 +97,8 @@ def plainly_rounded(weight: Tensor, type: GgmlType) -> Tensor:
         rounded = _scaled(values, *SCALED_SUPER[type])
     elif type in SIGNED:
         rounded = _signed(values, type, *SIGNED[type])
+    elif type in SHIFTED:
+        rounded = _shifted(values, type, *SHIFTED[type])
     else:
         rounded = _scaled(values, 127, None, 32)
     return torch.from_numpy(rounded.reshape(values.shape))
@@ -130,6 +135,23 @@ def _signed(values: Any, type: GgmlType, unit: float, size: int) -> Any:
     steps = np.repeat(scale.reshape(-1, 1), size // points.shape[1])[:, None]
     nearest = (steps * (points**2).sum(1) - 2.0 * targets @ points.T).argmin(1)  # |steps p - t|^2, less |t|^2
     return signs.reshape(-1) * (steps * points[nearest]).reshape(-1)
+
+
+def _shifted(values: Any, type: GgmlType, size: int, together: int) -> Any:
+    """The nearest points plus the better of both shifts; the largest magnitude is 9/8 of the scale."""
+    points = lattice_points(type)
+    x = values.reshape(-1, 256 // size, size)
+    scale = np.abs(x).max(2) / 1.125
+    d = _half(scale.max(1, keepdims=True) / 15)
+    scale = d * (2 * np.clip(np.rint((scale / np.where(d == 0.0, 1.0, d) - 1) / 2), 0, 7) + 1)
+    steps = np.repeat(scale.reshape(-1, 1), size // 8)[:, None]
+    tried = []
+    for shift in (0.125, -0.125):
+        places = points + shift
+        nearest = (steps * (places**2).sum(1) - 2.0 * x.reshape(-1, 8) @ places.T).argmin(1)
+        tried.append((steps * places[nearest]).reshape(-1, together))
+    above, below = (((one - x.reshape(-1, together)) ** 2).sum(1) for one in tried)
+    return np.where((below < above)[:, None], tried[1], tried[0]).reshape(-1)
 
 
 def _shared(scale: Any, top: int) -> Any:

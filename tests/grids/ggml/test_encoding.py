@@ -34,6 +34,8 @@ LEAST_SNR_DB = {
     "Q3_K": 14.0,
     "TQ2_0": 0.3,  # the largest of 256 is the magnitude of all that are not zero
     "TQ1_0": 0.3,
+    "IQ1_M": 5.7,
+    "IQ1_S": 4.5,
     "Q2_K": 9.5,
     "IQ3_S": 15.1,
     "IQ3_XXS": 13.3,
