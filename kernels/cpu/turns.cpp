@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "exported.h"
+#include "ggml/shifted.h"
 #include "ggml/signed.h"
 #include "numbers.h"
 
@@ -40,11 +41,12 @@ struct Codes {
   const float* middles;  // between them
 };
 
-// Of signs and magnitudes that are points of a lattice.
+// Of values that are points of a lattice, with signs or a shift.
 struct Points {
   const Lattice* lattice;
   const float* metric;   // by column
   const float* hessian;  // [columns, columns], or null
+  const float* shifts;   // by group and row, or null: what is added to points, where each eight has none of its own
 };
 
 namespace {
@@ -142,8 +144,42 @@ void round_steps(const Run& run, const Groups& groups, const Codes& codes, Kind 
   }
 }
 
-// Values and their errors of eight columns, stored where they belong.
+// The nearest values of eight columns: signs and magnitudes.
 template <int Point, int Levels, bool Even>
+struct OfMagnitudes {
+  static void nearest(const Points& points, const Floats (&wanted)[kSigns], Floats step, Floats, const float* metric,
+                      Floats (&values)[kSigns]) {
+    const SignedSource<kSigns, Point, Levels, Even> source(*points.lattice, wanted, metric);
+    Ints codes[kSigns / Point], signs[kSigns];
+    source.best_points(step, codes, signs);
+    for (int c = 0; c < kSigns; ++c) {
+      Floats size;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        size[lane] = points.lattice->points[codes[c / Point][lane] * Point + c % Point];
+      }
+      values[c] = (signs[c] ? -size : size) * step;
+    }
+  }
+};
+
+// The same of -1, 0 and 1 and a shift, the one that is given or the better one.
+struct OfShifted {
+  static void nearest(const Points& points, const Floats (&wanted)[kSigns], Floats step, Floats shift,
+                      const float* metric, Floats (&values)[kSigns]) {
+    using Source = ShiftedSource<kSigns, kSigns>;
+    const Source source(*points.lattice, wanted, metric);
+    typename Source::Points found;
+    if (points.shifts == nullptr) {
+      source.points(step, found);
+    } else {
+      source.nearest(step, shift, found.values, found.codes);
+    }
+    for (int c = 0; c < kSigns; ++c) values[c] = found.values[c] * step;
+  }
+};
+
+// Values and their errors of eight columns, stored where they belong.
+template <class Kind>
 class Eights {
  public:
   Eights(const Run& run, const Groups& groups, const Points& points) : run_(run), groups_(groups), points_(points) {}
@@ -168,8 +204,10 @@ class Eights {
       wanted[c] = load(run_.targets + at, count) + sums[c];
       original[c] = load(run_.original + at, count);
     }
-    const Floats step = load(groups_.steps + groups_.of_columns[first] * run_.rows + row, count);
-    nearest(wanted, step, points_.metric + first, values);
+    const int64_t at = groups_.of_columns[first] * run_.rows + row;
+    const Floats step = load(groups_.steps + at, count);
+    const Floats shift = points_.shifts == nullptr ? Floats{} : load(points_.shifts + at, count);
+    Kind::nearest(points_, wanted, step, shift, points_.metric + first, values);
     if (points_.hessian != nullptr) {
       const Ints better = gain(wanted, original, values, first) > 0.0f;
       for (int c = 0; c < kSigns; ++c) values[c] = better ? values[c] : original[c];
@@ -177,19 +215,6 @@ class Eights {
     for (int c = 0; c < kSigns; ++c) {
       *errors.of(first + c) = original[c] - values[c];
       store(values[c], run_.values + (first + c) * run_.rows + row, count);
-    }
-  }
-
-  void nearest(const Floats (&wanted)[kSigns], Floats step, const float* metric, Floats (&values)[kSigns]) const {
-    const SignedSource<kSigns, Point, Levels, Even> source(*points_.lattice, wanted, metric);
-    Ints codes[kSigns / Point], signs[kSigns];
-    source.best_points(step, codes, signs);
-    for (int c = 0; c < kSigns; ++c) {
-      Floats size;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        size[lane] = points_.lattice->points[codes[c / Point][lane] * Point + c % Point];
-      }
-      values[c] = (signs[c] ? -size : size) * step;
     }
   }
 
@@ -232,10 +257,12 @@ EXPORTED bool qconv_round_points(const qconv::Run* run, const qconv::Groups* gro
   using namespace qconv;
   switch (type) {
     case 16:
-    case 17: Eights<8, 3, true>(*run, *groups, *points).round(); return true;
-    case 18: Eights<4, 8, true>(*run, *groups, *points).round(); return true;
-    case 21: Eights<4, 8, false>(*run, *groups, *points).round(); return true;
-    case 22: Eights<8, 3, false>(*run, *groups, *points).round(); return true;
+    case 17: Eights<OfMagnitudes<8, 3, true>>(*run, *groups, *points).round(); return true;
+    case 18: Eights<OfMagnitudes<4, 8, true>>(*run, *groups, *points).round(); return true;
+    case 19:
+    case 29: Eights<OfShifted>(*run, *groups, *points).round(); return true;
+    case 21: Eights<OfMagnitudes<4, 8, false>>(*run, *groups, *points).round(); return true;
+    case 22: Eights<OfMagnitudes<8, 3, false>>(*run, *groups, *points).round(); return true;
     default: return false;
   }
 }

@@ -122,8 +122,8 @@ class BlockGrid:
             return LatticeFit(scales, kind.grid, kind.packing(self.type))
         if isinstance(kind.grid, ShiftedGrid):
             shifts = read_shifts(encoded.data.view(-1, self.type.block_bytes), self.type)
-            negative = None if shifts is None else _by_column(shifts, rows)
-            return ShiftedFit(scales, kind.grid, negative, kind.packing(self.type))
+            by_column = None if shifts is None else _by_column(shifts, rows)
+            return ShiftedFit(scales, kind.grid, by_column, kind.packing(self.type))
         assert kind.codes is not None
         return StepFit(scales, kind.codes, kind.packing(self.type))
 

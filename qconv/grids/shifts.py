@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic
 
-import torch
 from torch import Tensor
 
 from qconv.core.grid import PackedT, Run, Surroundings
+from qconv.grids import turns
 from qconv.grids.ggml.lattice import lattice
-from qconv.grids.ggml.shifted import POINT, SHIFT, Encoded, ShiftedGrid, Source
+from qconv.grids.ggml.shifted import POINT, Encoded, ShiftedGrid, Source
 from qconv.grids.lattices import codes_of
 from qconv.grids.scales import Scales
 
@@ -27,14 +27,13 @@ class ShiftedFit(Generic[PackedT]):
     Attributes:
         scales: Of its sub-blocks.
         grid: The lattice.
-        negative: Which sub-blocks have the negative shift, bool [sub-blocks, out_features]; None where each eight
-            weights have their own.
+        shifts: Of the sub-blocks, float32 [sub-blocks, out_features]; None where each eight weights have their own.
         packing: Makes the packed weight of values, float32 [in_features, out_features].
     """
 
     scales: Scales
     grid: ShiftedGrid
-    negative: Tensor | None
+    shifts: Tensor | None
     packing: Callable[[Scales, Tensor], PackedT]
     width: int = field(default=POINT, init=False)
 
@@ -45,16 +44,15 @@ class ShiftedFit(Generic[PackedT]):
 
     def round_(self, run: Run) -> Tensor:
         """See :class:`qconv.core.grid.Fit`."""
-        return run.in_turn(POINT, self._nearest)
+        values = turns.round_points(run, self.scales, self.grid, self.shifts)
+        return run.in_turn(POINT, self._nearest) if values is None else values
 
     def _nearest(self, first: int, targets: Tensor, metric: Tensor) -> Tensor:
         group = first // self.scales.width
         step = self.scales.steps[group]
         source = Source.of(targets, metric.unsqueeze(1).expand_as(targets).contiguous(), self.grid)
-        if self.negative is None:
-            return source.points(step).values.mul_(step)
-        above, below = source.nearest(step, SHIFT), source.nearest(step, -SHIFT)
-        return torch.where(self.negative[group], below, above).mul_(step)
+        values = source.points(step).values if self.shifts is None else source.nearest(step, self.shifts[group])
+        return values.mul_(step)
 
     def refit_(self, first: int, around: Surroundings) -> None:
         """See :class:`qconv.core.grid.Fit`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from qconv import native
 from qconv.core.grid import Run
 from qconv.grids.ggml.compiled import lattice_tables
+from qconv.grids.ggml.shifted import ShiftedGrid
 from qconv.grids.ggml.signed import SignedGrid
 from qconv.grids.nearest import Codebook, Floats, Integers, Nearest
 from qconv.grids.scales import Scales
@@ -62,7 +63,7 @@ class _Codes(ctypes.Structure):
 class _Points(ctypes.Structure):
     """``struct Points``."""
 
-    _fields_ = (("lattice", _pointer), ("metric", _pointer), ("hessian", _pointer))
+    _fields_ = (("lattice", _pointer), ("metric", _pointer), ("hessian", _pointer), ("shifts", _pointer))
 
 
 _STEPS = ctypes.CFUNCTYPE(None, *(_pointer,) * 3)
@@ -92,16 +93,24 @@ def round_steps(run: Run, scales: Scales, inverses: Tensor, nearest: Nearest) ->
     return values
 
 
-def round_points(run: Run, scales: Scales, grid: SignedGrid) -> Tensor | None:
-    """Columns that are rounded eight at a time: the values, or None where no C++ is there for them."""
+def round_points(
+    run: Run, scales: Scales, grid: SignedGrid | ShiftedGrid, shifts: Tensor | None = None
+) -> Tensor | None:
+    """Columns that are rounded eight at a time: the values, or None where no C++ is there for them.
+
+    Args:
+        run: The columns.
+        scales: Of their groups.
+        grid: The lattice.
+        shifts: What is added to its points, float32 [groups, out_features]; None where each eight has its own, or none.
+    """
     library = native.load(LIBRARY)
     if library is None:
         return None
     values, held = torch.empty(run.original.shape), _Held()
     lattice, _ = lattice_tables(grid)
-    points = _Points(
-        ctypes.addressof(lattice), held.address(run.metric), None if run.hessian is None else held.address(run.hessian)
-    )
+    optional = (None if part is None else held.address(part) for part in (run.hessian, shifts))
+    points = _Points(ctypes.addressof(lattice), held.address(run.metric), *optional)
     structures = (held.run(run, values), held.groups(run.columns, scales, scales.steps), points)
     done = _POINTS(("qconv_round_points", library))(*map(ctypes.addressof, structures), grid.type.id)
     return values if done else None

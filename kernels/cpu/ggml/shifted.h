@@ -61,7 +61,8 @@ struct ShiftedSource {
     }
   }
 
-  void nearest(Floats scale, float shift, Floats (&values)[Elements], Ints (&codes)[kGroups]) const {
+  // Of values whose shift is given.
+  void nearest(Floats scale, Floats shift, Floats (&values)[Elements], Ints (&codes)[kGroups]) const {
     const Floats twice = scale + scale, square = scale * scale, moved = square * (2.0f * shift);
     for (int group = 0; group < kGroups; ++group) {
       Floats linear[kShiftedPoint], quadratic[kShiftedPoint];
@@ -78,8 +79,8 @@ struct ShiftedSource {
   void points(Floats scale, Points& out) const {
     Floats below[Elements];
     Ints codes_below[kGroups];
-    nearest(scale, kShift, out.values, out.codes);
-    nearest(scale, -kShift, below, codes_below);
+    nearest(scale, splat(kShift), out.values, out.codes);
+    nearest(scale, splat(-kShift), below, codes_below);
     for (int shift = 0; shift < kShifts; ++shift) {
       const Ints turned = better(out.values, below, scale, shift);
       for (int i = shift * Together; i < (shift + 1) * Together; ++i) {

@@ -135,11 +135,11 @@ def _words(data: Tensor) -> Tensor:
 
 
 def read_shifts(data: Tensor, type: GgmlType) -> Tensor | None:
-    """Which sub-blocks of IQ1_S have the negative shift: uint8 [blocks, block_bytes] -> bool [sub-blocks, blocks].
+    """The shifts of IQ1_S's sub-blocks: uint8 [blocks, block_bytes] -> float32 [sub-blocks, blocks].
 
     None for a type whose sub-blocks have no shift of their own.
     """
-    return _words(data[:, 34:]) >= 1 << 15 if type is GgmlType.IQ1_S else None
+    return 0.125 - 0.25 * (_words(data[:, 34:]) >> 15).float() if type is GgmlType.IQ1_S else None
 
 
 _READERS: dict[GgmlType, Callable[[Tensor], BlockScales]] = {

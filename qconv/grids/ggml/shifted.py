@@ -121,15 +121,15 @@ class Source:
         values = torch.where(self._spread(turned), below, above)
         return Points(values, torch.where(negative, codes_below, codes_above), negative)
 
-    def nearest(self, scale: Tensor, shift: float) -> Tensor:
-        """The values of the nearest points with a given shift."""
+    def nearest(self, scale: Tensor, shift: Tensor) -> Tensor:
+        """The values of the nearest points with given shifts [columns]."""
         return self._nearest(scale, shift)[0]
 
     def moments_of(self, values: Tensor) -> Moments:
         """Of values [elements, columns]."""
         return Moments(sum_of_halves(self.importance * (values * values)), sum_of_halves(self.x * values))
 
-    def _nearest(self, scale: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    def _nearest(self, scale: Tensor, shift: float | Tensor) -> tuple[Tensor, Tensor]:
         square = scale * scale
         linear = self.x * (scale + scale) - self.importance * (square * (2.0 * shift))
         quadratic = self.importance * square
