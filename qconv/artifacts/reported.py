@@ -12,9 +12,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qconv.boundary.printable import name_of
+from qconv.checkpoint.extended_rope import ExtendedRope, with_extended_rope
 from qconv.checkpoint.reader import read_json
 from qconv.core.settings import MATCHED
-from qconv.errors import CheckpointError
+from qconv.errors import CheckpointError, UsageError
 from qconv.folders.state import REPORT_NAME
 
 Count = Annotated[int, Field(ge=0)]
@@ -167,6 +168,32 @@ def read_report(folder: Path) -> dict[str, Any]:
             hint="Download the build again, or make it again with --restart.",
         ) from error
     return values
+
+
+def with_reported_rope(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The config.json that a build of a source should have, given the rope that its report's recipe asked for.
+
+    Args:
+        config: The source's; one that has that very scaling already stays as it is.
+        folder: The build's, or that of its GGUF files.
+
+    Raises:
+        CheckpointError: the report is damaged, or asks for what the source cannot have.
+    """
+    if not has_report(folder):
+        return dict(config)
+    recipe = read_report(folder).get("recipe")
+    asked = recipe.get("rope") if isinstance(recipe, dict) else None
+    try:
+        wanted = None if asked is None else ExtendedRope.parse(str(asked))
+        if wanted is None or wanted.is_stated(config):
+            return dict(config)
+        return with_extended_rope(config, str(wanted))
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(
+            f"{folder / REPORT_NAME}: recipe.rope does not fit the source: {error}",
+            hint="The report is damaged, or the build is of another source.",
+        ) from error
 
 
 def says_matched(report: Mapping[str, Any]) -> bool:

@@ -113,6 +113,7 @@ def _decide(source: Source, recipe: GgufRecipe, name: str) -> tuple[GgufPlan, Te
             override=override,
             max_split_size=recipe.output.max_shard_size,
             folded=recipe.searches_scales,
+            rope=recipe.rope,
         )
 
     text: TextSettings | None = recipe.calibrated().calibration if recipe.is_calibrated else recipe.calibration

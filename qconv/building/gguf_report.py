@@ -19,7 +19,7 @@ from qconv.artifacts.bits import BITS, gguf_bits
 from qconv.artifacts.verbatim import Verbatim, VerbatimPart, not_taken, part_values
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
 from qconv.building.chosen import allocation_lines
-from qconv.building.engine_lines import engine_lines
+from qconv.building.engine_lines import engine_lines, rope_lines
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.mixture import needs_importance
@@ -239,6 +239,7 @@ def model_card(report: Mapping[str, Any]) -> str:
                 [(f"`{name}`", report["tensors"][name]["type"], f"{figures[name]:.1f}") for name in worst],
             ),
         ]
+    lines += rope_lines(report["recipe"])
     lines += engine_lines(report.get("engines", ()))
     lines += ["## Recipe", markdown_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml")]
     lines.append(

@@ -20,6 +20,7 @@ from qconv.boundary.printable import name_of
 from qconv.building.report import Report
 from qconv.building.share import Share
 from qconv.chat.files import ADDITIONAL_FOLDER
+from qconv.checkpoint.extended_rope import with_extended_rope
 from qconv.checkpoint.reader import INDEX_NAME, read_json
 from qconv.checkpoint.writer import TEMPORARY_SUFFIX, ShardRecord, output_errors, sha256_of, write_atomically
 from qconv.errors import ArtifactError, CheckpointError, OutputError, UsageError, VerificationError
@@ -237,7 +238,7 @@ def companion_files(source: Source, plan: BuildPlan, report: Report) -> dict[str
     """Everything but the shards, by name: index, config, tokenizer, chat template, model card, report."""
     weight_map = {spec.name: shard for unit in plan.units for shard, specs in unit.shards for spec in specs}
     size = sum(unit.nbytes for unit in plan.units)
-    config = with_both_spellings(source.checkpoint.config)
+    config = with_both_spellings(with_extended_rope(source.checkpoint.config, plan.recipe.rope))
     section = plan.format.config(plan.grids(), plan.skipped)
     if plan.recipe.kv_cache is not None and plan.format.cache is not None:
         section |= plan.format.cache.section

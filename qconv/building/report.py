@@ -18,7 +18,7 @@ from qconv.artifacts.bits import BITS, module_bits
 from qconv.artifacts.verbatim import VerbatimPart, copied, part_values
 from qconv.boundary.printable import markdown_block, markdown_text
 from qconv.building.chosen import Chosen, allocation_lines, allocation_values
-from qconv.building.engine_lines import engine_lines
+from qconv.building.engine_lines import engine_lines, rope_lines
 from qconv.engines.rule import Judgement
 from qconv.planning.engines import engine_values
 from qconv.planning.plan import BuildPlan
@@ -110,6 +110,7 @@ class Report:
         ]
         lines += self._calibration_lines()
         lines += _converted_lines(values.get("converted"))
+        lines += rope_lines(recipe)
         lines += engine_lines(values.get("engines", ()))
         lines += ["## Recipe", markdown_block(yaml.safe_dump(recipe, sort_keys=False), "yaml")]
         lines.append(

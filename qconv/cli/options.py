@@ -166,6 +166,12 @@ _RECIPE_OPTIONS = (
         help="Calibrate and store scales of keys and values for a cache in FP8 (compressed-tensors' layouts).",
     ),
     click.option(
+        "--rope",
+        metavar="yarn:FACTOR",
+        help="Write YaRN into the build: a context FACTOR times longer, at a cost on short text; yarn:FACTOR:ORIGINAL "
+        "where the length that the model was trained on is not config.json's.",
+    ),
+    click.option(
         "--imatrix",
         type=click.Path(exists=True, dir_okay=False),
         multiple=True,
@@ -200,6 +206,7 @@ class RecipeOptions:
     skip: Sequence[str]
     rule: Sequence[str]
     kv_cache: str | None
+    rope: str | None
     imatrix: Sequence[str]
     tensor_type: Sequence[str]
 
@@ -298,6 +305,7 @@ class RecipeOptions:
             "calibration.seed": self.seed,
             "calibration.routing": self.routing,
             "calibration.propagate": self._propagate(),
+            "rope": self.rope,
             "output.max_shard_size": None if self.max_shard_size is None else int(self.max_shard_size * GIGABYTE),
         }
 

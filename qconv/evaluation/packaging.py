@@ -14,6 +14,7 @@ from typing import Any
 
 from gguf import Keys
 
+from qconv.artifacts.reported import with_reported_rope
 from qconv.boundary.content import is_gguf
 from qconv.boundary.printable import name_of
 from qconv.boundary.reading import read_json
@@ -77,6 +78,8 @@ class _Packaging:
     ends: tuple[int, ...]
     rope: Mapping[str, Any]
     context: Any
+    is_extended: bool
+    """Whether the rope is not the model's own but what a build's recipe asked for."""
 
     def templates(self) -> dict[str, str]:
         """By name; empty for none."""
@@ -94,7 +97,7 @@ def compare_packaging(build: Path, source: Path) -> Comparison:
     Raises:
         CheckpointError: one of them is damaged or has no tokenizer; the source's template cannot be compiled.
     """
-    ours, theirs = _packaging(build), _packaging(source)
+    ours, theirs = _packaging(build), _packaging(source, build.parent if build.is_file() else build)
     result = Comparison()
     result.take("the chat templates' text", _texts(ours, theirs))
     _renderings(ours, theirs, result)
@@ -104,7 +107,8 @@ def compare_packaging(build: Path, source: Path) -> Comparison:
     return result
 
 
-def _packaging(path: Path) -> _Packaging:
+def _packaging(path: Path, build: Path | None = None) -> _Packaging:
+    """A model's packaging; of a source, with the rope that the report of ``build`` says was asked for."""
     if is_gguf(path):
         model = GgufModel.open(path)
         config = config_of(model)
@@ -120,6 +124,7 @@ def _packaging(path: Path) -> _Packaging:
         named = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = named if isinstance(named, list) else [] if named is None else [named]
         tokenizer, where = load_tokenizer(path), path.name
+    expected = config if build is None else with_reported_rope(config, build)
     return _Packaging(
         where=where,
         is_gguf=is_gguf(path),
@@ -127,8 +132,9 @@ def _packaging(path: Path) -> _Packaging:
         generation=generation,
         sampling=sampling,
         ends=tuple(ends),
-        rope=stated_rope(config),
-        context=config.get("max_position_embeddings"),
+        rope=stated_rope(expected),
+        context=expected.get("max_position_embeddings"),
+        is_extended=expected != config,
     )
 
 
@@ -218,9 +224,10 @@ def _rope(ours: _Packaging, theirs: _Packaging) -> Iterator[str]:
         # What config.json leaves to the family a GGUF file states.
         left_open = ("rope_theta", "partial_rotary_factor")
         names = [name for name in names if name not in left_open or (name in ours.rope and name in theirs.rope)]
-    yield from _unequal("rope", ours.rope, theirs.rope, names)
+    said = ", set on request" if theirs.is_extended else ""
+    yield from (f"{one}{said}" for one in _unequal("rope", ours.rope, theirs.rope, names))
     if ours.context != theirs.context:
-        yield f"context length is {ours.context}; the source's is {theirs.context}"
+        yield f"context length is {ours.context}; the source's is {theirs.context}{said}"
 
 
 def _unequal(what: str, mine: Mapping[str, Any], other: Mapping[str, Any], names: Any) -> Iterator[str]:

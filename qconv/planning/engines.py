@@ -9,6 +9,7 @@ from typing import Any
 
 from qconv.artifacts.source import Source
 from qconv.artifacts.subject import subject_of, subject_of_folder
+from qconv.checkpoint.extended_rope import with_extended_rope
 from qconv.checkpoint.header import DTYPE_NAMES
 from qconv.engines.readers import READERS
 from qconv.engines.rule import Effect, Finding, Judgement, Verdict
@@ -32,7 +33,9 @@ def subject_of_plan(plan: BuildPlan, config: Mapping[str, Any], source: Path) ->
     stored = {spec.name: Stored(DTYPE_NAMES[spec.dtype], spec.shape) for specs in shards.values() for spec in specs}
     section = plan.format.config(plan.grids(), plan.skipped)
     config = {**config, **(plan.format.keys(section) if section else {})}
-    return replace(subject_of_folder(source, config, stored), files=frozenset(shards))
+    return replace(
+        subject_of_folder(source, with_extended_rope(config, plan.recipe.rope), stored), files=frozenset(shards)
+    )
 
 
 def judged(plan: BuildPlan, source: Source) -> list[Judgement]:

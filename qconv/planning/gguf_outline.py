@@ -10,6 +10,7 @@ from qconv.artifacts.dtypes import weight_dtype
 from qconv.artifacts.opening import viewed_names
 from qconv.artifacts.separation import require_readable_experts
 from qconv.artifacts.source import TOKENIZER_FILES, listed_files
+from qconv.checkpoint.extended_rope import with_extended_rope
 from qconv.checkpoint.reader import read_json
 from qconv.formats.gguf.container import TensorInfo
 from qconv.formats.gguf.metadata import require_expressible
@@ -46,7 +47,7 @@ def outline(model: Path, recipe: GgufRecipe) -> Outline:
     listed = listed_files(model)
     require_readable_experts(model, listed, config, described)
     require_expressible(config, described)
-    tensors = gguf_tensors(described, rope_of(config).factors(described.head_dim))
+    tensors = gguf_tensors(described, rope_of(with_extended_rope(config, recipe.rope)).factors(described.head_dim))
     require_matches(recipe, tensors)
     override = recipe.override(weight_dtype(model, config))
     importance = bool(recipe.imatrix.files) or recipe.calibration is not None

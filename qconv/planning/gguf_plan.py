@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType
 
 from qconv.artifacts.gguf_tensors import Importance, encoded, encoder, uniform
 from qconv.artifacts.source import Source
+from qconv.checkpoint.extended_rope import with_extended_rope
 from qconv.checkpoint.writer import ShardRecord
 from qconv.formats.gguf.container import FileLayout, GgufWriter, TensorInfo, lay_out
 from qconv.formats.gguf.metadata import FOLDED, model_metadata
@@ -64,6 +65,7 @@ def plan_gguf(
     override: Override = no_override,
     max_split_size: int = DEFAULT_SPLIT_SIZE,
     folded: bool = False,
+    rope: str | None = None,
 ) -> GgufPlan:
     """Plan a build.
 
@@ -75,12 +77,13 @@ def plan_gguf(
         override: Gives types before the file type does.
         max_split_size: Bytes of tensors in one file.
         folded: Whether scales are folded into the model.
+        rope: A scaling that is asked for, as a recipe says it.
 
     Raises:
         CheckpointError: config.json or the tokenizer is malformed.
         UsageError: llama.cpp cannot express the model, or qconv has no encoder of a type; says what.
     """
-    model, config = source.architecture, source.checkpoint.config
+    model, config = source.architecture, with_extended_rope(source.checkpoint.config, rope)
     architecture_name(model.family)  # what lacks a form at all is not to be told of a rope that has none
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
     wanted = tensor_types(file_type, model, tensors, importance=importance, override=override)

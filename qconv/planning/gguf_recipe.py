@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from gguf import GGMLQuantizationType
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -35,7 +36,7 @@ from qconv.formats.gguf.mixture import FILE_TYPES, Override
 from qconv.formats.gguf.names import GgufTensor
 from qconv.methods import rounding_of
 from qconv.planning.recipe import Recipe, parse_as, require_rounding
-from qconv.planning.rules import SKIP, Match, without_empty_rules
+from qconv.planning.rules import SKIP, Match, known_rope, without_empty_rules
 from qconv.planning.steps import known_method, shown_steps, steps
 
 FORMAT = "gguf"
@@ -108,6 +109,8 @@ class GgufRecipe(Section):
     type needs it."""
     imatrix: ImatrixSettings = ImatrixSettings()
     output: OutputSettings = OutputSettings()
+    rope: Annotated[str, AfterValidator(known_rope)] | None = None
+    """``yarn:FACTOR[:ORIGINAL]``: a context FACTOR times longer, in the file; null: the source's rope."""
 
     @model_validator(mode="before")
     @classmethod

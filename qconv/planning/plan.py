@@ -15,6 +15,7 @@ import torch
 
 from qconv.artifacts.source import Source
 from qconv.artifacts.verbatim import Verbatim, copied, not_taken, parts_of
+from qconv.checkpoint.extended_rope import with_extended_rope
 from qconv.checkpoint.header import TensorSpec, encode_header
 from qconv.core.architecture import Architecture, Attention, CacheScales, Layer, Linear, Module, Parameter
 from qconv.core.qtensor import Grid
@@ -307,7 +308,9 @@ def plan_of(source: Source, recipe: Recipe) -> BuildPlan:
 
     Raises:
         RecipeError: as :func:`make_plan`.
+        UsageError: the recipe asks for a rope that the model cannot have.
     """
+    with_extended_rope(source.checkpoint.config, recipe.rope)
     return make_plan(source.architecture, recipe, lambda name: source.checkpoint.entry(name).dtype, source.verbatim)
 
 

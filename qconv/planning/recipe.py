@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -35,7 +36,7 @@ from qconv.core.settings import (
 )
 from qconv.errors import RecipeError
 from qconv.methods import rounding_of
-from qconv.planning.rules import SKIP, Rule, without_empty_rules
+from qconv.planning.rules import SKIP, Rule, known_rope, without_empty_rules
 from qconv.planning.steps import known_method, shown_steps, steps
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -82,6 +83,8 @@ class Recipe(Section):
     skip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Shell patterns of full module names that stay unquantized, besides routers, norms, embeddings and lm_head."""
     output: OutputSettings = OutputSettings()
+    rope: Annotated[str, AfterValidator(known_rope)] | None = None
+    """``yarn:FACTOR[:ORIGINAL]``: a context FACTOR times longer, in config.json; null: the source's rope."""
 
     @field_validator("skip", "rules", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from qconv.boundary.globs import MAX_LENGTH, names_module
+from qconv.checkpoint.extended_rope import ExtendedRope
 from qconv.core.number import Number
 from qconv.core.settings import GridSettings, Section, positive_or_channel
 from qconv.grids import grids
@@ -103,8 +104,17 @@ class Match(Section):
 
 
 def without_empty_rules(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values; without rules those that it had before there were any, and so the same digest."""
-    return {key: value for key, value in values.items() if key != "rules" or value}
+    """A recipe's values; without rules or rope those that it had before there were any, and so the same digest."""
+    return {key: value for key, value in values.items() if key not in ("rules", "rope") or value}
+
+
+def known_rope(value: str) -> str:
+    """A recipe's ``rope`` in the one spelling of what it asks for.
+
+    Raises:
+        ValueError: it asks for nothing known.
+    """
+    return str(ExtendedRope.parse(value))
 
 
 _GridOrSkip = Annotated[

@@ -145,6 +145,7 @@ class GgufTypes:
             override=override,
             max_split_size=recipe.output.max_shard_size,
             folded=recipe.searches_scales,
+            rope=recipe.rope,
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.artifacts.build import with_both_spellings
+from qconv.artifacts.reported import with_reported_rope
 from qconv.artifacts.source import Source
 from qconv.boundary.printable import name_of
 from qconv.checkpoint.reader import read_json
@@ -57,7 +58,7 @@ def config_problems(path: Path, source: Source) -> Iterator[str]:
     """Keys of a build's config.json that make another model of it than the source's."""
     try:
         ours = read_json(path / "config.json")
-        theirs = with_both_spellings(source.checkpoint.config)
+        theirs = with_both_spellings(with_reported_rope(source.checkpoint.config, path))
     except QconvError as error:
         yield error.message
         return

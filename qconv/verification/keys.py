@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValue, GGUFValueType, Keys, LlamaFileType
 
+from qconv.artifacts.reported import with_reported_rope
 from qconv.artifacts.source import Source
 from qconv.boundary.printable import name_of
 from qconv.errors import UsageError
@@ -38,6 +39,8 @@ def check_keys(made: GgufModel, is_ours: bool, source: Source, result: Verificat
         result: Gets what was found.
     """
     model, config = source.architecture, source.checkpoint.config
+    if is_ours:
+        config = with_reported_rope(config, made.files[0].parent)
     expected: Metadata = model_metadata(config, model, "", LlamaFileType.ALL_F32)
     try:
         expected |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
