@@ -92,6 +92,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "youtu": {"num_key_value_heads": 4, "head_dim": 8},
     "qwen2": {},
     "smollm3": {"layer_types": None, "no_rope_layers": None},
+    "granitemoe": {},
+    "nemotron_h": {"layer_types": ["mamba", "moe", "attention"]},
     "phi3": {},
     "gemma2": {"layer_types": None},
     "starcoder2": {},

@@ -221,6 +221,8 @@ class _Parts:
         leaves = _JOINED_LEAVES if biased else _JOINED_LEAVES[:2]
         if others or {*experts.shapes} != {*leaves}:
             raise Unproved(f"{experts.name} are not gated experts")
+        if not experts.name.endswith(".experts"):
+            raise Unproved(f"{experts.name} are experts under a name of their own")
         hidden = self.proofs.hidden
         form = self.proofs.experts(self._held(experts.name), hidden)
         count, *sides = experts.shapes["down_proj"]

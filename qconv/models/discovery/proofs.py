@@ -50,6 +50,8 @@ class Proofs:
         self._config: Any = self._model.config
         with running("the model around its layers"):
             inner: Any = self._model.model
+            if not hasattr(inner, "embed_tokens"):
+                raise Unproved("its embedding is not called embed_tokens")
             if getattr(inner, "rotary_emb", None) is not None:
                 rotary: Any = type(inner.rotary_emb)
                 inner = with_children(inner, {"rotary_emb": rotary(self._config)})

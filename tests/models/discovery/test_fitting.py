@@ -161,6 +161,8 @@ UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
     "joined gate and up": ("phi3", {}, "gate_proj is no linear"),
     "a multiplier on what is added": ("granite", {"residual_multiplier": 0.5}, "is not simply added"),
     "an embedding that multiplies": ("gemma", {}, "the embedding is scaled"),
+    "experts under another name": ("granitemoe", {}, "input_linear are experts under a name of their own"),
+    "an embedding of another name": ("nemotron_h", {}, "its embedding is not called embed_tokens"),
     "a multiplier on the embedding": ("granite", {"embedding_multiplier": 2.0}, "the embedding is scaled"),
 }
 
