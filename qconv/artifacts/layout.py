@@ -19,6 +19,7 @@ from qconv.checkpoint.fp8 import Fp8Scheme
 from qconv.checkpoint.reader import in_config, read_json
 from qconv.errors import CheckpointError, UnreadLayoutError
 from qconv.formats import Format, detect, formats
+from qconv.formats.auto_round import in_their_words
 from qconv.formats.base import EXPRESSION
 from qconv.formats.mlx import KEY
 
@@ -69,6 +70,8 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout:
     section = quantization_section(folder, config)
     if section is None:
         return Layout(None)
+    section = in_their_words(section)
+    _require_few(folder, section)
     found = detect({"quantization_config": section})
     problem: CheckpointError | None = None
     try:
@@ -109,6 +112,16 @@ def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
         raise CheckpointError(
             f"{folder / 'config.json'}: quantization_config is no object.", hint="Repair config.json."
         )
+    _require_few(folder, section)
+    return section
+
+
+def _require_few(folder: Path, section: Mapping[str, Any] | None) -> None:
+    """Check that a section holds no more regular expressions than every module can be held against.
+
+    Raises:
+        CheckpointError: it does.
+    """
     expressions = _expressions(section)
     if expressions > MAX_EXPRESSIONS:
         raise CheckpointError(
@@ -116,7 +129,6 @@ def quantization_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
             f"{MAX_EXPRESSIONS:,} are read.",
             hint="Name modules, or several in one expression.",
         )
-    return section
 
 
 def _expressions(section: Mapping[str, Any] | None) -> int:

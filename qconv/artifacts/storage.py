@@ -24,6 +24,7 @@ from qconv.checkpoint.reader import Checkpoint
 from qconv.core.qtensor import CHANNEL
 from qconv.errors import CheckpointError, UnreadLayoutError
 from qconv.formats import detect, formats
+from qconv.formats.auto_round import in_their_words
 from qconv.formats.base import Described
 
 _LARGE = (4096, 4096)
@@ -156,7 +157,7 @@ def storage_of(path: Path, config: dict[str, Any]) -> Storage | None:
     if isinstance(section, dict):
         method = section.get("quant_method")
         try:
-            return _read_storage(section, weight_dtype(path, config))
+            return _read_storage(in_their_words(section), weight_dtype(path, config))
         except UnreadLayoutError as error:
             problem = f": {error.message}"
     raise CheckpointError(

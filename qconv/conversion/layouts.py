@@ -144,7 +144,7 @@ def _best(
         problems = {}
         for linear in linears:
             problem = output_format.check(linear.out_features, linear.in_features, found)
-            if problem is None and found != grid:
+            if problem is None and (found != grid or grid.has_global_scale):
                 problem = _held(output_format, linear, weights.qtensor(linear.weight), found)
             if problem is not None:
                 problems[linear.name] = problem

@@ -2,7 +2,8 @@
 
 Each says which grids it can hold, which tensors stand for a linear, how words are packed and unpacked, and what
 config.json says of it; ``base`` is what a format must be able to do. ``compressed_tensors``, ``packed``, ``float8`` and
-``float4`` are words and layouts that several share, ``stacks`` tensors that hold those of several modules.
+``float4`` are words and layouts that several share, ``auto_round`` another tool's words for them, ``stacks`` tensors
+that hold those of several modules.
 ``gguf`` is llama.cpp's container, with rules of its own.
 
 A format knows no method and no statistics: it is given codes and scales, and gives them back.
@@ -18,7 +19,7 @@ from typing import Any
 from qconv.errors import RecipeError
 from qconv.formats.base import Format
 
-_SHARED = ("base", "cache", "compressed_tensors", "float4", "float8", "gguf", "packed", "stacks")
+_SHARED = ("auto_round", "base", "cache", "compressed_tensors", "float4", "float8", "gguf", "packed", "stacks")
 """The modules that are no formats of safetensors: what formats have in common, and GGUF."""
 
 

@@ -26,7 +26,7 @@ from qconv.models.folding import Folds, folded_weight
 from qconv.verification.floors import float_snr_floor_db, matched_floor_db, snr_floor_db
 from qconv.verification.outcome import Progress, Verification
 from qconv.verification.rows import WrongRows
-from qconv.verification.values import bad_parameters
+from qconv.verification.values import bad_parameters, not_finite
 
 
 @runtime_checkable
@@ -45,11 +45,13 @@ class Comparison:
         source: The source's tensors.
         folds: What was folded into the modules' layer.
         matched: Whether weights that are compensated may have been moved before, by matched calibration.
+        ours: Whether qconv made them: others' scales may be negative.
     """
 
     source: Tensors
     folds: Folds
     matched: bool = False
+    ours: bool = True
 
     def weight(self, linear: Linear, weight: QTensor, *, compensated: bool) -> tuple[float, str | None]:
         """A quantized weight's signal to noise ratio in decibels, and what is wrong with it or None.
@@ -61,7 +63,7 @@ class Comparison:
         """
         same = isinstance(self.source, Coded) and self.source.is_made_of(linear.weight, weight)
         snr = math.inf if same else self._error(linear, weight).snr_db
-        problem = bad_parameters(weight)
+        problem = bad_parameters(weight) if self.ours else not_finite(weight)
         grid = weight.grid
         floor = float_snr_floor_db(compensated) if grid.number == "e4m3" else snr_floor_db(grid.bits, compensated)
         floor = matched_floor_db(floor) if self.matched and compensated else floor
@@ -138,7 +140,7 @@ def check_weights(
         except CheckpointError as error:
             result.problems.append(error.message)
             continue
-        comparison = Comparison(source.checkpoint, folds, build.is_matched)
+        comparison = Comparison(source.checkpoint, folds, build.is_matched, build.is_ours)
         compare = partial(_compare, build, comparison, compensated)
         for module, (snr, problem) in zip(modules, workers.map(compare, modules), strict=True):
             if snr is not None:

@@ -121,6 +121,7 @@ def test_interrupted_it_ends_with_the_same_bytes(builds: dict[str, Path], tmp_pa
         ("awq", {"group_size": 32}, "zero points times scales are no numbers of float16"),
         ("w4a16", {"group_size": 16}, "groups of 32, 64 and 128, not of 16"),
         ("fp8", {"bits": 8, "group_size": 128}, "no such floats"),
+        ("nvfp4", {"group_size": 16}, "its scale of all scales is another number there"),
     ],
 )
 def test_what_mlx_does_not_hold_is_named_and_nothing_is_written(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qconv.artifacts.build import Build
 from qconv.artifacts.source import Source
 from qconv.building.output import Outcome
+from qconv.checkpoint.stream import same_bits
 from qconv.conversion.pipeline import Wanted, convert
 from qconv.errors import CheckpointError, RecipeError, StaleJournalError, UsageError
 from qconv.verification.build import verify
@@ -28,7 +29,12 @@ BUILDS = {
     "fp8": ("fp8", {"grid": {"bits": 8, "group_size": 128}}),
     "blocks": ("fp8_dynamic", {"grid": {"bits": 8, "group_size": 128}}),
     "nvfp4": ("nvfp4", {"grid": {"group_size": 16}}),
+    "nvfp4-w4a4": ("nvfp4_w4a4", {"grid": {"group_size": 16}}),
+    "nvfp4-modelopt": ("nvfp4_modelopt", {"grid": {"group_size": 16}}),
     "mxfp4": ("mxfp4", {"grid": {"group_size": 32}}),
+    "mxfp8": ("mxfp8", {"grid": {"bits": 8, "group_size": 32}}),
+    "w4a8": ("w4a8", {"grid": {"group_size": 128}}),
+    "static": ("fp8_static", {"grid": {"bits": 8, "group_size": -1}}),
     "w8a8": ("w8a8", {"grid": {"bits": 8, "group_size": -1}}),
 }
 PAIRS = [
@@ -47,6 +53,12 @@ PAIRS = [
     ("fp8", "compressed-tensors"),
     ("w8a8", "compressed-tensors"),
     ("mxfp4", "compressed-tensors"),
+    ("mxfp8", "compressed-tensors"),
+    ("nvfp4-w4a4", "nvfp4-modelopt"),
+    ("nvfp4-modelopt", "nvfp4-w4a4"),
+    ("nvfp4-modelopt", "compressed-tensors"),
+    ("w4a8", "compressed-tensors"),
+    ("static", "compressed-tensors"),
 ]
 
 
@@ -83,6 +95,23 @@ def numbers(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize(("name", "layout"), [("nvfp4-w4a4", "nvfp4-modelopt"), ("nvfp4-modelopt", "nvfp4-w4a4")])
+def test_nvfp4_there_and_back_is_the_same_but_for_a_reciprocals_rounding(
+    name: str, layout: str, builds: dict[str, Path], tmp_path: Path
+) -> None:
+    """One layout divides by the scale of inputs, and the other multiplies: float32 has no exact inverse of each."""
+    converted(builds[name], tmp_path / "there", layout)
+    converted(tmp_path / "there", tmp_path / "back", name)
+    before, after = (Build.open(one).checkpoint for one in (builds[name], tmp_path / "back"))
+    assert before.entries.keys() == after.entries.keys()
+    for key in before.entries:
+        ours, theirs = before.read(key), after.read(key)
+        if key.endswith(("input_scale", "input_global_scale")):
+            assert torch.allclose(ours, theirs, rtol=2.0**-23, atol=0.0), key
+        else:
+            assert same_bits(ours, theirs), key
+
+
 @pytest.mark.parametrize(("name", "layout"), PAIRS, ids=[f"{one}-{other}" for one, other in PAIRS])
 def test_every_number_is_kept(name: str, layout: str, builds: dict[str, Path], source: Path, tmp_path: Path) -> None:
     outcome = converted(builds[name], tmp_path / "out", layout)
@@ -97,7 +126,14 @@ def test_every_number_is_kept(name: str, layout: str, builds: dict[str, Path], s
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("gptq", "w4a16"), ("asym", "awq"), ("w4a16", "gptq"), ("fp8", "fp8-dynamic"), ("awq", "gptq")]
+    ("name", "layout"),
+    [
+        ("gptq", "w4a16"),
+        ("asym", "awq"),
+        ("w4a16", "gptq"),
+        ("fp8", "fp8-dynamic"),
+        ("awq", "gptq"),
+    ],
 )
 def test_there_and_back_gives_the_same_shards(name: str, layout: str, builds: dict[str, Path], tmp_path: Path) -> None:
     converted(builds[name], tmp_path / "there", layout)
