@@ -75,7 +75,7 @@ class ShardWindow:
         self._coming: str | None = None
         self._wanted: list[str] = []
         self._failed: dict[str, QconvError] = {}
-        self._step, self._forward = 0, True
+        self._step, self._forward, self._begun = 0, True, False
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
@@ -123,6 +123,7 @@ class ShardWindow:
         """
         with self._changed:
             self._go_to(name)
+            self._begun = True
             self._wanted.append(name)
             self._changed.notify_all()
             try:
@@ -179,7 +180,9 @@ class ShardWindow:
         return None
 
     def _ahead(self) -> list[str]:
-        """The shards of the step at work and of those after it, in their order."""
+        """The shards of the step at work and of those after it, in their order; none while no work has begun."""
+        if not self._begun:
+            return []
         steps = range(self._step, len(self._steps)) if self._forward else range(self._step, -1, -1)
         return list(dict.fromkeys(name for step in steps for name in self._steps[step]))
 

@@ -90,8 +90,11 @@ def test_shards_are_fetched_ahead_of_the_work_as_far_as_they_fit(tmp_path: Path)
             came.set()
         return done
 
-    with window(bring, tmp_path, 4 * SIZE):
-        assert came.wait(20)  # though nobody asked for any
+    with window(bring, tmp_path, 4 * SIZE) as one:
+        assert not came.wait(0.1), "who reads last layers alone needs no first ones"
+        assert not disk.brought
+        read(one, "a")
+        assert came.wait(20)  # though nobody asked for any other
     assert set(disk.brought) == {"a", "b", "c", "d"}
 
 

@@ -153,6 +153,20 @@ def test_verify_imatrix_and_sensitivity(machine: Machine, local: Mapping[Any, Pa
     assert machine.most <= BUDGET
 
 
+def test_a_part_fetches_the_shards_of_its_own_layers(
+    machine: Machine, hub: HubServer, local: Mapping[Any, Path], tmp_path: Path, tiny: Path
+) -> None:
+    command = ("quantize", MODEL, "-o", tmp_path / "out", *RTN, "--disk-budget", f"{BUDGET}B")
+    machine.run(*command, "--part", "2/2")
+    first = "model-00002-of-00005.safetensors"  # the bundled model's first layer; its head lies in the first shard
+    assert hub.sent[first] < 0.5 * (hub.folder / first).stat().st_size, "the pages of its stand-in alone"
+    machine.run(*command, "--part", "1/2")
+    machine.run("collect", tmp_path / "out", code=2)
+    assert "Name the model with --model" in machine.said
+    machine.run("collect", tmp_path / "out", "--model", tiny)
+    require_same(tmp_path / "out", local[RTN])
+
+
 def test_too_small_a_budget_is_refused_with_what_is_needed(machine: Machine, hub: HubServer, tmp_path: Path) -> None:
     machine.run("quantize", MODEL, "-o", tmp_path / "out", *RTN, "--disk-budget", "10MB", code=2)
     assert "Allow at least 21MB" in machine.said
