@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +36,7 @@ class Block:
         stored: As the source has them, the same shape.
         importance: Of their columns, float [columns], or None.
         ready: Their blocks where calibration has made them, uint8 [rows, bytes of a row]; else None.
+        scale: What a tensor beside them multiplies them by.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Block:
     stored: Tensor
     importance: Tensor | None
     ready: Tensor | None
+    scale: float = 1.0
 
 
 class MadeBlocks(Protocol):
@@ -54,10 +57,15 @@ class MadeBlocks(Protocol):
 
 @dataclass(slots=True)
 class Ready:
-    """A tensor's blocks that are made already, handed out in file order."""
+    """A tensor's blocks that are made already, handed out in file order.
+
+    Attributes:
+        scales: What a tensor beside them multiplies the parts by; empty for nothing.
+    """
 
     layers: MadeBlocks
     tensor: GgufTensor
+    scales: Sequence[float] = ()
     part: int = -1
     data: Tensor = field(default_factory=lambda: torch.empty(0))
     row: int = 0
@@ -75,6 +83,10 @@ class Ready:
         self.row += rows
         return taken
 
+    def scale(self, part: int) -> float:
+        """What a part is multiplied by."""
+        return self.scales[part] if self.scales else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -91,7 +103,7 @@ def encoded_block(block: Block) -> Encoded:
     """The block encoded, or as calibration has made it."""
     data = encode(block.rows, encoder(block.type), block.importance) if block.ready is None else block.ready
     reference = block.rows[:SAMPLED_ROWS].float().contiguous()
-    error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type))
+    error = SquaredError.between_(reference, decoded(data[:SAMPLED_ROWS], block.type).mul_(block.scale))
     return Encoded(block.name, data, block.rows.numel(), error, block_checksum(block))
 
 

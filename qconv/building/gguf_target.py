@@ -216,7 +216,7 @@ class GgufTarget:
             for part, rows, weights in wanted:
                 source = rows if wanted is stored else next(stored)[1]
                 blocks = None if ready is None else ready.take(part, len(rows))
-                yield Block(tensor.name, type, rows, source, weights, blocks)
+                yield Block(tensor.name, type, rows, source, weights, blocks, ready.scale(part) if ready else 1.0)
 
 
 class GgufBuilder:

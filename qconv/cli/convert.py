@@ -60,7 +60,7 @@ def command(
       a format of --fmt      awq, gptq, w4a16, fp8, fp8-dynamic, nvfp4, nvfp4-modelopt, mxfp4 ...
       compressed-tensors     that library's layout of the grid that BUILD has
       bf16, f16, f32         plain weights, code times scale, rounded once
-      gguf, gguf:TYPE        GGUF of the types that hold the codes (Q4_0, Q4_1, Q8_0, MXFP4), or F32, F16, BF16
+      gguf, gguf:TYPE        GGUF of the types that hold the codes (Q4_0, Q4_1, Q8_0, MXFP4, NVFP4), or F32, F16, BF16
       mlx                    mlx-lm's layout, experts stacked
       sharded:SIZE           the same layout in files of at most SIZE; of a GGUF file or set, too
 

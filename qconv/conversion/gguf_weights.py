@@ -31,7 +31,6 @@ from qconv.formats.gguf.config import config_of
 from qconv.formats.gguf.names import architecture_name
 from qconv.formats.gguf.reader import GgufModel, set_name
 from qconv.formats.gguf.sampling import generation_of
-from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.whole import GRIDS, SIGNED, from_blocks, has_negative_scales
 from qconv.models import architecture
 from qconv.runtime.gguf_files import GgufFiles
@@ -90,7 +89,7 @@ class GgufWeights(CodedWeights):
         entries = {name: _entry(model, name, shape, dtype) for name, shape in model.architecture.tensors()}
         q4_0 = [one for name, one in linears.items() if model.type_of(name) is GGMLQuantizationType.Q4_0]
         coded = (model.coded(one.weight, (one.out_features, one.in_features)) for one in q4_0)
-        signed = any(has_negative_scales(one[0], GgmlType.Q4_0) for one in coded if one is not None)
+        signed = any(has_negative_scales(one[0], GGMLQuantizationType.Q4_0) for one in coded if one is not None)
         return cls(entries, folder, config, linears, dtype or torch.float32, model.architecture, model, signed)
 
     @property
@@ -117,7 +116,7 @@ class GgufWeights(CodedWeights):
     def grid_of(self, linear: Linear) -> Grid | str:
         """The grid of its type's codes, or why there is none."""
         type = self.model.type_of(linear.weight)
-        grid = GRIDS.get(GgmlType(type)) if type in {one.value for one in GRIDS} else None
+        grid = GRIDS.get(type)
         coded = self.model.coded(linear.weight, (linear.out_features, linear.in_features))
         if grid is None or coded is None:
             return f"blocks of {type.name} are no codes with one scale a group"
@@ -125,7 +124,7 @@ class GgufWeights(CodedWeights):
             return SIGNED
         if type is not GGMLQuantizationType.Q4_1:
             return grid
-        found = from_blocks(coded[0], GgmlType(type))
+        found = from_blocks(coded[0], type)
         return found if isinstance(found, str) else grid
 
     def qtensor(self, name: str) -> QTensor:
@@ -133,7 +132,7 @@ class GgufWeights(CodedWeights):
         linear = self.linears[name]
         coded = self.model.coded(name, (linear.out_features, linear.in_features))
         assert coded is not None
-        found = from_blocks(coded[0], GgmlType(coded[1]), signed=self.signed)
+        found = from_blocks(coded[0], coded[1], signed=self.signed, global_scale=self.model.scale_of(name))
         if isinstance(found, str):
             raise CheckpointError(
                 f"{self.files[0]}: {name}: {found}.",

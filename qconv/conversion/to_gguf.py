@@ -23,8 +23,8 @@ from qconv.conversion.weights import CodedWeights
 from qconv.errors import VerificationError
 from qconv.folders.part import Part
 from qconv.formats.gguf.names import GgufTensor, gguf_tensors, permute_heads
+from qconv.formats.gguf.reader import SCALES
 from qconv.formats.gguf.rope import rope_of
-from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.whole import GRIDS, misfit, to_blocks
 from qconv.planning.gguf_plan import DEFAULT_SPLIT_SIZE, plan_gguf
 from qconv.planning.gguf_recipe import GgufRecipe
@@ -34,7 +34,7 @@ from qconv.runtime.packed import dequantized_rows
 T = GGMLQuantizationType
 PLAIN = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16}
 """Types without codes."""
-_NAMES = {"Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0", "MXFP4": "MXFP4_MOE"}
+_NAMES = {"Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0", "MXFP4": "MXFP4_MOE", "NVFP4": "NVFP4"}
 """What files of a type are called."""
 _ROWS = 512
 """Of a weight, made and compared at a time."""
@@ -56,7 +56,7 @@ class Types:
         rounded: The type that those get.
     """
 
-    coded: Mapping[str, GgmlType]
+    coded: Mapping[str, T]
     again: Mapping[str, str]
     rounded: T
 
@@ -65,7 +65,7 @@ class Types:
         if plain is not None:
             return plain
         if tensor.name in self.coded:
-            return T(self.coded[tensor.name].value)
+            return self.coded[tensor.name]
         if any(name in weights.linears for name in tensor.sources):
             return self.rounded
         return _STORED[weights.entry(tensor.sources[0]).dtype]
@@ -78,7 +78,7 @@ def types_of(weights: CodedWeights, wanted: str | None) -> Types:
         weights: The build's.
         wanted: The only type that will do; None for the smallest that does.
     """
-    coded: dict[str, GgmlType] = {}
+    coded: dict[str, T] = {}
     again: dict[str, str] = {}
     candidates = [one for one in GRIDS if wanted is None or one.name == wanted]
     for tensor in _tensors(weights):
@@ -120,7 +120,7 @@ def gguf_target(
     """
     weights = _weights(source)
     plain = PLAIN.get(wanted or "")
-    found = [T(type.value) for type in types.coded.values()] or [plain or types.rounded]
+    found = list(types.coded.values()) or [plain or types.rounded]
     most = max(dict.fromkeys(found), key=found.count)
     name = _NAMES.get(most.name, most.name)
     recipe = GgufRecipe(type=name, method=("rtn",))
@@ -131,8 +131,18 @@ def gguf_target(
         override=lambda tensor: types.of(weights, tensor, plain),
         max_split_size=shard_bytes or DEFAULT_SPLIT_SIZE,
         folded=bool(weights.folded()),
+        beside=[_scales(weights, tensor) for tensor in _tensors(weights) if types.coded.get(tensor.name) is T.NVFP4],
+        repacked=(T.NVFP4,),
     )
     return ConvertedGgufTarget(source, plan, recipe, None, (), out, types=types)
+
+
+def _scales(weights: CodedWeights, tensor: GgufTensor) -> GgufTensor:
+    """The tensor of an NVFP4 weight's global scales, one of each expert."""
+    scales = tuple(weights.qtensor(name).global_scale for name in tensor.sources)
+    return GgufTensor(
+        tensor.name.removesuffix("weight") + SCALES[0], tensor.kind, tensor.layer, (len(scales),), (), constant=scales
+    )
 
 
 def _tensors(weights: CodedWeights) -> list[GgufTensor]:
@@ -155,7 +165,10 @@ class ConvertedGgufTarget(GgufTarget):
     def ready(self, tensor: GgufTensor, staged: StagedLayers | None) -> Ready | None:
         """The blocks of a tensor whose codes are kept."""
         type = self.types.coded.get(tensor.name)
-        return None if type is None else Ready(CodedBlocks(_weights(self.source), type), tensor)
+        if type is None:
+            return None
+        scales = self.plan.tensors.get(tensor.name.removesuffix("weight") + SCALES[0])
+        return Ready(CodedBlocks(_weights(self.source), type), tensor, scales.constant if scales else ())
 
     def begin(
         self,
@@ -174,7 +187,7 @@ class CodedBlocks:
     """See :class:`qconv.building.gguf_blocks.MadeBlocks`: of codes, which stay as they are."""
 
     weights: CodedWeights
-    type: GgmlType
+    type: T
 
     def blocks(self, tensor: GgufTensor, part: int) -> Tensor:
         """The blocks of one part of a tensor, uint8 [rows, bytes of a row], in file order.
@@ -188,7 +201,7 @@ class CodedBlocks:
         for start in range(0, len(weight.codes), _ROWS):
             rows = weight.rows(start, min(start + _ROWS, len(weight.codes)))
             made.append(to_blocks(rows, self.type))
-            if not torch.equal(dequantized_rows(made[-1], T(self.type.value)), rows.dequantize()):
+            if not torch.equal(dequantized_rows(made[-1], self.type, rows.global_scale), rows.dequantize()):
                 raise VerificationError(
                     f"{name}: dequantizes to other numbers than before.",
                     hint="This is a bug; the build that it was converted from is whole.",

@@ -6,6 +6,7 @@ same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def plan_gguf(
     max_split_size: int = DEFAULT_SPLIT_SIZE,
     folded: bool = False,
     rope: str | None = None,
+    beside: Sequence[GgufTensor] = (),
+    repacked: Collection[GGMLQuantizationType] = (),
 ) -> GgufPlan:
     """Plan a build.
 
@@ -78,6 +81,8 @@ def plan_gguf(
         max_split_size: Bytes of tensors in one file.
         folded: Whether scales are folded into the model.
         rope: A scaling that is asked for, as a recipe says it.
+        beside: Further tensors, of constants.
+        repacked: Types whose blocks are made already.
 
     Raises:
         CheckpointError: config.json or the tokenizer is malformed.
@@ -88,11 +93,14 @@ def plan_gguf(
     tensors = gguf_tensors(model, rope_of(config).factors(model.head_dim))
     wanted = tensor_types(file_type, model, tensors, importance=importance, override=override)
     types = fitted(wanted, tensors)
+    wanted |= {tensor.name: GGMLQuantizationType.F32 for tensor in beside}
+    types |= {tensor.name: GGMLQuantizationType.F32 for tensor in beside}
     metadata = model_metadata(config, model, name, file_type_id(file_type, tensors, types))
     metadata |= tokenizer_metadata(source.checkpoint.path, model.embedding.out_features, config)
     if folded:
         metadata[FOLDED] = GGUFValue(True, GGUFValueType.BOOL)
-    for type in set(types.values()):
+    tensors += beside
+    for type in set(types.values()) - set(repacked):
         encoder(type)
     infos = [TensorInfo(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors]
     files = lay_out(name, metadata, infos, max_split_size)

@@ -32,6 +32,7 @@ from qconv.core.settings import (
     Section,
 )
 from qconv.errors import RecipeError, UsageError
+from qconv.formats.gguf.llama_cpp_mixtures import REPACKED
 from qconv.formats.gguf.mixture import FILE_TYPES, Override
 from qconv.formats.gguf.names import GgufTensor
 from qconv.methods import rounding_of
@@ -127,7 +128,7 @@ class GgufRecipe(Section):
     @field_validator("type")
     @classmethod
     def _known_file_type(cls, value: str) -> str:
-        if value not in FILE_TYPES:
+        if value not in FILE_TYPES and value not in REPACKED:
             raise ValueError(f"{value!r} is no GGUF file type; known are {', '.join(FILE_TYPES)}")
         return value
 

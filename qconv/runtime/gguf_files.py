@@ -94,14 +94,14 @@ class GgufFiles:
         rows, type = self._rows(linear.weight, shape)
         if type in _DENSE:
             return DenseWeight(linear.name, rows.view(_DENSE[type]))
-        return BlockWeight(linear.name, shape, type, rows)
+        return BlockWeight(linear.name, shape, type, rows, self.scale_of(linear.weight))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor's values, float32 unless the file has them in 16 bits."""
         if name in self.changed:
             return self._joined(name, shape)
         rows, type = self._rows(name, (shape[0] if len(shape) > 1 else 1, shape[-1]), vector=len(shape) == 1)
-        values = rows.view(_DENSE[type]) if type in _DENSE else dequantized_rows(rows, type)
+        values = rows.view(_DENSE[type]) if type in _DENSE else dequantized_rows(rows, type, self.scale_of(name))
         return values.view(shape)
 
     def _joined(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -128,6 +128,14 @@ class GgufFiles:
         tensor = self.changed[name][0] if name in self.changed else self.places[name][0]
         return self.model.entry(tensor.name).type
 
+    def scale_of(self, name: str) -> float:
+        """What a tensor of the checkpoint is multiplied by beside its blocks: NVFP4's global scale, else 1."""
+        if name in self.changed:
+            return 1.0
+        tensor, part = self.places[name]
+        scales = self.model.scales_of(tensor.name)
+        return 1.0 if scales is None else scales[part if len(scales) > 1 else 0]
+
     def is_in_order(self, name: str) -> bool:
         """Whether the file has a tensor's rows as the checkpoint has them."""
         return name not in self.changed and not self.places[name][0].heads and self.places[name][0].moved is None
@@ -137,7 +145,11 @@ class GgufFiles:
         tensor, part = self.places[name]
         entry, size = self.model.entry(tensor.name), row_bytes(self.model.entry(tensor.name).type, shape[1])
         rows = self.mapped(_bytes(entry, part * shape[0] + start, stop - start, size))
-        return rows.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(rows, entry.type)
+        return (
+            rows.view(_DENSE[entry.type])
+            if entry.type in _DENSE
+            else dequantized_rows(rows, entry.type, self.scale_of(name))
+        )
 
     def stored(self, name: str, shape: tuple[int, ...]) -> list[TensorEntry]:
         """The bytes of the file that a tensor of the checkpoint is made of."""
@@ -164,14 +176,18 @@ class GgufFiles:
         rows = self.mapped(_bytes(entry, start, stop - start, size))
         if entry.type in _DENSE:
             return DenseWeight(linear.name, rows.view(_DENSE[entry.type]))
-        return BlockWeight(linear.name, (stop - start, linear.in_features), entry.type, rows)
+        return BlockWeight(
+            linear.name, (stop - start, linear.in_features), entry.type, rows, self.scale_of(linear.weight)
+        )
 
     def gather(self, linear: Linear, ids: Tensor) -> Tensor:
         """Rows of the embedding."""
         entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
         whole = _bytes(entry, 0, linear.out_features, row_bytes(entry.type, linear.in_features))
         rows = Tensors({entry.name: whole}).gather(entry.name, ids)
-        return rows.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(rows, entry.type)
+        if entry.type in _DENSE:
+            return rows.view(_DENSE[entry.type])
+        return dequantized_rows(rows, entry.type, self.scale_of(linear.weight))
 
     def input_rounding(self, linear: Linear) -> InputRounding | None:
         """None: how llama.cpp rounds inputs depends on the machine."""
@@ -228,12 +244,24 @@ def _check_tensors(model: GgufModel, expected: Sequence[GgufTensor], left_out: s
         entry = model.entry(tensor.name)
         if entry.shape[-1] != tensor.columns or entry.numel != tensor.numel:
             raise _misshapen(entry, tensor.shape)
+        if entry.type is GGMLQuantizationType.NVFP4 and not tensor.in_rows and model.scales_of(tensor.name):
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name!r} is NVFP4 with a scale, in rows that are not the checkpoint's.",
+                hint="Run it with llama.cpp.",
+            )
+        scales = model.scales_of(tensor.name)
+        if scales is not None and len(scales) not in (1, len(tensor.sources)):
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name!r} has {len(scales)} scales for {len(tensor.sources)} parts.",
+                hint="The file is damaged, or of another kind.",
+            )
         if entry.type not in _DENSE and not is_decoded(entry.type):
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.name!r} is {entry.type.name}, which qconv does not read.",
                 hint="Quantize the original model again, or run it with llama.cpp.",
             )
-    unused = sorted(model.entries.keys() - {tensor.name for tensor in expected} - left_out)
+    beside = {name for tensor in expected for name in model.beside(tensor.name)}
+    unused = sorted(model.entries.keys() - {tensor.name for tensor in expected} - left_out - beside)
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise CheckpointError(

@@ -92,5 +92,5 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[...] to [..., hidden]."""
         rows = functional.embedding(ids, self.packed.rows)
-        values = dequantized_rows(rows.reshape(-1, rows.shape[-1]), self.packed.type)
+        values = dequantized_rows(rows.reshape(-1, rows.shape[-1]), self.packed.type, self.packed.scale)
         return values.view(*ids.shape, self.embedding_dim).to(self.dtype)

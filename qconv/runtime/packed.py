@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qconv.core.qtensor import Grid, QTensor
 from qconv.formats import get_format
+from qconv.grids.ggml.whole import from_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +126,14 @@ class BlockWeight:
         shape: (out_features, in_features).
         type: ggml's type of the blocks.
         rows: uint8 [out_features, bytes of a row], in transformers' order of rows.
+        scale: What all of it is multiplied by (NVFP4's global scale).
     """
 
     name: str
     shape: tuple[int, int]
     type: GGMLQuantizationType
     rows: Tensor
+    scale: float = 1.0
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors in memory."""
@@ -138,7 +141,7 @@ class BlockWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight that the blocks stand for, computed in float32, [out_features, in_features]."""
-        return dequantized_rows(self.rows, self.type).to(dtype)
+        return dequantized_rows(self.rows, self.type, self.scale).to(dtype)
 
 
 PackedWeight: TypeAlias = DenseWeight | IntegerWeight | FloatWeight | BlockWeight
@@ -177,6 +180,17 @@ def is_decoded(type: GGMLQuantizationType) -> bool:
     return True
 
 
-def dequantized_rows(rows: Tensor, type: GGMLQuantizationType) -> Tensor:
-    """Rows of ggml's blocks, uint8 [rows, bytes], as float32 [rows, columns], by the ``gguf`` package's own code."""
-    return torch.from_numpy(dequantize(rows.numpy(force=True), type).copy()).to(rows.device)
+def dequantized_rows(rows: Tensor, type: GGMLQuantizationType, scale: float = 1.0) -> Tensor:
+    """Rows of ggml's blocks as float32 [rows, columns], by the ``gguf`` package's own code.
+
+    Args:
+        rows: uint8 [rows, bytes].
+        type: Of the blocks.
+        scale: NVFP4's global scale. A weight is then the code times the float32 of both scales, as in other layouts.
+    """
+    if scale != 1.0 and type is GGMLQuantizationType.NVFP4:
+        found = from_blocks(rows, type, global_scale=scale)
+        if isinstance(found, QTensor):
+            return found.dequantize()
+    values = torch.from_numpy(dequantize(rows.numpy(force=True), type).copy()).to(rows.device)
+    return values if scale == 1.0 else values.mul_(scale)

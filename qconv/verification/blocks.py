@@ -17,10 +17,10 @@ from torch import Tensor
 from qconv.verification.floors import matched_floor_db, snr_floor_db
 from qconv.verification.rows import USUAL, Least
 
-_FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0}
+_FLOAT_FLOORS = {"F32": math.inf, "F16": 60.0, "BF16": 45.0, "MXFP4": 10.0, "NVFP4": 10.0}
 """Signal to noise of 11 and 8 significant bits is about 73 and 55 dB, that of E2M1 with a power of two for scale 16."""
 
-_WEIGHTED_MXFP4_FLOOR = 4.0
+_WEIGHTED_FP4_FLOOR = 4.0
 """Compensated: twelve below what rounding has, as of integers (:func:`qconv.verification.floors.snr_floor_db`)."""
 
 _LATTICE_FLOORS = {
@@ -52,6 +52,7 @@ HALVES: dict[T, tuple[int, ...]] = {
 _FLOATS = {T.F16: torch.float16, T.BF16: torch.bfloat16, T.F32: torch.float32, T.F64: torch.float64}
 _WHOLE = (T.I8, T.I16, T.I32, T.I64)
 _E8M0_INFINITE = 0xFF
+_E4M3_NAN = 0x7F
 
 
 def floor_db(type: GGMLQuantizationType, weighted: bool, matched: bool = False) -> float:
@@ -65,7 +66,7 @@ def floor_db(type: GGMLQuantizationType, weighted: bool, matched: bool = False) 
     if matched and type not in _FLOATS:
         return matched_floor_db(floor_db(type, weighted))
     if type.name in _FLOAT_FLOORS:
-        return _WEIGHTED_MXFP4_FLOOR if weighted and type.name == "MXFP4" else _FLOAT_FLOORS[type.name]
+        return _WEIGHTED_FP4_FLOOR if weighted and type.name.endswith("FP4") else _FLOAT_FLOORS[type.name]
     if type.name in _LATTICE_FLOORS:
         return _WEIGHTED_LATTICE_FLOOR if weighted else _LATTICE_FLOORS[type.name]
     if type in _TERNARY:
@@ -89,7 +90,7 @@ def decoded(data: Tensor, type: GGMLQuantizationType) -> Tensor:
 
 def is_known(type: GGMLQuantizationType) -> bool:
     """Whether it is known where a type's scales are."""
-    return type in HALVES or type in _FLOATS or type in _WHOLE or type in (T.MXFP4, T.IQ1_M)
+    return type in HALVES or type in _FLOATS or type in _WHOLE or type in (T.MXFP4, T.NVFP4, T.IQ1_M)
 
 
 def finite_blocks(data: Tensor, type: GGMLQuantizationType) -> Tensor:
@@ -106,6 +107,8 @@ def finite_blocks(data: Tensor, type: GGMLQuantizationType) -> Tensor:
     blocks = data.reshape(-1, GGML_QUANT_SIZES[type][1])
     if type is T.MXFP4:
         return blocks[:, 0] != _E8M0_INFINITE
+    if type is T.NVFP4:
+        return (blocks[:, :4] < _E4M3_NAN).all(1)
     if type is T.IQ1_M:  # its scale's four bits on top of each of four words
         return ((blocks[:, 55] >> 4 & 7) != 7) | ((blocks[:, 53] >> 4 & 12) != 12)
     found = torch.ones(len(blocks), dtype=torch.bool)

@@ -99,7 +99,7 @@ def test_the_plan_of_the_480b_is_the_size_that_its_users_know(invoke: Invoke, tm
         (("--fmt", "gguf:Q8_0", "--no-propagate"), "--no-propagate: has no meaning"),
         (("--fmt", "gguf:Q8_0", "--refine", "2"), "--refine: has no meaning"),
         (("--fmt", "gguf:Q8_0", "--tensor-type", "ffn_down"), "--tensor-type: 'ffn_down' is not PATTERN=TYPE"),
-        (("--fmt", "gguf:Q8_0", "--tensor-type", "attn_q=IQ1_S"), "IQ1_S has no encoder in qconv"),
+        (("--fmt", "gguf:Q8_0", "--tensor-type", "attn_q=NVFP4"), "NVFP4 has no encoder in qconv"),
     ],
 )
 def test_what_does_not_go_together_is_said(

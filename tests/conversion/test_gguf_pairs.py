@@ -58,6 +58,9 @@ def held(folder: Path) -> dict[str, Tensor]:
     for file in model.files:
         for tensor in gguf.GGUFReader(file).tensors:
             found[tensor.name] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+    for name in [name for name in found if name.endswith(".scale")]:
+        scales, weight = found.pop(name), name.removesuffix("scale") + "weight"
+        found[weight] *= scales.view(-1, *(1,) * (found[weight].dim() - 1))
     return found
 
 
@@ -119,6 +122,8 @@ def test_codes_become_those_of_compressed_tensors_and_come_back(
         ("w4a16", {"bits": 8, "group_size": 32}, "Q8_0"),
         ("w8a8", {"bits": 8, "group_size": -1}, "Q8_0"),
         ("mxfp4", {"group_size": 32}, "MXFP4"),
+        ("nvfp4", {"group_size": 16}, "NVFP4"),
+        ("nvfp4_modelopt", {"group_size": 16}, "NVFP4"),
     ],
 )
 def test_builds_become_blocks_of_the_same_numbers(

@@ -202,3 +202,6 @@ MIXTURES: dict[str, Mixture] = {
     "MXFP4_MOE": Mixture(T.Q8_0, output=T.Q8_0),
 }
 """llama.cpp's file types by name. MXFP4_MOE's experts are MXFP4, which no role tells from a dense layer."""
+
+REPACKED: dict[str, Mixture] = {"NVFP4": Mixture(T.NVFP4, output=T.Q8_0)}
+"""File types whose blocks are made of codes that are there; nothing is rounded to them."""

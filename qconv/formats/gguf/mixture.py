@@ -15,7 +15,7 @@ from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, GGMLQuantizationType, LlamaFile
 from qconv.core.architecture import Architecture, Moe
 from qconv.errors import UsageError
 from qconv.formats.gguf.container import TensorInfo
-from qconv.formats.gguf.llama_cpp_mixtures import MIXTURES, Mixture, Place, always
+from qconv.formats.gguf.llama_cpp_mixtures import MIXTURES, REPACKED, Mixture, Place, always
 from qconv.formats.gguf.names import GgufTensor, architecture_name, unobserved
 from qconv.formats.gguf.ready import READY, ready_types
 
@@ -198,9 +198,9 @@ def needs_importance(file_type: str, tensor: GgufTensor, type: T) -> bool:
 
 
 def _mixture(name: str) -> Mixture:
-    if name not in MIXTURES:
+    if name not in MIXTURES and name not in REPACKED:
         raise UsageError(f"unknown GGUF file type {name!r}.", hint=f"Choose one of {', '.join(FILE_TYPES)}.")
-    return MIXTURES[name]
+    return MIXTURES.get(name) or REPACKED[name]
 
 
 def _place(model: Architecture, layer: int, nth_down: int, importance: bool) -> Place:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gguf import GGML_QUANT_SIZES, Keys
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, Keys
 from gguf.quants import dequantize
 from torch import Tensor
 
@@ -26,6 +27,9 @@ IMATRIX_TYPE = "imatrix"
 
 _TILE = 1 << 18
 """Elements that are dequantized at once. Many more, and most of the time is spent on fresh pages for temporaries."""
+
+SCALES = ("scale", "input_scale")
+"""What tensors beside an NVFP4 weight are called instead of ``weight``."""
 
 _MIXED_UP = "The file was renamed, or the splits are of different models: download them again."
 
@@ -78,6 +82,30 @@ class GgufModel:
             raise CheckpointError(f"{self.files[0]}: no tensor {name!r}.", hint="The file is of another model.")
         return self.entries[name]
 
+    def beside(self, name: str) -> list[str]:
+        """Tensors that hold scales of an NVFP4 weight: what it is multiplied by, and what its inputs are."""
+        if self.entries.get(name) is None or self.entries[name].type is not GGMLQuantizationType.NVFP4:
+            return []
+        stem = name.removesuffix("weight")
+        return [stem + leaf for leaf in SCALES if stem + leaf in self.entries]
+
+    def scales_of(self, name: str) -> tuple[float, ...] | None:
+        """What a weight is multiplied by, one number or one for each expert; None where there is none.
+
+        Raises:
+            CheckpointError: they are no float32, or no positive numbers.
+        """
+        found = name.removesuffix("weight") + SCALES[0]
+        if found not in self.beside(name):
+            return None
+        entry = self.entries[found]
+        if entry.type is not GGMLQuantizationType.F32:
+            raise CheckpointError(f"{entry.file}: {found} is {entry.type.name}, not F32.", hint="The file is damaged.")
+        values = torch.cat([block.view(torch.float32).flatten() for block in self.blocks(found)])
+        if not bool((torch.isfinite(values) & (values > 0.0)).all()):
+            raise CheckpointError(f"{entry.file}: {found} is no positive number.", hint="The file is damaged.")
+        return tuple(values.tolist())
+
     def blocks(self, name: str) -> Iterator[Tensor]:
         """A tensor's bytes as consecutive blocks of whole rows, uint8 [rows, bytes], each mapped on its own.
 
@@ -92,13 +120,20 @@ class GgufModel:
         """The tensor's values as consecutive blocks of whole rows, float32 [rows, columns].
 
         Raises:
-            CheckpointError: as :meth:`blocks`.
+            CheckpointError: as :meth:`blocks` and :meth:`scales_of`.
         """
-        entry = self.entry(name)
+        entry, scales, row = self.entry(name), self.scales_of(name), 0
         step = max(1, _TILE // entry.shape[-1])
+        rows = (
+            None
+            if scales is None
+            else torch.tensor(scales).repeat_interleave(math.prod(entry.shape[:-1]) // len(scales))
+        )
         for block in self.blocks(name):
             for start in range(0, len(block), step):
-                yield torch.from_numpy(dequantize(block[start : start + step].numpy(), entry.type).copy())
+                values = torch.from_numpy(dequantize(block[start : start + step].numpy(), entry.type).copy())
+                yield values if rows is None else values.mul_(rows[row : row + len(values)].unsqueeze(1))
+                row += len(values)
 
 
 def split_paths(path: Path) -> list[Path]:
