@@ -119,7 +119,7 @@ def training_tokens() -> Tensor:
     tokenizer = load_tokenizer(TINY)
     kept_out = {tuple(ids[0].tolist()) for ids in held_out_text(TINY, HELD_OUT)}
     found: list[int] = []
-    for document in documents(CALIBRATION.corpus, CALIBRATION.seed):
+    for document in documents(CALIBRATION.named, CALIBRATION.seed):
         ids = tokenizer("".join(document.pieces()), split_special_tokens=True, verbose=False).input_ids
         first = tokenizer(next(document.pieces(), ""), split_special_tokens=True, verbose=False).input_ids[:WINDOW]
         if tuple(first) not in kept_out:

@@ -189,7 +189,7 @@ def shortfalls(file_type: str, gaps: Sequence[Difference]) -> list[str]:
 
 def collect(model: Path, text: CalibrationSettings, out: Path) -> Path:
     """An importance matrix through the command line."""
-    options = ("--calib", text.corpus, "--tokens", str(text.tokens), "--seed", str(text.seed))
+    options = ("--calib", text.named, "--tokens", str(text.tokens), "--seed", str(text.seed))
     run("imatrix", str(model), *options, "-o", str(out))
     return out / "imatrix.gguf"
 

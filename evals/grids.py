@@ -116,7 +116,7 @@ def build(model: Path, type: str, method: str, work: Path) -> Path:
         kind += ["--tensor-type", rf"blk\.[0-9]+\.(attn|ffn)_.*={type}"]
     command = [sys.executable, "-m", "qconv", "quantize", str(model), *kind, *METHODS[method]]
     if type not in SAFETENSORS or method != OWN:
-        command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens)]
+        command += ["--calib", CALIBRATION.named, "--tokens", str(CALIBRATION.tokens)]
     command += ["-o", str(out), "--restart"]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if finished.returncode:

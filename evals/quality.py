@@ -143,7 +143,7 @@ def held_out_text(
     tokenizer = load_tokenizer(model)
     found: list[Tensor] = []
     count = 0
-    for document in documents(CALIBRATION.corpus, CALIBRATION.seed):
+    for document in documents(CALIBRATION.named, CALIBRATION.seed):
         if document.name in used:
             continue
         ids = tokenizer(next(document.pieces(), ""), split_special_tokens=True, verbose=False).input_ids[:WINDOW]
@@ -201,7 +201,7 @@ def _quantize_all(model: Path, work: Path) -> dict[str, Path]:
     for name, (fmt, *options) in CASES.items():
         out = work / name.replace(" ", "-")
         command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", fmt, *options]
-        command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
+        command += ["--calib", CALIBRATION.named, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
         finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise QconvError(f"{' '.join(command[1:])} failed:\n{finished.stderr.strip()}")

@@ -92,7 +92,7 @@ class Text:
     @property
     def options(self) -> tuple[str, ...]:
         """Of the command line, for calibration."""
-        return ("--calib", self.calibration.corpus, "--tokens", str(self.calibration.tokens))
+        return ("--calib", self.calibration.named, "--tokens", str(self.calibration.tokens))
 
 
 def variant(model: Path, outliers: bool, work: Path) -> tuple[str, Path]:

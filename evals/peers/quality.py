@@ -50,7 +50,7 @@ class Own:
             QconvError: qconv failed.
         """
         command = [sys.executable, "-m", "qconv", "quantize", str(model), "--fmt", "gptq", *self.arguments]
-        command += ["--calib", CALIBRATION.corpus, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
+        command += ["--calib", CALIBRATION.named, "--tokens", str(CALIBRATION.tokens), "-o", str(out), "--restart"]
         finished = subprocess.run(command, cwd=client.REPOSITORY, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise QconvError(f"{' '.join(command[1:])} failed:\n{finished.stderr.strip()}")

@@ -20,6 +20,7 @@ from qconv.artifacts.verbatim import Verbatim, VerbatimPart, not_taken, part_val
 from qconv.boundary.printable import markdown_block, markdown_code, markdown_text
 from qconv.building.chosen import allocation_lines
 from qconv.building.engine_lines import engine_lines, rope_lines
+from qconv.calibration.mixture import corpus_lines
 from qconv.errors import RecipeError, UsageError
 from qconv.formats.gguf.imatrix import Imatrix
 from qconv.formats.gguf.mixture import needs_importance
@@ -268,6 +269,7 @@ def _imatrix_lines(imatrix: Mapping[str, Any] | None) -> list[str]:
             f"{coverage['without_tokens']} of {coverage['experts']} experts saw no token, and "
             f"{coverage['mostly_shared']} took at least half of their importance from their layer."
         )
+    lines += corpus_lines(coverage)
     if coverage["weakest"]:
         rows = [(one["expert"], f"{one['tokens']:,}", f"{100 * one['shrinkage']:.0f} %") for one in coverage["weakest"]]
         lines.append(_table(("least covered expert", "tokens", "share of its layer"), rows))

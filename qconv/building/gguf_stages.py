@@ -24,6 +24,7 @@ from qconv.building.gguf_folds import FoldedLayers
 from qconv.building.target import PackedModule
 from qconv.calibration.imatrix import LayerSums, blocks_key, layer_weights, read_for, require_kept, sums_key
 from qconv.calibration.layer import Finished, LayerBuild
+from qconv.calibration.mixture import corpus_coverage
 from qconv.calibration.schemes import FittedScheme, Scheme
 from qconv.calibration.statistics import InputSquares
 from qconv.checkpoint.header import TensorEntry, TensorSpec, read_header
@@ -157,6 +158,11 @@ class StagedLayers:
     def report(self) -> list[dict[str, Any]]:
         """What happened in each layer, in their order."""
         return [self.part.units[blocks_key(layer)]["report"] for layer in self.sums.layers]
+
+    def corpora(self, recipe: GgufRecipe) -> dict[str, Any]:
+        """What the report says of the experts' tokens by corpus."""
+        experts = [one for layer in self.report() for one in layer["experts"] if ".experts." in one["module"]]
+        return corpus_coverage(recipe.calibrated().calibration, experts)
 
     def commit(self, layer: Layer, made: LayerBuild, values: Mapping[str, Any]) -> None:
         """Record that a layer's blocks are safe, and what an importance matrix says of it."""

@@ -378,11 +378,11 @@ class GgufBuilder:
         return Outcome(self.out, report, already_complete=False)
 
     def _report(self) -> dict[str, Any]:
-        source, recipe, units = self.target.source, self.target.recipe, self.part.units
+        source, recipe, units, text = self.target.source, self.target.recipe, self.part.units, self.target.text
         importance = None
         if self.importance is not None and self.coverage is not None:
-            file = None if self.target.text is None else IMATRIX_NAME
-            importance = importance_values(self.importance, self.coverage, file)
+            importance = importance_values(self.importance, self.coverage, None if text is None else IMATRIX_NAME)
+            importance["coverage"] |= {} if self.staged is None else self.staged.corpora(recipe)
         return {
             "qconv": __version__,
             "source": source.name,

@@ -19,6 +19,7 @@ from qconv.artifacts.verbatim import VerbatimPart, copied, part_values
 from qconv.boundary.printable import markdown_block, markdown_text
 from qconv.building.chosen import Chosen, allocation_lines, allocation_values
 from qconv.building.engine_lines import engine_lines, rope_lines
+from qconv.calibration.mixture import corpus_coverage, corpus_lines
 from qconv.engines.rule import Judgement
 from qconv.planning.engines import engine_values
 from qconv.planning.plan import BuildPlan
@@ -215,6 +216,7 @@ def _coverage_lines(coverage: Mapping[str, Any]) -> list[str]:
         f"{coverage['without_tokens']} of {coverage['experts']} experts saw no token and "
         f"{coverage['mostly_shared']} took at least half of their statistics from the layer as a whole."
     ]
+    lines += corpus_lines(coverage)
     weakest = coverage["weakest"]
     if weakest:
         rows = [(row["module"], f"{row['tokens']:,}", f"{100 * row['shrinkage']:.0f} %") for row in weakest]
@@ -254,6 +256,7 @@ def _coverage(layers: Sequence[Mapping[str, Any]], plan: BuildPlan) -> dict[str,
         "most": counts[-1],
         "without_tokens": sum(count == 0 for count in counts),
         "mostly_shared": sum(expert["shrinkage"] >= 0.5 for expert in experts),
+        **corpus_coverage(plan.recipe.calibration, experts),
         "weakest": [
             {key: expert[key] for key in ("module", "tokens", "shrinkage")}
             for expert in weakest

@@ -7,6 +7,9 @@ How the tokens are laid out
     contribution, so that a model does not read one text as the continuation of another. A tokenizer without EOS gets
     no separator.
 
+    With ``sequences: documents`` no sequence holds two: a document gives whole sequences, one a round, without
+    separator. Of a mixture each corpus gives the sequences that it gives alone (:mod:`qconv.calibration.mixture`).
+
 Special tokens
     A tokenizer that puts BOS before a text gets one BOS at the start of each sequence and none inside, also of chats
     whose template writes one. What looks like
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from qconv.artifacts.source import require_tokenizer
 from qconv.calibration.documents import Document, documents, in_plain_form
+from qconv.calibration.mixture import origins, parts
 from qconv.chat.templates import ChatTemplates, RefusedChatError
 from qconv.checkpoint.config import Config, language_part
 from qconv.checkpoint.reader import read_json
@@ -72,7 +76,7 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
         CheckpointError: no tokenizer, or one whose ids do not fit config.json's ``vocab_size``.
     """
     vocabulary = Config(language_part(read_json(model_dir / "config.json"))).integer("vocab_size")
-    rows, used = _rows(settings, load_tokenizer(model_dir), model_dir)
+    rows, used = _mixed(settings, load_tokenizer(model_dir), model_dir)
     if rows.max() >= vocabulary:
         raise CheckpointError(
             f"the tokenizer of {model_dir} gives token {int(rows.max())}, but config.json has vocab_size {vocabulary}.",
@@ -82,7 +86,7 @@ def build_tokens(settings: TextSettings, model_dir: Path) -> TokenSet:
     return TokenSet(
         ids=torch.from_numpy(rows),
         digest=_digest(rows),
-        source=f"{settings.corpus}, seed {settings.seed}: {count} x {length} tokens of {len(used)} documents",
+        source=f"{settings.named}, seed {settings.seed}: {count} x {length} tokens of {len(used)} documents",
         documents=used,
     )
 
@@ -98,7 +102,21 @@ def used_documents(settings: TextSettings, tokenizer: Any, model_dir: Path) -> t
     Raises:
         UsageError: as :func:`build_tokens`.
     """
-    return _rows(settings, tokenizer, model_dir)[1]
+    return _mixed(settings, tokenizer, model_dir)[1]
+
+
+def _mixed(
+    settings: TextSettings, tokenizer: Any, model_dir: Path
+) -> tuple[np.ndarray[Any, np.dtype[np.int32]], tuple[str, ...]]:
+    """As :func:`_rows`, of all corpora of a mixture."""
+    found = [_rows(part, tokenizer, model_dir) for part in parts(settings)]
+    if len(found) == 1:
+        return found[0]
+    origin = origins(settings).numpy()
+    rows = np.empty((len(origin), settings.sequence_length), dtype=np.int32)
+    for number, (own, _) in enumerate(found):
+        rows[origin == number] = own
+    return rows, tuple(dict.fromkeys(name for _, used in found for name in used))
 
 
 def _rows(
@@ -110,13 +128,13 @@ def _rows(
     payload = length - len(bos)  # tokens of text in a sequence
     used: dict[str, None] = {}
     with ChatTemplates(tokenizer, model_dir) as chats:
-        stream = _stream(
-            documents(settings.corpus, settings.seed),
-            lambda document: _encode(tokenizer, chats, document, bos),
-            cap=DOCUMENT_SEQUENCES * length,
-            eos=tokenizer.eos_token_id,
-            used=used,
-        )
+        corpus = documents(settings.named, settings.seed)
+        encode: Encode = lambda document: _encode(tokenizer, chats, document, bos)  # noqa: E731
+        if settings.sequences == "documents":
+            stream = _whole(corpus, encode, payload, used)
+        else:
+            cap = DOCUMENT_SEQUENCES * length
+            stream = _stream(corpus, encode, cap=cap, eos=tokenizer.eos_token_id, used=used)
         ids = np.fromiter(islice(stream, count * payload), dtype=np.int32)
     if len(ids) < count * payload:
         raise _too_short(settings, len(ids), len(ids) // payload, len(used))
@@ -151,6 +169,22 @@ def _stream(
             if part[-1:] != separator:
                 yield from separator
             if len(part) == cap:
+                unfinished.append((name, tokens))
+        if not unfinished:
+            return
+        turns = iter(unfinished)
+
+
+def _whole(corpus: Iterator[Document], encode: Encode, payload: int, used: dict[str, None]) -> Iterator[int]:
+    """As :func:`_stream`, a sequence of one document alone; what does not fill one is left out."""
+    turns: Iterator[tuple[str, Iterator[int]]] = ((document.name, encode(document)) for document in corpus)
+    while True:
+        unfinished: list[tuple[str, Iterator[int]]] = []
+        for name, tokens in turns:
+            part = list(islice(tokens, payload))
+            if len(part) == payload:
+                used[name] = None
+                yield from part
                 unfinished.append((name, tokens))
         if not unfinished:
             return
@@ -200,11 +234,12 @@ def render_chat(chats: ChatTemplates, document: Document) -> str:
 
 def _too_short(settings: TextSettings, found: int, sequences: int, used: int) -> UsageError:
     fits = sequences * settings.sequence_length
+    other = "" if settings.sequences == "packed" else ", or shorter sequences: each is of one document"
     lower = f"Ask for at most {fits:,} tokens, or give" if fits else "Give"
     return UsageError(
-        f"calibration corpus {settings.corpus} holds {found:,} tokens in {used} documents,"
+        f"calibration corpus {settings.named} holds {found:,} tokens in {used} documents,"
         f" and {settings.tokens:,} were asked for.",
-        hint=f"{lower} a longer text.",
+        hint=f"{lower} a longer text{other}.",
     )
 
 

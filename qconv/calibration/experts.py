@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qconv.calibration.activations import SetAside
 from qconv.calibration.layer import Finished, LayerBuild, LayerContext, Workspace
+from qconv.calibration.mixture import seen_by_corpus
 from qconv.calibration.mlp import GatedWeights
 from qconv.calibration.mlp_build import MlpBuild, Subject, search_shared_scale
 from qconv.calibration.mlp_inputs import WINDOW_TOKENS, MlpInputs
@@ -131,6 +132,7 @@ class _MlpHalf:
             "module": mlp.gate.name.rpartition(".")[0],
             "tokens": len(routed.tokens),
             "calibration_tokens": len(assignment.tokens),
+            **seen_by_corpus(context.calibration, routed.tokens),
             "shrinkage": round(inputs.shrinkage / max(len(assignment.tokens) + inputs.shrinkage, 1), 6),
         }
         subjects = {}

@@ -231,3 +231,11 @@ def print_other_way(recipe: Recipe | GgufRecipe) -> None:
     said = other_way(recipe)
     if said is not None:
         say(stdout(), f"other way    {said}")
+
+
+def corpus_line(one: Mapping[str, Any]) -> str:
+    """What the experts saw of one corpus of a mixture."""
+    return (
+        f"of {one['corpus']}: least {one['least']:,}, median {one['median']:,}, most {one['most']:,}; "
+        f"{one['without_tokens']} experts without"
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qconv.cli.build_page import error_values, print_error, write_page
 from qconv.cli.console import (
     bits,
+    corpus_line,
     costs,
     plan_costs_values,
     print_costs,
@@ -144,6 +145,8 @@ def print_coverage(coverage: Mapping[str, Any]) -> None:
             f"coverage     tokens per expert: least {coverage['least']:,}, median {coverage['median']:,}, most "
             f"{coverage['most']:,}; {coverage['without_tokens']} of {coverage['experts']} experts without tokens",
         )
+        for one in coverage.get("by_corpus", ()):
+            say(stdout(), f"             {corpus_line(one)}")
 
 
 def plan(model: str, recipe: GgufRecipe, as_json: bool, devices: str | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from qconv.cli.examples import examples
 from qconv.cli.gguf import print_coverage
 from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import (
+    calib_option,
+    corpus_of,
     devices_option,
     disk_budget_option,
     executor_option,
@@ -35,7 +37,7 @@ from qconv.planning.recipe import parse_as
 )
 @model_argument
 @out_option("The folder that gets imatrix.gguf.")
-@click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")
+@calib_option
 @click.option("--tokens", type=COUNT, help="Calibration tokens.")
 @click.option("--sequence-length", type=COUNT, help="Tokens of one sequence, a chunk of llama.cpp.")
 @click.option("--seed", type=SEED, help="Seed of the calibration's samples.")
@@ -48,7 +50,7 @@ from qconv.planning.recipe import parse_as
 def command(
     model: str,
     out: Path,
-    calib: str | None,
+    calib: Sequence[str],
     tokens: int | None,
     sequence_length: int | None,
     seed: int | None,
@@ -64,7 +66,7 @@ def command(
     For llama.cpp's own programs, and for several builds of one model: give it to quantize by --imatrix. Works layer by
     layer; the same command continues an interrupted run.
     """
-    given = {"corpus": calib, "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
+    given = {"corpus": corpus_of(calib), "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
     text = parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +30,8 @@ COMPENSATED_BY_TEXT = ("fp8", "fp8_dynamic")
 OF_SAFETENSORS = ("group_size", "skip", "kv_cache")
 OF_GGUF = ("imatrix", "tensor_type")
 """Options that have no meaning for the others."""
+_WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
+"""A corpus of a mixture: weight, asterisk, corpus."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -99,6 +102,29 @@ def _one_device(asked: str) -> str:
     return str(devices_of(asked)[0])
 
 
+calib_option = click.option(
+    "--calib",
+    metavar="CORPUS",
+    multiple=True,
+    help="python-stdlib, agent, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET; repeatable, with weights: "
+    "0.6*python-stdlib.",
+)
+
+
+def corpus_of(given: Sequence[str]) -> str | list[dict[str, Any]] | None:
+    """``calibration.corpus`` as ``--calib`` says it: one, or several with their weights, 1 where none is said."""
+    found: list[dict[str, Any]] = []
+    for one in given:
+        weighted = _WEIGHTED.fullmatch(one)
+        if weighted is None:
+            found.append({"corpus": one, "weight": 1.0})
+        else:
+            found.append({"corpus": weighted[2], "weight": float(weighted[1])})
+    if len(found) == 1:
+        return str(found[0]["corpus"])
+    return found or None
+
+
 _RECIPE_OPTIONS = (
     click.option(
         "--fmt",
@@ -117,9 +143,7 @@ _RECIPE_OPTIONS = (
         help="A recipe: a YAML file or a packaged recipe's name; repeatable.",
     ),
     click.option("--method", type=click.Choice(["+".join(one) for one in METHODS]), help="Quantization method."),
-    click.option(
-        "--calib", metavar="CORPUS", help="python-stdlib, agent, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET."
-    ),
+    calib_option,
     click.option("--tokens", type=COUNT, help="Calibration tokens."),
     click.option("--sequence-length", type=COUNT, help="Tokens of one calibration sequence."),
     click.option("--seed", type=SEED, help="Seed of the calibration's samples."),
@@ -193,7 +217,7 @@ class RecipeOptions:
     fmt: str | None
     recipe: str | None
     method: str | None
-    calib: str | None
+    calib: Sequence[str]
     tokens: int | None
     sequence_length: int | None
     seed: int | None
@@ -299,7 +323,7 @@ class RecipeOptions:
             "method": self.method,
             "refine.sweeps": self.refine,
             "refine.refits": self.refine,
-            "calibration.corpus": self.calib,
+            "calibration.corpus": corpus_of(self.calib),
             "calibration.tokens": self.tokens,
             "calibration.sequence_length": self.sequence_length,
             "calibration.seed": self.seed,

@@ -13,6 +13,7 @@ import click
 from qconv.cli import gguf
 from qconv.cli.build_page import error_values, print_error
 from qconv.cli.console import (
+    corpus_line,
     costs,
     print_costs,
     print_engines,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
         "qconv quantize MODEL --fmt gguf:Q4_K_M --calib python-stdlib -o OUT",
         "qconv quantize MODEL --fmt gguf --target-size 240GB -o OUT",
         "qconv quantize MODEL --fmt awq --fmt gguf:Q4_K_M --tokens 32768 -o OUT",
+        "qconv quantize MODEL --fmt w4a16 --calib 0.6*python-stdlib --calib 0.4*agent -o OUT",
+        "qconv quantize MODEL --fmt w4a16 --rope yarn:4 -o OUT",
         "qconv quantize MODEL --fmt fp8 --part 3/16 -o OUT",
     ),
 )
@@ -341,6 +344,8 @@ def print_build(result: dict[str, Any]) -> None:
             f"coverage     tokens per expert: least {coverage['least']:,}, median {coverage['median']:,}, most "
             f"{coverage['most']:,}; {coverage['without_tokens']} of {coverage['experts']} experts without tokens",
         )
+        for one in coverage.get("by_corpus", ()):
+            say(console, f"             {corpus_line(one)}")
     if result["searches"]:
         say(console, f"searches     {result['searches_kept_rtn']} of {result['searches']} kept plain rounding")
     if result["degenerate"]:

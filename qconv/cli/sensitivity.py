@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.examples import examples
 from qconv.cli.numbers import COUNT, SEED, THREADS
 from qconv.cli.options import (
+    calib_option,
+    corpus_of,
     devices_option,
     disk_budget_option,
     executor_option,
@@ -33,7 +36,7 @@ from qconv.planning.recipe import parse_as
 )
 @model_argument
 @out_option("The folder that gets sensitivity.safetensors.")
-@click.option("--calib", metavar="CORPUS", help="python-stdlib, text:PATH, jsonl:PATH[:FIELD] or hf:DATASET.")
+@calib_option
 @click.option("--tokens", type=COUNT, help="Tokens of the text.")
 @click.option("--sequence-length", type=COUNT, help="Tokens of one sequence.")
 @click.option("--seed", type=SEED, help="Seed of the text's samples and of the labels.")
@@ -47,7 +50,7 @@ from qconv.planning.recipe import parse_as
 def command(
     model: str,
     out: Path,
-    calib: str | None,
+    calib: Sequence[str],
     tokens: int | None,
     sequence_length: int | None,
     seed: int | None,
@@ -65,7 +68,7 @@ def command(
     pass forward and one back, layer by layer, experts one by one; the same command continues an interrupted run. With
     --no-gradients what is chosen by it goes by the errors of each linear's outputs, relative to their mean square.
     """
-    given = {"corpus": calib, "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
+    given = {"corpus": corpus_of(calib), "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
     text = parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
     start = time.monotonic()
     with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:

@@ -118,17 +118,61 @@ class RefineSettings(Section):
     """Passes that choose scales again, too, by least squares."""
 
 
+class CorpusShare(Section):
+    """A corpus of a mixture."""
+
+    corpus: str
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Its part of the sequences is this over the sum of all weights."""
+
+
 class TextSettings(Section):
     """Which calibration text, and how much of it."""
 
-    corpus: str = "python-stdlib"
-    """``python-stdlib``, ``agent``, ``text:PATH``, ``jsonl:PATH[:FIELD]``, ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``."""
+    corpus: str | tuple[CorpusShare, ...] = "python-stdlib"
+    """``python-stdlib``, ``agent``, ``text:PATH``, ``jsonl:PATH[:FIELD]``, ``hf:DATASET[:CONFIG][:SPLIT][:FIELD]``;
+    or a list of ``{corpus, weight}`` that share the sequences."""
     tokens: Annotated[int, Field(ge=1)] = 32768
     """How many; a multiple of the sequence length."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
     """Tokens that attend to each other."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the choice of sequences."""
+    sequences: Literal["packed", "documents"] = "packed"
+    """``packed``: documents follow each other. ``documents``: each sequence is of one; shorter ones are left out."""
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("corpus")
+    @classmethod
+    def _different(cls, value: str | tuple[CorpusShare, ...]) -> str | tuple[CorpusShare, ...]:
+        if isinstance(value, str):
+            return value
+        names = [share.corpus for share in value]
+        if not names or len({*names}) < len(names):
+            raise ValueError("a mixture names corpora, each once")
+        return names[0] if len(names) == 1 else value
+
+    @model_serializer(mode="wrap")
+    def _without_packing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that do not ask for anything else are those that they were before they could."""
+        found: dict[str, Any] = serialize(self)
+        return {key: value for key, value in found.items() if key != "sequences" or value != "packed"}
+
+    @property
+    def shares(self) -> tuple[CorpusShare, ...]:
+        """The corpora; one alone has all."""
+        return (CorpusShare(corpus=self.corpus),) if isinstance(self.corpus, str) else self.corpus
+
+    @property
+    def named(self) -> str:
+        """The corpus, or the mixture as the command line has it, for people."""
+        if isinstance(self.corpus, str):
+            return self.corpus
+        return " + ".join(f"{share.weight:g}*{share.corpus}" for share in self.corpus)
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Self:

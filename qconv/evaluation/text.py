@@ -17,6 +17,7 @@ from typing import Any
 from qconv.artifacts.reported import read_report
 from qconv.calibration.corpus import render_chat, used_documents
 from qconv.calibration.documents import STDLIB, Document, documents
+from qconv.calibration.mixture import part_of
 from qconv.chat.templates import ChatTemplates
 from qconv.checkpoint.tokenizer import leading_bos
 from qconv.core.settings import CalibrationSettings
@@ -88,9 +89,10 @@ def calibrated_on(build: Path, corpus: str, model_dir: Path) -> frozenset[str]:
         CheckpointError: no tokenizer.
     """
     settings = _calibration(build if build.is_dir() else build.parent)
-    if settings is None or settings.corpus != corpus:
+    part = None if settings is None else part_of(settings, corpus)
+    if part is None:
         return frozenset()
-    return frozenset(used_documents(settings, load_tokenizer(model_dir), model_dir))
+    return frozenset(used_documents(part, load_tokenizer(model_dir), model_dir))
 
 
 def _calibration(folder: Path) -> CalibrationSettings | None:

@@ -113,12 +113,12 @@ def test_a_gguf_build_s_own_calibration_text_is_left_out(
     (file,) = (one for one in (tmp_path / "out").glob("*.gguf") if one.name != "imatrix.gguf")
     used = set(build_tokens(text, gguf_moe).documents)
     assert used
-    assert calibrated_on(tmp_path / "out", text.corpus, gguf_moe) == used
-    assert calibrated_on(file, text.corpus, file) == used
+    assert calibrated_on(tmp_path / "out", text.named, gguf_moe) == used
+    assert calibrated_on(file, text.named, file) == used
     assert not calibrated_on(tmp_path / "out", "text:/elsewhere", gguf_moe)
 
 
 def test_a_build_without_calibration_leaves_nothing_out(rtn_build: Path, gguf_moe: Path, tmp_path: Path) -> None:
     quantize_gguf(gguf_moe, tmp_path / "out", GgufRecipe(type="Q4_0"), **QUIET)
     for build in (rtn_build, tmp_path / "out", gguf_moe):
-        assert not calibrated_on(build, GgufCalibrationSettings().corpus, gguf_moe)
+        assert not calibrated_on(build, GgufCalibrationSettings().named, gguf_moe)
