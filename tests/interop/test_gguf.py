@@ -177,6 +177,10 @@ def test_every_architecture_computes_what_transformers_computes(name: str, llama
     assert largest_difference(transformers_logits(model, tokens), llama(file, tokens).logits) <= FLOAT32_BOUND
 
 
+FURTHER = {"IQ1_M": 0.4, "IQ1_S": 0.4, "TQ1_0": 1.2, "TQ2_0": 1.2}
+"""Measured 0.20, 0.23 and 0.70: below two bits without an imatrix; by formula for a model that is not ternary."""
+
+
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_file_type_loads_and_generates(file_type: str, llama: Llama, tmp_path: Path) -> None:
     (file,) = write(MODEL, tmp_path / "quantized", file_type)
@@ -184,7 +188,7 @@ def test_every_file_type_loads_and_generates(file_type: str, llama: Llama, tmp_p
     answer = llama(file, tokens, generate=16)
     assert len(answer.generated) == 16
     # Measured 0.08 for Q2_K and 0.10 for IQ2_XXS, without an imatrix; equal probabilities for all tokens are 2.8 away.
-    assert divergence(bundled_logits(tokens), answer.logits) < 0.2
+    assert divergence(bundled_logits(tokens), answer.logits) < FURTHER.get(file_type, 0.2)
 
 
 @pytest.mark.parametrize("type", [type for type in GgmlType if BlockGrid(type).has_codes], ids=lambda type: type.name)

@@ -77,8 +77,8 @@ def test_types_that_need_an_imatrix_gain_by_it(
         answer = llama(tmp_path / name / plan.files[0].name, tokens, generate=8)
         assert len(answer.generated) == 8
         diverged[name] = divergence(expected, answer.logits)
-    # Measured 7 to 13 % less, from 0.063 (IQ2_XXS) to 0.018 (IQ3_XXS) nats.
-    assert diverged["weighted"] < diverged["plain"] < 0.1
+    # Measured 7 to 13 % less, from 0.063 (IQ2_XXS) to 0.018 (IQ3_XXS) nats; IQ1 has 0.20 and 0.17 without.
+    assert diverged["weighted"] < diverged["plain"] < (0.3 if file_type.startswith("IQ1") else 0.1)
 
 
 def test_llama_cpp_loads_the_set_beside_its_imatrix(calibrated: Path, client: Client, tmp_path: Path) -> None:
