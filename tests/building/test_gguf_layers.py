@@ -140,6 +140,24 @@ def test_every_type_of_super_blocks_is_calibrated(type: str, tmp_path: Path) -> 
     assert GgmlType[type].block_elements == 256
 
 
+@pytest.mark.parametrize("type", ["IQ1_S", "IQ1_M", "TQ2_0"])
+def test_the_types_of_fewest_bits_are_resumed_to_the_same_bytes(type: str, tmp_path: Path) -> None:
+    changes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 2, "num_experts_per_tok": 1}
+    model = save_model(random_model("qwen3_moe", norm_topk_prob=True, **changes), tmp_path / "model")
+    rules = {"tensor_types": {"ffn": type}, "calibration": TEXT}
+    steps: list[str] = []
+    convert(model, tmp_path / "whole", "BF16", rules, progress=lambda key, *_: steps.append(key))
+
+    def stop(key: str, *_: int, left: Iterator[int] = iter(range(len(steps) // 2))) -> None:  # noqa: B008
+        if next(left, None) is None:
+            raise Stop(key)
+
+    with pytest.raises(Stop):
+        convert(model, tmp_path / "out", "BF16", rules, progress=stop)
+    convert(model, tmp_path / "out", "BF16", rules)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2_moe", "qwen3"])
 def test_other_families_are_calibrated(model_type: str, tmp_path: Path) -> None:
     """Llama's q and k are permuted: the blocks of their rows must be too."""

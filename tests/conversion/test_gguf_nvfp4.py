@@ -18,15 +18,25 @@ from qconv.runtime.gguf_files import GgufFiles
 from qconv.runtime.packed import BlockWeight
 from qconv.verification.build import verify
 from qconv.verification.gguf import verify_gguf
-from tests.conftest import build, small_recipe
-from tests.conversion.test_gguf_pairs import converted, held, source  # noqa: F401 - the fixture
+from tests.conftest import build, random_model, save_model, small_recipe
+from tests.conversion.test_gguf_pairs import SIZES, converted, held
 from tests.verification.test_gguf import overwrite
 
 NVFP4 = GGMLQuantizationType.NVFP4
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of which each expert has weights of another size, and so a global scale of its own."""
+    model = random_model("qwen3_moe", **SIZES)
+    for name, weight in model.named_parameters():
+        if ".experts." in name and weight.dim() == 3:
+            weight.data *= 2.0 ** (torch.arange(len(weight)).view(-1, 1, 1) % 3)
+    return save_model(model, tmp_path_factory.mktemp("model") / "model")
+
+
 @pytest.fixture(scope="module", params=["nvfp4", "nvfp4_modelopt"])
-def made(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def made(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     build(source, folder / "build", small_recipe("rtn", request.param, grid={"group_size": 16}))
     converted(folder / "build", folder / "gguf", "gguf:NVFP4")
@@ -45,6 +55,7 @@ def test_scales_stand_beside_the_weights_one_of_each_expert(made: Path) -> None:
     assert scales == tuple(
         dense.qtensor(linears[f"model.layers.0.mlp.experts.{n}.up_proj"]).global_scale for n in range(experts)
     )
+    assert len(set(scales)) > 1, "else one of them could stand for all"
     assert model.beside("output_norm.weight") == []
 
 
@@ -69,7 +80,7 @@ def held_bytes(folder: Path) -> dict[str, bytes]:
     return {name: b"".join(block.numpy().tobytes() for block in model.blocks(name)) for name in model.entries}
 
 
-def test_the_runtime_computes_with_both_scales(made: Path, source: Path) -> None:  # noqa: F811
+def test_the_runtime_computes_with_both_scales(made: Path, source: Path) -> None:
     files, dense, values = GgufFiles.open(made / "gguf"), Build.open(made / "build"), held(made / "gguf")
     for layer in dense.architecture.layers:
         for linear in layer.linears():
@@ -106,7 +117,7 @@ def test_a_scale_of_too_few_experts_is_refused(made: Path) -> None:
     assert changed.scales_of("blk.0.ffn_up_exps.weight") == model.scales_of("blk.0.ffn_up_exps.weight")[:2]  # type: ignore[index]
 
 
-def test_nothing_is_rounded_to_nvfp4(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_nothing_is_rounded_to_nvfp4(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "build", small_recipe("rtn", "w4a16", grid={"group_size": 32}))
     with pytest.raises(UsageError, match="NVFP4 holds E2M1 floats"):
         converted(tmp_path / "build", tmp_path / "out", "gguf:NVFP4")
