@@ -113,13 +113,12 @@ def _in_groups(weight: QTensor, grid: Grid) -> QTensor:
 
 def _with_biases(weight: QTensor, grid: Grid) -> QTensor | str:
     """A weight with zero points, or none, with biases in their place."""
-    scales, biases = stored_as(weight.scales, grid.scale_dtype), biases_of(weight)
+    scales = stored_as(weight.scales, grid.scale_dtype)
     dtype = str(grid.scale_dtype).removeprefix("torch.")
     if scales is None:
         return f"its scales are no numbers of {dtype}"
-    stored = biases.to(grid.scale_dtype)
-    found = replace(weight, grid=grid, scales=scales, zero_points=None, biases=stored)
-    if torch.equal(stored.double(), biases) and torch.equal(found.dequantize(), weight.dequantize()):
+    found = replace(weight, grid=grid, scales=scales, zero_points=None, biases=biases_of(weight).to(grid.scale_dtype))
+    if torch.equal(found.dequantize(), weight.dequantize()):
         return found
     return f"its zero points times scales are no numbers of {dtype}, which its biases would be"
 
