@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "qconv eval run BUILD --reference MODEL --suite smoke -o RUN",
         "qconv eval run BUILD --reference MODEL --stream --suite release -o RUN",
+        "qconv eval run BUILD --reference MODEL --suite longcontext -o RUN",
         "qconv eval run served-name --engine openai:http://127.0.0.1:8000/v1 --suite smoke -o RUN",
     ),
 )

@@ -15,9 +15,10 @@ from qconv.evaluation.record import Artifact, Gate, Outcome, Status, Unmeasured,
 from qconv.evaluation.suites import Section, load_settings
 
 PASS_AT_1 = "pass@1"
-GATED: Mapping[str, tuple[str, ...]] = {"text": ("kld.mean", "ppl.ratio", "top1.flips"), "humaneval": (PASS_AT_1,)}
+_OF_TEXT = ("kld.mean", "ppl.ratio", "top1.flips")
+GATED: Mapping[str, tuple[str, ...]] = {"text": _OF_TEXT, "humaneval": (PASS_AT_1,), "longcontext": _OF_TEXT}
 """What gates can be set on, by the kind of the task that measures it."""
-METRICS = tuple(metric for metrics in GATED.values() for metric in metrics)
+METRICS = tuple(dict.fromkeys(metric for metrics in GATED.values() for metric in metrics))
 
 Limits = dict[str, Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]]
 

@@ -107,6 +107,12 @@ def compare_packaging(build: Path, source: Path) -> Comparison:
     return result
 
 
+def rope_differences(build: Path, source: Path) -> list[str]:
+    """What differs of rope and context length, one sentence each; as :func:`compare_packaging` has it."""
+    folder = build.parent if build.is_file() else build
+    return list(_rope(_packaging(build), _packaging(source, folder)))
+
+
 def _packaging(path: Path, build: Path | None = None) -> _Packaging:
     """A model's packaging; of a source, with the rope that the report of ``build`` says was asked for."""
     if is_gguf(path):

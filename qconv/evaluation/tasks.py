@@ -30,6 +30,7 @@ from qconv.evaluation.suites import NoiseSettings, Suite, parse_settings
 KINDS: Mapping[str, str] = {
     "text": "qconv.evaluation.text_task",
     "humaneval": "qconv.evaluation.humaneval.task",
+    "longcontext": "qconv.evaluation.longcontext.task",
 }
 """Module of each kind."""
 

@@ -55,7 +55,7 @@ def windowed_text(settings: TextSettings, model_dir: Path, seed: int, exclude: C
     kept = (one for one in _evaluated(settings.corpus, seed) if one.name not in exclude)
     most = most_tokens(settings.rule, settings.context, settings.tokens, settings.document_tokens)
     with ChatTemplates(tokenizer, model_dir) as chats:
-        encoder = _Encoder(tokenizer, chats, bool(bos) or settings.rule == "llama.cpp", most, settings.tokens)
+        encoder = _Encoder(tokenizer, chats, bool(bos) or settings.rule != "documents", most, settings.tokens)
         text = cut(
             (one for one in map(encoder.encode, kept) if len(one.ids) >= SHORTEST),
             f"{settings.corpus}, seed {seed}",

@@ -1,4 +1,4 @@
-"""Text cut into windows, and which of their tokens are scored. Two rules:
+"""Text cut into windows, and which of their tokens are scored. Three rules:
 
 ``documents``
     Each document by itself. Windows of ``context`` tokens begin every ``stride`` tokens; a window scores the tokens
@@ -10,6 +10,10 @@
     what does not fill a window is left out. Each window scores the tokens from ``context / 2 + 1`` on (257 to 511 of
     512), the predictions of its positions ``context / 2`` to ``context - 2``. Where the tokenizer puts BOS before a
     text, BOS takes the place of each window's first token.
+
+``positions``
+    The same windows, of which every token but the first is scored: what a model makes of each position. Windows are
+    the units, however many documents there are.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import numpy as np
 
 from qconv.evaluation.encoding import Encoded, Integers
 
-Rule: TypeAlias = Literal["documents", "llama.cpp"]
+Rule: TypeAlias = Literal["documents", "llama.cpp", "positions"]
 
 LEAST_UNITS = 20
 """Documents below which windows of text are the units of resampling instead."""
@@ -92,16 +96,16 @@ class WindowedText:
 
 def most_tokens(rule: Rule, context: int, tokens: int, document_tokens: int | None) -> int | None:
     """How many tokens of one document :func:`cut` may have a use for at most; None for all."""
-    return _stream_tokens(context, tokens) if rule == "llama.cpp" else document_tokens
+    return document_tokens if rule == "documents" else _stream_tokens(rule, context, tokens)
 
 
-def _stream_tokens(context: int, tokens: int) -> int:
+def _stream_tokens(rule: Rule, context: int, tokens: int) -> int:
     """Tokens of the stream that hold ``tokens`` scored ones."""
-    return -(-tokens // (context - _first_of_stream(context))) * context
+    return -(-tokens // (context - _first_of_stream(rule, context))) * context
 
 
-def _first_of_stream(context: int) -> int:
-    return context // 2 + 1
+def _first_of_stream(rule: Rule, context: int) -> int:
+    return context // 2 + 1 if rule == "llama.cpp" else 1
 
 
 def cut(
@@ -127,11 +131,11 @@ def cut(
         tokens: How many tokens are to be scored.
         document_tokens: The most tokens of one document, so that no long one decides the mean; for ``documents`` alone.
     """
-    if rule == "llama.cpp":
-        windows, names = _stream_windows(documents, context, bos, tokens)
-    else:
+    if rule == "documents":
         windows, names = _document_windows(documents, context, stride, bos, tokens, document_tokens)
-    if len(names) >= LEAST_UNITS:
+    else:
+        windows, names = _stream_windows(documents, rule, context, bos, tokens)
+    if len(names) >= LEAST_UNITS and rule != "positions":
         return WindowedText(tuple(windows), tuple(names), "document", source)
     units = [f"window {index}" for index in range(len(windows))]
     by_window = [
@@ -174,9 +178,9 @@ def sliding(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def _stream_windows(
-    documents: Iterable[Encoded], context: int, bos: Sequence[int], tokens: int
+    documents: Iterable[Encoded], rule: Rule, context: int, bos: Sequence[int], tokens: int
 ) -> tuple[list[Window], list[str]]:
-    first, wanted = _first_of_stream(context), _stream_tokens(context, tokens)
+    first, wanted = _first_of_stream(rule, context), _stream_tokens(rule, context, tokens)
     parts: list[Encoded] = []
     found = 0
     for document in documents:

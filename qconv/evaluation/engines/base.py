@@ -9,7 +9,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from pathlib import Path
+from typing import Literal, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +148,32 @@ class LikelihoodEngine(Protocol):
 
         Raises:
             IncapableEngineError: this one does not.
+            EngineError: the engine failed.
+        """
+
+
+class LogitWindows(Protocol):
+    """Logits of neighbouring tokens of a sequence: its place, the first token's in it, [tokens, vocabulary]."""
+
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def logits(self) -> Logits: ...
+
+
+@runtime_checkable
+class WindowEngine(Protocol):
+    """An engine that gives the logits of sequences piece by piece, so that they need not fit into memory."""
+
+    def at(self, path: Path) -> Self:
+        """The same engine on another folder's model."""
+
+    def logit_windows(self, sequences: Sequence[Sequence[int]]) -> Iterator[LogitWindows]:
+        """Neighbouring tokens' logits, in order; all sequences pass a layer before the next one is read.
+
+        Raises:
             EngineError: the engine failed.
         """
 

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, 
 from qconv.evaluation.engines.decoding import Decoder
 from qconv.runtime.files import open_files
 from qconv.runtime.loading import load
+from qconv.runtime.stream import stream_windows
 from qconv.runtime.tokenizer import load_tokenizer
 
 LEAST_SHARED = 1024
@@ -81,6 +83,24 @@ class LocalEngine:
             for row, sequence in zip(found, group, strict=True):
                 yield row[: len(sequence)].float().cpu().numpy()
 
+    def at(self, path: Path) -> LocalEngine:
+        """The same engine on another folder's model."""
+        return LocalEngine(
+            path, dtype=self._dtype, device=self._device, rows=self.rows, round_inputs=self._round_inputs
+        )
+
+    def logit_windows(self, sequences: Sequence[Sequence[int]]) -> Iterator[StreamedLogits]:
+        """See :class:`~qconv.evaluation.engines.base.WindowEngine`: streamed, whether the model would fit or not."""
+        found = streamed_logits(
+            self.path, sequences, dtype=self._dtype, device=self._device, round_inputs=self._round_inputs
+        )
+        while True:
+            with self._threads():
+                window = next(found, None)
+            if window is None:
+                return
+            yield window
+
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """Every sample of every prompt; ``rows`` completions are decoded at once."""
         if self._tokenizer is None:
@@ -122,6 +142,24 @@ class LocalEngine:
                 self.path, dtype=DTYPES[self._dtype], device=self._device, round_inputs=self._round_inputs
             )
         return self._model
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedLogits:
+    """See :class:`~qconv.evaluation.engines.base.LogitWindows`."""
+
+    sequence: int
+    start: int
+    logits: Logits
+
+
+def streamed_logits(
+    path: Path, sequences: Sequence[Sequence[int]], *, dtype: str, device: str, round_inputs: bool
+) -> Iterator[StreamedLogits]:
+    """Logits of a model's sequences, a bounded number of tokens at once (:mod:`qconv.runtime.stream`)."""
+    ids = [torch.tensor(list(sequence)) for sequence in sequences]
+    for one in stream_windows(path, ids, dtype=DTYPES[dtype], device=device, round_inputs=round_inputs):
+        yield StreamedLogits(one.sequence, one.start, one.logits.numpy())
 
 
 def right_padded(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

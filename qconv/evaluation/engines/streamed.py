@@ -9,7 +9,7 @@ import torch
 
 from qconv.errors import IncapableEngineError
 from qconv.evaluation.engines.base import Completion, Logits, Prompt, Sampling, Step, silent
-from qconv.evaluation.engines.local import DTYPES, LocalEngine, device_name
+from qconv.evaluation.engines.local import DTYPES, LocalEngine, StreamedLogits, device_name, streamed_logits
 from qconv.runtime.stream import stream_logits
 
 
@@ -39,6 +39,18 @@ class StreamEngine:
             self.path, ids, dtype=DTYPES[self._dtype], device=self._device, round_inputs=self._round_inputs
         ):
             yield found.numpy()
+
+    def at(self, path: Path) -> StreamEngine:
+        """The same engine on another folder's model."""
+        return StreamEngine(
+            path, dtype=self._dtype, device=self._device, rows=self.rows, round_inputs=self._round_inputs
+        )
+
+    def logit_windows(self, sequences: Sequence[Sequence[int]]) -> Iterator[StreamedLogits]:
+        """See :class:`~qconv.evaluation.engines.base.WindowEngine`."""
+        return streamed_logits(
+            self.path, sequences, dtype=self._dtype, device=self._device, round_inputs=self._round_inputs
+        )
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling, step: Step = silent) -> Iterator[Completion]:
         """A model that does not fit into memory is not generated with.

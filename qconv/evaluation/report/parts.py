@@ -96,11 +96,30 @@ class DetailTable(_Read):
         return self
 
 
+class CurvePoint(_Read):
+    """A value with its interval at a named place."""
+
+    label: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class Curve(_Read):
+    """A value from place to place: by position, by length."""
+
+    title: str
+    points: Annotated[tuple[CurvePoint, ...], Field(min_length=1)]
+    unit: str = ""
+    note: str = ""
+
+
 class Presented(_Read):
-    """How a task of any kind presents itself, in its ``details``: names of its metrics, and tables beside them."""
+    """How a task of any kind presents itself, in its ``details``: names of its metrics, tables and curves."""
 
     words: dict[str, MetricWords] = {}
     tables: tuple[DetailTable, ...] = ()
+    curves: tuple[Curve, ...] = ()
 
 
 def answers_of(folder: Path, file: FileRef) -> tuple[Answer, ...]:
@@ -144,5 +163,5 @@ def presented(where: str, task: Task) -> Presented:
     Raises:
         ArtifactError: the record holds something else there.
     """
-    told = {key: task.details[key] for key in ("words", "tables") if task.details.get(key) is not None}
+    told = {key: task.details[key] for key in ("words", "tables", "curves") if task.details.get(key) is not None}
     return parse_as(Presented, told, f"{where}: task {task.name}: its details are damaged", AGAIN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from qconv.errors import ArtifactError
 from qconv.evaluation.kept_files import load_arrays
 from qconv.evaluation.record import AGAIN, FileRef, Metric, Task
-from qconv.evaluation.report.charts import histogram
+from qconv.evaluation.report.charts import TrendPoint, histogram, trend
 from qconv.evaluation.report.figures import NOTHING, interval, number
 from qconv.evaluation.report.parts import Answer, Confidence, answers_of, confidences_of, presented
 from qconv.evaluation.report.words import Words, headlines, words
@@ -87,6 +87,7 @@ class TaskView:
     notes: tuple[str, ...]
     tables: tuple[Table, ...]
     chart: Chart | None
+    curves: tuple[Chart, ...]
     flips: tuple[Flip, ...]
 
 
@@ -111,6 +112,7 @@ def task_view(folder: Path, task: Task) -> TaskView:
         ),
         tables=(*_by_confidence(folder, task), *_own_tables(folder, task)),
         chart=_histogram(folder, task),
+        curves=tuple(_curves(folder, task)),
         flips=_flips(folder, task),
     )
 
@@ -172,6 +174,12 @@ def _histogram(folder: Path, task: Task) -> Chart | None:
         marks.append(("noise", noise.value))
     svg = histogram(values, [(name, float(value)) for name, value in marks if value is not None], unit="nats")
     return Chart(f"{task.name}: KL divergence from the reference, token by token", svg, "Logarithmic across.")
+
+
+def _curves(folder: Path, task: Task) -> Iterator[Chart]:
+    for one in presented(str(folder), task).curves:
+        points = [TrendPoint(point.label, point.value, point.low, point.high, bad=False) for point in one.points]
+        yield Chart(f"{task.name}: {one.title}", trend(points, None, unit=one.unit), one.note)
 
 
 def _flips(folder: Path, task: Task) -> tuple[Flip, ...]:
