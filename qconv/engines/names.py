@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from qconv.boundary.globs import names_module
 from qconv.errors import CheckpointError
 from qconv.formats.base import EXPRESSION, LINEAR, matches
-
-_SHELL = frozenset("*?[")
 
 
 def exactly(module: str, entries: Iterable[str]) -> bool:
@@ -35,19 +32,9 @@ def within(module: str, entries: Iterable[str]) -> bool:
     return any(module == entry or module.startswith(f"{entry}.") for entry in entries)
 
 
-def by_glob(module: str, entries: Iterable[str]) -> bool:
-    """Whether an entry is the name, a module around it, or a shell pattern that fits either: TensorRT-LLM, ModelOpt."""
-    return any(names_module(entry, module) if _SHELL & set(entry) else within(module, (entry,)) for entry in entries)
-
-
 def is_class(target: str) -> bool:
     """Whether a target of a config group is a class and no module."""
     return target == LINEAR or ("." not in target and not target.startswith(EXPRESSION) and target[:1].isupper())
-
-
-def targeted(module: str, targets: Sequence[str]) -> bool:
-    """Whether a config group targets a linear."""
-    return any(is_class(target) or _fits(module, target) for target in targets)
 
 
 def _fits(module: str, entry: str) -> bool:

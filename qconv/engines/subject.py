@@ -272,14 +272,6 @@ class Subject:
             return None
         return float(self.read(name).reshape(-1)[0])
 
-    def head_size(self) -> int | None:
-        """Channels of an attention head."""
-        found = self.text.get("head_dim")
-        hidden, heads = self.text.get("hidden_size"), self.text.get("num_attention_heads")
-        if found is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-            found = hidden // heads
-        return found if isinstance(found, int) else None
-
 
 def targets_of(group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a config group targets, as strings; empty where there is no list."""
