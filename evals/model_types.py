@@ -92,8 +92,6 @@ TYPES: dict[str, dict[str, Any]] = {
     "youtu": {"num_key_value_heads": 4, "head_dim": 8},
     "qwen2": {},
     "smollm3": {"layer_types": None, "no_rope_layers": None},
-    "granitemoe": {},
-    "nemotron_h": {"layer_types": ["mamba", "moe", "attention"]},
     "phi3": {},
     "gemma2": {"layer_types": None},
     "starcoder2": {},
@@ -107,7 +105,7 @@ TYPES: dict[str, dict[str, Any]] = {
 def config_of(model_type: str) -> Any:
     """A small config of a type, made of what transformers' default has."""
     default = AutoConfig.for_model(model_type)
-    changes = {name: value for name, value in SMALL.items() if hasattr(default, name)} | TYPES[model_type]
+    changes = {name: value for name, value in SMALL.items() if hasattr(default, name)} | TYPES.get(model_type, {})
     kept = {name: changes[name] for name in changes if changes[name] is not None}
     return AutoConfig.for_model(model_type, **kept)
 

@@ -26,7 +26,7 @@ from qconv.grids.ggml.signed import SignedGrid
 from qconv.grids.lattices import LatticeFit, codes_of
 from qconv.grids.nearest import E2M1_DOUBLED, Codebook, Integers, Nearest
 from qconv.grids.scales import Scales, SuperScales
-from qconv.grids.shifts import ShiftedFit, encoded_of
+from qconv.grids.shifted_lattices import ShiftedFit, encoded_of
 from qconv.grids.steps import StepFit
 
 _PLAIN = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)

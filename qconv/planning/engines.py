@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qconv.artifacts.build import with_both_spellings
 from qconv.artifacts.source import Source
 from qconv.artifacts.subject import subject_of, subject_of_folder
 from qconv.checkpoint.extended_rope import with_extended_rope
@@ -33,9 +34,8 @@ def subject_of_plan(plan: BuildPlan, config: Mapping[str, Any], source: Path) ->
     stored = {spec.name: Stored(DTYPE_NAMES[spec.dtype], spec.shape) for specs in shards.values() for spec in specs}
     section = plan.format.config(plan.grids(), plan.skipped)
     config = {**config, **(plan.format.keys(section) if section else {})}
-    return replace(
-        subject_of_folder(source, with_extended_rope(config, plan.recipe.rope), stored), files=frozenset(shards)
-    )
+    config = with_both_spellings(with_extended_rope(config, plan.recipe.rope))
+    return replace(subject_of_folder(source, config, stored), files=frozenset(shards))
 
 
 def judged(plan: BuildPlan, source: Source) -> list[Judgement]:

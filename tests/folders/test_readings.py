@@ -11,7 +11,7 @@ import pytest
 
 from qconv.building.gguf_pipeline import quantize_gguf
 from qconv.building.imatrix_pipeline import write_model_imatrix
-from qconv.checkpoint import reader
+from qconv.checkpoint import samples
 from qconv.checkpoint.header import read_header
 from qconv.checkpoint.reader import Checkpoint
 from qconv.core.settings import OutputSettings, TextSettings
@@ -57,7 +57,7 @@ RUNS: dict[str, tuple[Run, str]] = {
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of whose shards the fingerprint sees the first page alone, as of large ones it sees 64."""
-    monkeypatch.setattr(reader, "_SAMPLES_PER_SHARD", 1)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_SHARD", 1)
     return save_model(random_model("qwen3_moe", norm_topk_prob=True), tmp_path / "model")
 
 
