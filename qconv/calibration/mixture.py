@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qconv.boundary.printable import markdown_text
+from qconv.core.devices import CPU
 from qconv.core.settings import TextSettings
 from qconv.errors import UsageError
 
@@ -42,7 +43,7 @@ def origins(settings: TextSettings) -> Tensor:
                 f"calibration.corpus: {share.corpus}, of weight {share.weight:g}, gives none of {count} sequences.",
                 hint="Give it more weight, or ask for more tokens.",
             )
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(found, dtype=torch.int64, device=CPU)
 
 
 def parts(settings: TextSettings) -> list[TextSettings]:
