@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from qconv.cli import gguf, quantize
 from qconv.cli.console import costs, print_costs, print_json, say, stdout
 from qconv.cli.examples import examples
 from qconv.cli.numbers import THREADS
 from qconv.cli.options import disk_budget_option, json_option
 from qconv.cli.progress import reporting
+from qconv.cli.quantize import print_values, values_of
 
 
 @click.command(
@@ -50,10 +50,9 @@ def command(out: Path, model: str | None, threads: int | None, disk_budget: int 
         else:
             say(stdout(), f"complete     {out} is finished, and has no parts beside it")
         return
-    is_gguf = str(outcome.report["format"]).startswith("gguf:")
-    result = (gguf if is_gguf else quantize).build_values(outcome) | costs(start)
+    result = values_of(outcome) | costs(start)
     if as_json:
         print_json(result)
         return
-    (gguf if is_gguf else quantize).print_build(result)
+    print_values(result)
     print_costs(result)

@@ -28,7 +28,7 @@ from qconv.cli.console import (
     stdout,
 )
 from qconv.cli.parts import print_share
-from qconv.cli.progress import reporting
+from qconv.cli.running import Running
 from qconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,44 +42,18 @@ if TYPE_CHECKING:
 _SHOWN_VALUES = 64
 
 
-def quantize(
-    model: str,
-    out: Path,
-    recipe: GgufRecipe,
-    *,
-    restart: bool,
-    part: tuple[int, int] | None,
-    threads: int | None,
-    disk_budget: int | None,
-    executor: str,
-    devices: str,
-    as_json: bool,
-) -> None:
+def quantize(model: str, out: Path, recipe: GgufRecipe, running: Running, part: tuple[int, int] | None) -> None:
     """``qconv quantize`` of a GGUF recipe."""
     start = time.monotonic()
-    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
-        reporter.log(f"{model}: reading")
+    with running.reading(model, out) as (folder, means):
         from qconv.building.gguf_pipeline import quantize_gguf
-        from qconv.checkpoint.hub import model_folder
 
-        with model_folder(model, disk_budget, reporter.log) as folder:
-            outcome = quantize_gguf(
-                folder,
-                out,
-                recipe,
-                restart=restart,
-                part=part,
-                threads=threads,
-                executor=executor,
-                devices=devices,
-                progress=reporter.progress,
-                log=reporter.log,
-            )
+        outcome = quantize_gguf(folder, out, recipe, part=part, **means)
     if outcome.share is not None:
-        print_share(outcome.share, outcome.out, out, start, as_json)
+        print_share(outcome.share, outcome.out, out, start, running.as_json)
         return
     result = build_values(outcome) | costs(start)
-    if as_json:
+    if running.as_json:
         print_json(result)
     else:
         print_build(result)

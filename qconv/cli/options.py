@@ -14,11 +14,11 @@ import click
 from qconv.cli.completion import among, formats
 from qconv.cli.console import say, stderr
 from qconv.cli.numbers import COUNT, SEED, FiniteRange
-from qconv.core.settings import GIGABYTE, MATCHED
+from qconv.core.settings import GIGABYTE, MATCHED, TextSettings
 from qconv.errors import UsageError
 from qconv.executors import DEFAULT, executors
 from qconv.methods import rounding_of
-from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, read_values, replaced
+from qconv.planning.recipe import Recipe, load_recipe, packaged_recipes, parse_as, read_values, replaced
 from qconv.planning.steps import METHODS, steps
 
 if TYPE_CHECKING:
@@ -123,6 +123,18 @@ def corpus_of(given: Sequence[str]) -> str | list[dict[str, Any]] | None:
     if len(found) == 1:
         return str(found[0]["corpus"])
     return found or None
+
+
+def text_settings(
+    calib: Sequence[str], tokens: int | None, sequence_length: int | None, seed: int | None
+) -> TextSettings:
+    """The text that layers are looked at on, by the options that say of it.
+
+    Raises:
+        RecipeError: a value does not fit.
+    """
+    given = {"corpus": corpus_of(calib), "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
+    return parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
 
 
 _RECIPE_OPTIONS = (

@@ -24,18 +24,9 @@ from qconv.cli.console import (
     stdout,
 )
 from qconv.cli.examples import examples
-from qconv.cli.numbers import THREADS
-from qconv.cli.options import (
-    devices_option,
-    disk_budget_option,
-    executor_option,
-    json_option,
-    model_argument,
-    out_option,
-    recipe_options,
-)
+from qconv.cli.options import model_argument, out_option, recipe_options
 from qconv.cli.parts import part_option, print_share
-from qconv.cli.progress import reporting
+from qconv.cli.running import Running, restart_option, running_options
 from qconv.cli.several import Builds, is_several, several, single
 from qconv.cli.target import TargetOptions, print_choice, require_savable, save_recipe, target_options
 from qconv.errors import UsageError
@@ -64,27 +55,13 @@ if TYPE_CHECKING:
 @out_option("The build's folder.")
 @recipe_options
 @target_options
-@click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
+@restart_option
 @part_option
-@click.option(
-    "--threads",
-    type=THREADS,
-    help="Experts and matrices worked on at once; the bytes do not depend on it.",
-)
-@disk_budget_option
-@executor_option
-@devices_option
-@json_option
+@running_options("Experts and matrices")
 def command(
     model: str,
     out: Path,
-    restart: bool,
     part: tuple[int, int] | None,
-    threads: int | None,
-    disk_budget: int | None,
-    executor: str,
-    devices: str,
-    as_json: bool,
     fmt: Sequence[str],
     recipe: Sequence[str],
     **options: Any,
@@ -97,83 +74,35 @@ def command(
     chosen first, by what the model's output cares about (--sensitivity, or measured here), for GGUF and w4a16. With
     --part a machine makes its share of a build that needs no calibration; qconv collect makes the build of all.
     """
-    target = TargetOptions.taken(options)
+    running, target = Running.taken(options), TargetOptions.taken(options)
     if part is not None and (target is not None or is_several(fmt, recipe)):
         raise UsageError("--part: makes a share of one build, whose types are chosen.", hint="Choose them with --save.")
     if target is not None:
-        wanted = target.recipe(fmt, recipe, options)
-        _quantize_to_size(
-            model,
-            out,
-            wanted,
-            target,
-            restart=restart,
-            threads=threads,
-            disk_budget=disk_budget,
-            executor=executor,
-            devices=devices,
-            as_json=as_json,
-        )
+        _quantize_to_size(model, out, target.recipe(fmt, recipe, options), target, running)
         return
     if is_several(fmt, recipe):
-        builds = several(fmt, recipe, options)
-        _quantize_several(
-            model,
-            out,
-            builds,
-            restart=restart,
-            threads=threads,
-            disk_budget=disk_budget,
-            executor=executor,
-            devices=devices,
-            as_json=as_json,
-        )
+        _quantize_several(model, out, several(fmt, recipe, options), running)
         return
     given = single(fmt, recipe, options)
     gguf_recipe = given.gguf()
     if gguf_recipe is not None:
-        gguf.quantize(
-            model,
-            out,
-            gguf_recipe,
-            restart=restart,
-            part=part,
-            threads=threads,
-            disk_budget=disk_budget,
-            executor=executor,
-            devices=devices,
-            as_json=as_json,
-        )
+        gguf.quantize(model, out, gguf_recipe, running, part)
         return
     loaded = given.load()
     start = time.monotonic()
-    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
-        reporter.log(f"{model}: reading")
+    with running.reading(model, out) as (folder, means):
         from qconv.artifacts.source import Source
         from qconv.building.pipeline import quantize
-        from qconv.checkpoint.hub import model_folder
         from qconv.planning.plan import plan_of
 
-        with model_folder(model, disk_budget, reporter.log) as folder:
-            plan = plan_of(Source.open(folder), loaded)
-            reporter.log(f"plan: {plan_summary(plan)}")
-            outcome = quantize(
-                folder,
-                out,
-                loaded,
-                restart=restart,
-                part=part,
-                threads=threads,
-                executor=executor,
-                devices=devices,
-                progress=reporter.progress,
-                log=reporter.log,
-            )
+        plan = plan_of(Source.open(folder), loaded)
+        means["log"](f"plan: {plan_summary(plan)}")
+        outcome = quantize(folder, out, loaded, part=part, **means)
     if outcome.share is not None:
-        print_share(outcome.share, outcome.out, out, start, as_json)
+        print_share(outcome.share, outcome.out, out, start, running.as_json)
         return
     result = build_values(outcome) | costs(start)
-    if as_json:
+    if running.as_json:
         print_json(result)
     else:
         print_build(result)
@@ -182,95 +111,52 @@ def command(
 
 
 def _quantize_to_size(
-    model: str,
-    out: Path,
-    recipe: Recipe | GgufRecipe,
-    target: TargetOptions,
-    *,
-    restart: bool,
-    threads: int | None,
-    disk_budget: int | None,
-    executor: str,
-    devices: str,
-    as_json: bool,
+    model: str, out: Path, recipe: Recipe | GgufRecipe, target: TargetOptions, running: Running
 ) -> None:
     start = time.monotonic()
-    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
-        reporter.log(f"{model}: reading")
+    with running.reading(model, out) as (folder, means):
         from qconv.building.sized_pipeline import quantize_to_size
-        from qconv.checkpoint.hub import model_folder
 
-        with model_folder(model, disk_budget, reporter.log) as folder:
-            if target.save is not None:
-                require_savable(target.save, folder, out)
-            outcome = quantize_to_size(
-                folder,
-                out,
-                recipe,
-                target.request(),
-                sensitivity=target.sensitivity,
-                restart=restart,
-                threads=threads,
-                executor=executor,
-                devices=devices,
-                progress=reporter.progress,
-                log=reporter.log,
-            )
+        if target.save is not None:
+            require_savable(target.save, folder, out)
+        outcome = quantize_to_size(folder, out, recipe, target.request(), sensitivity=target.sensitivity, **means)
     if target.save is not None:
         save_recipe(target.save, outcome.report["recipe"], outcome.report["allocation"])
-    is_gguf = str(outcome.report["format"]).startswith("gguf:")
-    made = gguf.build_values(outcome) if is_gguf else build_values(outcome)
-    result = made | {"allocation": outcome.report["allocation"]} | costs(start)
-    if as_json:
+    result = values_of(outcome) | {"allocation": outcome.report["allocation"]} | costs(start)
+    if running.as_json:
         print_json(result)
         return
-    (gguf.print_build if is_gguf else print_build)(result)
+    print_values(result)
     print_choice(outcome.report)
     print_costs(result)
 
 
-def _quantize_several(
-    model: str,
-    out: Path,
-    builds: Builds,
-    *,
-    restart: bool,
-    threads: int | None,
-    disk_budget: int | None,
-    executor: str,
-    devices: str,
-    as_json: bool,
-) -> None:
+def _quantize_several(model: str, out: Path, builds: Builds, running: Running) -> None:
     start = time.monotonic()
-    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
-        reporter.log(f"{model}: reading")
+    with running.reading(model, out) as (folder, means):
         from qconv.building.several_pipeline import quantize_several
-        from qconv.checkpoint.hub import model_folder
 
-        with model_folder(model, disk_budget, reporter.log) as folder:
-            outcomes = quantize_several(
-                folder,
-                out,
-                builds,
-                restart=restart,
-                threads=threads,
-                executor=executor,
-                devices=devices,
-                progress=reporter.progress,
-                log=reporter.log,
-            )
-    made = {
-        name: (gguf.build_values if str(outcome.report["format"]).startswith("gguf:") else build_values)(outcome)
-        for name, outcome in outcomes.items()
-    }
+        outcomes = quantize_several(folder, out, builds, **means)
+    made = {name: values_of(outcome) for name, outcome in outcomes.items()}
     result: dict[str, Any] = {"path": str(out), "builds": made, **costs(start)}
-    if as_json:
+    if running.as_json:
         print_json(result)
         return
     for values in made.values():
-        (print_build if "quantized_bits_per_weight" in values else gguf.print_build)(values)
+        print_values(values)
         say(stdout(), "")
     print_costs(result)
+
+
+def values_of(outcome: Outcome) -> dict[str, Any]:
+    """What a finished run says of its build, of safetensors or GGUF."""
+    is_gguf = str(outcome.report["format"]).startswith("gguf:")
+    return gguf.build_values(outcome) if is_gguf else build_values(outcome)
+
+
+def print_values(values: dict[str, Any]) -> None:
+    """Print what :func:`values_of` gave."""
+    (print_build if "quantized_bits_per_weight" in values else gguf.print_build)(values)
 
 
 def build_values(outcome: Outcome) -> dict[str, Any]:

@@ -11,20 +11,9 @@ import click
 
 from qconv.cli.console import costs, print_costs, print_json, say, size, stdout
 from qconv.cli.examples import examples
-from qconv.cli.numbers import COUNT, SEED, THREADS
-from qconv.cli.options import (
-    calib_option,
-    corpus_of,
-    devices_option,
-    disk_budget_option,
-    executor_option,
-    json_option,
-    model_argument,
-    out_option,
-)
-from qconv.cli.progress import reporting
-from qconv.core.settings import TextSettings
-from qconv.planning.recipe import parse_as
+from qconv.cli.numbers import COUNT, SEED
+from qconv.cli.options import calib_option, model_argument, out_option, text_settings
+from qconv.cli.running import Running, restart_option, running_options
 
 
 @click.command(
@@ -41,12 +30,8 @@ from qconv.planning.recipe import parse_as
 @click.option("--sequence-length", type=COUNT, help="Tokens of one sequence.")
 @click.option("--seed", type=SEED, help="Seed of the text's samples and of the labels.")
 @click.option("--no-gradients", is_flag=True, help="One pass forward, no way back: what linears' inputs are like.")
-@click.option("--restart", is_flag=True, help="Discard what the folder holds, if qconv made all of it.")
-@click.option("--threads", type=THREADS, help="Experts worked on at once; the bytes do not depend on it.")
-@disk_budget_option
-@executor_option
-@devices_option
-@json_option
+@restart_option
+@running_options("Experts")
 def command(
     model: str,
     out: Path,
@@ -55,12 +40,7 @@ def command(
     sequence_length: int | None,
     seed: int | None,
     no_gradients: bool,
-    restart: bool,
-    threads: int | None,
-    disk_budget: int | None,
-    executor: str,
-    devices: str,
-    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure, for every linear of MODEL, a folder or a Hub id, the squared gradients of its outputs.
 
@@ -68,28 +48,13 @@ def command(
     pass forward and one back, layer by layer, experts one by one; the same command continues an interrupted run. With
     --no-gradients what is chosen by it goes by the errors of each linear's outputs, relative to their mean square.
     """
-    given = {"corpus": corpus_of(calib), "tokens": tokens, "sequence_length": sequence_length, "seed": seed}
-    text = parse_as(TextSettings, {key: value for key, value in given.items() if value is not None}, "calibration")
+    running, text = Running.taken(options), text_settings(calib, tokens, sequence_length, seed)
     start = time.monotonic()
-    with reporting(quiet=as_json, remedy=f"Run the same command again to continue {out}.") as reporter:
-        reporter.log(f"{model}: reading")
+    with running.reading(model, out) as (folder, means):
         from qconv.building.sensitivity_pipeline import measure_sensitivity
-        from qconv.checkpoint.hub import model_folder
         from qconv.sensitivity.allocating import SENSITIVITY_NAME
 
-        with model_folder(model, disk_budget, reporter.log) as folder:
-            outcome = measure_sensitivity(
-                folder,
-                out,
-                text,
-                gradients=not no_gradients,
-                restart=restart,
-                threads=threads,
-                executor=executor,
-                devices=devices,
-                progress=reporter.progress,
-                log=reporter.log,
-            )
+        outcome = measure_sensitivity(folder, out, text, gradients=not no_gradients, **means)
     path = out / SENSITIVITY_NAME
     result: dict[str, Any] = {
         "path": str(path),
@@ -99,7 +64,7 @@ def command(
         "text": outcome.report["text"],
         **costs(start),
     }
-    if as_json:
+    if running.as_json:
         print_json(result)
         return
     console = stdout()
