@@ -159,8 +159,13 @@ def model_folder(model: str, disk_budget: int | None, log: Callable[[str], None]
         yield folder
 
 
-def least_disk_budget(model: str) -> int | None:
-    """The least ``--disk-budget`` of a Hub id, in bytes; None for a folder, and where the Hub does not answer."""
+def least_disk_budget(model: str, folder: Path) -> int | None:
+    """The least ``--disk-budget`` of a Hub id, in bytes; None for a folder, and where the Hub does not answer.
+
+    Args:
+        model: As on the command line.
+        folder: What :func:`resolve_model` made of it: it holds the small files.
+    """
     if os.path.exists(model) or not is_hub_id(model):
         return None
     from qconv.checkpoint.hub_folder import budget_needed
@@ -171,7 +176,7 @@ def least_disk_budget(model: str) -> int | None:
         repository = Repository.open(model)
     except CheckpointError:  # its small files may be here all the same
         return None
-    return budget_needed(repository, read_weight_map(resolve_model(model, weights=False)) or {})
+    return budget_needed(repository, read_weight_map(folder) or {})
 
 
 def headers_of(model: str) -> dict[str, tuple[str, tuple[int, ...]]]:

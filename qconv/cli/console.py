@@ -182,25 +182,21 @@ def print_costs(values: Mapping[str, Any]) -> None:
     say(stdout(), f"time         {duration(values['seconds'])}")
 
 
-def plan_costs_values(costs: Costs, model: str) -> dict[str, int | None]:
-    """What a run is going to take, as JSON has it."""
-    from qconv.checkpoint.hub import least_disk_budget
-
+def plan_costs_values(costs: Costs, least: int | None) -> dict[str, int | None]:
+    """What a run is going to take, as JSON has it; of the disk budget the least, where the model is on the Hub."""
     return {
         "modelled_peak_memory_bytes": costs.memory,
         "modelled_workers": costs.workers,
         "modelled_device_bytes": costs.device,
         "modelled_scratch_bytes": costs.scratch,
-        "least_disk_budget_bytes": least_disk_budget(model),
+        "least_disk_budget_bytes": least,
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
 
-def print_plan_costs(costs: Costs, model: str, devices: str | None = None) -> None:
-    """Print what a run is going to take; of devices too where some are asked for."""
-    from qconv.checkpoint.hub import least_disk_budget
-
-    console, least = stdout(), least_disk_budget(model)
+def print_plan_costs(costs: Costs, least: int | None, devices: str | None = None) -> None:
+    """Print what :func:`plan_costs_values` gives; of devices too where some are asked for."""
+    console = stdout()
     at_once = f"{costs.workers} at once" if costs.workers > 1 else "one at a time"
     say(console, f"peak memory  {size(costs.memory)} (modelled, {at_once})")
     if devices is not None:

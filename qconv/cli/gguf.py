@@ -125,15 +125,16 @@ def print_coverage(coverage: Mapping[str, Any]) -> None:
 
 def plan(model: str, recipe: GgufRecipe, as_json: bool, devices: str | None = None) -> None:
     """``qconv plan`` of a GGUF recipe: sizes by type, from config.json and the tokenizer alone."""
-    from qconv.checkpoint.hub import resolve_model
+    from qconv.checkpoint.hub import least_disk_budget, resolve_model
     from qconv.planning.gguf_outline import outline
 
-    planned = outline(resolve_model(model, weights=False), recipe)
+    folder = resolve_model(model, weights=False)
+    planned, least = outline(folder, recipe), least_disk_budget(model, folder)
     if as_json:
-        print_json(plan_values(planned) | plan_costs_values(planned.costs, model))
+        print_json(plan_values(planned) | plan_costs_values(planned.costs, least))
     else:
         print_plan(planned, recipe)
-        print_plan_costs(planned.costs, model, devices)
+        print_plan_costs(planned.costs, least, devices)
         print_other_way(recipe)
 
 

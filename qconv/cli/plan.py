@@ -90,16 +90,17 @@ def command(
         gguf.plan(model, gguf_recipe, as_json, devices)
         return 0
     loaded = given.load()
-    from qconv.checkpoint.hub import resolve_model
+    from qconv.checkpoint.hub import least_disk_budget, resolve_model
     from qconv.planning.estimate import estimate
 
-    result = estimate(resolve_model(model, weights=False), loaded)
+    folder = resolve_model(model, weights=False)
+    result, least = estimate(folder, loaded), least_disk_budget(model, folder)
     topology = {**_topology(result, tp), **_engines(result, tp, ep)}
     if as_json:
-        print_json({**_values(result, units, model), **topology})
+        print_json({**_values(result, units, least), **topology})
     else:
         _print(result, units)
-        print_plan_costs(result.costs, model, devices)
+        print_plan_costs(result.costs, least, devices)
         print_other_way(loaded)
         _print_topology(topology)
         print_engines(topology["engines"])
@@ -109,24 +110,25 @@ def command(
 def _plan_several(
     model: str, builds: Builds, tp: int | None, ep: int, devices: str | None, units: bool, as_json: bool
 ) -> int:
-    from qconv.checkpoint.hub import resolve_model
+    from qconv.checkpoint.hub import least_disk_budget, resolve_model
     from qconv.planning.gguf_outline import outline
     from qconv.planning.several import estimates
 
     folder = resolve_model(model, weights=False)
     planned, costs = estimates(folder, builds)
+    least = least_disk_budget(model, folder)
     topologies = {name: {**_topology(result, tp), **_engines(result, tp, ep)} for name, result in planned.items()}
     outlines = {name: outline(folder, one) for name, one in builds.items() if not isinstance(one, Recipe)}
     fails = any(one["topology_problems"] for one in topologies.values())
     shown: dict[str, dict[str, Any]] = {
         name: gguf.plan_values(outlines[name])
         if name in outlines
-        else {**_values(planned[name], units, model), **topologies[name]}
+        else {**_values(planned[name], units, least), **topologies[name]}
         for name in builds
     }
     total = sum(one["output_bytes"] for one in shown.values())
     if as_json:
-        print_json({"builds": shown, "output_bytes": total, **plan_costs_values(costs, model)})
+        print_json({"builds": shown, "output_bytes": total, **plan_costs_values(costs, least)})
         return _TOPOLOGY_FAILS if fails else 0
     console = stdout()
     for name, one in builds.items():
@@ -139,7 +141,7 @@ def _plan_several(
             gguf.print_plan(outlines[name], one)
         say(console, "")
     say(console, f"all together {size(total)} in {len(builds)} folders")
-    print_plan_costs(costs, model, devices)
+    print_plan_costs(costs, least, devices)
     return _TOPOLOGY_FAILS if fails else 0
 
 
@@ -161,7 +163,7 @@ def _engines(result: Estimate, tp: int | None, ep: int) -> dict[str, Any]:
     return {"engines": engine_values(judgements(result.subject, (), Deployment(tp or 1, ep)))}
 
 
-def _values(result: Estimate, units: bool, model: str) -> dict[str, Any]:
+def _values(result: Estimate, units: bool, least: int | None) -> dict[str, Any]:
     values = {
         "path": str(result.path),
         "architecture": result.plan.architecture.family,
@@ -173,7 +175,7 @@ def _values(result: Estimate, units: bool, model: str) -> dict[str, Any]:
         "output_bytes": result.output_bytes,
         "shards": result.shards,
         "bits_per_weight": result.bits_per_weight,
-        **plan_costs_values(result.costs, model),
+        **plan_costs_values(result.costs, least),
         "classes": [
             {
                 "name": row.name,
