@@ -7,6 +7,7 @@ sequences has about the mixture's proportions, and each corpus gives the sequenc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from qconv.boundary.printable import markdown_text
 from qconv.core.devices import CPU
-from qconv.core.settings import TextSettings
+from qconv.core.settings import CorpusShare, TextSettings
 from qconv.errors import UsageError
 
 BY_CORPUS = "tokens_by_corpus"
@@ -28,7 +29,11 @@ def origins(settings: TextSettings) -> Tensor:
     Raises:
         UsageError: a weight is so small that its corpus gives no sequence.
     """
-    shares, count = settings.shares, settings.tokens // settings.sequence_length
+    return _origins(settings.shares, settings.tokens // settings.sequence_length)
+
+
+@lru_cache(maxsize=8)  # every expert's record asks
+def _origins(shares: tuple[CorpusShare, ...], count: int) -> Tensor:
     total = sum(share.weight for share in shares)
     given = [0] * len(shares)
     found = []
