@@ -48,7 +48,7 @@ def quantize_gguf(
         executor: Where the work runs, by name: a module of :mod:`qconv.executors`.
         devices: On what tensors are computed that are added up; see :func:`qconv.core.devices.devices_of`.
         part: Number and count of the share that is made, in a folder beside ``out``, of a build without calibration;
-            :func:`qconv.building.joining.collect` makes a build of all shares.
+            :func:`qconv.building.collect_pipeline.collect` makes a build of all shares.
         progress: Told what is at work, the weights done and the weights in all, of layers looked at and of encoding.
         log: Told about decisions, one sentence each.
 

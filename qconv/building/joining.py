@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from qconv.building.gguf_target import GgufTarget
 from qconv.building.output import enter, open_journal
 from qconv.building.safetensors_target import SafetensorsTarget
-from qconv.building.share import PART, REQUEST_NAME, keys_of_share, share_name, share_of, shares_folder
+from qconv.building.share import PART, REQUEST_NAME, Share, keys_of_share, request_of, share_name, shares_folder
 from qconv.checkpoint.reader import read_json
 from qconv.checkpoint.writer import ShardRecord, output_errors, sync_folder
 from qconv.errors import OutputError, UsageError
@@ -48,9 +48,7 @@ def shared(target: Shared, recipe: Recipe | GgufRecipe, part: tuple[int, int]) -
             f"--part {part[0]}/{part[1]}: this build looks at layers one after the other: a part needs all before it.",
             hint="Choose --method rtn; for GGUF also a finished importance matrix: --imatrix.",
         )
-    sizes = sizes_of(target)
-    share = share_of(target.source, recipe, sizes, part)
-    assert share is not None
+    share = Share(*part, keys_of_share(sizes_of(target), *part), request_of(target.source, recipe))
     return dataclasses.replace(target, folder=shares_folder(target.folder) / share.name, share=share)
 
 

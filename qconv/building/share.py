@@ -71,17 +71,6 @@ def request_of(source: Source, recipe: Recipe | GgufRecipe) -> dict[str, Any]:
     return {"model": model, "gguf": isinstance(recipe, GgufRecipe), "recipe": recipe.model_dump(mode="json")}
 
 
-def share_of(
-    source: Source, recipe: Recipe | GgufRecipe, sizes: Mapping[str, int], part: tuple[int, int] | None
-) -> Share | None:
-    """The share that is asked for: number and count; None for the whole build.
-
-    Raises:
-        UsageError: there are fewer units than shares.
-    """
-    return None if part is None else Share(*part, keys_of_share(sizes, *part), request_of(source, recipe))
-
-
 def keys_of_share(sizes: Mapping[str, int], number: int, count: int) -> frozenset[str]:
     """The units of a share: a run of neighbours, of about the same size in all shares.
 
