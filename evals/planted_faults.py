@@ -63,13 +63,9 @@ def written(folder: Path, tensors: Tensors) -> Path:
 
 def last_mlp(model: Architecture) -> Mlp:
     """The last expert of the last sparse layer, or the MLP of the last layer."""
-    found: Mlp | None = None
-    for layer in model.layers:
-        if isinstance(layer.mlp, Moe):
-            found = layer.mlp.experts[-1]
-        elif found is None or layer is model.layers[-1]:
-            found = found if any(isinstance(one.mlp, Moe) for one in model.layers) else layer.mlp
-    assert found is not None
+    sparse = [layer.mlp for layer in model.layers if isinstance(layer.mlp, Moe)]
+    found = sparse[-1].experts[-1] if sparse else model.layers[-1].mlp
+    assert isinstance(found, Mlp)
     return found
 
 
@@ -87,42 +83,30 @@ def holder(model: Architecture, linear: Linear, names: Tensors) -> str:
     raise Missed(f"nothing holds {linear.weight}")
 
 
-def missing_expert(model: Architecture) -> Edit:
+def missing_expert(model: Architecture, tensors: Tensors) -> str:
     """What the last expert's second matrix lies in, without it."""
-
-    def edit(tensors: Tensors) -> str:
-        name = holder(model, last_mlp(model).down, tensors)
-        if tensors[name].dim() == 3:
-            tensors[name] = tensors[name][:-1]
-        else:
-            del tensors[name]
-        return name.rpartition(".experts.")[0] or name
-
-    return edit
+    name = holder(model, last_mlp(model).down, tensors)
+    if tensors[name].dim() == 3:
+        tensors[name] = tensors[name][:-1]
+    else:
+        del tensors[name]
+    return name.rpartition(".experts.")[0] or name
 
 
-def unknown_tensor(model: Architecture) -> Edit:
+def unknown_tensor(model: Architecture, tensors: Tensors) -> str:
     """A weight in the last layer that no model of the type has."""
-
-    def edit(tensors: Tensors) -> str:
-        name = f"{model.layers[-1].name}.surprise.weight"
-        tensors[name] = torch.ones(4, 4, dtype=torch.bfloat16)
-        return name
-
-    return edit
+    name = f"{model.layers[-1].name}.surprise.weight"
+    tensors[name] = torch.ones(4, 4, dtype=torch.bfloat16)
+    return name
 
 
-def other_orientation(model: Architecture) -> Edit:
+def other_orientation(model: Architecture, tensors: Tensors) -> str:
     """What the last expert's second matrix lies in, transposed."""
-
-    def edit(tensors: Tensors) -> str:
-        name = holder(model, last_mlp(model).down, tensors)
-        if tensors[name].shape[-1] == tensors[name].shape[-2]:
-            raise Missed(f"{name} is square")
-        tensors[name] = tensors[name].transpose(-1, -2)
-        return name.rpartition(".experts.")[0] or name
-
-    return edit
+    name = holder(model, last_mlp(model).down, tensors)
+    if tensors[name].shape[-1] == tensors[name].shape[-2]:
+        raise Missed(f"{name} is square")
+    tensors[name] = tensors[name].transpose(-1, -2)
+    return name.rpartition(".experts.")[0] or name
 
 
 SOURCES = {
@@ -187,7 +171,7 @@ def planted(model: Path, work: Path) -> int:
     architecture = source.architecture
     for what, fault in SOURCES.items():
         tensors = tensors_of(model)
-        name = fault(architecture)(tensors)
+        name = fault(architecture, tensors)
         copy = written(Path(shutil.copytree(model, work / what)), tensors)
         try:
             Source.open(copy)
