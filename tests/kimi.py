@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import regex  # type: ignore[import-untyped]
+import regex  # type: ignore[import-untyped]  # it ships no types
 
 from qconv.checkpoint.tiktoken import KIMI
 
@@ -27,10 +27,16 @@ TEMPLATE = (
 )
 
 
+def words_of(text: str) -> list[str]:
+    """A text, cut as Kimi's tokenizer cuts it."""
+    found: list[str] = regex.findall(KIMI, text, flags=regex.VERSION1)
+    return found
+
+
 def learned_ranks() -> list[bytes]:
     """Tokens by rank: the bytes, then what joins the most frequent neighbours of the sample."""
     tokens = [bytes([byte]) for byte in range(256)]
-    words = [[bytes([byte]) for byte in word.encode()] for word in regex.findall(KIMI, TEXT, flags=regex.VERSION1)]
+    words = [[bytes([byte]) for byte in word.encode()] for word in words_of(TEXT)]
     while len(tokens) < RANKS:
         pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
         pairs = Counter({pair: count for pair, count in pairs.items() if pair[0] + pair[1] not in tokens})

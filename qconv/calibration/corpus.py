@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _rows(
     used: dict[str, None] = {}
     with ChatTemplates(tokenizer, model_dir) as chats:
         corpus = documents(settings.named, settings.seed)
-        encode: Encode = lambda document: _encode(tokenizer, chats, document, bos)  # noqa: E731
+        encode = partial(_encode, tokenizer, chats, bos)
         if settings.sequences == "documents":
             stream = _whole(corpus, encode, payload, used)
         else:
@@ -191,7 +192,7 @@ def _whole(corpus: Iterator[Document], encode: Encode, payload: int, used: dict[
         turns = iter(unfinished)
 
 
-def _encode(tokenizer: Any, chats: ChatTemplates, document: Document, bos: list[int]) -> Iterator[int]:
+def _encode(tokenizer: Any, chats: ChatTemplates, bos: list[int], document: Document) -> Iterator[int]:
     """The document's tokens without a leading BOS, piece by piece as they are asked for."""
     if not isinstance(document.content, list):
         pieces = (_ids(tokenizer, piece, control_tokens=False) for piece in document.pieces())

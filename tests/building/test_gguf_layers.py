@@ -148,7 +148,9 @@ def test_the_types_of_fewest_bits_are_resumed_to_the_same_bytes(type: str, tmp_p
     steps: list[str] = []
     convert(model, tmp_path / "whole", "BF16", rules, progress=lambda key, *_: steps.append(key))
 
-    def stop(key: str, *_: int, left: Iterator[int] = iter(range(len(steps) // 2))) -> None:  # noqa: B008
+    left = iter(range(len(steps) // 2))
+
+    def stop(key: str, *_: int) -> None:
         if next(left, None) is None:
             raise Stop(key)
 

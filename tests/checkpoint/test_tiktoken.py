@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import regex  # type: ignore[import-untyped]
 from gguf import TokenType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.checkpoint.tiktoken import KIMI, byte_letters, described, has_ranks, merges, read_ranks
+from qconv.checkpoint.tiktoken import byte_letters, described, has_ranks, merges, read_ranks
 from qconv.checkpoint.tokenizer import load_tokenizer
 from qconv.errors import CheckpointError, UsageError
 from qconv.formats.gguf.tokenizer import tokenizer_metadata
-from tests.kimi import NAMED, ROWS, TEXT, save_kimi
+from tests.kimi import NAMED, ROWS, TEXT, save_kimi, words_of
 
 Folder = Callable[[], Path]
 
@@ -39,7 +38,7 @@ def copy(tmp_path: Path) -> Path:
 def by_rule(text: str, ranks: dict[bytes, int]) -> list[int]:
     """tiktoken's rule, word by word: the two neighbours of the least rank are joined, the first of equals."""
     found: list[int] = []
-    for word in regex.findall(KIMI, text, flags=regex.VERSION1):
+    for word in words_of(text):
         parts = [bytes([byte]) for byte in word.encode()]
         while True:
             joined = [ranks.get(left + right) for left, right in itertools.pairwise(parts)]

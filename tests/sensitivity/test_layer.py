@@ -215,7 +215,10 @@ def test_a_gradient_without_the_router_is_found(
 
 def test_a_gradient_through_another_layer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staged = LayerBackward.staged
-    other = lambda self, name: staged(self, name.replace("layers.0.", "layers.1."))  # noqa: E731
+
+    def other(self: LayerBackward, name: str) -> Tensor:
+        return staged(self, name.replace("layers.0.", "layers.1."))
+
     monkeypatch.setattr(LayerBackward, "staged", other)
     found, expected, _, _ = both(save_model(random_model("qwen3_moe"), tmp_path / "model"), tmp_path)
     assert disagreement(found, expected) > 1e-3
