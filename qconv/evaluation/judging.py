@@ -25,6 +25,7 @@ from qconv.evaluation.statistics import (
     Floats,
     detectable_flips,
     detectable_mean,
+    finite,
     holm,
     mcnemar_p,
     ratio_standard_error,
@@ -175,9 +176,9 @@ def _baseline_gate(task: Task, before: Task, metric: str, margin: float, gates: 
         task=task.name,
         metric=metric,
         status="not measured",
-        value=_finite(float(value)),
-        limit=_finite(float(limit)),
-        baseline=_finite(float(known)),
+        value=finite(float(value)),
+        limit=finite(float(limit)),
+        baseline=finite(float(known)),
         noise=_noise(task, metric),
         units=len(items),
         exceeded=excess.value > 0.0,
@@ -235,7 +236,7 @@ def _pass_gate(task: Task, other: Sequence[Item], limit: float, gates: GateFile,
             "units": len(items),
             "exceeded": value > 0.0 and value >= limit,
             "p_value": p_value,
-            "detectable": _finite(detectable),
+            "detectable": finite(detectable),
             "sentence": "",
         }
     )
@@ -270,11 +271,7 @@ def _noise(task: Task, metric: str) -> float | None:
 
 def _shown(excess: float, metric: str) -> float | None:
     """A detectable excess in the metric's own units: of a perplexity ratio as a relative growth."""
-    return _finite(math.expm1(min(excess, 700.0)) if metric == "ppl.ratio" else excess)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return finite(math.expm1(min(excess, 700.0)) if metric == "ppl.ratio" else excess)
 
 
 def _number(value: float | None) -> str:

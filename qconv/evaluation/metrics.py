@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from qconv.evaluation.divergence import Floats32, TokenScores
 from qconv.evaluation.record import Item, Metric
-from qconv.evaluation.statistics import Floats, ratio_interval
+from qconv.evaluation.statistics import Floats, finite, ratio_interval
 from qconv.evaluation.windows import WindowedText
 
 CONFIDENCES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -97,7 +97,7 @@ def text_metrics(items: Sequence[Item], scores: Scores) -> dict[str, Metric]:
     per("delta_p.rms", column(items, "delta_p2"), "tokens", np.sqrt, unit="")
     for name, quantile in (("median", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)):
         value = float(np.quantile(beside.kl, quantile, method="inverted_cdf"))
-        metrics[f"kld.{name}"] = Metric(value=_finite(value), unit="nats", better="lower", units=len(items))
+        metrics[f"kld.{name}"] = Metric(value=finite(value), unit="nats", better="lower", units=len(items))
     metrics["top1.agreement"] = Metric(
         value=float(beside.agree.mean()), unit="share", better="higher", units=len(items)
     )
@@ -119,7 +119,7 @@ def by_confidence(scores: Scores) -> list[JsonValue]:
                 "from": CONFIDENCES[index],
                 "to": CONFIDENCES[index + 1],
                 "tokens": count,
-                "kld.mean": _finite(float(beside.kl[chosen].mean(dtype=np.float64))) if count else None,
+                "kld.mean": finite(float(beside.kl[chosen].mean(dtype=np.float64))) if count else None,
                 "top1.flips": float((~beside.agree[chosen]).mean()) if count else None,
             }
         )
@@ -135,9 +135,5 @@ def _metric(
         return Metric.model_validate({"value": None, "note": "not finite", **values})
     with np.errstate(over="ignore"):
         interval = ratio_interval(numerator, denominator, transform=transform)
-    low, high = _finite(interval.low), _finite(interval.high)
-    return Metric.model_validate({"value": _finite(interval.value), "low": low, "high": high, **values})
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    low, high = finite(interval.low), finite(interval.high)
+    return Metric.model_validate({"value": finite(interval.value), "low": low, "high": high, **values})

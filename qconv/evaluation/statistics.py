@@ -36,6 +36,11 @@ class Interval:
     high: float
 
 
+def finite(value: float) -> float | None:
+    """What a result says of a number: None where there is none."""
+    return value if math.isfinite(value) else None
+
+
 def draw_counts(units: int, draws: int, seed: int) -> Iterator[Floats]:
     """How often each unit is drawn in each resample of ``units`` units, in blocks of rows [resamples, units].
 

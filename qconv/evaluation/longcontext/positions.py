@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from qconv.evaluation.divergence import Floats32
 from qconv.evaluation.metrics import Scores
 from qconv.evaluation.record import Metric
-from qconv.evaluation.statistics import Floats, Interval, ratio_interval
+from qconv.evaluation.statistics import Floats, Interval, finite, ratio_interval
 from qconv.evaluation.windows import WindowedText
 
 FIRST = 256
@@ -153,7 +153,7 @@ def details(found: list[Bucket]) -> dict[str, JsonValue]:
     ]
     drawn = [(one.name, one.kld if one.kld is not None else one.ppl) for one in found]
     points: list[JsonValue] = [
-        {"label": f"to {name}", "value": _finite(one.value), "low": _finite(one.low), "high": _finite(one.high)}
+        {"label": f"to {name}", "value": finite(one.value), "low": finite(one.low), "high": finite(one.high)}
         for name, one in drawn
     ]
     beside = found[0].kld is not None
@@ -181,13 +181,9 @@ def _interval(y: Floats, x: Floats, transform: Callable[[Floats], Floats] = lamb
 
 
 def _metric(found: Interval, unit: str, windows: int) -> Metric:
-    low, high = _finite(found.low), _finite(found.high)
-    return Metric(value=_finite(found.value), low=low, high=high, unit=unit, better="lower", units=windows)
+    low, high = finite(found.low), finite(found.high)
+    return Metric(value=finite(found.value), low=low, high=high, unit=unit, better="lower", units=windows)
 
 
 def _cells(found: Interval | None) -> list[JsonValue]:
-    return [None] * 3 if found is None else [_finite(one) for one in (found.value, found.low, found.high)]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return [None] * 3 if found is None else [finite(one) for one in (found.value, found.low, found.high)]
