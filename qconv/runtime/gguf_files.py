@@ -101,8 +101,7 @@ class GgufFiles:
         if name in self.changed:
             return self._joined(name, shape)
         rows, type = self._rows(name, (shape[0] if len(shape) > 1 else 1, shape[-1]), vector=len(shape) == 1)
-        values = rows.view(_DENSE[type]) if type in _DENSE else dequantized_rows(rows, type, self.scale_of(name))
-        return values.view(shape)
+        return _values(rows, type, self.scale_of(name)).view(shape)
 
     def _joined(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of the checkpoint of those that the file holds instead, float32."""
@@ -110,8 +109,7 @@ class GgufFiles:
         for tensor in self.changed[name]:
             entry = self.model.entry(tensor.name)
             whole = self.mapped(_bytes(entry, 0, tensor.rows, row_bytes(entry.type, tensor.columns)))
-            dense = whole.view(_DENSE[entry.type]) if entry.type in _DENSE else dequantized_rows(whole, entry.type)
-            pieces.append(dense.float().view(tensor.shape))
+            pieces.append(_values(whole, entry.type).float().view(tensor.shape))
         change = self.changed[name][0].change
         assert change is not None
         return change.join(*pieces).reshape(shape).contiguous()
@@ -145,11 +143,7 @@ class GgufFiles:
         tensor, part = self.places[name]
         entry, size = self.model.entry(tensor.name), row_bytes(self.model.entry(tensor.name).type, shape[1])
         rows = self.mapped(_bytes(entry, part * shape[0] + start, stop - start, size))
-        return (
-            rows.view(_DENSE[entry.type])
-            if entry.type in _DENSE
-            else dequantized_rows(rows, entry.type, self.scale_of(name))
-        )
+        return _values(rows, entry.type, self.scale_of(name))
 
     def stored(self, name: str, shape: tuple[int, ...]) -> list[TensorEntry]:
         """The bytes of the file that a tensor of the checkpoint is made of."""
@@ -185,9 +179,7 @@ class GgufFiles:
         entry = self._entry(linear.weight, (linear.out_features, linear.in_features))
         whole = _bytes(entry, 0, linear.out_features, row_bytes(entry.type, linear.in_features))
         rows = Tensors({entry.name: whole}).gather(entry.name, ids)
-        if entry.type in _DENSE:
-            return rows.view(_DENSE[entry.type])
-        return dequantized_rows(rows, entry.type, self.scale_of(linear.weight))
+        return _values(rows, entry.type, self.scale_of(linear.weight))
 
     def input_rounding(self, linear: Linear) -> InputRounding | None:
         """None: how llama.cpp rounds inputs depends on the machine."""
@@ -279,6 +271,11 @@ def original_heads(rows: Tensor, heads: int) -> Tensor:
 def _bytes(entry: GgufEntry, row: int, rows: int, size: int) -> TensorEntry:
     """Some rows' bytes."""
     return TensorEntry(entry.name, torch.uint8, (rows, size), entry.file, entry.offset + row * size, rows * size)
+
+
+def _values(rows: Tensor, type: GGMLQuantizationType, scale: float = 1.0) -> Tensor:
+    """Rows of bytes as values: as they are where they have 16 or 32 bits, else dequantized to float32."""
+    return rows.view(_DENSE[type]) if type in _DENSE else dequantized_rows(rows, type, scale)
 
 
 def _misshapen(entry: GgufEntry, shape: tuple[int, ...]) -> CheckpointError:
