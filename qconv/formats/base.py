@@ -157,6 +157,21 @@ def read_tensors(specs: Sequence[TensorSpec], module: str, read: TensorReader) -
     return tensors
 
 
+def pack_pairs(codes: Tensor) -> Tensor:
+    """Codes of four bits, two in a byte: uint8 [rows, columns] -> [rows, columns / 2], the even column low."""
+    rows, columns = codes.shape
+    # Two neighbours are one 16-bit word, low byte first: its nibbles move together by one shift.
+    pairs = codes.reshape(-1).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(rows, columns // 2)
+
+
+def unpack_pairs(packed: Tensor) -> Tensor:
+    """The inverse of :func:`pack_pairs`: uint8 [rows, bytes] -> [rows, 2 * bytes]."""
+    rows, count = packed.shape
+    wide = packed.reshape(-1).to(torch.int16)
+    return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8).view(rows, 2 * count)
+
+
 _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_MULTIPLE = 32
 

@@ -1,4 +1,4 @@
-"""compressed-tensors' layouts of E2M1 floats, ``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``; pairs of codes.
+"""compressed-tensors' layouts of E2M1 floats, ``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``.
 
 ``weight_packed`` is uint8 [out, in/2], two codes in a byte, the even column in its lower half. NVFP4 has
 ``weight_scale`` F8_E4M3 [out, in/16] and ``weight_global_scale`` float32 [1], which divides: a weight is
@@ -20,27 +20,13 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, by_rows, read_tensors
+from qconv.formats.base import TensorReader, by_rows, pack_pairs, read_tensors, unpack_pairs
 from qconv.formats.packed import not_read
 
 NVFP4_PACKED, MXFP4_PACKED = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 NVFP4 = Grid(4, 16, True, torch.float8_e4m3fn, "e2m1")
 MXFP4 = Grid(4, 32, True, torch.float8_e8m0fnu, "e2m1")
 """The grids, where inputs stay as they are."""
-
-
-def pack_pairs(codes: Tensor) -> Tensor:
-    """Codes of four bits, two in a byte: uint8 [rows, columns] -> [rows, columns / 2], the even column low."""
-    rows, columns = codes.shape
-    pairs = codes.reshape(-1).view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8).view(rows, columns // 2)
-
-
-def unpack_pairs(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack_pairs`: uint8 [rows, bytes] -> [rows, 2 * bytes]."""
-    rows, count = packed.shape
-    wide = packed.reshape(-1).to(torch.int16)
-    return (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8).view(rows, 2 * count)
 
 
 def fp4_grid(grid: Grid, settings: GridSettings, name: str) -> Grid:

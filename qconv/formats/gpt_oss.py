@@ -29,11 +29,13 @@ from qconv.formats.base import (
     Place,
     TensorReader,
     by_rows,
+    pack_pairs,
     read_tensors,
     require_number,
     skip_list,
+    unpack_pairs,
 )
-from qconv.formats.float4 import MXFP4, fp4_grid, misfit, pack_pairs, unpack_pairs
+from qconv.formats.float4 import MXFP4, fp4_grid, misfit
 
 SKIPPED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 _SKIP_KEY = "modules_to_not_convert"

@@ -22,7 +22,17 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import AllInConfig, Described, Group, Place, TensorReader, by_rows, read_tensors
+from qconv.formats.base import (
+    AllInConfig,
+    Described,
+    Group,
+    Place,
+    TensorReader,
+    by_rows,
+    pack_pairs,
+    read_tensors,
+    unpack_pairs,
+)
 
 METHOD, KEY = "mlx", "quantization"
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -241,8 +251,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
         if bits == 8:
             data = np.ascontiguousarray(values.numpy())
         elif bits == 4:
-            pairs = values.numpy()
-            data = pairs[:, ::2] | (pairs[:, 1::2] << 4)
+            data = pack_pairs(values).numpy()
         else:
             each = np.unpackbits(values.numpy()[..., None], axis=-1, count=bits, bitorder="little")
             data = np.packbits(each.reshape(len(values), -1), axis=-1, bitorder="little")
@@ -259,7 +268,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
         if bits == 8:
             return torch.from_numpy(data)
         if bits == 4:
-            return torch.from_numpy(np.stack([data & 15, data >> 4], -1).reshape(len(data), -1))
+            return unpack_pairs(torch.from_numpy(data))
         each = np.unpackbits(data, axis=-1, bitorder="little").reshape(len(data), -1, bits)
         return torch.from_numpy(np.packbits(each, axis=-1, bitorder="little")[..., 0])
 

@@ -26,12 +26,14 @@ from qconv.formats.base import (
     Group,
     TensorReader,
     by_rows,
+    pack_pairs,
     read_tensors,
     require_number,
     skip_list,
+    unpack_pairs,
 )
 from qconv.formats.cache import MODELOPT, CacheNaming
-from qconv.formats.float4 import NVFP4, fp4_grid, misfit, pack_pairs, positive, unpack_pairs
+from qconv.formats.float4 import NVFP4, fp4_grid, misfit, positive
 from qconv.formats.packed import not_read
 
 QUANT_CONFIG = "hf_quant_config.json"

@@ -26,7 +26,7 @@ from qconv.checkpoint.header import TensorSpec
 from qconv.core.qtensor import CHANNEL, Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import TensorReader, by_rows, read_tensors
+from qconv.formats.base import TensorReader, by_rows, pack_pairs, read_tensors, unpack_pairs
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 ACT_ORDER = ("group", "dynamic", True)
@@ -43,22 +43,14 @@ class WholeNumberGrid(Grid):
 def pack_rows(values: Tensor, bits: int) -> Tensor:
     """Pack 4- or 8-bit values, uint8 [rows, columns], to int32 [rows, columns*bits/32], low bits first."""
     rows, columns = values.shape
-    packed = values.reshape(-1)
-    if bits == 4:
-        # Two neighbours are one 16-bit word, low byte first: its nibbles move together by one shift.
-        pairs = packed.view(torch.int16)
-        packed = (pairs | (pairs >> 4)).to(torch.uint8)
-    return packed.view(torch.int32).view(rows, columns * bits // 32)
+    packed = pack_pairs(values) if bits == 4 else values
+    return packed.reshape(-1).view(torch.int32).view(rows, columns * bits // 32)
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of :func:`pack_rows`: int32 [rows, words] to uint8 [rows, words*32/bits]."""
-    rows, count = words.shape
-    values = words.reshape(-1).view(torch.uint8)
-    if bits == 4:
-        wide = values.to(torch.int16)
-        values = (wide | (wide << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
-    return values.view(rows, count * 32 // bits)
+    values = words.contiguous().view(torch.uint8)
+    return unpack_pairs(values) if bits == 4 else values
 
 
 class PackedLayout:

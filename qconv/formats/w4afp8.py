@@ -25,8 +25,19 @@ from qconv.core.architecture import HEAD
 from qconv.core.qtensor import Grid, Number, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
-from qconv.formats.base import LINEAR, AllInConfig, Described, Group, TensorReader, by_rows, read_tensors, skip_list
-from qconv.formats.float4 import misfit, pack_pairs, positive, unpack_pairs
+from qconv.formats.base import (
+    LINEAR,
+    AllInConfig,
+    Described,
+    Group,
+    TensorReader,
+    by_rows,
+    pack_pairs,
+    read_tensors,
+    skip_list,
+    unpack_pairs,
+)
+from qconv.formats.float4 import misfit, positive
 from qconv.formats.float8 import BLOCK, SCALE_DTYPES, Float8Layout, require_eight_bits
 
 METHOD, SKIP_KEY = "w4afp8", "modules_to_not_convert"

@@ -15,7 +15,8 @@ from qconv.core.qtensor import E2M1_VALUES, Grid, QTensor
 from qconv.core.settings import GridSettings
 from qconv.errors import CheckpointError, RecipeError
 from qconv.formats import detect, get_format
-from qconv.formats.float4 import MXFP4, NVFP4, pack_pairs, unpack_pairs
+from qconv.formats.base import pack_pairs, unpack_pairs
+from qconv.formats.float4 import MXFP4, NVFP4
 
 LOCAL = replace(NVFP4, activations="local", activation_number="e2m1")
 GRIDS = {"nvfp4": NVFP4, "nvfp4_w4a4": LOCAL, "nvfp4_modelopt": LOCAL, "mxfp4": MXFP4}
