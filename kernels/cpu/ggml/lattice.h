@@ -97,6 +97,17 @@ Ints nearest_point(const Lattice& lattice, const Floats (&linear)[Elements], con
   return codes;
 }
 
+// Of values that are to approximate some of importance: x is importance times those.
+template <int Elements>
+ScaledMoments moments_of(const Floats (&values)[Elements], const Floats (&x)[Elements], const float* importance) {
+  Floats qq[Elements], xq[Elements];
+  for (int i = 0; i < Elements; ++i) {
+    qq[i] = importance[i] * (values[i] * values[i]);
+    xq[i] = x[i] * values[i];
+  }
+  return {sum_of_halves(qq), sum_of_halves(xq)};
+}
+
 // What points are to approximate in one sub-block of each lane: importance * magnitude, and importance.
 template <int Elements, int Point, int Levels>
 struct Target {
@@ -117,20 +128,11 @@ struct Target {
     }
   }
 
-  ScaledMoments moments_of(const Floats (&values)[Elements]) const {
-    Floats qq[Elements], xq[Elements];
-    for (int i = 0; i < Elements; ++i) {
-      qq[i] = importance[i] * (values[i] * values[i]);
-      xq[i] = x[i] * values[i];
-    }
-    return {sum_of_halves(qq), sum_of_halves(xq)};
-  }
-
   ScaledMoments moments(Floats scale) const {
     Ints unused[Elements / Point];
     Floats values[Elements];
     codes(scale, unused, values);
-    return moments_of(values);
+    return moments_of(values, x, importance);
   }
 
   // Of the lowest level everywhere.

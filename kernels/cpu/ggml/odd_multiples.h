@@ -22,6 +22,24 @@ inline Floats nearest_multiple(Floats wanted, Floats step, float largest) {
   return rounded_within(halves, 0.0f, (largest - 1.0f) / 2.0f) * 2.0f + 1.0f;
 }
 
+// Of the odd multiples around the wanted one that whose points fit best, and their moments. `moments_at` gives those of
+// the points for a scale.
+template <class MomentsAt>
+void best_multiple(Floats wanted, Floats step, float largest, const MomentsAt& moments_at, Floats& best,
+                   ScaledMoments& of_best) {
+  const Floats nearest = nearest_multiple(wanted, step, largest);
+  Floats most{};
+  for (const float aside : {0.0f, -2.0f, 2.0f}) {
+    const Floats multiple = clamped(nearest + aside, 1.0f, largest), scale = multiple * step;
+    const ScaledMoments found = moments_at(scale);
+    const Floats gained = found.gain(scale);
+    const Ints better = aside == 0.0f ? ~Ints{} : gained > most;
+    most = better ? gained : most;
+    best = better ? multiple : best;
+    of_best = {better ? found.qq : of_best.qq, better ? found.xq : of_best.xq};
+  }
+}
+
 // The ends are what the largest scale is tried to become; the first is the largest multiple there is.
 template <int Subblocks, int Ends>
 Floats shared_step(const Floats (&wanted)[Subblocks], const Floats (&curvature)[Subblocks], float unit,

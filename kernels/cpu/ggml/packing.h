@@ -13,11 +13,21 @@ struct Block {
 
   void append(Bytes value) { bytes[filled++] = value; }
 
+  // The low 16 bits, the lowest first.
+  void word(Ints value) {
+    append(bytes_of(value));
+    append(bytes_of(value >> 8));
+  }
+
   // A float16 number.
-  void half(Floats value) {
-    const Ints bits = half_bits(value);
-    append(bytes_of(bits));
-    append(bytes_of(bits >> 8));
+  void half(Floats value) { word(half_bits(value)); }
+
+  // The low eight bits of each part.
+  template <int Subblocks, int Parts>
+  void low_bytes(const Ints (&parts)[Subblocks][Parts]) {
+    for (const auto& of_subblock : parts) {
+      for (const Ints part : of_subblock) append(bytes_of(part));
+    }
   }
 
   // Joins Bits bits, from bit Shift upward, of the codes of sub-blocks Stride apart to whole bytes, the first in the

@@ -92,19 +92,10 @@ struct ShiftedSource {
     }
   }
 
-  ScaledMoments moments_of(const Floats (&values)[Elements]) const {
-    Floats qq[Elements], xq[Elements];
-    for (int i = 0; i < Elements; ++i) {
-      qq[i] = importance[i] * (values[i] * values[i]);
-      xq[i] = x[i] * values[i];
-    }
-    return {sum_of_halves(qq), sum_of_halves(xq)};
-  }
-
   ScaledMoments moments(Floats scale) const {
     Points found;
     points(scale, found);
-    return moments_of(found.values);
+    return moments_of(found.values, x, importance);
   }
 
   // The best real scale that the trials find without a lattice.
@@ -120,7 +111,7 @@ struct ShiftedSource {
     for (int start = 0; start < starts.count; ++start) {
       Floats values[Elements];
       free_values(peak * starts.values[2 * start] + mean * starts.values[2 * start + 1], values);
-      const ScaledMoments found = moments_of(values);
+      const ScaledMoments found = moments_of(values, x, importance);
       const Floats scale = larger(found.optimum(), Floats{}), gained = found.gain(scale);
       best = gained > most ? scale : best;
       most = larger(gained, most);
@@ -157,24 +148,15 @@ void encode_shifted(const Floats* weights, const float* given, const Starts& sta
   Floats step = shared_step(wanted, curvature, 1.0f, kShiftedEnds);
   for (int s = 0; s < Subblocks; ++s) {
     const Source source = source_of(s);
-    const Floats nearest = nearest_multiple(wanted[s], step, kShiftedEnds[0]);
-    Floats most{};
-    for (const float aside : {0.0f, -2.0f, 2.0f}) {
-      const Floats multiple = clamped(nearest + aside, 1.0f, kShiftedEnds[0]), scale = multiple * step;
-      const ScaledMoments found = source.moments(scale);
-      const Floats gained = found.gain(scale);
-      const Ints better = aside == 0.0f ? ~Ints{} : gained > most;
-      most = better ? gained : most;
-      multiples[s] = better ? multiple : multiples[s];
-      moments[s] = {better ? found.qq : moments[s].qq, better ? found.xq : moments[s].xq};
-    }
+    const auto moments_at = [&](Floats scale) { return source.moments(scale); };
+    best_multiple(wanted[s], step, kShiftedEnds[0], moments_at, multiples[s], moments[s]);
   }
   step = refit(multiples, moments, step, 1.0f);
   for (int s = 0; s < Subblocks; ++s) {
     const Source source = source_of(s);
     typename Source::Points found;
     source.points(step * multiples[s], found);
-    moments[s] = source.moments_of(found.values);
+    moments[s] = moments_of(found.values, source.x, source.importance);
     for (int group = 0; group < Source::kGroups; ++group) {
       out.codes[s][group] = found.codes[group];
       out.negative[s][group] = found.negative[group] & 1;
@@ -182,12 +164,6 @@ void encode_shifted(const Floats* weights, const float* given, const Starts& sta
     out.k[s] = __builtin_convertvector((multiples[s] - 1.0f) / 2.0f, Ints);
   }
   out.d = refit(multiples, moments, step, 1.0f);
-}
-
-template <int Size>
-void append_word(Ints word, Block<Size>& block) {
-  block.append(bytes_of(word));
-  block.append(bytes_of(word >> 8));
 }
 
 struct IQ1_S {
@@ -198,13 +174,11 @@ struct IQ1_S {
     ShiftedEncoded<8, 4> found;
     encode_shifted<8, 32, 32, Weighted>(weights, importance, starts, found);
     block.half(found.d);
-    for (const auto& codes : found.codes) {
-      for (const Ints code : codes) block.append(bytes_of(code));
-    }
+    block.low_bytes(found.codes);
     for (int s = 0; s < 8; ++s) {
       Ints word = (found.k[s] << 12) | (found.negative[s][0] << 15);
       for (int i = 0; i < 4; ++i) word |= (found.codes[s][i] >> 8) << (3 * i);
-      append_word(word, block);
+      block.word(word);
     }
   }
 };
@@ -216,9 +190,7 @@ struct IQ1_M {
   static void encode(Floats* weights, const float* importance, const Starts& starts, Block<kBytes>& block) {
     ShiftedEncoded<16, 2> found;
     encode_shifted<16, 16, 8, Weighted>(weights, importance, starts, found);
-    for (const auto& codes : found.codes) {
-      for (const Ints code : codes) block.append(bytes_of(code));
-    }
+    block.low_bytes(found.codes);
     for (int s = 0; s < 16; ++s) {
       Ints upper[2];
       for (int i = 0; i < 2; ++i) upper[i] = (found.codes[s][i] >> 8) | (found.negative[s][i] << 3);
@@ -228,7 +200,7 @@ struct IQ1_M {
     for (int word = 0; word < 4; ++word) {
       Ints joined = ((d >> (4 * word)) & 15) << 12;
       for (int i = 0; i < 4; ++i) joined |= found.k[4 * word + i] << (3 * i);
-      append_word(joined, block);
+      block.word(joined);
     }
   }
 };

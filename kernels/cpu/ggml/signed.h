@@ -148,7 +148,7 @@ struct SignedSource {
         }
       }
     }
-    return target(targets_there).moments_of(values);
+    return moments_of(values, targets_there, importance);
   }
 };
 
@@ -178,17 +178,9 @@ void encode_signed(const Floats* weights, const float* given, float unit, const 
     const Source source = source_of(s);
     Floats targets[Elements];
     source.targets(wanted[s], targets);
-    const Floats nearest = nearest_multiple(wanted[s], step, kSignedEnds[0]);
-    Floats most{};
-    for (const float aside : {0.0f, -2.0f, 2.0f}) {
-      const Floats multiple = clamped(nearest + aside, 1.0f, kSignedEnds[0]), scale = multiple * step;
-      const ScaledMoments found = source.target(targets).moments(scale);
-      const Floats gained = found.gain(scale);
-      const Ints better = aside == 0.0f ? ~Ints{} : gained > most;
-      most = better ? gained : most;
-      multiples[s] = better ? multiple : multiples[s];
-      moments[s] = {better ? found.qq : moments[s].qq, better ? found.xq : moments[s].xq};
-    }
+    const auto target = source.target(targets);
+    const auto moments_at = [&](Floats scale) { return target.moments(scale); };
+    best_multiple(wanted[s], step, kSignedEnds[0], moments_at, multiples[s], moments[s]);
   }
   step = refit(multiples, moments, step, unit);
   for (int s = 0; s < Subblocks; ++s) {
@@ -230,13 +222,6 @@ void append_upper(const Ints (&codes)[Subblocks][Groups], Block<Size>& block) {
   }
 }
 
-template <int Subblocks, int Parts, int Size>
-void append_bytes(const Ints (&parts)[Subblocks][Parts], Block<Size>& block) {
-  for (const auto& of_subblock : parts) {
-    for (const Ints part : of_subblock) block.append(bytes_of(part));
-  }
-}
-
 struct IQ2_XXS {
   static constexpr int kElements = 256, kBytes = 66;
 
@@ -262,9 +247,7 @@ struct IQ2_XS {
     block.half(found.d);
     for (int s = 0; s < 16; ++s) {
       for (int i = 0; i < 2; ++i) {
-        const Ints word = found.codes[s][i] | ((found.signs[s][i] & 127) << 9);
-        block.append(bytes_of(word));
-        block.append(bytes_of(word >> 8));
+        block.word(found.codes[s][i] | ((found.signs[s][i] & 127) << 9));
       }
     }
     append_scales(found.k, block);
@@ -279,8 +262,8 @@ struct IQ2_S {
     SignedEncoded<16, 16, 8> found;
     encode_signed<16, 16, 8, 3, false, Weighted>(weights, importance, 1.0f / 8, starts, found);
     block.half(found.d);
-    append_bytes(found.codes, block);
-    append_bytes(found.signs, block);
+    block.low_bytes(found.codes);
+    block.low_bytes(found.signs);
     append_upper<2>(found.codes, block);
     append_scales(found.k, block);
   }
@@ -294,7 +277,7 @@ struct IQ3_XXS {
     SignedEncoded<8, 32, 4> found;
     encode_signed<8, 32, 4, 8, true, Weighted>(weights, importance, 1.0f / 4, starts, found);
     block.half(found.d);
-    append_bytes(found.codes, block);
+    block.low_bytes(found.codes);
     for (int s = 0; s < 8; ++s) append_word(found.signs, found.k, s, block);
   }
 };
@@ -307,9 +290,9 @@ struct IQ3_S {
     SignedEncoded<8, 32, 4> found;
     encode_signed<8, 32, 4, 8, false, Weighted>(weights, importance, 1.0f, starts, found);
     block.half(found.d);
-    append_bytes(found.codes, block);
+    block.low_bytes(found.codes);
     append_upper<1>(found.codes, block);
-    append_bytes(found.signs, block);
+    block.low_bytes(found.signs);
     append_scales(found.k, block);
   }
 };
