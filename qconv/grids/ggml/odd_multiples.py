@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,26 @@ def nearest_multiples(wanted: Tensor, step: Tensor, largest: float) -> Tensor:
     """The odd multiples of the step that are nearest, up to the largest: float32."""
     halves = (wanted * reciprocal(step)).sub_(1.0).div_(2.0)
     return halves.round_().clamp_(0.0, (largest - 1) / 2).mul_(2.0).add_(1.0)
+
+
+def best_multiples(
+    wanted: Tensor, step: Tensor, largest: float, moments_at: Callable[[Tensor], Moments]
+) -> tuple[Tensor, Moments]:
+    """Of the odd multiples around the wanted ones those whose points fit best: float32 [sub-blocks, blocks].
+
+    Args:
+        wanted: The sub-blocks' own scales, float32 [sub-blocks, blocks].
+        step: What is multiplied, float32 [blocks].
+        largest: The largest multiple there is.
+        moments_at: Those of the points for each trial's scale, float32 [trials, sub-blocks * blocks].
+    """
+    nearest = nearest_multiples(wanted, step, largest)
+    tried = torch.stack([nearest, (nearest - 2.0).clamp_(min=1.0), (nearest + 2.0).clamp_(max=largest)])
+    scales = (tried * step).flatten(1)
+    moments = moments_at(scales)
+    best = best_trial(moments.gain(scales))
+    chosen, shape = moments.pick(best), wanted.shape
+    return pick(tried.flatten(1), best).view(shape), Moments(chosen.qq.view(shape), chosen.xq.view(shape))
 
 
 def refit(multiples: Tensor, moments: Moments, step: Tensor, unit: float) -> Tensor:

@@ -33,6 +33,11 @@ def half_bytes(values: Tensor) -> Tensor:
     return values.to(torch.float16).unsqueeze(-1).view(torch.uint8)
 
 
+def little_endian(words: Tensor, count: int) -> Tensor:
+    """The ``count`` low bytes of each word: int64 [blocks, ...] -> uint8 [blocks, bytes]."""
+    return words.contiguous().view(torch.uint8).view(*words.shape, 8)[..., :count].flatten(1)
+
+
 def to_bytes(codes: Tensor) -> Tensor:
     """float32 codes from 0 to 127 -> uint8. By way of int8, since torch converts to that several times faster."""
     return codes.to(torch.int8).view(torch.uint8)

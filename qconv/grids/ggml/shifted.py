@@ -21,9 +21,8 @@ from torch import Tensor
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.lattice import Lattice, lattice
 from qconv.grids.ggml.numeric import reciprocal, square_root, sum_of_halves
-from qconv.grids.ggml.odd_multiples import nearest_multiples, refit, shared_step
+from qconv.grids.ggml.odd_multiples import best_multiples, refit, shared_step
 from qconv.grids.ggml.scaled import Moments
-from qconv.grids.ggml.trials import pick
 
 POINT = 8
 """Weights that a point stands for."""
@@ -40,19 +39,17 @@ class ShiftedGrid:
     Attributes:
         type: Whose lattice.
         together: Weights that share a shift.
-        peaks: A trial's scales over the largest magnitude.
-        means: More of them, over the root of the mean square.
+        means: A trial's scales over the root of the mean square.
     """
 
     type: GgmlType
     together: int
-    peaks: tuple[float, ...]
     means: tuple[float, ...]
     unit: float = 1.0
 
     def starts(self, weighted: bool) -> list[tuple[float, float]]:
         """What the largest magnitude and the root of the mean square contribute to each trial's scale."""
-        return [(share, 0.0) for share in self.peaks] + [(0.0, share) for share in self.means]
+        return [(0.0, share) for share in self.means]
 
     @property
     def middle(self) -> float:
@@ -125,6 +122,11 @@ class Source:
         """The values of the nearest points with given shifts [columns]."""
         return self._nearest(scale, shift)[0]
 
+    def moments(self, scales: Tensor) -> Moments:
+        """Of the nearest points for each trial's scale [trials, columns]; a trial at a time, points being dear."""
+        found = [self.moments_of(self.points(scale).values) for scale in scales]
+        return Moments(torch.stack([one.qq for one in found]), torch.stack([one.xq for one in found]))
+
     def moments_of(self, values: Tensor) -> Moments:
         """Of values [elements, columns]."""
         return Moments(sum_of_halves(self.importance * (values * values)), sum_of_halves(self.x * values))
@@ -165,10 +167,11 @@ def encode(weights: Tensor, importance: Tensor | None, grid: ShiftedGrid) -> Enc
     found = source.moments_of(source.points(best_of_starts(source, importance is not None)).values)
     wanted = found.optimum().clamp_(min=0.0).view(subblocks, blocks)
     step = shared_step(wanted, found.qq.view(subblocks, blocks), grid.unit, ENDS)
-    multiples, moments = _best_multiples(source, wanted, step)
+    multiples, moments = best_multiples(wanted, step, ENDS[0], source.moments)
     step = refit(multiples, moments, step, grid.unit)
     points = source.points((step * multiples).flatten())
-    moments = _by_block(source.moments_of(points.values), subblocks)
+    found = source.moments_of(points.values)
+    moments = Moments(found.qq.view(wanted.shape), found.xq.view(wanted.shape))
     step = refit(multiples, moments, step, grid.unit)
     codes, negative = (part.view(-1, subblocks, blocks) for part in (points.codes, points.negative))
     return Encoded(codes, negative, (multiples - 1.0) / 2.0, step / grid.unit)
@@ -185,18 +188,3 @@ def best_of_starts(source: Source, weighted: bool) -> Tensor:
         gain = moments.gain(scale)
         best, most = torch.where(gain > most, scale, best), torch.maximum(gain, most)
     return best
-
-
-def _best_multiples(source: Source, wanted: Tensor, step: Tensor) -> tuple[Tensor, Moments]:
-    """Of the odd multiples around the wanted ones that whose points fit best: [sub-blocks, blocks]."""
-    nearest = nearest_multiples(wanted, step, ENDS[0])
-    tried = torch.stack([nearest, (nearest - 2.0).clamp_(min=1.0), (nearest + 2.0).clamp_(max=ENDS[0])])
-    scales = (tried * step).flatten(1)
-    moments = [source.moments_of(source.points(scale).values) for scale in scales]
-    joined = Moments(torch.stack([one.qq for one in moments]), torch.stack([one.xq for one in moments]))
-    best = joined.gain(scales).max(0).indices
-    return pick(tried.flatten(1), best).view(wanted.shape), _by_block(joined.pick(best), len(wanted))
-
-
-def _by_block(moments: Moments, subblocks: int) -> Moments:
-    return Moments(moments.qq.view(subblocks, -1), moments.xq.view(subblocks, -1))

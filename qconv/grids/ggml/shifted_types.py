@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qconv.grids.ggml import shifted
 from qconv.grids.ggml.block_types import GgmlType
+from qconv.grids.ggml.packing import half_bytes, little_endian
 from qconv.grids.ggml.shifted import ShiftedGrid
 
-IQ1_S = ShiftedGrid(GgmlType.IQ1_S, 32, (), (1.0, 1.3, 1.7))
-IQ1_M = ShiftedGrid(GgmlType.IQ1_M, 8, (), (1.0, 1.3, 1.7))
+IQ1_S = ShiftedGrid(GgmlType.IQ1_S, 32, (1.0, 1.3, 1.7))
+IQ1_M = ShiftedGrid(GgmlType.IQ1_M, 8, (1.0, 1.3, 1.7))
 
 
 def iq1_s(found: shifted.Encoded) -> Tensor:
@@ -23,7 +24,7 @@ def iq1_s(found: shifted.Encoded) -> Tensor:
     words = found.k.t().long() << 12 | found.negative[0].t().long() << 15
     for place in range(4):
         words = words | (codes[..., place] >> 8) << 3 * place
-    return torch.cat([_words(_half_bits(found.d).unsqueeze(1)), _low_bytes(codes), _words(words)], dim=1)
+    return torch.cat([half_bytes(found.d), little_endian(codes, 1), little_endian(words, 2)], dim=1)
 
 
 def iq1_m(found: shifted.Encoded) -> Tensor:
@@ -31,22 +32,8 @@ def iq1_m(found: shifted.Encoded) -> Tensor:
     codes, negative = (part.permute(2, 1, 0) for part in (found.codes, found.negative))
     upper = codes >> 8 | negative.long() << 3
     nibbles = (upper[..., 0] | upper[..., 1] << 4).to(torch.uint8)
-    k, d = found.k.t().long().view(-1, 4, 4), _half_bits(found.d).unsqueeze(1)
+    k, d = found.k.t().long().view(-1, 4, 4), half_bytes(found.d).view(torch.int16).long()
     words = (d >> torch.arange(0, 16, 4, device=d.device) & 15) << 12
     for place in range(4):
         words = words | k[..., place] << 3 * place
-    return torch.cat([_low_bytes(codes), nibbles, _words(words)], dim=1)
-
-
-def _half_bits(values: Tensor) -> Tensor:
-    """float32 [blocks] that are float16 numbers, not negative -> their bits, int64."""
-    return values.to(torch.float16).view(torch.int16).long()
-
-
-def _low_bytes(codes: Tensor) -> Tensor:
-    return (codes & 255).to(torch.uint8).flatten(1)
-
-
-def _words(words: Tensor) -> Tensor:
-    """Of 16 bits: int64 [blocks, words] -> uint8 [blocks, bytes]."""
-    return words.contiguous().view(torch.uint8).view(*words.shape, 8)[..., :2].flatten(1)
+    return torch.cat([little_endian(codes, 1), nibbles, little_endian(words, 2)], dim=1)

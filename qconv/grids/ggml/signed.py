@@ -23,7 +23,7 @@ from torch import Tensor
 from qconv.grids.ggml.block_types import GgmlType
 from qconv.grids.ggml.lattice import Lattice, Target, lattice, magnitudes
 from qconv.grids.ggml.numeric import reciprocal, square_root, sum_of_halves
-from qconv.grids.ggml.odd_multiples import nearest_multiples, refit, shared_step
+from qconv.grids.ggml.odd_multiples import best_multiples, refit, shared_step
 from qconv.grids.ggml.scaled import Moments
 from qconv.grids.ggml.trials import best_trial, pick
 
@@ -171,7 +171,7 @@ def encode(weights: Tensor, importance: Tensor | None, grid: SignedGrid) -> Enco
     wanted = scale.view(subblocks, blocks)
     step = shared_step(wanted, curvature.view(subblocks, blocks), grid.unit, ENDS)
     (flips,) = source.flips(scale)
-    multiples, moments = _best_multiples(source.target(flips), wanted, step)
+    multiples, moments = best_multiples(wanted, step, ENDS[0], source.target(flips).moments)
     step = refit(multiples, moments, step, grid.unit)
     codes, negative, moments = _best_points(source, step * multiples)
     step = refit(multiples, moments, step, grid.unit)
@@ -200,18 +200,6 @@ def best_of_starts(source: Source, weighted: bool) -> tuple[Tensor, Tensor]:
     scale = moments.optimum().clamp_(min=0.0)
     best = best_trial(moments.gain(scale))
     return pick(scale, best), pick(moments.qq, best)
-
-
-def _best_multiples(target: Target, wanted: Tensor, step: Tensor) -> tuple[Tensor, Moments]:
-    """Of the odd multiples around the wanted ones that whose points fit best: [sub-blocks, blocks]."""
-    nearest = nearest_multiples(wanted, step, ENDS[0])
-    tried = torch.stack([nearest, (nearest - 2.0).clamp_(min=1.0), (nearest + 2.0).clamp_(max=ENDS[0])])
-    scales = (tried * step).flatten(1)
-    moments = target.moments(scales)
-    best = best_trial(moments.gain(scales))
-    chosen = moments.pick(best)
-    shape = wanted.shape
-    return pick(tried.flatten(1), best).view(shape), Moments(chosen.qq.view(shape), chosen.xq.view(shape))
 
 
 def nearest_points(source: Source, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qconv.grids.ggml import signed
 from qconv.grids.ggml.block_types import GgmlType
-from qconv.grids.ggml.packing import half_bytes
+from qconv.grids.ggml.packing import half_bytes, little_endian
 from qconv.grids.ggml.signed import SIGNS, SignedGrid
 
 # Where the searches begin was chosen greedily, as in qconv.grids.ggml.searched.
@@ -32,21 +32,21 @@ def iq2_xxs(found: signed.Encoded) -> Tensor:
 def iq2_xs(found: signed.Encoded) -> Tensor:
     """d; for each eight weights a code of nine bits and seven signs above it; k."""
     words = _by_block(found.codes) | (_sign_bytes(found.negative) & 127) << 9
-    return torch.cat([half_bytes(found.d), _little_endian(words, 2), _nibbles(found.k)], dim=1)
+    return torch.cat([half_bytes(found.d), little_endian(words, 2), _nibbles(found.k)], dim=1)
 
 
 def iq2_s(found: signed.Encoded) -> Tensor:
     """d; the low eight bits of each code; signs; the codes' upper two bits; k."""
     codes = _by_block(found.codes)
     signs = _sign_bytes(found.negative).to(torch.uint8)
-    parts = [half_bytes(found.d), _low_bytes(codes), signs, _joined(codes >> 8, 2), _nibbles(found.k)]
+    parts = [half_bytes(found.d), little_endian(codes, 1), signs, _joined(codes >> 8, 2), _nibbles(found.k)]
     return torch.cat(parts, dim=1)
 
 
 def iq3_xxs(found: signed.Encoded) -> Tensor:
     """d; codes; for each sub-block a word: seven signs of each eight weights, and k on top."""
     return torch.cat(
-        [half_bytes(found.d), _low_bytes(_by_block(found.codes)), _signs_and_scale(found).flatten(1)], dim=1
+        [half_bytes(found.d), little_endian(_by_block(found.codes), 1), _signs_and_scale(found).flatten(1)], dim=1
     )
 
 
@@ -54,7 +54,7 @@ def iq3_s(found: signed.Encoded) -> Tensor:
     """d; the low eight bits of each code; their ninth bits; signs; k."""
     codes = _by_block(found.codes)
     signs = _sign_bytes(found.negative).to(torch.uint8)
-    parts = [half_bytes(found.d), _low_bytes(codes), _joined(codes >> 8, 1), signs, _nibbles(found.k)]
+    parts = [half_bytes(found.d), little_endian(codes, 1), _joined(codes >> 8, 1), signs, _nibbles(found.k)]
     return torch.cat(parts, dim=1)
 
 
@@ -76,7 +76,7 @@ def _signs_and_scale(found: signed.Encoded) -> Tensor:
     words = found.k.t().long() << 28
     for place in range(4):
         words = words | seven[..., place] << 7 * place
-    return _little_endian(words, 4).view(*words.shape, 4)
+    return little_endian(words, 4).view(*words.shape, 4)
 
 
 def _nibbles(k: Tensor) -> Tensor:
@@ -89,12 +89,3 @@ def _joined(fields: Tensor, bits: int) -> Tensor:
     groups = fields.reshape(len(fields), -1, 8 // bits)
     shifts = torch.arange(0, 8, bits, device=fields.device)
     return (groups << shifts).sum(2).to(torch.uint8)
-
-
-def _low_bytes(codes: Tensor) -> Tensor:
-    return (codes & 255).to(torch.uint8)
-
-
-def _little_endian(words: Tensor, count: int) -> Tensor:
-    """The low bytes of each word: int64 [blocks, ...] -> uint8 [blocks, bytes]."""
-    return words.contiguous().view(torch.uint8).view(*words.shape, 8)[..., :count].flatten(1)
